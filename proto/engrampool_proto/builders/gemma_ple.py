@@ -1,0 +1,25 @@
+"""Gemma 3n / 4 per-layer embeddings: one row a token id, which holds every layer's slice one after the other.
+
+The model projects all slices at its start, so the one table counts as layer 0.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from engrampool_proto.builders.blueprint import Blueprint, Builder, Part, float_dtype, integer
+from engrampool_proto.hashing import Identity
+from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
+from engrampool_proto.token_map import TokenMap
+
+
+def _build(config: Mapping[str, Any], token_map: TokenMap | None, name: str) -> Blueprint:
+    num_rows = integer(config, "vocab_size_per_layer_input", low=1)
+    vocab_size = integer(config, "vocab_size", num_rows, low=1)
+    values = integer(config, "num_hidden_layers", low=1) * integer(config, "hidden_size_per_layer_input", low=1)
+    rows = RowFormat((Segment("values", float_dtype(config, "bfloat16"), values),))
+    table = TableSpec(0, num_rows, rows, Identity(num_rows))
+    parts = (Part(num_rows, {"values": "embed_tokens_per_layer.weight"}),)
+    return Blueprint(ModelSpec(name, vocab_size, (table,)), {0: parts})
+
+
+GEMMA_PLE = Builder("gemma-ple", ("vocab_size_per_layer_input", "hidden_size_per_layer_input"), False, _build)

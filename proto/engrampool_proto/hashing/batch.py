@@ -1,0 +1,156 @@
+"""A flattened batch of tokens as inference engines hold it, and the look-back windows hashed from it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_proto.errors import BatchError
+
+Int32Array = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """T tokens of R requests. Construction checks everything but the token ids, which depend on the model.
+
+    tokens: int32 [T].
+    query_start_loc: int32 [R + 1], from 0 to T without descending; request r owns
+        tokens[query_start_loc[r] : query_start_loc[r + 1]].
+    lookback: int32 [R, W]: column 0 is the token just before the request's chunk, column 1 the one before that;
+        -1 = before the sequence start.
+    dead: bool [T]: tokens that take no part in an n-gram (an image span). None: no token.
+    lookback_dead: bool [R, W], likewise for `lookback`.
+
+    `of` fills in what a caller leaves out.
+    Raises BatchError for a wrong dtype or shape, and for boundaries that do not ascend from 0 to T.
+    """
+
+    tokens: Int32Array
+    query_start_loc: Int32Array
+    lookback: Int32Array
+    dead: BoolArray | None = None
+    lookback_dead: BoolArray | None = None
+
+    def __post_init__(self) -> None:
+        _check("tokens", self.tokens, np.int32, (None,))
+        length = len(self.tokens)
+        bounds = self.query_start_loc
+        _check("query_start_loc", bounds, np.int32, (None,))
+        if len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != length:
+            raise BatchError(
+                f"query_start_loc must run from 0 to the number of tokens ({length}); it is "
+                + (f"[{bounds[0]}, ..., {bounds[-1]}]" if len(bounds) else "empty")
+            )
+        falls = np.flatnonzero(bounds[1:] < bounds[:-1])
+        if len(falls):
+            at = int(falls[0])
+            raise BatchError(
+                f"query_start_loc must ascend: entry {at + 1} is {bounds[at + 1]}, after {bounds[at]} at entry {at}"
+            )
+        _check("lookback", self.lookback, np.int32, (len(bounds) - 1, None))
+        if self.dead is not None:
+            _check("dead", self.dead, np.bool_, (length,))
+        if self.lookback_dead is not None:
+            _check("lookback_dead", self.lookback_dead, np.bool_, self.lookback.shape)
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int32Array,
+        query_start_loc: Int32Array | None = None,
+        lookback: Int32Array | None = None,
+        dead: BoolArray | None = None,
+        lookback_dead: BoolArray | None = None,
+    ) -> "TokenBatch":
+        """A batch from its tokens; without boundaries it is one request, without look-back requests start here."""
+        if query_start_loc is None:
+            query_start_loc = np.array([0, len(tokens)], np.int32)
+        if lookback is None:
+            lookback = np.empty((max(0, len(query_start_loc) - 1), 0), np.int32)
+        return cls(tokens, query_start_loc, lookback, dead, lookback_dead)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.tokens)
+
+    def check_tokens(self, vocab_size: int, lookback: int) -> None:
+        """Raise BatchError if a live token is outside [0, vocab_size) or the look-back is wider than `lookback`.
+
+        Ids of dead tokens are not looked at: engines put placeholders there.
+        """
+        if self.lookback.shape[1] > lookback:
+            raise BatchError(
+                f"lookback has {self.lookback.shape[1]} columns; this model reads {lookback} tokens back at most"
+            )
+        live = self.tokens if self.dead is None else np.where(self.dead, 0, self.tokens)
+        _check_ids("tokens", live, 0, vocab_size)
+        before = self.lookback if self.lookback_dead is None else np.where(self.lookback_dead, 0, self.lookback)
+        _check_ids("lookback", before, -1, vocab_size)
+
+    def windows(self, lookback: int, token_map: Int32Array | None = None) -> "Windows":
+        """The token ids at and before every position, `lookback` steps back, and what `token_map` makes of them."""
+        return Windows.of(self, lookback, token_map)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """ids: int64 [lookback + 1, T]; ids[s, t] is the token s before position t, -1 where there is none or it is dead.
+
+    mapped: the same after the model's token map (`ids` itself where it has none); unspecified where `ids` is -1.
+    Only single entries are -1 here: that everything older than a gap is unreadable too is the families' rule,
+    since what ends a look-back differs between them.
+    """
+
+    ids: npt.NDArray[np.int64]
+    mapped: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: TokenBatch, lookback: int, token_map: Int32Array | None = None) -> "Windows":
+        """Shift the batch `lookback` times; the first tokens of each request read the request's look-back."""
+        bounds, before = batch.query_start_loc, batch.lookback
+        length = batch.num_tokens
+        ids = np.empty((lookback + 1, length), np.int64)
+        ids[0] = batch.tokens
+        if batch.dead is not None:
+            ids[0][batch.dead] = -1
+        history = np.full((before.shape[0], lookback), -1, np.int64)
+        width = min(lookback, before.shape[1])
+        history[:, :width] = before[:, :width]
+        if batch.lookback_dead is not None:
+            history[:, :width][batch.lookback_dead[:, :width]] = -1
+        starts, lengths = bounds[:-1].astype(np.int64), np.diff(bounds)
+        for shift in range(1, lookback + 1):
+            ids[shift, shift:] = ids[0, : max(0, length - shift)]
+            for position in range(shift):
+                # The token at `position` of its request finds its predecessor outside the chunk.
+                requests = np.flatnonzero(lengths > position)
+                ids[shift, starts[requests] + position] = history[requests, shift - position - 1]
+        return cls(ids, ids if token_map is None else token_map[ids].astype(np.int64))
+
+    def blocked_from(self, stop: int | None) -> npt.NDArray[np.bool_]:
+        """Bool [lookback + 1, T]: True where a look-back has met a gap (or, looking back, the token `stop`) already."""
+        gap = self.ids < 0
+        if stop is not None:
+            gap[1:] |= self.ids[1:] == stop
+        return np.logical_or.accumulate(gap, axis=0)
+
+
+def _check(name: str, array: Any, dtype: type[np.generic], shape: tuple[int | None, ...]) -> None:
+    wanted = f"{np.dtype(dtype).name} [{', '.join('*' if n is None else str(n) for n in shape)}]"
+    if not isinstance(array, np.ndarray):
+        raise BatchError(f"{name} must be a numpy array, {wanted}; it is a {type(array).__name__}")
+    fits = array.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, array.shape, strict=True))
+    if array.dtype != dtype or not fits:
+        raise BatchError(f"{name} must be {wanted}; it is {array.dtype.name} {list(array.shape)}")
+
+
+def _check_ids(name: str, ids: npt.NDArray[Any], low: int, stop: int) -> None:
+    if ids.size == 0 or (ids.min() >= low and ids.max() < stop):
+        return
+    where = np.argwhere((ids < low) | (ids >= stop))[0]
+    at = ", ".join(str(int(i)) for i in where)
+    raise BatchError(f"{name}[{at}] is {ids[tuple(where)]}; this model's token ids are {low} .. {stop - 1}")

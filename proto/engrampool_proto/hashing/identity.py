@@ -1,0 +1,46 @@
+"""identity: one row a token id (Gemma 3n / 4 per-layer embeddings)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_proto.hashing.batch import Windows
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Row = token id. Ids at or beyond `num_rows`, and dead tokens, read row 0, as the engines do."""
+
+    FAMILY: ClassVar[str] = "identity"
+    num_rows: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num_rows < 2**31:
+            raise ValueError(f"num_rows must be in 1 .. 2**31 - 1, it is {self.num_rows}")
+
+    @property
+    def lookback(self) -> int:
+        """No n-gram: 0."""
+        return 0
+
+    def head_rows(self) -> tuple[int, ...]:
+        """One head of all rows."""
+        return (self.num_rows,)
+
+    def rows(self, windows: Windows, head_offsets: npt.NDArray[np.uint64], out: npt.NDArray[Any]) -> None:
+        """See `HashFamily`."""
+        ids = windows.ids[0]
+        readable = (ids >= 0) & (ids < self.num_rows)
+        out[:, 0] = np.where(readable, ids, 0).view(np.uint64) + head_offsets[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only."""
+        return {"family": self.FAMILY, "num_rows": self.num_rows}
+
+    @classmethod
+    def from_json(cls, constants: Mapping[str, Any]) -> "Identity":
+        """Inverse of `to_json`, without the family's name."""
+        return cls(**constants)

@@ -1,0 +1,342 @@
+"""The two hot messages, LookupRequest and LookupResponse, without the copies of the protobuf runtime.
+
+What is written here is byte for byte what the generated code writes, and either reads what the other wrote
+(tests/proto/test_wire.py holds the two against each other). The gain is that ids and rows are viewed where they lie:
+reading a `bytes` field of a generated message copies it, every time.
+"""
+
+import ctypes
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_proto.errors import WireError
+from engrampool_proto.hashing import TokenBatch
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_U32, _U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+# ServerTimes { queue_us, gather_us, total_us }, each a tag byte and a fixed32, so that they can be filled in last.
+_TIMES = struct.Struct("<BIBIBI")
+_TIMES_TAGS = (1 << 3 | _FIXED32, 2 << 3 | _FIXED32, 3 << 3 | _FIXED32)
+
+
+@dataclass(frozen=True, eq=False)
+class LookupRequest:
+    """What LookupRequest of pool.proto says. `tables` holds (layer, ids [N]) pairs; `tokens` is None if not given."""
+
+    model: str
+    version: str
+    tables: tuple[tuple[int, Ids], ...] = ()
+    tokens: TokenBatch | None = None
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServerTimes:
+    """Where the server's time went, in microseconds."""
+
+    queue_us: int
+    gather_us: int
+    total_us: int
+
+
+@dataclass(frozen=True, eq=False)
+class TableRows:
+    """A run of rows of one table: `rows` are the bytes from position `first` of the ids asked for on."""
+
+    layer: int
+    first: int
+    rows: memoryview
+
+
+@dataclass(frozen=True, eq=False)
+class LookupResponse:
+    """What LookupResponse of pool.proto says; `tables[i].rows` are views into the message."""
+
+    tables: tuple[TableRows, ...]
+    times: ServerTimes | None
+
+
+def encode_request(request: LookupRequest) -> bytes:
+    """The message's bytes. Raises WireError for ids that are neither uint32 nor uint64."""
+    parts: list[bytes | memoryview] = []
+    _put_bytes(parts, 1, request.model.encode())
+    _put_bytes(parts, 2, request.version.encode())
+    for layer, ids in request.tables:
+        if ids.dtype not in (np.uint32, np.uint64):
+            raise WireError(f"row ids of layer {layer} must be uint32 or uint64; they are {ids.dtype}")
+        table: list[bytes | memoryview] = []
+        _put_varint(table, 1, layer)
+        _put_bytes(table, 2 if ids.dtype == np.uint32 else 3, _little(ids), keep_empty=True)
+        _put_message(parts, 3, table)
+    if request.tokens is not None:
+        _put_message(parts, 4, _token_fields(request.tokens))
+    if request.layers:
+        _put_bytes(parts, 5, b"".join(map(_varint, request.layers)))
+    return b"".join(parts)
+
+
+def _token_fields(batch: TokenBatch) -> list[bytes | memoryview]:
+    fields: list[bytes | memoryview] = []
+    _put_bytes(fields, 1, _little(batch.tokens))
+    _put_bytes(fields, 2, _little(batch.query_start_loc))
+    _put_bytes(fields, 3, _little(batch.lookback))
+    _put_varint(fields, 4, batch.lookback.shape[1])
+    if batch.dead is not None:
+        _put_bytes(fields, 5, _little(batch.dead.view(np.uint8)))
+    if batch.lookback_dead is not None:
+        _put_bytes(fields, 6, _little(batch.lookback_dead.view(np.uint8)))
+    return fields
+
+
+def parse_request(data: bytes) -> LookupRequest:
+    """Read a LookupRequest; its arrays are read-only views into `data`.
+
+    Raises WireError for malformed bytes, BatchError for a token batch whose parts do not fit together.
+    """
+    model = version = ""
+    tables: list[tuple[int, Ids]] = []
+    token_messages: list[memoryview] = []
+    layers: list[int] = []
+    for number, kind, value in _fields(memoryview(data)):
+        if number == 1 and kind == _BYTES:
+            model = _text("model", value)
+        elif number == 2 and kind == _BYTES:
+            version = _text("version", value)
+        elif number == 3 and kind == _BYTES:
+            tables.append(_parse_ids(value))
+        elif number == 4 and kind == _BYTES:
+            token_messages.append(value)
+        elif number == 5 and kind == _VARINT:
+            layers.append(value & _U32)
+        elif number == 5 and kind == _BYTES:
+            position = 0
+            while position < len(value):
+                layer, position = _read_varint(value, position)
+                layers.append(layer & _U32)
+    # A message field given twice means the two merged, which is what their bytes one after the other mean.
+    tokens = _parse_tokens(memoryview(b"".join(token_messages))) if token_messages else None
+    return LookupRequest(model, version, tuple(tables), tokens, tuple(layers))
+
+
+def _parse_ids(data: memoryview) -> tuple[int, Ids]:
+    layer, raw, dtype = 0, memoryview(b""), np.dtype("<u4")
+    for number, kind, value in _fields(data):
+        if number == 1 and kind == _VARINT:
+            layer = value & _U32
+        elif number in (2, 3) and kind == _BYTES:
+            raw, dtype = value, np.dtype("<u4" if number == 2 else "<u8")
+    if len(raw) % dtype.itemsize:
+        raise WireError(f"row ids of layer {layer} are {len(raw)} bytes, no multiple of {dtype.itemsize}")
+    return layer, np.frombuffer(raw, dtype)
+
+
+def _parse_tokens(data: memoryview) -> TokenBatch:
+    raw = {number: memoryview(b"") for number in (1, 2, 3, 5, 6)}
+    width = 0
+    for number, kind, value in _fields(data):
+        if number in raw and kind == _BYTES:
+            raw[number] = value
+        elif number == 4 and kind == _VARINT:
+            width = value & _U32
+    for number, name in ((1, "tokens"), (2, "query_start_loc"), (3, "lookback")):
+        if len(raw[number]) % 4:
+            raise WireError(f"{name} is {len(raw[number])} bytes, no multiple of 4")
+    bounds = np.frombuffer(raw[2], "<i4")
+    shape = (max(0, len(bounds) - 1), width)
+    lookback = _shaped("lookback", np.frombuffer(raw[3], "<i4"), shape)
+    dead = np.frombuffer(raw[5], np.uint8) != 0 if len(raw[5]) else None
+    lookback_dead = _shaped("lookback_dead", np.frombuffer(raw[6], np.uint8) != 0, shape) if len(raw[6]) else None
+    return TokenBatch(np.frombuffer(raw[1], "<i4"), bounds, lookback, dead, lookback_dead)
+
+
+def _shaped(name: str, array: npt.NDArray[Any], shape: tuple[int, int]) -> npt.NDArray[Any]:
+    if array.size != shape[0] * shape[1]:
+        raise WireError(
+            f"{name} has {array.size} entries; {shape[0]} requests of width {shape[1]} need {shape[0] * shape[1]}"
+        )
+    return array.reshape(shape)
+
+
+class ResponseWriter:
+    """A LookupResponse whose rows are gathered straight into the message.
+
+    tables: (layer, first, bytes of rows) of each table, in order.
+    rows: one writable uint8 array a table, to be filled before `message` is given away.
+    with_times: leave room for ServerTimes; `set_times` fills them in.
+    """
+
+    def __init__(self, tables: Sequence[tuple[int, int, int]], with_times: bool) -> None:
+        pieces: list[bytes | int] = []  # header bytes, and sizes of the rows between them
+        for layer, first, nbytes in tables:
+            head: list[bytes | memoryview] = []
+            _put_varint(head, 1, layer)
+            _put_varint(head, 2, first)
+            if nbytes:
+                head.append(_varint(3 << 3 | _BYTES) + _varint(nbytes))
+            body = b"".join(head)
+            pieces += [_varint(1 << 3 | _BYTES) + _varint(len(body) + nbytes) + body, nbytes]
+        if with_times:
+            pieces.append(_varint(2 << 3 | _BYTES) + _varint(_TIMES.size))
+        size = sum(len(p) if isinstance(p, bytes) else p for p in pieces) + (_TIMES.size if with_times else 0)
+        self.message, self._buffer = _uninitialised_bytes(size)
+        self.rows: list[npt.NDArray[np.uint8]] = []
+        position = 0
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                self._buffer[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
+                position += len(piece)
+            else:
+                self.rows.append(self._buffer[position : position + piece])
+                position += piece
+        self._times_at = position if with_times else None
+        if with_times:
+            self.set_times(ServerTimes(0, 0, 0))
+
+    def set_times(self, times: ServerTimes) -> None:
+        """Fill in the server's times. Only for a writer made with them."""
+        assert self._times_at is not None
+        values = (min(_U32, max(0, int(us))) for us in (times.queue_us, times.gather_us, times.total_us))
+        packed = _TIMES.pack(*(x for pair in zip(_TIMES_TAGS, values, strict=True) for x in pair))
+        self._buffer[self._times_at : self._times_at + _TIMES.size] = np.frombuffer(packed, np.uint8)
+
+
+def parse_response(data: bytes) -> LookupResponse:
+    """Read a LookupResponse; rows are views into `data`. Raises WireError for malformed bytes."""
+    tables: list[TableRows] = []
+    times_messages: list[memoryview] = []
+    for number, kind, value in _fields(memoryview(data)):
+        if number == 1 and kind == _BYTES:
+            tables.append(_parse_rows(value))
+        elif number == 2 and kind == _BYTES:
+            times_messages.append(value)
+    times = None
+    if times_messages:
+        found = {1: 0, 2: 0, 3: 0}
+        for number, kind, value in _fields(memoryview(b"".join(times_messages))):
+            if number in found and kind == _FIXED32:
+                found[number] = value
+        times = ServerTimes(found[1], found[2], found[3])
+    return LookupResponse(tuple(tables), times)
+
+
+def _parse_rows(data: memoryview) -> TableRows:
+    layer = first = 0
+    rows = memoryview(b"")
+    for number, kind, value in _fields(data):
+        if number == 1 and kind == _VARINT:
+            layer = value & _U32
+        elif number == 2 and kind == _VARINT:
+            first = value & _U64
+        elif number == 3 and kind == _BYTES:
+            rows = value
+    return TableRows(layer, first, rows)
+
+
+def _uninitialised_bytes(size: int) -> tuple[bytes, npt.NDArray[np.uint8]]:
+    """A bytes object that may still be written, as CPython's PyBytes_FromStringAndSize(NULL, size) offers.
+
+    gRPC sends nothing but exact `bytes`; gathering into one saves the copy from a buffer to a message. The array does
+    not keep the bytes alive: hold both, and write only until the bytes are shared.
+    """
+    message: bytes = _new_bytes(None, size)
+    if not size:
+        return message, np.empty(0, np.uint8)
+    memory = (ctypes.c_uint8 * size).from_address(_bytes_address(message))
+    return message, np.ctypeslib.as_array(memory)
+
+
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.argtypes, _new_bytes.restype = [ctypes.c_char_p, ctypes.c_ssize_t], ctypes.py_object
+_bytes_address = ctypes.pythonapi.PyBytes_AsString
+_bytes_address.argtypes, _bytes_address.restype = [ctypes.py_object], ctypes.c_void_p
+
+
+def _little(array: npt.NDArray[Any]) -> memoryview:
+    """The array's bytes, little-endian and C-contiguous, without a copy where it is so already."""
+    plain: npt.NDArray[Any] = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return plain.reshape(-1).view(np.uint8).data
+
+
+def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _put_varint(parts: list[bytes | memoryview], number: int, value: int) -> None:
+    if value:
+        parts.append(_varint(number << 3 | _VARINT) + _varint(value))
+
+
+def _put_bytes(
+    parts: list[bytes | memoryview], number: int, value: bytes | memoryview, keep_empty: bool = False
+) -> None:
+    if len(value) or keep_empty:
+        parts.append(_varint(number << 3 | _BYTES) + _varint(len(value)))
+        parts.append(value)
+
+
+def _put_message(parts: list[bytes | memoryview], number: int, fields: list[bytes | memoryview]) -> None:
+    parts.append(_varint(number << 3 | _BYTES) + _varint(sum(map(len, fields))))
+    parts.extend(fields)
+
+
+def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= len(data):
+            raise WireError("message ends inside a number")
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & _U64, position
+        shift += 7
+        if shift >= 70:
+            raise WireError(f"a number before byte {position} is longer than 10 bytes")
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
+    """Fields of a message in order: (number, wire type, int or memoryview). Unknown ones are the caller's to skip."""
+    position, size = 0, len(data)
+    while position < size:
+        tag, position = _read_varint(data, position)
+        number, kind = tag >> 3, tag & 7
+        if not 0 < number < 1 << 29:
+            raise WireError(f"field number {number} before byte {position} cannot be")
+        if kind == _VARINT:
+            value, position = _read_varint(data, position)
+            yield number, kind, value
+            continue
+        if kind == _BYTES:
+            length, position = _read_varint(data, position)
+        elif kind in (_FIXED32, _FIXED64):
+            length = 4 if kind == _FIXED32 else 8
+        else:
+            raise WireError(f"field {number} before byte {position} has wire type {kind}, which this contract has not")
+        if length > size - position:
+            raise WireError(
+                f"field {number} wants {length} bytes at byte {position}, the message has {size - position}"
+            )
+        piece = data[position : position + length]
+        position += length
+        yield number, kind, piece if kind == _BYTES else int.from_bytes(piece, "little")
+
+
+def _text(name: str, value: memoryview) -> str:
+    try:
+        return str(value, "utf-8")
+    except UnicodeDecodeError as error:
+        raise WireError(f"{name} is not UTF-8") from error
