@@ -29,8 +29,10 @@ _AND_OR = {
 def synthetic_rows(table: TableSpec, rows: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.uint8]:
     """The bytes of `rows` (any shape): uint8 [*rows.shape, row_bytes]."""
     words = -(-table.row_bytes // 8)
-    first: npt.NDArray[np.uint64] = rows.reshape(-1, 1).astype(np.uint64) * np.uint64(words)
-    x: npt.NDArray[np.uint64] = first + np.arange(words, dtype=np.uint64)
+    x = np.empty((rows.size, words), np.uint64)
+    x[:] = rows.reshape(-1, 1)
+    x *= np.uint64(words)
+    x += np.arange(words, dtype=np.uint64)
     x += np.uint64(table.layer * 2**48 % 2**64)
     x += np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(30)
