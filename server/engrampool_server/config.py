@@ -1,0 +1,257 @@
+"""The server's settings, and where each came from: default < TOML file < environment < command-line flags."""
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import click
+
+from engrampool_proto.errors import EngrampoolError
+from engrampool_server.setting_kinds import (
+    GIB,
+    KIB,
+    MIB,
+    TIB,
+    Boolean,
+    Choice,
+    Directories,
+    Integer,
+    Kind,
+    Listen,
+    Seconds,
+    Size,
+    format_size,
+    split_address,
+)
+
+__all__ = ["ConfigError", "ResolvedConfig", "ServerConfig", "load_config", "render", "serve_options", "split_address"]
+
+ENVIRONMENT_PREFIX = "ENGRAMPOOL_"
+
+Memory = Literal["anon", "shm", "hugetlb"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+EventLoop = Literal["uvloop", "asyncio"]
+
+# Kubernetes gives every container variables for each Service of its namespace. Those of a Service called `engrampool`
+# or `engrampool-...` have our prefix, and nobody set them, so they must not stop the server as unknown settings.
+# Values are matched too, so that ENGRAMPOOL_LISTEN_PORT=50051 is still told to whoever meant ENGRAMPOOL_LISTEN.
+_SERVICE_LINK = re.compile(
+    r"""ENGRAMPOOL(_\w+)?_(
+        SERVICE_HOST=.*
+        | SERVICE_PORT(_\w+)?=[0-9]+
+        | PORT(_[0-9]+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://.*
+        | PORT_[0-9]+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=.*
+    )""",
+    re.VERBOSE,
+)
+
+_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
+
+
+class ConfigError(EngrampoolError, ValueError):
+    """A setting is unknown, out of range, or contradicts another. The operator must change what the text names."""
+
+
+def _about(kind: Kind, help_text: str, flag: str | None = None) -> dict[str, Any]:
+    return {"kind": kind, "unit": kind.unit, "allowed": kind.allowed, "help": help_text, "flag": flag}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How one server runs. Every field's metadata holds its `unit`, `allowed` range and `help`.
+
+    Values may be given as a file or the environment gives them ("2GiB", "[::]:50051"); they are kept parsed.
+    Raises ConfigError for a value out of its range or settings that contradict each other.
+    """
+
+    models: tuple[Path, ...] = field(
+        metadata=_about(Directories(), "Directory of a packed model; repeat for more.", flag="--model")
+    )
+    listen: str = field(
+        default="127.0.0.1:50051",
+        metadata=_about(Listen(), "Where lookups are answered; port 0 is any free one."),
+    )
+    metrics: str = field(
+        default="127.0.0.1:9464",
+        metadata=_about(Listen(may_be_off=True), "Where Prometheus scrapes, over HTTP; port 0 is any free one."),
+    )
+    memory: Memory = field(
+        default="anon",
+        metadata=_about(
+            Choice(get_args(Memory)),
+            "Where rows live: private memory with transparent huge pages advised, a file in /dev/shm unlinked once"
+            " mapped, or reserved huge pages.",
+        ),
+    )
+    lock_memory: bool = field(
+        default=False, metadata=_about(Boolean(), "Lock tables in memory, so that they are never swapped out.")
+    )
+    load_threads: int = field(
+        # The cores this process may use, which containers and taskset make fewer than the machine's.
+        default_factory=lambda: min(4, len(os.sched_getaffinity(0))),
+        metadata=_about(Integer(1, 64, "threads"), "Threads that read tables at start."),
+    )
+    gather_threads: int = field(
+        default=1, metadata=_about(Integer(1, 64, "threads"), "Threads that gather the rows of large answers.")
+    )
+    max_rows_per_request: int = field(
+        default=4_194_304, metadata=_about(Integer(1, 1 << 31, "rows"), "Rows that one lookup may ask for.")
+    )
+    max_answer_bytes: int = field(
+        default=GIB, metadata=_about(Size(KIB, TIB), "Bytes of rows that one lookup may ask for.")
+    )
+    max_in_flight_bytes: int = field(
+        default=2 * GIB,
+        metadata=_about(
+            Size(KIB, TIB),
+            "Bytes of answers not yet sent, beyond which lookups are refused; at least max_answer_bytes.",
+        ),
+    )
+    stream_chunk_bytes: int = field(
+        default=MIB, metadata=_about(Size(64 * KIB, 4 * MIB), "Bytes of rows in one message of a stream.")
+    )
+    drain_s: float = field(
+        default=10.0, metadata=_about(Seconds(0, 3600), "How long lookups may still finish after SIGTERM.")
+    )
+    log_level: LogLevel = field(
+        default="info", metadata=_about(Choice(get_args(LogLevel)), "The least severe messages that are logged.")
+    )
+    event_loop: EventLoop = field(
+        default="uvloop", metadata=_about(Choice(get_args(EventLoop)), "What runs the server's coroutines.")
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            # The dataclass is frozen to its users; this is still its construction.
+            object.__setattr__(self, setting.name, _parse(setting, getattr(self, setting.name)))
+        if self.max_in_flight_bytes < self.max_answer_bytes:
+            raise ConfigError(
+                f"max_in_flight_bytes: {format_size(self.max_in_flight_bytes)} is below max_answer_bytes, "
+                f"{format_size(self.max_answer_bytes)}, so the largest answer could never be sent; "
+                "raise the one or lower the other"
+            )
+
+
+_SETTINGS: Mapping[str, Field[Any]] = {setting.name: setting for setting in fields(ServerConfig)}
+_VARIABLES = {name: ENVIRONMENT_PREFIX + name.upper() for name in _SETTINGS}
+_FLAGS = {name: one.metadata["flag"] or f"--{name.replace('_', '-')}" for name, one in _SETTINGS.items()}
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration, and by field name where each value came from, such as `flag --listen` or `default`."""
+
+    config: ServerConfig
+    sources: Mapping[str, str]
+
+
+def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None) -> ResolvedConfig:
+    """Resolve every setting: the flag if given, else the environment's value, else the file's, else the default.
+
+    flags: what a command with `serve_options` was called with, by field name; None is a flag not given.
+    environ: all of it; ENGRAMPOOL_* is ours. ENGRAMPOOL_MODELS is separated as PATH is.
+    file: TOML, one top-level key a field. Relative directories start at the working directory, as in flags.
+
+    Raises ConfigError for an unknown name or a wrong value in any source, overridden or not, for settings that
+    contradict each other, for no models, and for a file that cannot be read.
+    """
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(_SETTINGS, "default")
+    for name, value, source in chain(_from_file(file), _from_environment(environ), _from_flags(flags)):
+        values[name] = _parse(_SETTINGS[name], value, f" from {source}")
+        sources[name] = source
+    if "models" not in values:
+        raise ConfigError(f"models: none given; use --model DIR, {ENVIRONMENT_PREFIX}MODELS, or `models` in the file")
+    return ResolvedConfig(ServerConfig(**values), sources)
+
+
+def render(resolved: ResolvedConfig) -> str:
+    """The settings as a TOML file for `load_config`, with the source and the range of each in a comment."""
+    lines = []
+    for name, setting in _SETTINGS.items():
+        value = setting.metadata["kind"].toml(getattr(resolved.config, name))
+        comment = f"from {resolved.sources[name]}; allowed: {setting.metadata['allowed']}"
+        # A file's name may hold what a TOML comment may not, such as a line break.
+        lines.append(f"{name} = {value}  # {''.join(c if c.isprintable() else '?' for c in comment)}\n")
+    return "".join(lines)
+
+
+def serve_options(command: _Command) -> _Command:
+    """Decorate a click command with one option a setting, passed by field name, None (or ()) where not given."""
+    for setting in reversed(list(_SETTINGS.values())):
+        kind, flag = setting.metadata["kind"], _FLAGS[setting.name]
+        takes_value: dict[str, Any] = {"type": str, "metavar": kind.metavar} if kind.metavar else {}
+        command = click.option(
+            flag if takes_value else f"{flag}/{_negative(flag)}",
+            setting.name,
+            default=None,
+            multiple=isinstance(kind, Directories),
+            help=f"{setting.metadata['help']} ({setting.metadata['allowed']}{_default_text(setting)})",
+            **takes_value,
+        )(command)
+    return command
+
+
+def _from_file(file: Path | None) -> Iterator[tuple[str, Any, str]]:
+    if file is None:
+        return
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ConfigError(f"{file} is not a TOML file: {error}") from error
+    for name, value in document.items():
+        if name not in _SETTINGS:
+            raise _unknown(f"setting {name!r} in {file}", name, {key: key for key in _SETTINGS})
+        yield name, value, f"file {file}"
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    for variable, value in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or _SERVICE_LINK.fullmatch(f"{variable}={value}"):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if _VARIABLES.get(name) != variable:
+            raise _unknown(f"environment variable {variable}={value!r}", name, _VARIABLES)
+        yield name, value.split(os.pathsep) if name == "models" else value, f"environment {variable}"
+
+
+def _from_flags(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    for name, value in flags.items():
+        if name not in _SETTINGS:
+            raise _unknown(f"flag {name!r}", name, _FLAGS)
+        # click passes an option that may repeat as (), not None, where it is absent.
+        if value is not None and value != ():
+            yield name, value, f"flag {_negative(_FLAGS[name]) if value is False else _FLAGS[name]}"
+
+
+def _parse(setting: Field[Any], value: Any, origin: str = "") -> Any:
+    try:
+        return setting.metadata["kind"].parse(value)
+    except ValueError as error:
+        allowed = setting.metadata["allowed"]
+        raise ConfigError(f"{setting.name}: {value!r}{origin} is not allowed; allowed: {allowed}") from error
+
+
+def _unknown(what: str, name: str, known: Mapping[str, str]) -> ConfigError:
+    """The error for `what`; known: how a setting is called where `what` was found, by field name."""
+    # An abbreviation is further from its name in letters than a misspelling is, and as easy to recognise.
+    close = [one for one in known if one.startswith(name)] or get_close_matches(name, known, n=1)
+    hint = f"did you mean {known[close[0]]}?" if close else f"known: {', '.join(known.values())}"
+    return ConfigError(f"unknown {what}; {hint}")
+
+
+def _negative(flag: str) -> str:
+    return f"--no-{flag[2:]}"
+
+
+def _default_text(setting: Field[Any]) -> str:
+    default = setting.default_factory() if setting.default_factory is not MISSING else setting.default
+    return "" if default is MISSING else f"; default: {setting.metadata['kind'].toml(default)}"
