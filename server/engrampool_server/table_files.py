@@ -10,8 +10,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from engrampool_proto.spec import ModelSpec, TableSpec
 
+from engrampool_proto.spec import ModelSpec, TableSpec
 from engrampool_server.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TableFile, TableFileError
 from engrampool_server.safetensors_header import HeaderError, Tensor, read_header
 

@@ -1,0 +1,104 @@
+"""The server's subcommands of `engrampool`; each only reads its options and says what was done."""
+
+import json
+from pathlib import Path
+
+import click
+
+from engrampool_server.pack import pack as pack_checkpoint
+from engrampool_server.progress import byte_progress
+from engrampool_server.synth import CONFIGS
+from engrampool_server.synth import synth as write_synthetic
+from engrampool_server.synth_checkpoint import synth_checkpoint
+from engrampool_server.table_files import PackedModel, TableFileError
+from engrampool_server.table_writer import FILE_BYTES
+from engrampool_server.verify import damaged_blocks, summary, summary_text
+
+_PATH = click.Path(path_type=Path)
+
+_out = click.option("--out", type=_PATH, required=True, help="Directory to write; must not exist.")
+_name = click.option("--name", help="The model's name; its family's by default.")
+_quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
+_file_mib = click.option(
+    "--file-mib",
+    type=click.IntRange(min=1),
+    default=FILE_BYTES >> 20,
+    show_default=True,
+    help="Largest size of a table file, in MiB.",
+)
+
+
+@click.command()
+@click.option("--checkpoint", type=_PATH, required=True, help="Directory with config.json and safetensors files.")
+@_out
+@_name
+@_file_mib
+@_quiet
+def pack(checkpoint: Path, out: Path, name: str | None, file_mib: int, quiet: bool) -> None:
+    """Pack the Engram tables of a Hugging Face checkpoint into files that `serve` loads.
+
+    A run that was interrupted goes on where it stopped when it is started again.
+    """
+    version = pack_checkpoint(checkpoint, out, name, file_bytes=file_mib << 20, quiet=quiet)
+    click.echo(f"packed {out}, version {version}")
+
+
+@click.command()
+@click.option("--like", type=click.Choice(list(CONFIGS)), required=True, help="Model family.")
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(min=2),
+    required=True,
+    help="The family's (n-gram) vocabulary size: about the rows of one head.",
+)
+@click.option("--tokenizer", type=_PATH, help="tokenizer.json for the DeepSeek families; identity map without.")
+@_out
+@click.option("--checkpoint-out", is_flag=True, help="Write a Hugging Face checkpoint instead, for `pack`.")
+@_name
+@_file_mib
+@_quiet
+def synth(
+    like: str,
+    vocab_size: int,
+    tokenizer: Path | None,
+    out: Path,
+    checkpoint_out: bool,
+    name: str | None,
+    file_mib: int,
+    quiet: bool,
+) -> None:
+    """Write tables of a real model's shape and any size, whose rows can be computed again.
+
+    docs/FORMAT.md has the function; `engrampool_proto.synthetic` computes it.
+    """
+    if checkpoint_out:
+        synth_checkpoint(like, vocab_size, out, tokenizer, name, quiet=quiet)
+        click.echo(f"wrote the checkpoint {out}")
+        return
+    version = write_synthetic(like, vocab_size, out, tokenizer, name, file_bytes=file_mib << 20, quiet=quiet)
+    click.echo(f"wrote {out}, version {version}")
+
+
+@click.command()
+@click.argument("directory", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def inspect(directory: Path, as_json: bool) -> None:
+    """Say what the packed model in DIRECTORY is. Checks manifest and files, reads no rows."""
+    with PackedModel.open(directory) as model:
+        click.echo(json.dumps(summary(model)) if as_json else summary_text(model))
+
+
+@click.command()
+@click.argument("directory", type=_PATH)
+@_quiet
+def verify(directory: Path, quiet: bool) -> None:
+    """Read every block of the packed model in DIRECTORY and check it; names each that is damaged."""
+    with PackedModel.open(directory) as model:
+        with byte_progress("verifying", model.spec.nbytes, quiet=quiet) as bar:
+            errors = damaged_blocks(model, bar.update)
+        for error in errors:
+            click.echo(str(error), err=True)
+        blocks = sum(len(model.blocks(layer)) for layer in model.spec.layers)
+        if errors:
+            raise TableFileError(f"{directory}: {len(errors)} of {blocks} blocks are damaged; do not serve it")
+        click.echo(f"{directory} is whole: {blocks} blocks, version {model.version}")

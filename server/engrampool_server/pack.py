@@ -1,0 +1,34 @@
+"""`engrampool pack`: streams a checkpoint's tables into a packed model."""
+
+from pathlib import Path
+
+from engrampool_server.checkpoint import Checkpoint
+from engrampool_server.table_writer import BLOCK_BYTES, FILE_BYTES, write_tables
+
+
+def pack(
+    checkpoint: Path,
+    out: Path,
+    name: str | None = None,
+    *,
+    file_bytes: int = FILE_BYTES,
+    block_bytes: int = BLOCK_BYTES,
+    quiet: bool = True,
+) -> str:
+    """Write the tables of the checkpoint directory as the packed model `out`; returns its version.
+
+    Memory stays bounded whatever the size: a block and its segments for each CPU. An interrupted run left nothing at
+    `out`; called again, it goes on with the first unfinished file.
+
+    Raises CheckpointError, or OutputError if `out` exists or cannot be written. The checkpoint is only read.
+    """
+    with Checkpoint.open(checkpoint, name) as source:
+        return write_tables(
+            out,
+            source.spec,
+            source.source,
+            source.read_rows,
+            file_bytes=file_bytes,
+            block_bytes=block_bytes,
+            quiet=quiet,
+        )

@@ -1,0 +1,102 @@
+"""`engrampool verify` and `inspect`: what a packed model is, and whether every block is what it was."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_server.table_files import Block, PackedModel, TableFileError
+
+
+def damaged_blocks(
+    model: PackedModel, progress: Callable[[int], object], threads: int | None = None
+) -> list[TableFileError]:
+    """Read every block, `threads` at a time (one a CPU by default); returns one error for each that is damaged.
+
+    progress: called with the bytes of each block, from the calling thread.
+    """
+    buffers = threading.local()
+
+    def read(block: Block) -> TableFileError | None:
+        shape = (block.stop - block.start, model.spec.table(block.layer).row_bytes)
+        buffer: npt.NDArray[np.uint8] | None = getattr(buffers, "block", None)
+        if buffer is None or buffer.size < shape[0] * shape[1]:
+            buffer = buffers.block = np.empty(shape[0] * shape[1], np.uint8)
+        try:
+            model.read_block(block, buffer[: shape[0] * shape[1]].reshape(shape))
+        except TableFileError as error:
+            return error
+        return None
+
+    errors = []
+    blocks = [block for layer in model.spec.layers for block in model.blocks(layer)]
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        for block, error in zip(blocks, pool.map(read, blocks), strict=True):
+            progress((block.stop - block.start) * model.spec.table(block.layer).row_bytes)
+            if error is not None:
+                errors.append(error)
+    return errors
+
+
+def summary(model: PackedModel) -> dict[str, Any]:
+    """What the model is, as JSON types, without the long lists (token map, head sizes, checksums)."""
+    token_map = model.spec.token_map
+    return {
+        "name": model.spec.name,
+        "version": model.version,
+        "nbytes": model.spec.nbytes,
+        "num_files": len(model.files),
+        "vocab_size": model.spec.vocab_size,
+        "lookback": model.spec.lookback,
+        "token_map": None if token_map is None else {"size": token_map.size, "digest": token_map.digest},
+        "tables": [
+            {
+                "layer": table.layer,
+                "num_rows": table.num_rows,
+                "row_bytes": table.row_bytes,
+                "nbytes": table.nbytes,
+                "row_format": table.row_format.to_json(),
+                "scale": table.scale,
+                "heads": table.heads,
+                "hash_family": table.hash.FAMILY,
+                "num_blocks": len(model.blocks(table.layer)),
+                "files": sorted({block.file for block in model.blocks(table.layer)}),
+            }
+            for table in model.spec.tables
+        ],
+    }
+
+
+def summary_text(model: PackedModel) -> str:
+    """The same, for people."""
+    facts = summary(model)
+    token_map = facts["token_map"]
+    mapped = f", mapped to {token_map['size']} (digest {token_map['digest']})" if token_map else ", hashed as they are"
+    lines = [
+        f"model    {facts['name']}",
+        f"version  {facts['version']}",
+        f"rows     {_bytes(facts['nbytes'])} in {facts['num_files']} files",
+        f"tokens   ids below {facts['vocab_size']}{mapped}; {facts['lookback']} looked back on",
+    ]
+    for table in facts["tables"]:
+        segments = " + ".join(f"{s['name']} {s['dtype']} x {s['length']}" for s in table["row_format"])
+        scale = "" if table["scale"] is None else f", times {table['scale']:g}"
+        lines += [
+            "",
+            f"layer {table['layer']}",
+            f"  rows   {table['num_rows']} of {table['row_bytes']} bytes: {segments}{scale}",
+            f"  hash   {table['hash_family']}, {table['heads']} heads",
+            f"  files  {len(table['files'])}, {table['num_blocks']} blocks, {_bytes(table['nbytes'])}",
+        ]
+    return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
