@@ -1,0 +1,139 @@
+"""The client's subcommands of `engrampool`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_client.client import Client
+from engrampool_client.errors import BatchError, EngrampoolError
+from engrampool_client.exchange import Hashing
+from engrampool_proto.builders import blueprint, load_config
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.spec import ModelSpec
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_TOKENS = click.option("--tokens", required=True, type=_FILE, help="int32 [T] as .npy: one sequence from its start.")
+_OUT = click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The .npz to write.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+
+
+@click.command()
+@click.option("--server", required=True, metavar="HOST:PORT", help="The server's address.")
+@click.option("--model", "name", help="The model's name, if the server holds several.")
+@click.option("--version", help="The model's version, if the server holds several.")
+@click.option("--hashing", type=click.Choice(["local", "server"]), default="local", show_default=True)
+@click.option("--config", type=_FILE, help="Your config.json: refuse a server whose tables do not fit it.")
+@click.option("--tokenizer", type=_FILE, help="Your tokenizer.json, compared likewise.")
+@click.option("--timeout-s", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True)
+@_TOKENS
+@_OUT
+@_JSON
+def lookup(
+    server: str,
+    name: str | None,
+    version: str | None,
+    hashing: Hashing,
+    config: Path | None,
+    tokenizer: Path | None,
+    timeout_s: float,
+    tokens: Path,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Fetch the rows of a token sequence: uint8 [T, heads, row_bytes], one array a layer, named layer_L."""
+    ids = _read_tokens(tokens)
+    settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
+    with Client(server, name, version, hashing=hashing, **settings) as pool:  # type: ignore[arg-type]
+        begin = time.perf_counter()
+        step = pool.prefetch(ids)
+        step.wait()
+        seconds = time.perf_counter() - begin
+        rows = {f"layer_{layer}": step.rows(layer) for layer in step.layers}
+        times = step.times
+        summary = {
+            "model": pool.spec.name,
+            "version": pool.version,
+            "seconds": round(seconds, 6),
+            "server_us": None if times is None else vars(times),
+        }
+    _write(out, rows)
+    _report({**summary, **_shapes(ids, rows), "out": str(out)}, as_json)
+
+
+@click.command()
+@click.option(
+    "--model", "directory", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A packed model."
+)
+@click.option("--config", type=_FILE, help="Or the model's config.json,")
+@click.option("--tokenizer", type=_FILE, help="with its tokenizer.json where the model hashes through one.")
+@_TOKENS
+@_OUT
+@_JSON
+def rows(
+    directory: Path | None, config: Path | None, tokenizer: Path | None, tokens: Path, out: Path, as_json: bool
+) -> None:
+    """Hash a token sequence, without a table or a server: row ids [T, heads], one array a layer, named layer_L."""
+    if (directory is None) == (config is None):
+        raise click.UsageError("give either --model, or --config with --tokenizer")
+    if directory is not None and tokenizer is not None:
+        raise click.UsageError("--tokenizer goes with --config; a packed model has its token map in it")
+    if config is not None:
+        spec = blueprint(load_config(config), tokenizer).spec
+    else:
+        assert directory is not None
+        spec = _packed_spec(directory)
+    ids = _read_tokens(tokens)
+    hashed = {f"layer_{layer}": array for layer, array in spec.hash(TokenBatch.of(ids)).items()}
+    _write(out, hashed)
+    _report({"model": spec.name, "spec_digest": spec.digest, **_shapes(ids, hashed), "out": str(out)}, as_json)
+
+
+def _packed_spec(directory: Path) -> ModelSpec:
+    """Only the specification: hashing needs no table, so the table files need not be there."""
+    manifest = directory / "manifest.json"
+    try:
+        return ModelSpec.from_json(json.loads(manifest.read_text(encoding="utf-8"))["spec"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, EngrampoolError):
+            raise
+        raise EngrampoolError(f"{manifest} cannot be read as a packed model's manifest: {error}") from error
+
+
+def _read_tokens(path: Path) -> npt.NDArray[np.int32]:
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise BatchError(f"{path} is no .npy file: {error}") from error
+    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int32 or tokens.ndim != 1:
+        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
+        raise BatchError(f"{path} must hold int32 [T]; it holds {found}")
+    return tokens
+
+
+def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """All or nothing: a full disk leaves no half file under the name asked for."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _shapes(tokens: npt.NDArray[np.int32], arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    shapes = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
+    return {"tokens": len(tokens), "arrays": shapes}
+
+
+def _report(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    arrays = ", ".join(f"{name} {a['dtype']} {a['shape']}" for name, a in summary["arrays"].items())
+    click.echo(f"{summary['out']}: {arrays}")

@@ -1,0 +1,110 @@
+"""Every error a client raises, each saying who must act. All derive from EngrampoolError.
+
+EngrampoolError
++- BatchError, SpecError        the caller's arrays, config or tokenizer are wrong (from the contract)
++- PoolError
+   +- UnavailableError          the server is down, unreachable or still loading: try again, or another
+   +- DeadlineError             no answer in time (also a TimeoutError)
+   +- OverloadedError           the server has too much in flight: send less, or later
+   +- RejectedError             the server refused the request: change it
+   +- UnknownModelError         no such model there
+   +- UnknownVersionError       the version this client was made for is not held any more: connect again
+   +- FingerprintError          the server's tables were made for another tokenizer, hash or layout: do not use them
+   +- ProtocolError             the answer is not what the contract says: a bug, or not an engrampool server
+   +- StepCancelledError        the step was cancelled here
+"""
+
+from collections.abc import Sequence
+
+import grpc
+
+from engrampool_proto.errors import BatchError, EngrampoolError, SpecError
+
+REASON_KEY = "engrampool-reason"
+
+
+class PoolError(EngrampoolError):
+    """Base of what goes wrong between client and server. reason: the server's name for it, or None."""
+
+    def __init__(self, text: str, reason: str | None = None) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class UnavailableError(PoolError):
+    """The server cannot be reached, or is still loading its tables."""
+
+
+class DeadlineError(PoolError, TimeoutError):
+    """No answer within the time allowed."""
+
+
+class OverloadedError(PoolError):
+    """The server refused because too many bytes are in flight there."""
+
+
+class RejectedError(PoolError):
+    """The server refused the request as it is; the text says what to change."""
+
+
+class UnknownModelError(PoolError):
+    """The server does not hold the model; the text names those it holds."""
+
+
+class UnknownVersionError(PoolError):
+    """The server does not hold the version asked for; the text names those it holds."""
+
+
+class FingerprintError(PoolError):
+    """The served tables differ from what this client's config and tokenizer demand. differences: a line a field."""
+
+    def __init__(self, differences: Sequence[str]) -> None:
+        self.differences = tuple(differences)
+        lines = "; ".join(self.differences)
+        super().__init__(f"this client's model and the served one differ, rows would be wrong without a sign: {lines}")
+
+
+class ProtocolError(PoolError):
+    """The server's answer breaks the contract."""
+
+
+class StepCancelledError(PoolError):
+    """The step was cancelled before its rows were there."""
+
+
+_BY_CODE: dict[grpc.StatusCode, type[PoolError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.INVALID_ARGUMENT: RejectedError,
+    grpc.StatusCode.NOT_FOUND: UnknownModelError,
+    grpc.StatusCode.FAILED_PRECONDITION: UnknownVersionError,
+    grpc.StatusCode.CANCELLED: StepCancelledError,
+}
+
+
+def from_rpc(error: grpc.RpcError, target: str) -> PoolError:
+    """The typed error for a failed call to `target`."""
+    code, text = error.code(), error.details()
+    reason = next((str(value) for key, value in error.trailing_metadata() or () if key == REASON_KEY), None)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(f"{target} is no engrampool server: {text}", reason)
+    kind = _BY_CODE.get(code, PoolError)
+    return kind(f"{target}: {text} ({code.name})", reason)
+
+
+__all__ = [
+    "BatchError",
+    "DeadlineError",
+    "EngrampoolError",
+    "FingerprintError",
+    "OverloadedError",
+    "PoolError",
+    "ProtocolError",
+    "RejectedError",
+    "SpecError",
+    "StepCancelledError",
+    "UnavailableError",
+    "UnknownModelError",
+    "UnknownVersionError",
+]

@@ -1,0 +1,77 @@
+"""What a server holds, read once at connect: which model, which version, its specification and the server's limits."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from engrampool_client.errors import FingerprintError, ProtocolError, UnknownModelError, UnknownVersionError
+from engrampool_proto.builders import blueprint, load_config
+from engrampool_proto.errors import SpecError
+from engrampool_proto.spec import ModelSpec
+from engrampool_proto.v1 import pool_pb2
+
+DESCRIBE = pool_pb2.DescribeRequest(include_spec=True).SerializeToString()
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One version of one model on one server. max_rows, max_answer_bytes: the server's limits on a request."""
+
+    spec: ModelSpec
+    version: str
+    max_rows: int
+    max_answer_bytes: int
+    server_version: str
+
+
+def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel:
+    """Pick a model from a DescribeResponse; None means the only one there is.
+
+    Raises UnknownModelError or UnknownVersionError if there is none such, or several and none was named;
+    ProtocolError if the answer contradicts itself.
+    """
+    try:
+        response = pool_pb2.DescribeResponse.FromString(answer)
+    except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
+        raise ProtocolError(f"Describe was answered with something else: {error}") from error
+    names = sorted({held.name for held in response.models})
+    if model is None and len(names) != 1:
+        raise UnknownModelError(f"name the model: the server holds {', '.join(names) or 'none'}")
+    of_name = [held for held in response.models if held.name == (model or names[0])]
+    if not of_name:
+        raise UnknownModelError(f"the server holds no model {model!r}; it holds {', '.join(names) or 'none'}")
+    versions = [held.version for held in of_name]
+    if version is None and len(versions) != 1:
+        raise UnknownVersionError(f"name the version of {of_name[0].name}: the server holds {', '.join(versions)}")
+    chosen = [held for held in of_name if held.version == (version or versions[0])]
+    if not chosen:
+        raise UnknownVersionError(f"the server holds {of_name[0].name} in {', '.join(versions)}, not in {version}")
+    held = chosen[0]
+    try:
+        spec = ModelSpec.from_json(json.loads(held.spec_json))
+    except ValueError as error:
+        raise ProtocolError(f"the server's specification of {held.name} is unreadable: {error}") from error
+    if spec.digest != held.spec_digest:
+        raise ProtocolError(
+            f"the server's specification of {held.name} has digest {spec.digest}, not {held.spec_digest}"
+        )
+    limits = response.limits
+    return ServedModel(
+        spec, held.version, limits.max_rows_per_request, limits.max_answer_bytes, response.server_version
+    )
+
+
+def check_fingerprint(served: ModelSpec, config: str | Path | None, tokenizer: str | Path | None) -> None:
+    """Refuse a server whose tables are not those of the model that runs here.
+
+    config, tokenizer: this side's config.json and tokenizer.json; without a config nothing is compared.
+    Raises FingerprintError listing the fields that differ, SpecError if the files cannot be read.
+    """
+    if config is None:
+        if tokenizer is not None:
+            raise SpecError("a tokenizer is compared through a config: give both")
+        return
+    ours = blueprint(load_config(Path(config)), None if tokenizer is None else Path(tokenizer), served.name).spec
+    differences = ours.differences(served)
+    if differences:
+        raise FingerprintError(differences)

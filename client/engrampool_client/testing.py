@@ -1,0 +1,129 @@
+"""Real servers for tests: as a child process, or on a thread of this one. Needs engrampool[server]."""
+
+import asyncio
+import collections
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engrampool_proto.errors import EngrampoolError
+
+_START_TIMEOUT_S = 60.0
+
+
+class ServerStartError(EngrampoolError):
+    """The server ended, or did not serve in time; the text has the last it said."""
+
+
+@dataclass
+class ServerProcess:
+    """A running `engrampool serve`. address, metrics_address: "127.0.0.1:PORT". process: for signals and waiting."""
+
+    process: subprocess.Popen[str]
+    address: str = ""
+    metrics_address: str = ""
+    _events: list[dict[str, Any]] = field(default_factory=list)
+    _tail: "collections.deque[str]" = field(default_factory=lambda: collections.deque(maxlen=20))
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _ended: bool = False
+
+    def wait_for(self, event: str, timeout_s: float = _START_TIMEOUT_S) -> dict[str, Any]:
+        """The first log line of that event, waiting for it. Raises ServerStartError if the server ends before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._find(event) is not None, timeout_s)
+            found = self._find(event)
+            if found is None:
+                raise ServerStartError(f"the server did not say {event!r} in {timeout_s} s: {' | '.join(self._tail)}")
+            return found
+
+    def _find(self, event: str) -> dict[str, Any] | None:
+        return next((line for line in self._events if line["event"] == event), None)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for text in self.process.stderr:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            with self._changed:
+                self._tail.append(text.strip())
+                if isinstance(line, dict) and "event" in line:
+                    self._events.append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+@contextmanager
+def serve_process(
+    *models: Path, environ: Mapping[str, str] | None = None, ready: bool = True, **settings: Any
+) -> Iterator[ServerProcess]:
+    """A server in a child process, on free ports of 127.0.0.1, stopped by SIGTERM (by SIGKILL if that takes too long).
+
+    models: packed directories. settings: flags of `engrampool serve`, such as gather_threads=2.
+    ready: wait until it serves; else only until it runs. Raises ServerStartError.
+    """
+    flags = {"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", **settings}
+    command = [sys.executable, "-m", "engrampool_proto", "serve"]
+    command += [word for path in models for word in ("--model", str(path))]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    process = subprocess.Popen(  # noqa: S603
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environ or {})}
+    )
+    server = ServerProcess(process)
+    reader = threading.Thread(target=server._read, daemon=True)
+    reader.start()
+    try:
+        if ready:
+            serving = server.wait_for("serving")
+            server.address, server.metrics_address = serving["listen"], serving["metrics"]
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        reader.join()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+@contextmanager
+def serve_thread(*models: Path, **settings: Any) -> Iterator[str]:
+    """A server on a thread of this process; gives its address. settings: fields of `ServerConfig`."""
+    from engrampool_server.config import ServerConfig
+    from engrampool_server.server import Server
+
+    config = ServerConfig(models=models, **{"listen": "127.0.0.1:0", "metrics": "off", **settings})
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def call(make: Callable[[], Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(make(), loop).result(_START_TIMEOUT_S)
+
+    async def create() -> Server:
+        return Server(config)
+
+    server: Server = call(create)
+    try:
+        call(server.start)
+        call(server.load)
+        yield server.address
+    finally:
+        call(server.stop)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

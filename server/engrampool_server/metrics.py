@@ -1,0 +1,176 @@
+"""What Prometheus sees. docs/OPERATIONS.md lists the metrics; the dashboard and its test read them by these names."""
+
+import platform
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from engrampool_proto import __version__
+
+# A lookup takes 0.1 ms to 100 ms; prometheus_client's own buckets begin at 5 ms.
+_SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.25, 1.0, 5.0)
+# A `_created` series beside every counter and bucket set doubles a scrape and is read by nobody.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+_CALL = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own so that several servers can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.started = Counter("grpc_server_started", "Calls started.", _CALL, registry=registry)
+        self.handled = Counter("grpc_server_handled", "Calls ended, by code.", (*_CALL, "grpc_code"), registry=registry)
+        self.received = Counter("grpc_server_msg_received", "Messages received.", _CALL, registry=registry)
+        self.sent = Counter("grpc_server_msg_sent", "Messages sent.", _CALL, registry=registry)
+        self.handling = Histogram(
+            "grpc_server_handling_seconds",
+            "From a call's start to its end.",
+            _CALL,
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        table = ("model", "layer")
+        self.rows = Counter("engrampool_lookup_rows", "Rows answered.", table, registry=registry)
+        self.bytes = Counter("engrampool_lookup_bytes", "Bytes of rows answered.", table, registry=registry)
+        self.lookup = self._seconds("engrampool_lookup_seconds", "From arrival until the answer went to gRPC.")
+        self.queue = self._seconds("engrampool_lookup_queue_seconds", "From arrival to the start of work.")
+        self.gather = self._seconds("engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.")
+        self.refused = Counter("engrampool_refused", "Lookups refused, by reason.", ("reason",), registry=registry)
+        self.in_flight = Gauge("engrampool_in_flight_bytes", "Bytes of answers being worked on.", registry=registry)
+        self.in_flight_limit = Gauge("engrampool_in_flight_limit_bytes", "Their bound.", registry=registry)
+        self.table_bytes = Gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table, registry=registry)
+        self.table_rows = Gauge("engrampool_table_rows", "Rows held in memory.", table, registry=registry)
+        self.load_seconds = Gauge("engrampool_load_seconds", "Time that loading took.", ("model",), registry=registry)
+        self.loaded_bytes = Counter("engrampool_loaded_bytes", "Bytes of tables read so far.", registry=registry)
+        self.to_load_bytes = Gauge("engrampool_to_load_bytes", "Bytes of all tables to hold.", registry=registry)
+        self.serving = Gauge("engrampool_serving", "1 while health says SERVING, else 0.", registry=registry)
+        model_info = ("model", "version", "spec_digest")
+        self.model_info = Gauge("engrampool_model_info", "Models held; always 1.", model_info, registry=registry)
+        build_info = Gauge(
+            "engrampool_build_info", "Always 1.", ("version", "python_version", "grpc_version"), registry=registry
+        )
+        build_info.labels(__version__, platform.python_version(), grpc.__version__).set(1)
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ("method",), registry=self.registry, buckets=_SECONDS)
+
+
+class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Counts and times every call of every service under the names that gRPC dashboards know."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Wrap the method's handler; an unknown method has none."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        streams_in, streams_out = handler.request_streaming, handler.response_streaming
+        kind = {
+            (False, False): "unary",
+            (False, True): "server_stream",
+            (True, False): "client_stream",
+            (True, True): "bidi_stream",
+        }[streams_in, streams_out]
+        call = (kind, service, method)
+        if streams_in and streams_out:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(handler.stream_stream, call, True),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if streams_out:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(handler.unary_stream, call, False),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if streams_in:
+            return handler
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler.unary_unary, call), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _unary(self, behaviour: Callable[..., Awaitable[Any]], call: tuple[str, ...]) -> Callable[..., Awaitable[Any]]:
+        started, received, sent, handling = self._children(call)
+
+        async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            begin = time.perf_counter()
+            started.inc()
+            received.inc()
+            code = grpc.StatusCode.OK
+            try:
+                response = await behaviour(request, context)
+                sent.inc()
+                return response
+            except BaseException:
+                code = _code_of(context)
+                raise
+            finally:
+                handling.observe(time.perf_counter() - begin)
+                self._metrics.handled.labels(*call, code.name).inc()
+
+        return wrapped
+
+    def _streaming(
+        self, behaviour: Callable[..., AsyncIterator[Any]], call: tuple[str, ...], streams_in: bool
+    ) -> Callable[..., AsyncIterator[Any]]:
+        started, received, sent, handling = self._children(call)
+
+        async def counted(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+            async for request in requests:
+                received.inc()
+                yield request
+
+        async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            begin = time.perf_counter()
+            started.inc()
+            if streams_in:
+                request = counted(request)
+            else:
+                received.inc()
+            code = grpc.StatusCode.OK
+            try:
+                async for response in behaviour(request, context):
+                    sent.inc()
+                    yield response
+            except BaseException:
+                code = _code_of(context)
+                raise
+            finally:
+                handling.observe(time.perf_counter() - begin)
+                self._metrics.handled.labels(*call, code.name).inc()
+
+        return wrapped
+
+    def _children(self, call: tuple[str, ...]) -> tuple[Counter, Counter, Counter, Histogram]:
+        m = self._metrics
+        return m.started.labels(*call), m.received.labels(*call), m.sent.labels(*call), m.handling.labels(*call)
+
+
+def _code_of(context: grpc.aio.ServicerContext) -> grpc.StatusCode:
+    """The code a failed call ends with: the one set, CANCELLED, or UNKNOWN, gRPC's answer to a stray exception."""
+    code = context.code()
+    if isinstance(code, int):
+        code = next((c for c in grpc.StatusCode if c.value[0] == code), grpc.StatusCode.UNKNOWN)
+    if context.cancelled():
+        return grpc.StatusCode.CANCELLED
+    return grpc.StatusCode.UNKNOWN if code in (None, grpc.StatusCode.OK) else code

@@ -1,0 +1,111 @@
+"""Tables held in memory: loading them from packed files, and copying rows out."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_proto.errors import BatchError, EngrampoolError
+from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
+from engrampool_server.memory import allocate
+from engrampool_server.table_files import Block, PackedModel
+
+
+class LoadCancelledError(EngrampoolError):
+    """Loading was given up because the server is to stop."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTable:
+    """Rows [row_start, row_start + len(rows)) of a table. rows: uint8 [n, row_bytes], read-only."""
+
+    spec: TableSpec
+    rows: npt.NDArray[np.uint8]
+    row_start: int = 0
+
+    @property
+    def row_stop(self) -> int:
+        """One past the last row held."""
+        return self.row_start + len(self.rows)
+
+    def check(self, ids: RowIds) -> None:
+        """Raise BatchError naming the first id that is not held."""
+        if not ids.size:
+            return
+        if int(ids.min()) >= self.row_start and int(ids.max()) < self.row_stop:
+            return
+        at = int(np.argmax((ids < self.row_start) | (ids >= self.row_stop)))
+        raise BatchError(
+            f"row id {ids[at]} at position {at} of layer {self.spec.layer} is out of range; "
+            f"this server holds rows {self.row_start} .. {self.row_stop - 1}"
+        )
+
+    def gather(self, ids: RowIds, out: npt.NDArray[np.uint8]) -> None:
+        """Copy the rows `ids` [N] into `out`, uint8 [N * row_bytes]. Ids must have been checked."""
+        if self.row_start:
+            ids = ids - ids.dtype.type(self.row_start)
+        # Mode "raise" would gather into a buffer first and copy that.
+        np.take(self.rows, ids, axis=0, out=out.reshape(len(ids), self.spec.row_bytes), mode="clip")
+
+
+@dataclass(frozen=True, eq=False)
+class HeldModel:
+    """One version of a model, in memory. tables: by layer, ascending."""
+
+    spec: ModelSpec
+    version: str
+    tables: Mapping[int, HeldTable]
+
+
+def load(
+    packed: PackedModel,
+    memory: str,
+    lock: bool,
+    threads: int,
+    stop: threading.Event,
+    progress: Callable[[int], None],
+) -> HeldModel:
+    """Read every block of every table into fresh memory, each checked against its checksum.
+
+    progress: called with the bytes of each block read, from any thread.
+    Raises TableFileError for damage, OutOfMemoryError, LoadCancelledError once `stop` is set.
+    """
+    tables = {}
+    for spec in packed.spec.tables:
+        rows = allocate(spec.nbytes, memory, lock).reshape(spec.num_rows, spec.row_bytes)
+        _read_blocks(packed, packed.blocks(spec.layer), rows, threads, stop, progress)
+        rows.flags.writeable = False
+        tables[spec.layer] = HeldTable(spec, rows)
+    return HeldModel(packed.spec, packed.version, tables)
+
+
+def _read_blocks(
+    packed: PackedModel,
+    blocks: Iterable[Block],
+    rows: npt.NDArray[np.uint8],
+    threads: int,
+    stop: threading.Event,
+    progress: Callable[[int], None],
+) -> None:
+    failed = threading.Event()
+
+    def read(block: Block) -> None:
+        if stop.is_set():
+            raise LoadCancelledError("loading was cancelled")
+        if failed.is_set():
+            return
+        out = rows[block.start : block.stop]
+        packed.read_block(block, out)
+        progress(out.nbytes)
+
+    with ThreadPoolExecutor(threads, "load") as pool:
+        futures = [pool.submit(read, block) for block in blocks]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        failed.set()
+        for future in done:
+            future.result()
+        for future in futures:
+            future.result()
