@@ -56,7 +56,7 @@ def family_from_json(document: Mapping[str, Any]) -> HashFamily:
         raise SpecError(f"unknown hash family {name!r}; this version knows {', '.join(sorted(_FAMILIES))}")
     try:
         return _FAMILIES[name].from_json(constants)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise SpecError(f"bad constants of hash family {name!r}: {error}") from error
 
 

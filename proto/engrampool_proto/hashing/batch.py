@@ -139,6 +139,11 @@ class Windows:
         return np.logical_or.accumulate(gap, axis=0)
 
 
+def is_token_id(value: object) -> bool:
+    """Whether `value` can be a token id of some model: an int in 0 .. 2**31 - 1."""
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _check(name: str, array: Any, dtype: type[np.generic], shape: tuple[int | None, ...]) -> None:
     wanted = f"{np.dtype(dtype).name} [{', '.join('*' if n is None else str(n) for n in shape)}]"
     if not isinstance(array, np.ndarray):

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_proto.hashing.batch import Windows
+from engrampool_proto.errors import SpecError
+from engrampool_proto.hashing.batch import Windows, is_token_id
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Identity:
     num_rows: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.num_rows < 2**31:
-            raise ValueError(f"num_rows must be in 1 .. 2**31 - 1, it is {self.num_rows}")
+        if not (is_token_id(self.num_rows) and self.num_rows):
+            raise SpecError(f"num_rows must be in 1 .. 2**31 - 1, it is {self.num_rows!r}")
 
     @property
     def lookback(self) -> int:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_proto.hashing.batch import Windows
+from engrampool_proto.errors import SpecError
+from engrampool_proto.hashing.batch import Windows, is_token_id
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Polynomial:
     weights: [orders][heads][n]: the factor of the token d back; entries at and beyond the order are not used.
     stop: a token id that ends a look-back when met at a distance of one or more; None for none. What cannot be read
         (before the start, dead, from a `stop` on) adds nothing.
+
+    Raises SpecError for constants that do not fit together or their types.
     """
 
     FAMILY: ClassVar[str] = "polynomial"
@@ -30,14 +33,16 @@ class Polynomial:
 
     def __post_init__(self) -> None:
         if not self.moduli or not all(heads and all(0 < m < 2**32 for m in heads) for heads in self.moduli):
-            raise ValueError("every order needs at least one head, each with a positive modulus below 2**32")
+            raise SpecError("every order needs at least one head, each with a positive modulus below 2**32")
         if len(self.weights) != len(self.moduli):
-            raise ValueError(f"{len(self.moduli)} orders of moduli, but {len(self.weights)} of weights")
+            raise SpecError(f"{len(self.moduli)} orders of moduli, but {len(self.weights)} of weights")
         for order, (heads, factors) in enumerate(zip(self.moduli, self.weights, strict=True), start=2):
             if len(factors) != len(heads) or not all(len(f) >= order for f in factors):
-                raise ValueError(f"order {order} needs {len(heads)} heads of at least {order} weights")
+                raise SpecError(f"order {order} needs {len(heads)} heads of at least {order} weights")
             if not all(0 <= w < 2**32 for f in factors for w in f):
-                raise ValueError("a weight is not in 0 .. 2**32 - 1")
+                raise SpecError("a weight is not in 0 .. 2**32 - 1")
+        if self.stop is not None and not is_token_id(self.stop):
+            raise SpecError(f"stop must be a token id or None, it is {self.stop!r}")
 
     @property
     def lookback(self) -> int:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_proto.hashing.batch import Windows
+from engrampool_proto.errors import SpecError
+from engrampool_proto.hashing.batch import Windows, is_token_id
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class XorMix:
     stop: a raw token id that ends a look-back when met at a distance of one or more; None for none.
 
     Columns: n ascending, then head. The remainder is never negative (a product may wrap).
+    Raises SpecError for constants that do not fit together or their types.
     """
 
     FAMILY: ClassVar[str] = "xor_mix"
@@ -35,16 +37,18 @@ class XorMix:
 
     def __post_init__(self) -> None:
         if len(self.multipliers) < 2 or len(self.primes) != len(self.multipliers) - 1:
-            raise ValueError(
+            raise SpecError(
                 f"{len(self.multipliers)} multipliers need {len(self.multipliers) - 1} orders of primes, at least one; "
                 f"there are {len(self.primes)}"
             )
         if not all(-(2**63) <= m < 2**63 for m in self.multipliers):
-            raise ValueError("a multiplier does not fit int64")
+            raise SpecError("a multiplier does not fit int64")
         if not all(heads and all(0 < p < 2**63 for p in heads) for heads in self.primes):
-            raise ValueError("every order needs at least one head, each with a positive modulus below 2**63")
-        if not 0 <= self.fill < 2**31:
-            raise ValueError(f"fill must be a token id, it is {self.fill}")
+            raise SpecError("every order needs at least one head, each with a positive modulus below 2**63")
+        if not is_token_id(self.fill):
+            raise SpecError(f"fill must be a token id, it is {self.fill!r}")
+        if self.stop is not None and not is_token_id(self.stop):
+            raise SpecError(f"stop must be a token id or None, it is {self.stop!r}")
 
     @property
     def lookback(self) -> int:
