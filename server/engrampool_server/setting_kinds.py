@@ -231,7 +231,8 @@ def split_address(address: str) -> tuple[str, int]:
 
 def format_size(size_bytes: int) -> str:
     """The shortest exact text that a Size reads: "2GiB", or digits alone where no unit divides it."""
-    unit = next(unit for unit in reversed(_UNITS) if size_bytes % _UNITS[unit] == 0 and size_bytes >= _UNITS[unit])
+    fitting = (unit for unit in reversed(_UNITS) if size_bytes >= _UNITS[unit] and size_bytes % _UNITS[unit] == 0)
+    unit = next(fitting, "")
     return f"{size_bytes // _UNITS[unit]}{unit}"
 
 
