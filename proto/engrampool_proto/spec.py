@@ -5,6 +5,7 @@ random number generator or prime search is asked again.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ class TableSpec:
     hash: the family with its constants; head h owns rows [head_offsets[h], head_offsets[h + 1]).
     scale: one factor for every value of the table, applied by the consumer; None where rows carry their own or none.
 
-    Raises SpecError if the heads need more rows than there are.
+    Raises SpecError if the heads need more rows than there are, or the scale is not finite.
     """
 
     layer: int
@@ -132,6 +133,11 @@ class TableSpec:
     def __post_init__(self) -> None:
         if not 0 <= self.layer <= MAX_LAYER:
             raise SpecError(f"layer must be in 0 .. {MAX_LAYER}, it is {self.layer}")
+        if self.scale is not None:
+            # A factor given as an integer is the same factor, and equal specifications have equal digests.
+            object.__setattr__(self, "scale", float(self.scale))
+            if not math.isfinite(self.scale):
+                raise SpecError(f"{self.name}: scale must be a finite number, it is {self.scale}")
         needed = sum(self.hash.head_rows())
         if not needed <= self.num_rows < 2**63:
             raise SpecError(f"{self.name}: heads need {needed} rows, the table has {self.num_rows}")
@@ -307,16 +313,21 @@ class ModelSpec:
         """Inverse of `to_json`. Raises SpecError for anything that `to_json` could not have written."""
         try:
             token_map = document["token_map"]
-            return cls(
+            spec = cls(
                 name=document["name"],
                 vocab_size=int(document["vocab_size"]),
                 token_map=None if token_map is None else TokenMap.from_json(token_map),
                 tables=tuple(TableSpec.from_json(table) for table in document["tables"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            given = canonical_json(document)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, SpecError):
                 raise
             raise SpecError(f"not a model specification: {error!r}") from error
+        # Numbers of another type, fields that nobody knows: what is read differently from how it is written is refused.
+        if given != canonical_json(spec.to_json()):
+            raise SpecError("not a model specification: it has unknown fields, or values of another type than written")
+        return spec
 
 
 @dataclass(frozen=True)
@@ -372,9 +383,13 @@ class ShardMap:
             shards = tuple(
                 Shard(str(s["target"]), int(s["layer"]), int(s["start"]), int(s["stop"])) for s in document["shards"]
             )
-            return cls(str(document["model"]), str(document["version"]), shards)
-        except (KeyError, TypeError, ValueError) as error:
+            shard_map = cls(str(document["model"]), str(document["version"]), shards)
+            given = canonical_json(document)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise SpecError(f"not a shard map: {error!r}") from error
+        if given != canonical_json(shard_map.to_json()):
+            raise SpecError("not a shard map: it has unknown fields, or values of another type than written")
+        return shard_map
 
 
 def _shorten(value: Any) -> str:

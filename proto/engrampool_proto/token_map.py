@@ -1,7 +1,6 @@
 """The token map ("compressed tokenizer") of DeepSeek's Engram: token ids that read alike share one id."""
 
 import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,8 @@ class TokenMap:
     def __post_init__(self) -> None:
         if self.ids.dtype != np.int32 or self.ids.ndim != 1 or not len(self.ids):
             raise SpecError(f"a token map is int32 [vocab_size]; this is {self.ids.dtype} {list(self.ids.shape)}")
-        if not np.array_equal(np.unique(self.ids), np.arange(self.size)):
+        # The size is compared first: a damaged id of 2**31 - 1 must not make an array as large.
+        if self.size > len(self.ids) or not np.array_equal(np.unique(self.ids), np.arange(self.size)):
             raise SpecError(f"a token map uses every id from 0 to its largest; this one skips some below {self.size}")
         self.ids.flags.writeable = False
 
@@ -59,14 +59,17 @@ class TokenMap:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "TokenMap":
-        """Inverse of `to_json`. Raises SpecError if the ids are not what the digest was taken of."""
+        """Inverse of `to_json`. Raises SpecError if the ids are not what the digest and the sizes were taken of."""
         try:
             raw = base64.b64decode(document["ids"], validate=True)
-            token_map = cls(np.frombuffer(raw, "<i4").astype(np.int32))
-        except (KeyError, TypeError, binascii.Error) as error:
+            ids = np.frombuffer(raw, "<i4").astype(np.int32)
+        except (KeyError, TypeError, ValueError) as error:
             raise SpecError(f"unreadable token map: {error!r}") from error
-        if token_map.digest != document.get("digest"):
-            raise SpecError(f"token map is damaged: its digest is {token_map.digest}, not {document.get('digest')}")
+        token_map = cls(ids)
+        for name, found in token_map.to_json().items():
+            if document.get(name) != found:
+                shown = "other bytes" if name == "ids" else repr(found)
+                raise SpecError(f"token map is damaged: its {name} is {shown}, not {document.get(name)!r:.40}")
         return token_map
 
     @classmethod
