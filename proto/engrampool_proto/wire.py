@@ -96,7 +96,7 @@ def _token_fields(batch: TokenBatch) -> list[bytes | memoryview]:
 
 
 def parse_request(data: bytes) -> LookupRequest:
-    """Read a LookupRequest; its arrays are read-only views into `data`.
+    """Read a LookupRequest; its ids and tokens are read-only views into `data`, its flags are arrays of their own.
 
     Raises WireError for malformed bytes, BatchError for a token batch whose parts do not fit together.
     """
@@ -120,9 +120,13 @@ def parse_request(data: bytes) -> LookupRequest:
             while position < len(value):
                 layer, position = _read_varint(value, position)
                 layers.append(layer & _U32)
-    # A message field given twice means the two merged, which is what their bytes one after the other mean.
-    tokens = _parse_tokens(memoryview(b"".join(token_messages))) if token_messages else None
+    tokens = _parse_tokens(_merged(token_messages)) if token_messages else None
     return LookupRequest(model, version, tuple(tables), tokens, tuple(layers))
+
+
+def _merged(messages: list[memoryview]) -> memoryview:
+    """A message field given more than once means all merged, which is what their bytes one after the other mean."""
+    return messages[0] if len(messages) == 1 else memoryview(b"".join(messages))
 
 
 def _parse_ids(data: memoryview) -> tuple[int, Ids]:
@@ -219,7 +223,7 @@ def parse_response(data: bytes) -> LookupResponse:
     times = None
     if times_messages:
         found = {1: 0, 2: 0, 3: 0}
-        for number, kind, value in _fields(memoryview(b"".join(times_messages))):
+        for number, kind, value in _fields(_merged(times_messages)):
             if number in found and kind == _FIXED32:
                 found[number] = value
         times = ServerTimes(found[1], found[2], found[3])
@@ -293,7 +297,8 @@ def _put_message(parts: list[bytes | memoryview], number: int, fields: list[byte
     parts.extend(fields)
 
 
-def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
+def _read_varint(data: memoryview, position: int, longest: int = 10) -> tuple[int, int]:
+    """The number at `position` and where it ends. Tags and lengths have 5 bytes at most, as protobuf holds them to."""
     value = shift = 0
     while True:
         if position >= len(data):
@@ -304,15 +309,15 @@ def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value & _U64, position
         shift += 7
-        if shift >= 70:
-            raise WireError(f"a number before byte {position} is longer than 10 bytes")
+        if shift >= 7 * longest:
+            raise WireError(f"a number before byte {position} is longer than {longest} bytes")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
     """Fields of a message in order: (number, wire type, int or memoryview). Unknown ones are the caller's to skip."""
     position, size = 0, len(data)
     while position < size:
-        tag, position = _read_varint(data, position)
+        tag, position = _read_varint(data, position, longest=5)
         number, kind = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
             raise WireError(f"field number {number} before byte {position} cannot be")
@@ -321,7 +326,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
             yield number, kind, value
             continue
         if kind == _BYTES:
-            length, position = _read_varint(data, position)
+            length, position = _read_varint(data, position, longest=5)
         elif kind in (_FIXED32, _FIXED64):
             length = 4 if kind == _FIXED32 else 8
         else:
