@@ -8,6 +8,11 @@ from engrampool_proto.errors import SpecError
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.token_map import TokenMap
 
+# Far above every model, and small enough that a mistyped config is refused instead of searched primes for.
+MAX_NGRAM = 32
+MAX_HEADS_PER_NGRAM = 256
+_INT32 = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Part:
@@ -43,25 +48,26 @@ class Builder:
     build: Callable[[Mapping[str, Any], TokenMap | None, str], Blueprint]
 
 
-def integer(config: Mapping[str, Any], key: str, default: int | None = None, low: int = 0) -> int:
-    """`config[key]`, an integer of at least `low`. Raises SpecError naming the key."""
-    value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise SpecError(f"config.json: {key} must be an integer of at least {low}; it is {value!r}")
+def integer(config: Mapping[str, Any], key: str, default: int | None = None, low: int = 0, high: int = _INT32) -> int:
+    """`config[key]`, an integer in `low` .. `high`; absent or null, `default`. Raises SpecError naming the key."""
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not int or not low <= value <= high:
+        raise SpecError(f"config.json: {key} must be an integer in {low} .. {high}; it is {value!r}")
     return value
 
 
-def integers(config: Mapping[str, Any], key: str) -> list[int]:
-    """`config[key]`, a list of non-negative integers, at least one. Raises SpecError naming the key."""
+def integers(config: Mapping[str, Any], key: str, high: int = _INT32) -> list[int]:
+    """`config[key]`, a list of integers in 0 .. `high`, at least one. Raises SpecError naming the key."""
     value = config.get(key)
-    if not isinstance(value, list) or not value or not all(type(v) is int and v >= 0 for v in value):
-        raise SpecError(f"config.json: {key} must be a list of integers; it is {value!r}")
+    if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v <= high for v in value):
+        raise SpecError(f"config.json: {key} must be a list of integers in 0 .. {high}; it is {value!r}")
     return value
 
 
 def float_dtype(config: Mapping[str, Any], default: str) -> str:
     """The dtype that the config says unquantised weights have. Raises SpecError for one that rows cannot have."""
-    value = config.get("torch_dtype") or config.get("dtype") or default
+    key = "dtype" if config.get("torch_dtype") is None else "torch_dtype"
+    value = default if config.get(key) is None else config[key]
     if value not in ("bfloat16", "float16", "float32"):
-        raise SpecError(f"config.json: torch_dtype must be bfloat16, float16 or float32; it is {value!r}")
+        raise SpecError(f"config.json: {key} must be bfloat16, float16 or float32; it is {value!r}")
     return str(value)

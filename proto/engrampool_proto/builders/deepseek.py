@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from engrampool_proto.builders.blueprint import Blueprint, Builder, Part, float_dtype, integer, integers
+from engrampool_proto.builders.blueprint import (
+    MAX_HEADS_PER_NGRAM,
+    MAX_NGRAM,
+    Blueprint,
+    Builder,
+    Part,
+    float_dtype,
+    integer,
+    integers,
+)
 from engrampool_proto.builders.primes import next_prime
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import XorMix
@@ -80,13 +89,13 @@ def _blueprint(name: str, token_map: TokenMap, tables: list[TableSpec], tensors:
 def _build_v41(config: Mapping[str, Any], token_map: TokenMap | None, name: str) -> Blueprint:
     assert token_map is not None
     layers = integers(config, "engram_layer_ids")
-    max_ngram = integer(config, "engram_max_ngram_size", low=2)
-    heads = integer(config, "engram_n_heads", low=1)
+    max_ngram = integer(config, "engram_max_ngram_size", low=2, high=MAX_NGRAM)
+    heads = integer(config, "engram_n_heads", low=1, high=MAX_HEADS_PER_NGRAM)
     dim = integer(config, "engram_head_dim", low=_VALUES_PER_SCALE)
     if dim % _VALUES_PER_SCALE:
         raise SpecError(f"config.json: engram_head_dim must be a multiple of {_VALUES_PER_SCALE}; it is {dim}")
-    compressed = config.get("engram_compressed_vocab_size")
-    if compressed is not None and compressed != token_map.size:
+    compressed = integer(config, "engram_compressed_vocab_size", token_map.size)
+    if compressed != token_map.size:
         raise SpecError(
             f"config.json says engram_compressed_vocab_size {compressed}, the tokenizer gives {token_map.size}; "
             "every multiplier depends on it, so this is not the tokenizer that the tables were trained with"
@@ -98,7 +107,7 @@ def _build_v41(config: Mapping[str, Any], token_map: TokenMap | None, name: str)
     pad = integer(config, "engram_pad_token_id")
     tables = _tables(layers, sizes, heads, 0, pad, token_map, rows)
     if config.get("engram_num_embeddings") is not None:
-        stated = integers(config, "engram_num_embeddings")
+        stated = integers(config, "engram_num_embeddings", high=2**63 - 1)
         derived = [table.num_rows for table in tables]
         if stated != derived:
             raise SpecError(f"config.json says engram_num_embeddings {stated}; its head sizes sum to {derived}")
@@ -109,8 +118,8 @@ def _build_v41(config: Mapping[str, Any], token_map: TokenMap | None, name: str)
 def _build_demo(config: Mapping[str, Any], token_map: TokenMap | None, name: str) -> Blueprint:
     assert token_map is not None
     sizes = integers(config, "engram_vocab_size")
-    max_ngram = integer(config, "max_ngram_size", low=2)
-    heads = integer(config, "n_head_per_ngram", low=1)
+    max_ngram = integer(config, "max_ngram_size", low=2, high=MAX_NGRAM)
+    heads = integer(config, "n_head_per_ngram", low=1, high=MAX_HEADS_PER_NGRAM)
     dim = integer(config, "n_embed_per_ngram", low=1)
     if len(sizes) != max_ngram - 1 or min(sizes) < 2:
         raise SpecError(
@@ -119,7 +128,7 @@ def _build_demo(config: Mapping[str, Any], token_map: TokenMap | None, name: str
     if dim % heads:
         raise SpecError(f"config.json: n_embed_per_ngram {dim} is no multiple of n_head_per_ngram {heads}")
     rows = RowFormat((Segment("values", float_dtype(config, "float32"), dim // heads),))
-    pad, seed = integer(config, "pad_id"), integer(config, "seed", 0)
+    pad, seed = integer(config, "pad_id"), integer(config, "seed", 0, high=2**63 - 1)
     tables = _tables(integers(config, "layer_ids"), sizes, heads, seed, pad, token_map, rows)
     return _blueprint(name, token_map, tables, {"values": "engram.multi_head_embedding.embedding.weight"})
 

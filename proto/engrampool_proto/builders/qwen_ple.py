@@ -7,7 +7,16 @@ under `layers.{L-1}.`. Primes and multipliers count these layers from 0 in ascen
 from collections.abc import Mapping
 from typing import Any
 
-from engrampool_proto.builders.blueprint import Blueprint, Builder, Part, float_dtype, integer, integers
+from engrampool_proto.builders.blueprint import (
+    MAX_HEADS_PER_NGRAM,
+    MAX_NGRAM,
+    Blueprint,
+    Builder,
+    Part,
+    float_dtype,
+    integer,
+    integers,
+)
 from engrampool_proto.builders.primes import next_prime
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import XorMix
@@ -44,7 +53,11 @@ def _row_dtype(config: Mapping[str, Any]) -> str:
     if stated is not None:
         raise SpecError(f"config.json: ple_embedding_dtype must be float8_e4m3fn, nvfp4 or absent; it is {stated!r}")
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise SpecError(f"config.json: quantization_config must be an object; it is {quantization!r}")
     unquantised = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
+    if not isinstance(unquantised, list) or not all(isinstance(name, str) for name in unquantised):
+        raise SpecError(f"config.json: quantization_config must list the names of unquantised layers: {unquantised!r}")
     if quantization.get("quant_method") == "fp8" and not any("ngram_embedding" in name for name in unquantised):
         return "float8_e4m3fn"
     return float_dtype(config, "bfloat16")
@@ -63,18 +76,18 @@ def _build(config: Mapping[str, Any], token_map: TokenMap | None, name: str) -> 
     layers = sorted(set(integers(config, "ple_layer_ids")))
     if layers[0] < 1:
         raise SpecError(f"config.json: ple_layer_ids counts from 1; it has {layers[0]}")
-    ngram_size = integer(config, "ngram_size", 3, low=2)
-    per_ngram = integer(config, "heads_per_ngram", 8, low=1)
+    ngram_size = integer(config, "ngram_size", 3, low=2, high=MAX_NGRAM)
+    per_ngram = integer(config, "heads_per_ngram", 8, low=1, high=MAX_HEADS_PER_NGRAM)
     heads = (ngram_size - 1) * per_ngram
     dim = integer(config, "ple_embed_dim", config.get("hidden_size"), low=1)
     if dim % heads:
         raise SpecError(f"config.json: ple_embed_dim {dim} is no multiple of the {heads} heads")
     vocab_size = integer(config, "vocab_size", low=1)
-    eos = integer(config, "eos_token_id")
+    eos = integer(config, "eos_token_id", high=vocab_size - 1)
     base = integer(config, "ngram_vocab_size_base", 20_000_000, low=2)
     divisor = integer(config, "make_ngram_vocab_size_divisible_by", 128, low=1)
-    shards = integer(config, "split_ngram_parts", 512, low=1)
-    seed = integer(config, "seed", 1234)
+    shards = integer(config, "split_ngram_parts", 512, low=1, high=1 << 16)
+    seed = integer(config, "seed", 1234, high=_MASK)
     dtype = _row_dtype(config)
     rows = _row_format(dtype, dim // heads)
     tables, parts, scales = [], {}, {}
