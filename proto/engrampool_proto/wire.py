@@ -9,6 +9,7 @@ import ctypes
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -120,13 +121,8 @@ def parse_request(data: bytes) -> LookupRequest:
             while position < len(value):
                 layer, position = _read_varint(value, position)
                 layers.append(layer & _U32)
-    tokens = _parse_tokens(_merged(token_messages)) if token_messages else None
+    tokens = _parse_tokens(token_messages) if token_messages else None
     return LookupRequest(model, version, tuple(tables), tokens, tuple(layers))
-
-
-def _merged(messages: list[memoryview]) -> memoryview:
-    """A message field given more than once means all merged, which is what their bytes one after the other mean."""
-    return messages[0] if len(messages) == 1 else memoryview(b"".join(messages))
 
 
 def _parse_ids(data: memoryview) -> tuple[int, Ids]:
@@ -141,10 +137,10 @@ def _parse_ids(data: memoryview) -> tuple[int, Ids]:
     return layer, np.frombuffer(raw, dtype)
 
 
-def _parse_tokens(data: memoryview) -> TokenBatch:
+def _parse_tokens(messages: list[memoryview]) -> TokenBatch:
     raw = {number: memoryview(b"") for number in (1, 2, 3, 5, 6)}
     width = 0
-    for number, kind, value in _fields(data):
+    for number, kind, value in _merged_fields(messages):
         if number in raw and kind == _BYTES:
             raw[number] = value
         elif number == 4 and kind == _VARINT:
@@ -223,7 +219,7 @@ def parse_response(data: bytes) -> LookupResponse:
     times = None
     if times_messages:
         found = {1: 0, 2: 0, 3: 0}
-        for number, kind, value in _fields(_merged(times_messages)):
+        for number, kind, value in _merged_fields(times_messages):
             if number in found and kind == _FIXED32:
                 found[number] = value
         times = ServerTimes(found[1], found[2], found[3])
@@ -338,6 +334,11 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
         piece = data[position : position + length]
         position += length
         yield number, kind, piece if kind == _BYTES else int.from_bytes(piece, "little")
+
+
+def _merged_fields(messages: list[memoryview]) -> Iterator[tuple[int, int, Any]]:
+    """Fields of a message that was given more than once, which means all merged. Each must end where it ends."""
+    return chain.from_iterable(map(_fields, messages))
 
 
 def _text(name: str, value: memoryview) -> str:
