@@ -1,11 +1,11 @@
 """The main job on one machine: `make demo`.
 
-Makes a checkpoint of DeepSeek-V4.1's layout (scaled down to about 250 MB) with the real DeepSeek V4 tokenizer, packs it
-and
-serves it from a separate process. Real text then runs through a stand-in model of 40 layers that takes the rows of layers
-1 and 14 when those layers run: a prefill in chunks, then decode steps of many sequences. Every byte is checked.
+Makes a checkpoint of DeepSeek-V4.1's layout, scaled down to about 250 MB, with the real DeepSeek V4 tokenizer, packs it
+and serves it from a separate process. Real text then runs through a stand-in model of 40 layers, which takes the rows
+of layers 1 and 14 when those layers run: a prefill in chunks, then decode steps of 32 sequences. Every byte is checked.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +37,7 @@ PREFILL_LAYER_S, DECODE_LAYER_S = 1.25e-3, 0.2e-3
 
 def engrampool(*arguments: str | Path) -> None:
     """Run the command line program, showing the command."""
-    words = [str(a) for a in arguments]
+    words = [os.path.relpath(a) if isinstance(a, Path) else a for a in arguments]
     print("$ engrampool", *words, flush=True)
     subprocess.run([sys.executable, "-m", "engrampool_proto", *words], check=True)
 
@@ -153,7 +153,7 @@ def main() -> None:
     packed = make_model(tokenizer)
     text = "\n".join((HERE / "data" / name).read_text(encoding="utf-8") for name in TEXTS)
     tokens = np.array(Tokenizer.from_file(str(tokenizer)).encode(text).ids, np.int32)
-    print(f"$ engrampool serve --model {packed}", flush=True)
+    print(f"$ engrampool serve --model {os.path.relpath(packed)}", flush=True)
     with serve_process(packed) as server, Client(server.address) as pool:
         spec = pool.spec
         print(

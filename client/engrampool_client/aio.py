@@ -184,12 +184,16 @@ class AsyncClient:
     def _submit(self, layers: Sequence[int], build: Callable[[], Exchange], timeout_s: float | None) -> AsyncStep:
         if self._closed:
             raise PoolError("the client is closed")
+        if not layers:
+            raise BatchError("a lookup needs at least one layer")
         step = AsyncStep(layers)
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         task = asyncio.create_task(self._run(step, build, deadline))
         step._task = task
         self._steps.add(task)
         task.add_done_callback(self._steps.discard)
+        # A task that is cancelled before its first turn never runs; its step must end all the same.
+        task.add_done_callback(lambda _: step._end(StepCancelledError("the step was cancelled")))
         return step
 
     async def _run(self, step: AsyncStep, build: Callable[[], Exchange], deadline: float) -> None:
@@ -205,13 +209,11 @@ class AsyncClient:
                         _take(step, exchange, message)
                 exchange.finish()
                 step.times, step.elapsed_s = exchange.times, time.perf_counter() - step._begin
-        except asyncio.CancelledError:
-            step._end(StepCancelledError("the step was cancelled"))
         except grpc.RpcError as error:
             step._end(from_rpc(error, self.target))
         except EngrampoolError as error:
             step._end(error)
-        except BaseException as error:  # a step must never be left without an end
+        except Exception as error:  # a step must never be left without an end
             step._end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise
 

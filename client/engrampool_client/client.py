@@ -244,6 +244,8 @@ class Client:
     def _submit(self, layers: Sequence[int], build: Callable[[], Exchange], timeout_s: float | None) -> Step:
         if self._closed:
             raise PoolError("the client is closed")
+        if not layers:
+            raise BatchError("a lookup needs at least one layer")
         step = Step(layers)
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         self._threads.submit(self._run, step, build, deadline)

@@ -87,8 +87,6 @@ class Exchange:
             table, ids = served.spec.table(layer), rows[layer]
             tables.append((layer, _row_ids(layer, ids, table.num_rows, table.id_dtype)))
             shapes[layer] = (*ids.shape, table.row_bytes)
-        if not tables:
-            raise BatchError("a lookup by row ids needs at least one layer")
         _check_limits(served, shapes)
         return cls(wire.LookupRequest(served.spec.name, served.version, tuple(tables)), shapes)
 

@@ -104,10 +104,10 @@ class ServerConfig:
         default=4_194_304, metadata=_about(Integer(1, 1 << 31, "rows"), "Rows that one lookup may ask for.")
     )
     max_answer_bytes: int = field(
-        default=GIB, metadata=_about(Size(KIB, TIB), "Bytes of rows that one lookup may ask for.")
+        default=512 * MIB, metadata=_about(Size(KIB, TIB), "Bytes of rows that one lookup may ask for.")
     )
     max_in_flight_bytes: int = field(
-        default=2 * GIB,
+        default=GIB,
         metadata=_about(
             Size(KIB, TIB),
             "Bytes of answers not yet sent, beyond which lookups are refused; at least max_answer_bytes.",

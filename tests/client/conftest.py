@@ -1,0 +1,48 @@
+"""Small packed models and a real server, shared by the client's tests."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engrampool_client.testing import serve_thread
+from engrampool_proto.builders import blueprint
+from engrampool_proto.spec import ModelSpec
+from small_model import CONFIG, TOKENIZER, write_model
+
+
+@pytest.fixture(scope="session")
+def spec() -> ModelSpec:
+    return blueprint(CONFIG, TOKENIZER).spec
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory, spec) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "small", spec)
+
+
+@pytest.fixture(scope="session")
+def other_packed(tmp_path_factory) -> Path:
+    """Another family, without a token map: Qwen's."""
+    qwen = {
+        "ple_layer_ids": [3],
+        "ngram_vocab_size_base": 500,
+        "ple_embed_dim": 640,
+        "vocab_size": 1000,
+        "eos_token_id": 7,
+    }
+    return write_model(tmp_path_factory.mktemp("models") / "qwen", blueprint(qwen).spec)
+
+
+@pytest.fixture(scope="session")
+def server(packed) -> Iterator[str]:
+    with serve_thread(packed) as address:
+        yield address

@@ -1,0 +1,339 @@
+"""Both clients against a real server: the same bytes, the same errors."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engrampool_client import (
+    AsyncClient,
+    BatchError,
+    Client,
+    DeadlineError,
+    PoolError,
+    RejectedError,
+    SpecError,
+    StepCancelledError,
+)
+from engrampool_client.testing import serve_thread
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.synthetic import synthetic_rows
+
+VOCAB = 129280
+
+
+class Blocking:
+    """AsyncClient with Client's face, so that one test holds both to the same behaviour."""
+
+    def __init__(self, target, **settings):
+        self._loop = asyncio.new_event_loop()
+        self._client = self._call(AsyncClient.connect(target, **settings))
+        self.spec, self.served = self._client.spec, self._client.served
+
+    def _call(self, awaitable):
+        return self._loop.run_until_complete(awaitable)
+
+    def lookup(self, *arguments, **settings):
+        return self._call(self._client.lookup(*arguments, **settings))
+
+    def lookup_rows(self, *arguments, **settings):
+        return self._call(self._client.lookup_rows(*arguments, **settings))
+
+    def close(self):
+        self._call(self._client.close())
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+
+@contextmanager
+def connected(kind: str, target: str, **settings) -> Iterator[Client | Blocking]:
+    client = (Client if kind == "blocking" else Blocking)(target, **settings)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@pytest.fixture(scope="module", params=["blocking", "asyncio"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["local", "server"])
+def pool(request, kind, server) -> Iterator[Client | Blocking]:
+    with connected(kind, server, hashing=request.param) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Iterator[Client]:
+    with Client(server) as client:
+        yield client
+
+
+def expected(spec, batch: TokenBatch) -> dict[int, np.ndarray]:
+    return {layer: synthetic_rows(spec.table(layer), ids) for layer, ids in spec.hash(batch).items()}
+
+
+def assert_rows(found, wanted) -> None:
+    assert list(found) == list(wanted)
+    for layer, rows in found.items():
+        assert rows.dtype == np.uint8
+        assert rows.shape == wanted[layer].shape
+        assert np.array_equal(rows, wanted[layer])
+
+
+def tokens_of(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, count).astype(np.int32)
+
+
+@pytest.mark.parametrize("count", [0, 1, 64, 500])  # 500 tokens come as a stream
+def test_rows_of_one_sequence(pool, count):
+    tokens = tokens_of(count)
+    assert_rows(pool.lookup(tokens), expected(pool.spec, TokenBatch.of(tokens)))
+
+
+@given(data=st.data())
+def test_any_batch(pool, data):
+    lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=5))
+    total, width = sum(lengths), data.draw(st.integers(0, 3))
+    ids = st.integers(0, VOCAB - 1)
+    tokens = np.array(data.draw(st.lists(ids, min_size=total, max_size=total)), np.int32)
+    bounds = np.cumsum([0, *lengths]).astype(np.int32)
+    size = len(lengths) * width
+    lookback = np.array(data.draw(st.lists(st.integers(-1, VOCAB - 1), min_size=size, max_size=size)), np.int32)
+    dead = np.array(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)), np.bool_)
+    lookback_dead = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), np.bool_)
+    shape = (len(lengths), width)
+    arrays = (tokens, bounds, lookback.reshape(shape), dead, lookback_dead.reshape(shape))
+    assert_rows(pool.lookup(*arrays), expected(pool.spec, TokenBatch(*arrays)))
+
+
+def test_chunks_give_what_the_whole_gives(pool):
+    tokens = tokens_of(50)
+    whole = pool.lookup(tokens)
+    for start, stop in ((0, 1), (1, 3), (3, 20), (20, 50)):
+        lookback = np.array([[tokens[start - back] if start >= back else -1 for back in (1, 2, 3)]], np.int32)
+        part = pool.lookup(tokens[start:stop], np.array([0, stop - start], np.int32), lookback)
+        assert_rows(part, {layer: rows[start:stop] for layer, rows in whole.items()})
+
+
+def test_layers_asked_for_come_in_order_of_the_model(pool):
+    rows = pool.lookup([5, 6], layers=[14, 1, 14])
+    assert list(rows) == [1, 14]
+    assert_rows(pool.lookup([5, 6], layers=[14]), {14: rows[14]})
+
+
+def test_rows_by_id_keep_the_shape_of_the_ids(pool):
+    table = pool.spec.table(14)
+    ids = np.random.default_rng(1).integers(0, table.num_rows, (3, 4, 5))
+    for dtype in (np.int64, np.uint32, np.uint64, np.int32):
+        rows = pool.lookup_rows({14: ids.astype(dtype)})
+        assert_rows(rows, {14: synthetic_rows(table, ids.astype(np.uint64))})
+    assert pool.lookup_rows({1: np.empty((0, 24), np.int64)})[1].shape == (0, 24, 264)
+
+
+def test_rows_are_read_only(pool):
+    for count in (1, 500):
+        rows = pool.lookup(tokens_of(count))[1]
+        with pytest.raises(ValueError, match="read-only"):
+            rows[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((np.array([1, 2], np.int64),), r"tokens must be int32 \[\*\]; it is int64 \[2\]"),
+        ((np.array([[1, 2]], np.int32),), r"tokens must be int32 \[\*\]"),
+        ((["a"],), "tokens cannot be made int32"),
+        (([2**31],), "tokens cannot be made int32"),
+        (([1, VOCAB],), r"tokens\[1\] is 129280; this model's token ids are 0 .. 129279"),
+        (([1, -1],), r"tokens\[1\] is -1"),
+        (([1, 2], [0, 1]), "query_start_loc must run from 0 to the number of tokens"),
+        (([1, 2], [0, 2, 1, 2]), "query_start_loc must ascend: entry 2 is 1, after 2 at entry 1"),
+        (([1, 2], []), "query_start_loc must run"),
+        (([1, 2], [0, 2], [[1, 2, 3, 4]]), "lookback has 4 columns; this model reads 3 tokens back at most"),
+        (([1, 2], [0, 2], [[1], [2]]), r"lookback must be int32 \[1, \*\]"),
+        (([1, 2], [0, 2], [[VOCAB]]), r"lookback\[0, 0\] is 129280"),
+        (([1, 2], [0, 2], [[-2]]), r"lookback\[0, 0\] is -2"),
+        (([1, 2], None, None, np.array([True])), r"dead must be bool \[2\]"),
+        (([1, 2], None, None, np.array([1, 0])), r"dead must be bool \[2\]"),
+    ],
+)
+def test_bad_batches_are_refused_with_the_culprit(pool, arguments, text):
+    with pytest.raises(BatchError, match=text):
+        pool.lookup(*arguments)
+    assert pool.lookup([1])[1].shape == (1, 24, 264)  # and nothing else is harmed
+
+
+def test_unknown_layers_and_bad_row_ids(pool):
+    with pytest.raises(SpecError, match="has no layer 2; it has 1, 14"):
+        pool.lookup([1], layers=[2])
+    num_rows = pool.spec.table(1).num_rows
+    for ids, text in (
+        (np.array([0, num_rows]), f"row id {num_rows} at position 1 of layer 1 is not in"),
+        (np.array([-1]), "row id -1 at position 0"),
+        (np.array([0.5]), "must be an integer array; they are float64"),
+        ([1, 2], "must be an integer array; they are list"),
+    ):
+        with pytest.raises(BatchError, match=text):
+            pool.lookup_rows({1: ids})
+    with pytest.raises(BatchError, match="at least one layer"):
+        pool.lookup_rows({})
+    with pytest.raises(BatchError, match="at least one layer"):
+        pool.lookup([1], layers=[])
+
+
+def test_a_batch_over_the_servers_limits(kind, packed):
+    with serve_thread(packed, max_rows_per_request=480) as address, connected(kind, address) as client:
+        assert client.lookup(tokens_of(10))[1].shape == (10, 24, 264)
+        with pytest.raises(RejectedError, match="over the server's limits of 480 rows") as caught:
+            client.lookup(tokens_of(11))
+        assert caught.value.reason == "too-many-rows"
+
+
+def test_a_deadline_that_cannot_be_met(pool):
+    with pytest.raises(DeadlineError):
+        pool.lookup(tokens_of(2000), timeout_s=1e-6)
+
+
+def test_arrays_may_be_overwritten_at_once(client):
+    tokens = tokens_of(400)
+    wanted = expected(client.spec, TokenBatch.of(tokens.copy()))
+    step = client.prefetch(tokens)
+    tokens[:] = 0
+    assert_rows({layer: step.rows(layer) for layer in step.layers}, wanted)
+
+
+def test_a_step_tells_its_times(client):
+    step = client.prefetch(tokens_of(1000))
+    step.wait()
+    assert step.done()
+    assert step.times is not None
+    assert step.elapsed_s is not None
+    assert step.times.queue_us + step.times.gather_us <= step.times.total_us + 2  # each was rounded
+    assert step.times.total_us / 1e6 <= step.elapsed_s
+    assert step.wait_s == {1: 0.0, 14: 0.0}
+    step.rows(1)
+    assert step.wait_s[1] >= 0
+    with pytest.raises(BatchError, match="layer 3 was not asked for"):
+        step.rows(3)
+
+
+def test_many_steps_at_once_each_get_their_own(client):
+    batches = [tokens_of(count, seed) for seed, count in enumerate([1, 300, 7, 64, 450, 2, 0, 33] * 3)]
+    steps = [client.prefetch(tokens) for tokens in batches]
+    for tokens, step in reversed(list(zip(batches, steps, strict=True))):
+        assert_rows({layer: step.rows(layer) for layer in step.layers}, expected(client.spec, TokenBatch.of(tokens)))
+
+
+def test_one_client_in_many_threads(client):
+    failures = []
+
+    def work(seed):
+        for turn in range(5):
+            tokens = tokens_of(40 + turn, 100 * seed + turn)
+            try:
+                assert_rows(client.lookup(tokens), expected(client.spec, TokenBatch.of(tokens)))
+            except BaseException as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_cancelled_step_ends_at_once_and_harms_no_other(server):
+    with Client(server, max_steps=1) as client:
+        running = client.prefetch(tokens_of(8000))
+        waiting = client.prefetch(tokens_of(10))
+        after = client.prefetch(tokens_of(10))
+        waiting.cancel()
+        running.cancel()
+        for step in (waiting, running):
+            assert step.done()
+            step.cancel()  # twice is once
+        with pytest.raises(StepCancelledError):
+            waiting.rows(1)
+        with pytest.raises(StepCancelledError):
+            running.wait()
+        assert_rows({1: after.rows(1)}, {1: expected(client.spec, TokenBatch.of(tokens_of(10)))[1]})
+
+
+def test_rows_that_came_before_the_cancel_stay(client):
+    step = client.prefetch(tokens_of(50))
+    rows = step.rows(1)
+    step.cancel()
+    assert np.array_equal(step.rows(1), rows)
+
+
+def test_waiting_no_longer_than_asked(packed):
+    """The wait for one layer has its own bound, beside the lookup's."""
+    with serve_thread(packed) as address, Client(address, max_steps=1) as client:
+        blocker = threading.Event()
+        client._threads.submit(blocker.wait)  # the only place is taken, so nothing can come
+        step = client.prefetch([1])
+        try:
+            with pytest.raises(DeadlineError, match=r"not there within 0\.01 s"):
+                step.rows(1, timeout_s=0.01)
+            with pytest.raises(DeadlineError, match=r"not complete within 0\.01 s"):
+                step.wait(timeout_s=0.01)
+        finally:
+            blocker.set()
+        assert step.rows(1).shape == (1, 24, 264)
+
+
+def test_a_closed_client_says_so(server):
+    client = Client(server)
+    client.close()
+    client.close()
+    with pytest.raises(PoolError, match="the client is closed"):
+        client.prefetch([1])
+
+
+def test_settings_out_of_range(server):
+    for settings in ({"hashing": "remote"}, {"timeout_s": 0}, {"connect_timeout_s": -1}, {"max_steps": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            Client(server, **settings)
+
+
+def test_asyncio_steps(server):
+    async def run():
+        async with await AsyncClient.connect(server) as client:
+            wanted = expected(client.spec, TokenBatch.of(tokens_of(500)))
+            step = client.prefetch(tokens_of(500))
+            both = await asyncio.gather(step.rows(1), step.rows(1), step.rows(14))
+            assert np.array_equal(both[0], wanted[1])
+            assert np.array_equal(both[2], wanted[14])
+
+            # Giving up on a wait, by time or by cancelling, leaves the step to others.
+            step = client.prefetch(tokens_of(500))
+            with pytest.raises(DeadlineError):
+                await step.rows(14, timeout_s=1e-9)
+            waiter = asyncio.create_task(step.rows(14))
+            await asyncio.sleep(0)
+            waiter.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiter
+            assert np.array_equal(await step.rows(14), wanted[14])
+
+            cancelled = client.prefetch(tokens_of(8000))
+            cancelled.cancel()
+            with pytest.raises(StepCancelledError):
+                await cancelled.rows(1)
+            assert cancelled.done()
+            last = client.prefetch([1])
+        with pytest.raises(StepCancelledError):
+            await last.rows(1)
+        with pytest.raises(PoolError, match="the client is closed"):
+            client.prefetch([1])
+
+    asyncio.run(run())

@@ -1,0 +1,132 @@
+"""`engrampool rows` and `engrampool lookup` as a pipe sees them: files, exit codes, one line on standard error."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from engrampool_client.commands import lookup, rows
+from engrampool_client.errors import BatchError, EngrampoolError, FingerprintError, UnavailableError
+from engrampool_proto.errors import SpecError
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.synthetic import synthetic_rows
+from small_model import CONFIG, TOKENIZER
+
+
+def run(command, *arguments):
+    """In this process; errors are raised rather than printed, as the program's `main` would print them."""
+    return CliRunner().invoke(command, [str(a) for a in arguments], standalone_mode=False, catch_exceptions=False)
+
+
+def program(*arguments):
+    words = [sys.executable, "-m", "engrampool_proto", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.random.default_rng(5).integers(0, 129280, 300).astype(np.int32))
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "rows.npz"
+
+
+def test_rows_from_a_config_and_from_a_packed_model_are_the_specs(spec, config, packed, tokens, out, tmp_path):
+    wanted = spec.hash(TokenBatch.of(np.load(tokens)))
+    nested = tmp_path / "nested.json"
+    nested.write_text(json.dumps({"model_type": "deepseek_v41", "text_config": CONFIG}))
+    sources = (
+        ("--config", config, "--tokenizer", TOKENIZER),
+        ("--config", nested, "--tokenizer", TOKENIZER),
+        ("--model", packed),
+    )
+    for source in sources:
+        result = run(rows, *source, "--tokens", tokens, "--out", out, "--json")
+        with np.load(out) as found:
+            assert sorted(found) == ["layer_1", "layer_14"]
+            for layer, ids in wanted.items():
+                array = found[f"layer_{layer}"]
+                assert array.dtype == np.uint32
+                assert np.array_equal(array, ids)
+        summary = json.loads(result.output)
+        assert summary["tokens"] == 300
+        assert summary["arrays"]["layer_14"] == {"shape": [300, 24], "dtype": "uint32"}
+        out.unlink()
+
+
+@pytest.mark.parametrize("hashing", ["local", "server"])
+def test_lookup_writes_the_rows(spec, config, server, tokens, out, hashing):
+    source = ("--server", server, "--hashing", hashing, "--config", config, "--tokenizer", TOKENIZER)
+    result = run(lookup, *source, "--tokens", tokens, "--out", out, "--json")
+    with np.load(out) as found:
+        for layer, ids in spec.hash(TokenBatch.of(np.load(tokens))).items():
+            assert np.array_equal(found[f"layer_{layer}"], synthetic_rows(spec.table(layer), ids))
+    summary = json.loads(result.output)
+    assert summary["arrays"]["layer_1"] == {"shape": [300, 24, 264], "dtype": "uint8"}
+    assert summary["server_us"]["total_us"] > 0
+
+
+def test_what_goes_wrong_is_raised_typed_and_leaves_no_file(config, server, tokens, out, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**CONFIG, "engram_head_dim": 128}))
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text("{}")
+    bad_tokens = tmp_path / "bad.npy"
+    hash_it = ("--config", config, "--tokenizer", TOKENIZER)
+    cases = (
+        (BatchError, "is no .npy file", rows, (*hash_it, "--tokens", other)),
+        (SpecError, "describes no model", rows, ("--config", nothing, "--tokens", tokens)),
+        (SpecError, r"tokenizer\.json is needed", rows, ("--config", config, "--tokens", tokens)),
+        (
+            SpecError,
+            "cannot be read as a tokenizer",
+            rows,
+            ("--config", config, "--tokenizer", other, "--tokens", tokens),
+        ),
+        (EngrampoolError, r"manifest\.json cannot be read", rows, ("--model", tmp_path, "--tokens", tokens)),
+        (FingerprintError, "row_format", lookup, ("--server", server, "--config", other, "--tokenizer", TOKENIZER)),
+        (UnavailableError, "no server", lookup, ("--server", "127.0.0.1:1", "--timeout-s", 0.3)),
+    )
+    for kind, text, command, arguments in cases:
+        given = arguments if "--tokens" in arguments else (*arguments, "--tokens", tokens)
+        with pytest.raises(kind, match=text):
+            run(command, *given, "--out", out)
+    for array, text in (
+        (np.zeros(3, np.int64), r"must hold int32 \[T\]; it holds int64 \[3\]"),
+        (np.zeros((2, 2), np.int32), r"it holds int32 \[2, 2\]"),
+        (np.array([129280], np.int32), r"tokens\[0\] is 129280"),
+    ):
+        np.save(bad_tokens, array)
+        with pytest.raises(BatchError, match=text):
+            run(rows, *hash_it, "--tokens", bad_tokens, "--out", out)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_exit_codes_of_the_real_program(packed, tokens, out, tmp_path):
+    done = program("rows", "--model", packed, "--tokens", tokens, "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "layer_1 uint32 [300, 24]" in done.stdout
+
+    usage = program("rows", "--tokens", tokens, "--out", out)
+    assert usage.returncode == 2
+    assert "give either --model, or --config with --tokenizer" in usage.stderr
+    assert program("rows", "--model", packed, "--tokens", tmp_path / "absent.npy", "--out", out).returncode == 2
+
+    failed = program("lookup", "--server", "127.0.0.1:1", "--timeout-s", "0.3", "--tokens", tokens, "--out", out)
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert len(failed.stderr.splitlines()) == 1
+    assert failed.stderr.startswith("engrampool: no server at 127.0.0.1:1 was ready within 0.3 s")
+
+    unwritable = program("rows", "--model", packed, "--tokens", tokens, "--out", tmp_path / "absent" / "rows.npz")
+    assert unwritable.returncode == 1
+    assert len(unwritable.stderr.splitlines()) == 1
+    assert "No such file" in unwritable.stderr

@@ -1,0 +1,104 @@
+"""Answers put together from their messages: any cut gives the rows, and nothing but the rows asked for is taken."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engrampool_client import ProtocolError
+from engrampool_client.exchange import Exchange
+from engrampool_client.served import ServedModel
+from engrampool_proto import wire
+from engrampool_proto.hashing import Identity
+from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
+from engrampool_proto.v1 import pool_pb2
+
+ROWS = RowFormat((Segment("values", "uint8", 3),))
+SPEC = ModelSpec("m", 50, tuple(TableSpec(layer, 50, ROWS, Identity(50)) for layer in (2, 9)))
+SERVED = ServedModel(SPEC, "v", max_rows=1000, max_answer_bytes=10_000, server_version="")
+
+
+def exchange(num_tokens: int) -> Exchange:
+    return Exchange.of_rows(SERVED, {layer: np.arange(num_tokens) for layer in (2, 9)})
+
+
+def message(*tables: tuple[int, int, bytes], times: bool = False) -> bytes:
+    rows = [pool_pb2.TableRows(layer=layer, first=first, rows=data) for layer, first, data in tables]
+    sent = pool_pb2.ServerTimes(queue_us=1, gather_us=2, total_us=3) if times else None
+    return pool_pb2.LookupResponse(tables=rows, times=sent).SerializeToString()
+
+
+@given(st.integers(1, 40), st.data())
+def test_any_cut_into_messages_gives_the_rows(num_tokens, data):
+    wanted = {layer: np.random.default_rng(layer).integers(0, 256, (num_tokens, 3), np.uint8) for layer in (2, 9)}
+    pieces = []
+    for layer in (2, 9):
+        cuts = sorted(data.draw(st.sets(st.integers(1, num_tokens - 1)))) if num_tokens > 1 else []
+        for start, stop in zip([0, *cuts], [*cuts, num_tokens], strict=True):
+            pieces.append((layer, start, wanted[layer][start:stop].tobytes()))
+    together = data.draw(st.lists(st.booleans(), min_size=len(pieces), max_size=len(pieces)))
+    messages: list[list] = []
+    for piece, same_message in zip(pieces, together, strict=True):
+        if same_message and messages:
+            messages[-1].append(piece)
+        else:
+            messages.append([piece])
+    taken, complete = exchange(num_tokens), []
+    for at, parts in enumerate(messages):
+        complete += taken.add(message(*parts, times=at == len(messages) - 1))
+        assert [layer for layer in (2, 9) if taken._have[layer] == 3 * num_tokens] == complete
+    taken.finish()
+    assert complete == [2, 9]
+    assert taken.times == wire.ServerTimes(1, 2, 3)
+    for layer in (2, 9):
+        assert np.array_equal(taken.rows(layer), wanted[layer])
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([message((3, 0, b"abcabc"))], "layer 3, which was not asked for"),
+        ([message((2, 1, b"abc"))], "layer 2: 3 bytes at row 1 do not follow the 0 bytes"),
+        ([message((2, 0, b"abc")), message((2, 0, b"abc"))], "do not follow the 3 bytes"),
+        ([message((2, 0, b"abcabcabc"))], "6 were asked for"),
+        ([message((2, 0, b"abcabc")), message((2, 2, b"abc"))], "6 were asked for"),
+        ([b"\x0a\xff"], "the answer cannot be read"),
+        ([message((2, 0, b"abcabc")), message((9, 0, b"abc"))], "ended before the rows of layer 9"),
+        ([], "ended before the rows of layer 2"),
+    ],
+)
+def test_answers_that_break_the_contract(messages, text):
+    def take_all():
+        taken = exchange(2)
+        for one in messages:
+            taken.add(one)
+        taken.finish()
+
+    with pytest.raises(ProtocolError, match=text):
+        take_all()
+
+
+@given(st.binary(max_size=60))
+def test_garbage_is_a_protocol_error(garbage):
+    taken = exchange(2)
+    try:
+        taken.add(garbage)
+    except ProtocolError:
+        return
+    with pytest.raises(ProtocolError):  # what could be read was, and it is not all the rows
+        taken.finish()
+
+
+def test_a_table_in_one_message_is_not_copied():
+    taken = exchange(2)
+    answer = message((2, 0, b"abcabc"), (9, 0, b"defdef"))
+    taken.add(answer)
+    assert np.shares_memory(taken.rows(2), np.frombuffer(answer, np.uint8))
+
+
+def test_no_rows_are_complete_at_once():
+    taken = exchange(0)
+    assert taken.empty_layers() == [2, 9]
+    assert taken.add(message((2, 0, b""), (9, 0, b""), times=True)) == []
+    taken.finish()
+    assert taken.rows(9).shape == (0, 3)

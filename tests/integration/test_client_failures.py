@@ -1,0 +1,94 @@
+"""Servers that die, stop and change while a client depends on them: real processes, real signals."""
+
+import signal
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from engrampool_client import Client, PoolError, UnavailableError, UnknownVersionError
+from engrampool_client.testing import ServerStartError, serve_process
+from engrampool_proto.builders import blueprint
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.synthetic import synthetic_rows
+from small_model import CONFIG, TOKENIZER, write_model
+
+TOKENS = np.arange(6000, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return blueprint(CONFIG, TOKENIZER).spec
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, spec):
+    return write_model(tmp_path_factory.mktemp("models") / "small", spec)
+
+
+def test_a_killed_server_fails_steps_at_once_and_comes_back(packed, spec):
+    with socket.socket() as reserved:  # the port that the second server takes over
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{reserved.getsockname()[1]}"
+    with serve_process(packed, listen=listen) as first, Client(listen, timeout_s=60) as client:
+        steps = [client.prefetch(TOKENS) for _ in range(4)]
+        steps[0].rows(1)
+        first.process.kill()
+        first.process.wait()
+        outcomes = []
+        for step in steps:
+            try:
+                step.wait()
+            except UnavailableError as error:
+                outcomes.append(error)
+        assert outcomes  # 304 MB were asked for; not all of it was on its way already
+        with pytest.raises(UnavailableError):
+            client.lookup(TOKENS)
+        with serve_process(packed, listen=listen):
+            # The channel reconnects by itself, after gRPC's backoff; each call until then fails at once.
+            deadline = threading.Event()
+            timer = threading.Timer(30, deadline.set)
+            timer.start()
+            rows = None
+            while rows is None and not deadline.is_set():
+                try:
+                    rows = client.lookup(TOKENS[:50])
+                except UnavailableError:
+                    continue
+            timer.cancel()
+            timer.join()
+            assert rows is not None
+            ids = spec.hash(TokenBatch.of(TOKENS[:50]))
+            assert all(np.array_equal(rows[n], synthetic_rows(spec.table(n), ids[n])) for n in (1, 14))
+
+
+def test_a_frozen_server_costs_the_deadline_and_no_more(packed):
+    with serve_process(packed) as server, Client(server.address, timeout_s=0.5) as client:
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            step = client.prefetch([1, 2, 3])
+            with pytest.raises(PoolError, match="DEADLINE_EXCEEDED"):
+                step.rows(1)
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        assert client.lookup([1], timeout_s=30)[1].shape == (1, 24, 264)
+
+
+def test_another_version_on_the_same_address_is_not_mixed_in(tmp_path, packed):
+    changed = blueprint({**CONFIG, "engram_pad_token_id": 3}, TOKENIZER).spec
+    other = write_model(tmp_path / "other", changed)
+    with serve_process(packed) as first:
+        client = Client(first.address)
+    with client, serve_process(other, listen=first.address):
+        with pytest.raises((UnknownVersionError, UnavailableError)) as caught:
+            client.lookup([1])
+        if caught.type is UnavailableError:  # the first try met the closed connection; the next finds the new server
+            with pytest.raises(UnknownVersionError, match=f"version {client.version} of .* is not here; held: "):
+                Client(first.address, version=client.version)
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path):
+    with pytest.raises(ServerStartError, match="is no packed model"), serve_process(tmp_path):
+        pass

