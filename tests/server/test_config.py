@@ -143,8 +143,8 @@ def test_defaults():
         load_threads=min(4, len(os.sched_getaffinity(0))),
         gather_threads=1,
         max_rows_per_request=4_194_304,
-        max_answer_bytes=GIB,
-        max_in_flight_bytes=2 * GIB,
+        max_answer_bytes=GIB // 2,
+        max_in_flight_bytes=GIB,
         stream_chunk_bytes=1 << 20,
         drain_s=10.0,
         log_level="info",
@@ -200,7 +200,7 @@ def test_a_wrong_value_is_refused_even_where_a_flag_overrides_it():
 
 
 def test_answers_in_flight_must_hold_the_largest_answer():
-    with pytest.raises(ConfigError, match=r"max_in_flight_bytes: 2GiB is below max_answer_bytes, 3GiB"):
+    with pytest.raises(ConfigError, match=r"max_in_flight_bytes: 1GiB is below max_answer_bytes, 3GiB"):
         load_config({"models": ["/m"]}, {"ENGRAMPOOL_MAX_ANSWER_BYTES": "3GiB"}, None)
     equal = {"models": ["/m"], "max_answer_bytes": "3GiB", "max_in_flight_bytes": "3GiB"}
     assert load_config(equal, {}, None).config.max_in_flight_bytes == 3 * GIB
