@@ -52,8 +52,15 @@ def pack(checkpoint: Path, out: Path, name: str | None, file_mib: int, quiet: bo
     help="The family's (n-gram) vocabulary size: about the rows of one head.",
 )
 @click.option("--tokenizer", type=_PATH, help="tokenizer.json for the DeepSeek families; identity map without.")
-@_out
-@click.option("--checkpoint-out", is_flag=True, help="Write a Hugging Face checkpoint instead, for `pack`.")
+@click.option("--out", type=_PATH, help="Directory to write; must not exist.")
+@click.option(
+    "--checkpoint-out",
+    type=str,
+    is_flag=False,
+    flag_value="",
+    metavar="[DIR]",
+    help="Write a Hugging Face checkpoint instead, for `pack`: to DIR, or to --out.",
+)
 @_name
 @_file_mib
 @_quiet
@@ -61,8 +68,8 @@ def synth(
     like: str,
     vocab_size: int,
     tokenizer: Path | None,
-    out: Path,
-    checkpoint_out: bool,
+    out: Path | None,
+    checkpoint_out: str | None,
     name: str | None,
     file_mib: int,
     quiet: bool,
@@ -71,7 +78,12 @@ def synth(
 
     docs/FORMAT.md has the function; `engrampool_proto.synthetic` computes it.
     """
-    if checkpoint_out:
+    if out is not None and checkpoint_out:
+        raise click.UsageError(f"two directories to write, {out} and {checkpoint_out}; give one")
+    out = Path(checkpoint_out) if checkpoint_out else out
+    if out is None:
+        raise click.UsageError("give --out DIR, or --checkpoint-out DIR")
+    if checkpoint_out is not None:
         synth_checkpoint(like, vocab_size, out, tokenizer, name, quiet=quiet)
         click.echo(f"wrote the checkpoint {out}")
         return

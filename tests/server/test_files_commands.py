@@ -111,6 +111,9 @@ def test_what_is_wrong_is_one_line(run: Run, tmp_path: Path, packed_model: Calla
         ("inspect",),
         ("synth", "--like", "bert", "--vocab-size", 10, "--out", "x"),
         ("synth", "--like", "longcat", "--vocab-size", 1, "--out", "x"),
+        ("synth", "--like", "longcat", "--vocab-size", 9),
+        ("synth", "--like", "longcat", "--vocab-size", 9, "--checkpoint-out"),
+        ("synth", "--like", "longcat", "--vocab-size", 9, "--checkpoint-out", "x", "--out", "y"),
         ("pack", "--checkpoint", "x", "--out", "y", "--file-mib", 0),
     ],
 )
@@ -118,3 +121,13 @@ def test_wrong_usage_exits_with_2(run: Run, arguments: tuple[object, ...]) -> No
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert "Usage:" in err
+
+
+def test_a_checkpoint_goes_where_either_option_says(run: Run, tmp_path: Path) -> None:
+    gemma = ("synth", "--like", "gemma-ple", "--vocab-size", 10)
+    for how, out in (
+        (("--checkpoint-out", "--out", tmp_path / "a"), tmp_path / "a"),
+        (("--checkpoint-out", tmp_path / "b"), tmp_path / "b"),
+    ):
+        assert run(*gemma, *how)[0] == 0
+        assert (out / "model.safetensors.index.json").exists()
