@@ -242,18 +242,21 @@ class Client:
         return {layer: step.rows(layer) for layer in step.layers}
 
     def _submit(self, layers: Sequence[int], build: Callable[[], Exchange], timeout_s: float | None) -> Step:
-        if self._closed:
-            raise PoolError("the client is closed")
         if not layers:
             raise BatchError("a lookup needs at least one layer")
         step = Step(layers)
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        self._threads.submit(self._run, step, build, deadline)
+        try:
+            self._threads.submit(self._run, step, build, deadline)
+        except RuntimeError as error:
+            raise PoolError("the client is closed") from error
         return step
 
     def _run(self, step: Step, build: Callable[[], Exchange], deadline: float) -> None:
         """In a thread of the pool: hash, send, take the answer in."""
         try:
+            if self._closed:
+                step.cancel()
             if step.done():  # cancelled while it waited for a place
                 return
             exchange = build()
@@ -276,7 +279,10 @@ class Client:
             step._end(from_rpc(error, self.target))
         except EngrampoolError as error:
             step._end(error)
-        except BaseException as error:  # a step must never be left without an end
+        except Exception as error:  # a step must never be left without an end
+            if self._closed:  # gRPC has its own ways to say that a channel is closed
+                step._end(StepCancelledError("the client was closed"))
+                return
             step._end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise
 

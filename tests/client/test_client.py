@@ -299,6 +299,17 @@ def test_a_closed_client_says_so(server):
         client.prefetch([1])
 
 
+def test_closing_ends_every_step(server):
+    client = Client(server, max_steps=2)
+    steps = [client.prefetch(tokens_of(4000)) for _ in range(6)]
+    steps[0].rows(1)
+    client.close()
+    for step in steps:
+        assert step.done()
+    with pytest.raises(StepCancelledError):
+        steps[-1].rows(1)
+
+
 def test_settings_out_of_range(server):
     for settings in ({"hashing": "remote"}, {"timeout_s": 0}, {"connect_timeout_s": -1}, {"max_steps": 0}):
         with pytest.raises(ValueError, match="must be"):
