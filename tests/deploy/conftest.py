@@ -1,0 +1,58 @@
+"""A small packed model, a real server that holds it, and lookups of every kind that the dashboard shows."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from engrampool_client import Client
+from engrampool_client.testing import ServerProcess, serve_process
+from engrampool_proto.builders import blueprint
+from engrampool_proto.synthetic import synthetic_rows
+from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
+from engrampool_server.table_writer import write_tables
+
+# Qwen's family needs no tokenizer. Two layers, so that a sum by layer has something to tell apart.
+CONFIG = {
+    "ple_layer_ids": [3, 7],
+    "ngram_vocab_size_base": 500,
+    "ple_embed_dim": 640,
+    "vocab_size": 1000,
+    "eos_token_id": 7,
+}
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory) -> Path:
+    spec = blueprint(CONFIG).spec
+    out = tmp_path_factory.mktemp("models") / "small"
+
+    def fill(table, start, rows):
+        rows[:] = synthetic_rows(table, np.arange(start, start + len(rows), dtype=np.uint64))
+
+    write_tables(out, spec, {"synthetic": spec.digest}, fill)
+    return out
+
+
+@pytest.fixture(scope="session")
+def server(packed) -> Iterator[ServerProcess]:
+    with serve_process(packed) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def round_of_lookups(server) -> Iterator[Callable[[], None]]:
+    """Each call answers a small lookup and a streamed one, and has one refused."""
+    few, many = np.arange(4, dtype=np.int32), np.arange(2000, dtype=np.int32) % 1000
+    with Client(server.address) as client, grpc.insecure_channel(server.address) as channel:
+        stub = pool_pb2_grpc.PoolStub(channel)
+
+        def lookups() -> None:
+            client.lookup(few)
+            client.lookup(many)
+            with pytest.raises(grpc.RpcError, match="nobody-packed-this"):
+                stub.Lookup(pool_pb2.LookupRequest(model="nobody-packed-this"), timeout=10)
+
+        yield lookups

@@ -1,0 +1,231 @@
+"""The dashboard's expressions, asked of a real Prometheus that scraped a real server as the project's config says."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from engrampool_server.metrics import Metrics
+
+ROOT = Path(__file__).parents[2]
+SCRAPE_CONFIG = ROOT / "deploy/prometheus/prometheus.yml"
+DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/overview.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+TARGETS = [
+    pytest.param(panel, target, id=f"{panel['title']}-{target['refId']}")
+    for panel in PANELS
+    for target in panel["targets"]
+]
+VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+# Prometheus itself writes this one for each target.
+OF_PROMETHEUS = {"up"}
+RATE_INTERVAL = "1m"
+
+
+def substitute(text: str, **values: str) -> str:
+    """`text` as Grafana sends it. Raises KeyError for a variable that the dashboard lacks."""
+    known = {"__rate_interval": RATE_INTERVAL, **values}
+    return re.sub(r"\$\{?(\w+)\}?", lambda match: known[match[1]], text)
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 25.0) -> Any:
+    """What `condition` returns once that is true."""
+    deadline, pause = time.monotonic() + timeout_s, threading.Event()
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        pause.wait(0.02)
+    return found
+
+
+@dataclass
+class Prometheus:
+    """A running server. url: its base."""
+
+    url: str
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """The `data` of an answer; fails, with the server's own text, for an error."""
+        query = urllib.parse.urlencode(parameters, doseq=True)
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as response:
+                return json.load(response)["data"]
+        except urllib.error.HTTPError as error:
+            with error:
+                pytest.fail(f"{path} {parameters}: {error.code} {error.read().decode()}")
+
+    def query(self, expr: str) -> list[dict[str, Any]]:
+        return self.get("query", query=expr)["result"]
+
+    def query_range(self, expr: str) -> list[dict[str, Any]]:
+        now = time.time()
+        return self.get("query_range", query=expr, start=now - 10, end=now, step=1)["result"]
+
+
+def require(program: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        missing = f"{program} is not installed (Debian: apt-get install prometheus)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return found
+
+
+@pytest.fixture(scope="module")
+def prometheus(server, tmp_path_factory) -> Iterator[Prometheus]:
+    """With the project's scrape config, pointed at the server and hurried."""
+    program = require("prometheus")
+    directory = tmp_path_factory.mktemp("prometheus")
+    config = yaml.safe_load(SCRAPE_CONFIG.read_text())
+    config["global"] |= {"scrape_interval": "250ms", "scrape_timeout": "250ms"}
+    (job,) = config["scrape_configs"]
+    job["static_configs"] = [{"targets": [server.metrics_address]}]
+    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    log = directory / "log"
+    command = [
+        program,
+        f"--config.file={directory / 'prometheus.yml'}",
+        f"--storage.tsdb.path={directory / 'data'}",
+        "--web.listen-address=127.0.0.1:0",
+    ]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+
+            def address() -> "re.Match[str] | None":
+                assert process.poll() is None, f"prometheus ended: {log.read_text()[-2000:]}"
+                return re.search(r'"Listening on" address=(\S+)', log.read_text())
+
+            running = Prometheus(f"http://{until(address, 'prometheus listens')[1]}")
+            until(lambda: "Server is ready" in log.read_text(), "prometheus is ready")
+            yield running
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def scraped(prometheus, round_of_lookups) -> Prometheus:
+    """Lookups answered in one message, lookups streamed and lookups refused have all risen between two scrapes."""
+    risen = f"rate(grpc_server_handled_total{{grpc_method=~'Lookup.*'}}[{RATE_INTERVAL}]) > 0"
+
+    def enough() -> bool:
+        round_of_lookups()
+        series = prometheus.query(risen)
+        return {(s["metric"]["grpc_method"], s["metric"]["grpc_code"]) for s in series} == {
+            ("Lookup", "OK"),
+            ("Lookup", "NOT_FOUND"),
+            ("LookupStream", "OK"),
+        }
+
+    until(enough, "two scrapes with lookups between them")
+    return prometheus
+
+
+@pytest.fixture(scope="module")
+def variables(scraped) -> dict[str, str]:
+    """What Grafana offers for each variable, as it stands in a regular expression when all are chosen."""
+    values: dict[str, str] = {}
+    for name, variable in VARIABLES.items():
+        if variable["type"] != "query":
+            continue
+        match = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+        assert match, f"variable {name}: {variable['query']}"
+        found = scraped.get(f"label/{match[2]}/values", **{"match[]": substitute(match[1], **values)})
+        assert found, f"variable {name} has no values"
+        choices = "|".join(map(re.escape, found))
+        values[name] = json.dumps(f"({choices})")[1:-1]  # within PromQL's quotes, whose escapes are JSON's
+    return values
+
+
+def exposed_names() -> set[str]:
+    names = set()
+    for family in Metrics().registry.collect():
+        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+        names |= {family.name + ending for ending in endings}
+    return names
+
+
+@pytest.mark.parametrize(("panel", "target"), TARGETS)
+def test_an_expression_answers(scraped, variables, panel, target):
+    expr = substitute(target["expr"], **variables)
+    assert target["instant"] != target["range"]
+    series = scraped.query(expr) if target["instant"] else scraped.query_range(expr)
+
+    samples = [float(value) for one in series for _, value in one.get("values", [one.get("value")])]
+    assert any(math.isfinite(sample) for sample in samples), f"{panel['title']}: no data for {expr}"
+    shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+    for step in panel.get("transformations", []):
+        if step["id"] == "filterFieldsByName":
+            shown |= set(step["options"]["include"]["names"])
+    for one in series:
+        assert shown <= one["metric"].keys(), f"{panel['title']}: a label shown is not in the answer of {expr}"
+
+
+@pytest.mark.parametrize(("panel", "target"), TARGETS)
+def test_an_expression_names_metrics_of_the_registry(panel, target):
+    parsed = promql_parser.parse(substitute(target["expr"], instance="i", model="m"))
+    named: list[str | None] = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, promql_parser.VectorSelector):
+            named.append(node.name)
+
+    promql_parser.walk(parsed, visit)
+    assert named
+    assert set(named) <= exposed_names() | OF_PROMETHEUS
+
+
+def test_panels_explain_themselves():
+    for panel in PANELS:
+        assert panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert len(panel["description"]) > 60, f"{panel['title']}: what to do when it looks bad?"
+        for source in (panel["datasource"], *(target["datasource"] for target in panel["targets"])):
+            assert source == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
+        for override in panel["fieldConfig"]["overrides"]:
+            pattern = override["matcher"]["options"].strip("/")
+            assert any(re.search(pattern, target["legendFormat"]) for target in panel["targets"]), panel["title"]
+    titles = [panel["title"] for panel in DASHBOARD["panels"]]
+    assert len(set(titles)) == len(titles)
+
+
+def test_panels_fill_the_grid_without_overlap():
+    cells: dict[tuple[int, int], str] = {}
+    for panel in DASHBOARD["panels"]:
+        at = panel["gridPos"]
+        for x in range(at["x"], at["x"] + at["w"]):
+            for y in range(at["y"], at["y"] + at["h"]):
+                other = cells.setdefault((x, y), panel["title"])
+                assert other == panel["title"], f"{panel['title']} overlaps {other}"
+    height = max(y for _, y in cells) + 1
+    assert cells.keys() == {(x, y) for x in range(24) for y in range(height)}
+
+
+def test_the_dashboard_can_be_provisioned():
+    assert DASHBOARD["uid"] == "engrampool-overview"
+    assert DASHBOARD["schemaVersion"] >= 39
+    assert "id" not in DASHBOARD  # Grafana's own, of one installation
+    assert VARIABLES.keys() == {"datasource", "instance", "model"}
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_promtool_accepts_the_scrape_config():
+    done = subprocess.run(
+        [require("promtool"), "check", "config", str(SCRAPE_CONFIG)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,68 @@
+"""docs/OPERATIONS.md names what there is: every metric, every event logged, every resource that preflight checks."""
+
+import ast
+import re
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from engrampool_server.machine import Machine, Room
+from engrampool_server.preflight import Need, check
+
+ROOT = Path(__file__).parents[2]
+
+
+def table(header: str) -> list[list[str]]:
+    """The rows of the one table that begins with this column."""
+    lines = (ROOT / "docs/OPERATIONS.md").read_text().splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith(f"| {header} |")]
+    rows = []
+    for line in lines[at + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def quoted(cell: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`", cell))
+
+
+def test_the_metrics_are_what_a_server_exposes(server, round_of_lookups):
+    round_of_lookups()
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    exposed = {}
+    for family in families:
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        exposed[name] = (family.type, {label for sample in family.samples for label in sample.labels} - {"le"})
+
+    rows = table("metric")
+    assert all(meaning for *_, meaning in rows)
+    documented = {name.strip("`"): (kind, quoted(labels)) for name, kind, labels, _ in rows}
+    assert documented == exposed
+    assert len(documented) == len(rows)
+
+
+def test_the_events_are_what_the_server_logs():
+    logged: dict[str, set[str]] = {}
+    for path in (ROOT / "server/engrampool_server").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "log.event":
+                fields = {str(keyword.arg) for keyword in node.keywords} - {"level"}
+                logged.setdefault(ast.literal_eval(node.args[0]), set()).update(fields)
+
+    assert {name.strip("`"): quoted(fields) for name, fields, _ in table("event")} == logged
+
+
+def test_the_resources_are_what_preflight_checks():
+    room = Room("/pod", 1 << 40)
+    machine = replace(Machine.read(), memory_room=room, huge_page_room=room)
+    checked = {
+        line.resource.replace("/pod", "PATH")
+        for memory in ("anon", "shm", "hugetlb")
+        for line in check(Need(1 << 20, files=1), memory, True, machine).lines
+    }
+    assert {resource.strip("`") for resource, *_ in table("resource")} == checked
