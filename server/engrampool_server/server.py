@@ -10,7 +10,6 @@ from wsgiref.simple_server import WSGIServer
 import grpc
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
@@ -18,6 +17,7 @@ from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server import log
 from engrampool_server.config import ServerConfig
+from engrampool_server.health import SERVING, Health
 from engrampool_server.machine import Machine
 from engrampool_server.metrics import CallMetrics, Metrics
 from engrampool_server.preflight import Need, check, raise_soft_limits
@@ -28,6 +28,8 @@ from engrampool_server.tables import load
 
 # Ids are at most 8 bytes; the rest of a request is small beside them.
 _REQUEST_MARGIN_BYTES = 1 << 20
+# gRPC keeps the bound on messages in a C int.
+_INT32_MAX = 2**31 - 1
 _PROGRESS_S = 5.0
 
 
@@ -48,7 +50,7 @@ class Server:
             config.max_rows_per_request, config.max_answer_bytes, config.max_in_flight_bytes, config.stream_chunk_bytes
         )
         self._service = PoolService(limits, self._metrics, config.gather_threads)
-        self._health = HealthServicer()
+        self._health = Health("", SERVICE)
         self._packed: list[PackedModel] = []
         self._grpc: grpc.aio.Server | None = None
         self._metrics_http: tuple[WSGIServer, threading.Thread] | None = None
@@ -95,12 +97,14 @@ class Server:
         _refuse_duplicates(self._packed)
         self._preflight()
         self._listen_metrics()
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         options = [
             # Two servers on one port would each get some of the connections, a stale one too.
             ("grpc.so_reuseport", 0),
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_receive_message_length", config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES),
+            (
+                "grpc.max_receive_message_length",
+                min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX),
+            ),
         ]
         self._grpc = grpc.aio.server(interceptors=[CallMetrics(self._metrics)], options=options)
         handlers = grpc.method_handlers_generic_handler(SERVICE, self._service.handlers())
@@ -123,6 +127,7 @@ class Server:
             table_bytes,
             files=sum(len(packed.files) for packed in self._packed),
             tables=sum(len(packed.spec.tables) for packed in self._packed),
+            answer_bytes=self._config.max_in_flight_bytes,
         )
         raise_soft_limits(need, self._config.lock_memory)
         report = check(need, self._config.memory, self._config.lock_memory, Machine.read())
@@ -170,21 +175,24 @@ class Server:
             packed.close()
             self._service.add(held)
             name, seconds = held.spec.name, time.monotonic() - model_begin
-            metrics.load_seconds.labels(name).set(seconds)
+            # Gauges add up: two versions of one model share its name.
+            metrics.load_seconds.labels(name).inc(seconds)
             metrics.model_info.labels(name, held.version, held.spec.digest).set(1)
             for table in held.tables.values():
-                metrics.table_bytes.labels(name, str(table.spec.layer)).set(table.rows.nbytes)
-                metrics.table_rows.labels(name, str(table.spec.layer)).set(len(table.rows))
+                metrics.table_bytes.labels(name, str(table.spec.layer)).inc(table.rows.nbytes)
+                metrics.table_rows.labels(name, str(table.spec.layer)).inc(len(table.rows))
             log.event("loaded", model=name, version=held.version, seconds=round(seconds, 3))
         self._service.ready = True
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(SERVING)
+        metrics.serving.set(1)
         log.event("serving", listen=self.address, metrics=self.metrics_address or "off")
 
     async def stop(self) -> None:
         """NOT_SERVING, no new calls, let those in flight finish for up to drain_s, stop. Twice is once."""
         self._cancel_load.set()
         if self._grpc is not None:
-            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            self._health.end()
+            self._metrics.serving.set(0)
             begin = time.monotonic()
             await self._grpc.stop(self._config.drain_s)
             self._grpc = None
@@ -198,11 +206,6 @@ class Server:
             await asyncio.to_thread(server.shutdown)
             server.server_close()
             await asyncio.to_thread(thread.join)
-
-    async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
-        self._metrics.serving.set(status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _refuse_duplicates(models: Sequence[PackedModel]) -> None:
