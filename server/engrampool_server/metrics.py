@@ -1,5 +1,6 @@
 """What Prometheus sees. docs/OPERATIONS.md lists the metrics; the dashboard and its test read them by these names."""
 
+import asyncio
 import platform
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -121,8 +122,8 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 response = await behaviour(request, context)
                 sent.inc()
                 return response
-            except BaseException:
-                code = _code_of(context)
+            except BaseException as error:
+                code = _code_of(context, error)
                 raise
             finally:
                 handling.observe(time.perf_counter() - begin)
@@ -152,8 +153,8 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 async for response in behaviour(request, context):
                     sent.inc()
                     yield response
-            except BaseException:
-                code = _code_of(context)
+            except BaseException as error:
+                code = _code_of(context, error)
                 raise
             finally:
                 handling.observe(time.perf_counter() - begin)
@@ -166,11 +167,12 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return m.started.labels(*call), m.received.labels(*call), m.sent.labels(*call), m.handling.labels(*call)
 
 
-def _code_of(context: grpc.aio.ServicerContext) -> grpc.StatusCode:
-    """The code a failed call ends with: the one set, CANCELLED, or UNKNOWN, gRPC's answer to a stray exception."""
+def _code_of(context: grpc.aio.ServicerContext, error: BaseException) -> grpc.StatusCode:
+    """The code a failed call ends with: CANCELLED, the one set, or UNKNOWN, gRPC's answer to a stray exception."""
+    # A stream whose caller went away while a message was being sent is closed, not cancelled.
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return grpc.StatusCode.CANCELLED
     code = context.code()
     if isinstance(code, int):
         code = next((c for c in grpc.StatusCode if c.value[0] == code), grpc.StatusCode.UNKNOWN)
-    if context.cancelled():
-        return grpc.StatusCode.CANCELLED
     return grpc.StatusCode.UNKNOWN if code in (None, grpc.StatusCode.OK) else code
