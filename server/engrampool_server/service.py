@@ -22,6 +22,8 @@ SERVICE = "engrampool.v1.Pool"
 REASON_KEY = "engrampool-reason"
 # Answers up to this size are gathered on the event loop: handing them to a thread costs more than it frees.
 _INLINE_BYTES = 256 << 10
+# Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
+_MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,9 @@ class PoolService:
         arrived = time.perf_counter()
         try:
             job = self._admit(message, context)
+            if job.answer_bytes > _MAX_MESSAGE_BYTES:
+                text = f"the answer would be {job.answer_bytes} bytes, more than one message holds; ask by LookupStream"
+                raise _invalid(text, "too-many-rows")
             if job.answer_bytes <= _INLINE_BYTES:
                 answer, times = self._answer(job, context, arrived)
             else:
