@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,8 @@ class HeldTable:
 
     def gather(self, ids: RowIds, out: npt.NDArray[np.uint8]) -> None:
         """Copy the rows `ids` [N] into `out`, uint8 [N * row_bytes]. Ids must have been checked."""
+        if not ids.size:
+            return  # and `row_start` may not fit the dtype of no ids
         if self.row_start:
             ids = ids - ids.dtype.type(self.row_start)
         # Mode "raise" would gather into a buffer first and copy that.
@@ -75,6 +77,8 @@ def load(
     """
     tables = {}
     for spec in packed.spec.tables:
+        if stop.is_set():
+            raise LoadCancelledError("loading was cancelled")
         rows = allocate(spec.nbytes, memory, lock).reshape(spec.num_rows, spec.row_bytes)
         _read_blocks(packed, packed.blocks(spec.layer), rows, threads, stop, progress)
         rows.flags.writeable = False
@@ -98,14 +102,14 @@ def _read_blocks(
         if failed.is_set():
             return
         out = rows[block.start : block.stop]
-        packed.read_block(block, out)
+        try:
+            packed.read_block(block, out)
+        except BaseException:
+            failed.set()
+            raise
         progress(out.nbytes)
 
     with ThreadPoolExecutor(threads, "load") as pool:
         futures = [pool.submit(read, block) for block in blocks]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        failed.set()
-        for future in done:
-            future.result()
-        for future in futures:
-            future.result()
+    for future in futures:
+        future.result()
