@@ -1,0 +1,218 @@
+"""A small model with unequal tables, servers in this process, raw calls, and what must come back."""
+
+import asyncio
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from engrampool_proto import wire
+from engrampool_proto.hashing import TokenBatch, XorMix
+from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
+from engrampool_proto.synthetic import synthetic_rows
+from engrampool_proto.token_map import TokenMap
+from engrampool_server.config import ServerConfig
+from engrampool_server.server import Server
+from engrampool_server.table_files import PackedModel
+from engrampool_server.table_writer import write_tables
+from engrampool_server.tables import HeldTable
+
+VOCAB = 1000
+# Layer 2 has six heads over 4-grams and rows as DeepSeek-V4.1's; layer 9 two heads over 3-grams and rows of another
+# size, so that mixing the two up cannot go unseen.
+WIDE = RowFormat((Segment("values", "float8_e4m3fn", 256), Segment("scales", "float8_e8m0fnu", 8)))
+NARROW = RowFormat((Segment("values", "bfloat16", 21),))
+SPEC = ModelSpec(
+    "small",
+    VOCAB,
+    (
+        TableSpec(
+            2, 6500, WIDE, XorMix((7919, 104729, 1299709, 15485863), ((1009, 1013), (1019, 1021), (1031, 1033)), 2)
+        ),
+        TableSpec(9, 4100, NARROW, XorMix((611953, 2750159, 350377), ((2003,), (2011,)), 2, stop=7)),
+    ),
+    TokenMap((np.arange(VOCAB) % 700).astype(np.int32)),
+)
+LIMIT_S = 30.0
+
+
+def pack(directory: Path, spec: ModelSpec = SPEC, *, change: bool = False, block_bytes: int = 200_000) -> Path:
+    """Pack synthetic rows of `spec`. change: every row's last byte is another, which makes another version."""
+
+    def fill(table, start, out):
+        out[:] = synthetic_rows(table, np.arange(start, start + len(out), dtype=np.uint64))
+        if change:
+            out[:, -1] ^= 1
+
+    write_tables(directory, spec, {"change": change}, fill, block_bytes=block_bytes)
+    return directory
+
+
+def version_of(directory: Path) -> str:
+    with PackedModel.open(directory) as packed:
+        return packed.version
+
+
+def expected(layer: int, ids: Any) -> bytes:
+    """The bytes of the rows `ids`, by the formula and not by the table."""
+    return synthetic_rows(SPEC.table(layer), np.asarray(ids, np.uint64)).tobytes()
+
+
+class Running:
+    """A server on a thread of this process. server: for what no client can see."""
+
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        self.server, self._loop = server, loop
+
+    def call(self, make: Callable[[], Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(make(), self._loop).result(LIMIT_S)
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    def scrape(self) -> Mapping[str, float]:
+        return scrape(self.server.metrics_address)
+
+
+@contextmanager
+def running(*models: Path, load: bool = True, **settings: Any) -> Iterator[Running]:
+    """A started server; load: and a serving one. settings: fields of ServerConfig."""
+    config = ServerConfig(models=models, **{"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", **settings})
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def create() -> Server:
+        return Server(config)
+
+    server = asyncio.run_coroutine_threadsafe(create(), loop).result(LIMIT_S)
+    run = Running(server, loop)
+    try:
+        run.call(server.start)
+        if load:
+            run.call(server.load)
+        yield run
+    finally:
+        run.call(server.stop)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class RawPool:
+    """The two hot calls as bytes, on a connection of its own."""
+
+    def __init__(self, address: str, version: str = "") -> None:
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+        ]
+        self.version = version
+        self.channel = grpc.insecure_channel(address, options)
+        self.lookup = self.channel.unary_unary("/engrampool.v1.Pool/Lookup")
+        self.stream = self.channel.unary_stream("/engrampool.v1.Pool/LookupStream")
+
+    def __enter__(self) -> "RawPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+
+    def by_ids(self, *tables: tuple[int, Any], dtype: Any = np.uint32, **other: Any) -> bytes:
+        """A request for rows by id."""
+        ids = tuple((layer, np.asarray(rows, dtype)) for layer, rows in tables)
+        return wire.encode_request(
+            wire.LookupRequest(**{"model": "small", "version": self.version, "tables": ids} | other)
+        )
+
+    def by_tokens(self, batch: TokenBatch, *layers: int) -> bytes:
+        """A request for the rows of tokens."""
+        return wire.encode_request(wire.LookupRequest("small", self.version, (), batch, layers))
+
+
+def rows_of(message: bytes) -> dict[int, bytes]:
+    """{layer: rows} of one answer, in its order."""
+    answer = wire.parse_response(message)
+    assert all(run.first == 0 for run in answer.tables)
+    return {run.layer: bytes(run.rows) for run in answer.tables}
+
+
+def joined(messages: Any) -> dict[int, bytes]:
+    """{layer: rows} of a stream; fails unless runs follow on one another and only the last message has times."""
+    found: dict[int, bytes] = {}
+    answers = [wire.parse_response(message) for message in messages]
+    assert [answer.times is not None for answer in answers] == [False] * (len(answers) - 1) + [True]
+    for answer in answers:
+        for run in answer.tables:
+            before = found.get(run.layer, b"")
+            assert run.first * SPEC.table(run.layer).row_bytes == len(before)
+            found[run.layer] = before + bytes(run.rows)
+    return found
+
+
+def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str | None, str]:
+    """Status, reason and text of a refused call (a stream is read to its end)."""
+    try:
+        answer = call()
+        if not isinstance(answer, bytes):
+            list(answer)
+    except grpc.RpcError as error:
+        reasons = [value for key, value in error.trailing_metadata() or () if key == "engrampool-reason"]
+        assert len(reasons) <= 1
+        return error.code(), reasons[0] if reasons else None, error.details()
+    raise AssertionError("the call was answered")
+
+
+def scrape(address: str) -> Mapping[str, float]:
+    """Every sample of a metrics port, as `name{label="value",...}`, labels sorted."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=LIMIT_S) as response:
+        text = response.read().decode()
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return {_key(sample.name, sample.labels): sample.value for sample in samples}
+
+
+def _key(name: str, labels: Mapping[str, str]) -> str:
+    inside = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
+    return f"{name}{{{inside}}}" if inside else name
+
+
+def eventually(condition: Callable[[], Any], what: str = "") -> Any:
+    """The first true value of `condition`, asked again and again."""
+    end = time.monotonic() + LIMIT_S
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"never so: {what or condition}"
+        time.sleep(0.005)
+
+
+class GatherGate:
+    """Holds back every gather of at least `rows` rows until `open` is set. begun: how many came to it."""
+
+    def __init__(self, monkeypatch: Any, rows: int = 1000) -> None:
+        self.open = threading.Event()
+        self.begun = 0
+        self._lock = threading.Lock()
+        gather = HeldTable.gather
+
+        def gated(table: HeldTable, ids: Any, out: Any) -> None:
+            if len(ids) >= rows:
+                with self._lock:
+                    self.begun += 1
+                assert self.open.wait(LIMIT_S)
+            gather(table, ids, out)
+
+        monkeypatch.setattr(HeldTable, "gather", gated)
+
+    def wait_begun(self, count: int) -> None:
+        eventually(lambda: self.begun >= count, f"{count} gathers begun")
