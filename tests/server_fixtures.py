@@ -148,15 +148,15 @@ def rows_of(message: bytes) -> dict[int, bytes]:
 
 def joined(messages: Any) -> dict[int, bytes]:
     """{layer: rows} of a stream; fails unless runs follow on one another and only the last message has times."""
-    found: dict[int, bytes] = {}
+    found: dict[int, list[bytes]] = {}
     answers = [wire.parse_response(message) for message in messages]
     assert [answer.times is not None for answer in answers] == [False] * (len(answers) - 1) + [True]
     for answer in answers:
         for run in answer.tables:
-            before = found.get(run.layer, b"")
-            assert run.first * SPEC.table(run.layer).row_bytes == len(before)
-            found[run.layer] = before + bytes(run.rows)
-    return found
+            pieces = found.setdefault(run.layer, [])
+            assert run.first * SPEC.table(run.layer).row_bytes == sum(map(len, pieces))
+            pieces.append(bytes(run.rows))
+    return {layer: b"".join(pieces) for layer, pieces in found.items()}
 
 
 def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str | None, str]:
