@@ -48,7 +48,7 @@ class Metrics:
         self.lookup = self._seconds("engrampool_lookup_seconds", "From arrival until the answer went to gRPC.")
         self.queue = self._seconds("engrampool_lookup_queue_seconds", "From arrival to the start of work.")
         self.gather = self._seconds("engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.")
-        self.refused = Counter("engrampool_refused", "Lookups refused, by reason.", ("reason",), registry=registry)
+        self.refused = Counter("engrampool_refused", "Calls refused, by reason.", ("reason",), registry=registry)
         self.in_flight = Gauge("engrampool_in_flight_bytes", "Bytes of answers being worked on.", registry=registry)
         self.in_flight_limit = Gauge("engrampool_in_flight_limit_bytes", "Their bound.", registry=registry)
         self.table_bytes = Gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table, registry=registry)
@@ -65,7 +65,7 @@ class Metrics:
         build_info.labels(__version__, platform.python_version(), grpc.__version__).set(1)
 
     def _seconds(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, ("method",), registry=self.registry, buckets=_SECONDS)
+        return Histogram(name, text, ("model", "method"), registry=self.registry, buckets=_SECONDS)
 
 
 class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -262,9 +262,9 @@ class PoolService:
             rows = given[layer] if job.request.tokens is None else job.request.tokens.num_tokens * table.spec.heads
             m.rows.labels(name, str(layer)).inc(rows)
             m.bytes.labels(name, str(layer)).inc(rows * table.spec.row_bytes)
-        m.lookup.labels(method).observe(times.total_us / 1e6)
-        m.queue.labels(method).observe(times.queue_us / 1e6)
-        m.gather.labels(method).observe(times.gather_us / 1e6)
+        m.lookup.labels(name, method).observe(times.total_us / 1e6)
+        m.queue.labels(name, method).observe(times.queue_us / 1e6)
+        m.gather.labels(name, method).observe(times.gather_us / 1e6)
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
         if isinstance(error, _RefusedError):

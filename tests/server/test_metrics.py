@@ -82,12 +82,12 @@ def test_rows_bytes_and_calls_are_counted_exactly(packed):
         seen = run.scrape()
         assert seen["engrampool_in_flight_bytes"] == 0
         for name in ("lookup", "lookup_queue", "lookup_gather"):
-            assert seen[f'engrampool_{name}_seconds_count{{method="Lookup"}}'] == 3
-            assert seen[f'engrampool_{name}_seconds_count{{method="LookupStream"}}'] == 1
-        assert seen['engrampool_lookup_seconds_sum{method="Lookup"}'] > 0
+            assert seen[f'engrampool_{name}_seconds_count{{method="Lookup",model="small"}}'] == 3
+            assert seen[f'engrampool_{name}_seconds_count{{method="LookupStream",model="small"}}'] == 1
+        assert seen['engrampool_lookup_seconds_sum{method="Lookup",model="small"}'] > 0
         assert (
-            seen['engrampool_lookup_gather_seconds_sum{method="LookupStream"}']
-            <= seen['engrampool_lookup_seconds_sum{method="LookupStream"}']
+            seen['engrampool_lookup_gather_seconds_sum{method="LookupStream",model="small"}']
+            <= seen['engrampool_lookup_seconds_sum{method="LookupStream",model="small"}']
         )
         assert seen[f"grpc_server_handling_seconds_count{method('Lookup', 'unary')}"] == 5
         assert seen[f"grpc_server_handling_seconds_count{method('LookupStream', 'server_stream')}"] == 3
@@ -110,8 +110,11 @@ def test_a_call_that_is_held_up_shows_in_its_times(packed, monkeypatch):
         second.result(30)
         eventually(lambda: run.scrape()["engrampool_in_flight_bytes"] == 0, "both are over")
         seen = run.scrape()
-        total = seen['engrampool_lookup_seconds_sum{method="Lookup"}']
-        parts = [seen[f'engrampool_lookup_{part}_seconds_sum{{method="Lookup"}}'] for part in ("queue", "gather")]
+        total = seen['engrampool_lookup_seconds_sum{method="Lookup",model="small"}']
+        parts = [
+            seen[f'engrampool_lookup_{part}_seconds_sum{{method="Lookup",model="small"}}']
+            for part in ("queue", "gather")
+        ]
         assert all(0 < part <= total for part in parts)
         assert sum(parts) == pytest.approx(total, abs=1e-5)
 
