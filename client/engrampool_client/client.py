@@ -29,6 +29,7 @@ from engrampool_client.settings import (
     STREAM_ABOVE_BYTES,
     check_settings,
 )
+from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.wire import ServerTimes
 
@@ -42,6 +43,8 @@ class Step:
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
+        if not layers:
+            raise BatchError("a lookup needs at least one layer")
         self.layers = tuple(layers)
         self.wait_s = dict.fromkeys(self.layers, 0.0)
         self.times: ServerTimes | None = None
@@ -208,17 +211,15 @@ class Client:
         find out (a token id out of range, a batch over the server's limits, a failed call) is raised by `Step.rows`.
         """
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        wanted = sorted({self.spec.table(layer).layer for layer in (self.spec.layers if layers is None else layers)})
-        return self._submit(wanted, lambda: Exchange.of_tokens(self.served, batch, wanted, self._hashing), timeout_s)
+        return self._submit(*self._by_tokens(batch, layers), timeout_s)
 
     def prefetch_rows(self, rows: Mapping[int, npt.NDArray[Any]], *, timeout_s: float | None = None) -> Step:
         """Start the lookup of rows by id: layer -> integer array of any shape; `Step.rows` gives [*shape, row_bytes].
 
         For engines that hash themselves. Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
-        wanted = sorted(self.spec.table(layer).layer for layer in rows)
         owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in rows.items()}
-        return self._submit(wanted, lambda: Exchange.of_rows(self.served, owned), timeout_s)
+        return self._submit(*self._by_rows(owned), timeout_s)
 
     def lookup(
         self,
@@ -231,29 +232,41 @@ class Client:
         layers: Sequence[int] | None = None,
         timeout_s: float | None = None,
     ) -> dict[int, Rows]:
-        """`prefetch` and wait: layer -> uint8 [T, heads, row_bytes]."""
-        arrays = (tokens, query_start_loc, lookback, dead, lookback_dead)
-        step = self.prefetch(*arrays, layers=layers, timeout_s=timeout_s)
-        return {layer: step.rows(layer) for layer in step.layers}
+        """`prefetch` and wait, in the caller's own thread: layer -> uint8 [T, heads, row_bytes]."""
+        batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
+        return self._wait_for(*self._by_tokens(batch, layers), timeout_s)
 
     def lookup_rows(self, rows: Mapping[int, npt.NDArray[Any]], *, timeout_s: float | None = None) -> dict[int, Rows]:
-        """`prefetch_rows` and wait: layer -> uint8 [*ids.shape, row_bytes]."""
-        step = self.prefetch_rows(rows, timeout_s=timeout_s)
-        return {layer: step.rows(layer) for layer in step.layers}
+        """`prefetch_rows` and wait, in the caller's own thread: layer -> uint8 [*ids.shape, row_bytes]."""
+        return self._wait_for(*self._by_rows(rows), timeout_s)
 
-    def _submit(self, layers: Sequence[int], build: Callable[[], Exchange], timeout_s: float | None) -> Step:
-        if not layers:
-            raise BatchError("a lookup needs at least one layer")
-        step = Step(layers)
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+    def _by_tokens(self, batch: TokenBatch, layers: Sequence[int] | None) -> tuple[Step, Callable[[], Exchange]]:
+        wanted = self.spec.layers if layers is None else layers
+        step = Step(sorted({self.spec.table(layer).layer for layer in wanted}))
+        return step, lambda: Exchange.of_tokens(self.served, batch, step.layers, self._hashing)
+
+    def _by_rows(self, rows: Mapping[int, npt.NDArray[Any]]) -> tuple[Step, Callable[[], Exchange]]:
+        step = Step(sorted(self.spec.table(layer).layer for layer in rows))
+        return step, lambda: Exchange.of_rows(self.served, rows)
+
+    def _submit(self, step: Step, build: Callable[[], Exchange], timeout_s: float | None) -> Step:
         try:
-            self._threads.submit(self._run, step, build, deadline)
+            self._threads.submit(self._run, step, build, self._deadline(timeout_s))
         except RuntimeError as error:
             raise PoolError("the client is closed") from error
         return step
 
+    def _wait_for(self, step: Step, build: Callable[[], Exchange], timeout_s: float | None) -> dict[int, Rows]:
+        if self._closed:
+            raise PoolError("the client is closed")
+        self._run(step, build, self._deadline(timeout_s))
+        return {layer: step.rows(layer) for layer in step.layers}
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+
     def _run(self, step: Step, build: Callable[[], Exchange], deadline: float) -> None:
-        """In a thread of the pool: hash, send, take the answer in."""
+        """Hash, send, take the answer in: in a thread of the pool, or in that of a caller who waits."""
         try:
             if self._closed:
                 step.cancel()
