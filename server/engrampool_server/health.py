@@ -53,6 +53,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             if status != told:
                 yield health_pb2.HealthCheckResponse(status=status)
                 told = status
+                continue  # it may have changed while it was sent
             if self._ended:
                 return
             await changed.wait()
