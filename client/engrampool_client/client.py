@@ -289,7 +289,8 @@ class Client:
         except grpc.FutureCancelledError:
             step._end(StepCancelledError("the step was cancelled"))
         except grpc.RpcError as error:
-            step._end(from_rpc(error, self.target))
+            closed = StepCancelledError("the client was closed")
+            step._end(closed if self._closed else from_rpc(error, self.target))
         except EngrampoolError as error:
             step._end(error)
         except Exception as error:  # a step must never be left without an end

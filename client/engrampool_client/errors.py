@@ -79,7 +79,8 @@ _BY_CODE: dict[grpc.StatusCode, type[PoolError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RejectedError,
     grpc.StatusCode.NOT_FOUND: UnknownModelError,
     grpc.StatusCode.FAILED_PRECONDITION: UnknownVersionError,
-    grpc.StatusCode.CANCELLED: StepCancelledError,
+    # Whoever cancels here has ended the step before gRPC says so; otherwise it is a server that is closing.
+    grpc.StatusCode.CANCELLED: UnavailableError,
 }
 
 
@@ -90,6 +91,8 @@ def from_rpc(error: grpc.RpcError, target: str) -> PoolError:
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"{target} is no engrampool server: {text}", reason)
     kind = _BY_CODE.get(code, PoolError)
+    if kind is OverloadedError and reason is None:
+        kind = RejectedError  # gRPC's own: the message is larger than the server takes, and always will be
     return kind(f"{target}: {text} ({code.name})", reason)
 
 

@@ -22,6 +22,9 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _U32, _U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+# Fields in one message, those of the messages within it counted too. Ours have a handful a table; a message of millions
+# of empty fields, which takes seconds to read, is an attack or a mistake.
+MAX_FIELDS = 10_000
 # ServerTimes { queue_us, gather_us, total_us }, each a tag byte and a fixed32, so that they can be filled in last.
 _TIMES = struct.Struct("<BIBIBI")
 _TIMES_TAGS = (1 << 3 | _FIXED32, 2 << 3 | _FIXED32, 3 << 3 | _FIXED32)
@@ -101,17 +104,18 @@ def parse_request(data: bytes) -> LookupRequest:
 
     Raises WireError for malformed bytes, BatchError for a token batch whose parts do not fit together.
     """
+    budget = _Budget()
     model = version = ""
     tables: list[tuple[int, Ids]] = []
     token_messages: list[memoryview] = []
     layers: list[int] = []
-    for number, kind, value in _fields(memoryview(data)):
+    for number, kind, value in _fields(memoryview(data), budget):
         if number == 1 and kind == _BYTES:
             model = _text("model", value)
         elif number == 2 and kind == _BYTES:
             version = _text("version", value)
         elif number == 3 and kind == _BYTES:
-            tables.append(_parse_ids(value))
+            tables.append(_parse_ids(value, budget))
         elif number == 4 and kind == _BYTES:
             token_messages.append(value)
         elif number == 5 and kind == _VARINT:
@@ -119,15 +123,16 @@ def parse_request(data: bytes) -> LookupRequest:
         elif number == 5 and kind == _BYTES:
             position = 0
             while position < len(value):
+                budget.spend()
                 layer, position = _read_varint(value, position)
                 layers.append(layer & _U32)
-    tokens = _parse_tokens(token_messages) if token_messages else None
+    tokens = _parse_tokens(token_messages, budget) if token_messages else None
     return LookupRequest(model, version, tuple(tables), tokens, tuple(layers))
 
 
-def _parse_ids(data: memoryview) -> tuple[int, Ids]:
+def _parse_ids(data: memoryview, budget: "_Budget") -> tuple[int, Ids]:
     layer, raw, dtype = 0, memoryview(b""), np.dtype("<u4")
-    for number, kind, value in _fields(data):
+    for number, kind, value in _fields(data, budget):
         if number == 1 and kind == _VARINT:
             layer = value & _U32
         elif number in (2, 3) and kind == _BYTES:
@@ -137,10 +142,10 @@ def _parse_ids(data: memoryview) -> tuple[int, Ids]:
     return layer, np.frombuffer(raw, dtype)
 
 
-def _parse_tokens(messages: list[memoryview]) -> TokenBatch:
+def _parse_tokens(messages: list[memoryview], budget: "_Budget") -> TokenBatch:
     raw = {number: memoryview(b"") for number in (1, 2, 3, 5, 6)}
     width = 0
-    for number, kind, value in _merged_fields(messages):
+    for number, kind, value in _merged_fields(messages, budget):
         if number in raw and kind == _BYTES:
             raw[number] = value
         elif number == 4 and kind == _VARINT:
@@ -209,27 +214,28 @@ class ResponseWriter:
 
 def parse_response(data: bytes) -> LookupResponse:
     """Read a LookupResponse; rows are views into `data`. Raises WireError for malformed bytes."""
+    budget = _Budget()
     tables: list[TableRows] = []
     times_messages: list[memoryview] = []
-    for number, kind, value in _fields(memoryview(data)):
+    for number, kind, value in _fields(memoryview(data), budget):
         if number == 1 and kind == _BYTES:
-            tables.append(_parse_rows(value))
+            tables.append(_parse_rows(value, budget))
         elif number == 2 and kind == _BYTES:
             times_messages.append(value)
     times = None
     if times_messages:
         found = {1: 0, 2: 0, 3: 0}
-        for number, kind, value in _merged_fields(times_messages):
+        for number, kind, value in _merged_fields(times_messages, budget):
             if number in found and kind == _FIXED32:
                 found[number] = value
         times = ServerTimes(found[1], found[2], found[3])
     return LookupResponse(tuple(tables), times)
 
 
-def _parse_rows(data: memoryview) -> TableRows:
+def _parse_rows(data: memoryview, budget: "_Budget") -> TableRows:
     layer = first = 0
     rows = memoryview(b"")
-    for number, kind, value in _fields(data):
+    for number, kind, value in _fields(data, budget):
         if number == 1 and kind == _VARINT:
             layer = value & _U32
         elif number == 2 and kind == _VARINT:
@@ -309,10 +315,24 @@ def _read_varint(data: memoryview, position: int, longest: int = 10) -> tuple[in
             raise WireError(f"a number before byte {position} is longer than {longest} bytes")
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
+class _Budget:
+    """Fields that a message may still have."""
+
+    def __init__(self) -> None:
+        self._left = MAX_FIELDS
+
+    def spend(self) -> None:
+        """Count one field. Raises WireError when there are too many."""
+        self._left -= 1
+        if self._left < 0:
+            raise WireError(f"the message has more than {MAX_FIELDS} fields")
+
+
+def _fields(data: memoryview, budget: _Budget) -> Iterator[tuple[int, int, Any]]:
     """Fields of a message in order: (number, wire type, int or memoryview). Unknown ones are the caller's to skip."""
     position, size = 0, len(data)
     while position < size:
+        budget.spend()
         tag, position = _read_varint(data, position, longest=5)
         number, kind = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
@@ -336,9 +356,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
         yield number, kind, piece if kind == _BYTES else int.from_bytes(piece, "little")
 
 
-def _merged_fields(messages: list[memoryview]) -> Iterator[tuple[int, int, Any]]:
+def _merged_fields(messages: list[memoryview], budget: _Budget) -> Iterator[tuple[int, int, Any]]:
     """Fields of a message that was given more than once, which means all merged. Each must end where it ends."""
-    return chain.from_iterable(map(_fields, messages))
+    return chain.from_iterable(_fields(message, budget) for message in messages)
 
 
 def _text(name: str, value: memoryview) -> str:

@@ -20,7 +20,7 @@ from engrampool_server.tables import HeldModel, HeldTable
 SERVICE = "engrampool.v1.Pool"
 # Trailing metadata of a refused call: which of the reasons in docs/PROTOCOL.md it was.
 REASON_KEY = "engrampool-reason"
-# Answers up to this size are gathered on the event loop: handing them to a thread costs more than it frees.
+# Requests with their answers up to this size are worked on by the event loop: to hand them to a thread costs more.
 _INLINE_BYTES = 256 << 10
 # Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
 _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
@@ -128,7 +128,7 @@ class PoolService:
             if job.answer_bytes > _MAX_MESSAGE_BYTES:
                 text = f"the answer would be {job.answer_bytes} bytes, more than one message holds; ask by LookupStream"
                 raise _invalid(text, "too-many-rows")
-            if job.answer_bytes <= _INLINE_BYTES:
+            if job.answer_bytes + len(message) <= _INLINE_BYTES:
                 answer, times = self._answer(job, context, arrived)
             else:
                 loop = asyncio.get_running_loop()

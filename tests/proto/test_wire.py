@@ -1,5 +1,6 @@
 """wire.py and the generated protobuf classes: what one writes the other reads, and both refuse the same bytes."""
 
+import contextlib
 from typing import Any
 
 import hash_cases
@@ -394,3 +395,23 @@ def test_every_single_byte_change():
         for at in range(len(whole)):
             for value in {0, 1, 127, 128, 255, whole[at] ^ 1, whole[at] ^ 0x80, (whole[at] + 1) % 256}:
                 check(whole[:at] + bytes([value]) + whole[at + 1 :])
+
+
+@pytest.mark.parametrize("field", [b"\x1a\x00", b"\x22\x00", b"\x28\x01", b"\x50\x01"])
+def test_a_flood_of_fields_is_refused(field):
+    """Empty tables, empty tokens, single layers, unknown fields: cheap to send, and slow to read one by one."""
+    with contextlib.suppress(BatchError):  # empty tokens are no batch, but they are read
+        wire.parse_request(field * wire.MAX_FIELDS)
+    with pytest.raises(WireError, match="more than 10000 fields"):
+        wire.parse_request(field * (wire.MAX_FIELDS + 1))
+
+
+def test_a_flood_within_other_fields_is_refused():
+    layers = pb.LookupRequest(layers=range(wire.MAX_FIELDS)).SerializeToString()
+    with pytest.raises(WireError, match="more than 10000 fields"):
+        wire.parse_request(layers)
+    table = b"\x1a\x04" + b"\x50\x01" * 2
+    with pytest.raises(WireError, match="more than 10000 fields"):
+        wire.parse_request(table * (wire.MAX_FIELDS // 3 + 1))
+    with pytest.raises(WireError, match="more than 10000 fields"):
+        wire.parse_response(b"\x0a\x00" * (wire.MAX_FIELDS + 1))
