@@ -28,6 +28,7 @@ from engrampool_client.settings import (
     STREAM_ABOVE_BYTES,
     check_settings,
 )
+from engrampool_proto.malloc import pin_malloc
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.wire import ServerTimes
 
@@ -116,9 +117,12 @@ class AsyncClient:
         timeout_s: float = 10.0,
         connect_timeout_s: float = 10.0,
         max_steps: int = 64,
+        keep_memory: bool = True,
     ) -> Self:
         """Connect and read what is served. Arguments and errors are those of `Client`."""
         check_settings(hashing, timeout_s, connect_timeout_s, max_steps)
+        if keep_memory:
+            pin_malloc()
         channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
         try:
             served = choose(await _describe(channel, target, connect_timeout_s), model, version)

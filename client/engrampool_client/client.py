@@ -30,6 +30,7 @@ from engrampool_client.settings import (
     check_settings,
 )
 from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.malloc import pin_malloc
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.wire import ServerTimes
 
@@ -127,7 +128,9 @@ class Client:
     hashing: "local" sends row ids, "server" sends tokens.
     config, tokenizer: this side's config.json and tokenizer.json; if given, the served tables must fit them.
     timeout_s: bound on each lookup. connect_timeout_s: bound on connecting, a server that is still loading included.
-    max_steps: lookups worked on at once; further ones wait for a place (in `prefetch`, not in the caller).
+    max_steps: prefetches worked on at once; further ones wait for a place, not their callers.
+    keep_memory: have the C library keep freed memory for the next answer, for this whole process (see
+        `engrampool_proto.malloc`); answers come faster, the process stays as large as it was at its peak.
 
     Raises on construction UnavailableError, UnknownModelError, UnknownVersionError, FingerprintError, SpecError,
     ProtocolError.
@@ -145,8 +148,11 @@ class Client:
         timeout_s: float = 10.0,
         connect_timeout_s: float = 10.0,
         max_steps: int = 4,
+        keep_memory: bool = True,
     ) -> None:
         check_settings(hashing, timeout_s, connect_timeout_s, max_steps)
+        if keep_memory:
+            pin_malloc()
         self.target, self._hashing, self._timeout_s = target, hashing, timeout_s
         self._channel = grpc.insecure_channel(target, CHANNEL_OPTIONS)
         self._lookup_unary = self._channel.unary_unary(METHOD + "Lookup")

@@ -122,6 +122,12 @@ class ServerConfig:
     log_level: LogLevel = field(
         default="info", metadata=_about(Choice(get_args(LogLevel)), "The least severe messages that are logged.")
     )
+    pin_malloc: bool = field(
+        default=True,
+        metadata=_about(
+            Boolean(), "Keep the memory of past answers for the next ones, which are faster, instead of giving it back."
+        ),
+    )
     event_loop: EventLoop = field(
         default="uvloop", metadata=_about(Choice(get_args(EventLoop)), "What runs the server's coroutines.")
     )

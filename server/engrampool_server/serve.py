@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from engrampool_proto.malloc import pin_malloc
 from engrampool_server import log
 from engrampool_server.config import load_config, render, serve_options
 from engrampool_server.server import run
@@ -25,5 +26,7 @@ def serve(file: Path | None, print_config: bool, **flags: Any) -> None:
     if print_config:
         click.echo(render(resolved), nl=False)
         return
+    if resolved.config.pin_malloc:
+        pin_malloc()
     log.configure(resolved.config.log_level)
     run(resolved.config)

@@ -21,7 +21,7 @@ SERVICE = "engrampool.v1.Pool"
 # Trailing metadata of a refused call: which of the reasons in docs/PROTOCOL.md it was.
 REASON_KEY = "engrampool-reason"
 # Requests with their answers up to this size are worked on by the event loop: to hand them to a thread costs more.
-_INLINE_BYTES = 256 << 10
+_INLINE_BYTES = 1 << 20
 # Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
 _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
 
