@@ -18,6 +18,7 @@ from engrampool_proto.hashing import TokenBatch, XorMix
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.token_map import TokenMap
+from engrampool_server import service
 from engrampool_server.config import ServerConfig
 from engrampool_server.server import Server
 from engrampool_server.table_files import PackedModel
@@ -213,6 +214,8 @@ class GatherGate:
             gather(table, ids, out)
 
         monkeypatch.setattr(HeldTable, "gather", gated)
+        # What is held back must be a gather thread, never the event loop, which answers only small requests itself.
+        monkeypatch.setattr(service, "_INLINE_BYTES", 4096)
 
     def wait_begun(self, count: int) -> None:
         eventually(lambda: self.begun >= count, f"{count} gathers begun")

@@ -92,6 +92,12 @@ class ServerConfig:
     lock_memory: bool = field(
         default=False, metadata=_about(Boolean(), "Lock tables in memory, so that they are never swapped out.")
     )
+    pin_malloc: bool = field(
+        default=True,
+        metadata=_about(
+            Boolean(), "Keep the memory of past answers for the next ones, which are faster, instead of giving it back."
+        ),
+    )
     load_threads: int = field(
         # The cores this process may use, which containers and taskset make fewer than the machine's.
         default_factory=lambda: min(4, len(os.sched_getaffinity(0))),
@@ -121,12 +127,6 @@ class ServerConfig:
     )
     log_level: LogLevel = field(
         default="info", metadata=_about(Choice(get_args(LogLevel)), "The least severe messages that are logged.")
-    )
-    pin_malloc: bool = field(
-        default=True,
-        metadata=_about(
-            Boolean(), "Keep the memory of past answers for the next ones, which are faster, instead of giving it back."
-        ),
     )
     event_loop: EventLoop = field(
         default="uvloop", metadata=_about(Choice(get_args(EventLoop)), "What runs the server's coroutines.")
