@@ -120,7 +120,7 @@ def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub fears an array called allow_pickle
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -163,11 +163,18 @@ class PoolService:
             resolved.sort(key=lambda pair: pair[0].spec.layer)
             pieces = [piece for table, ids in resolved for piece in self._pieces(table, ids)]
             gathered = time.perf_counter() - begin
-            for at, piece in enumerate(pieces):
-                last = at == len(pieces) - 1
-                writer, seconds = await loop.run_in_executor(self._threads, _gather_piece, piece, last)
+            last = len(pieces) - 1
+
+            def gather(at: int) -> asyncio.Future[tuple[wire.ResponseWriter, float]]:
+                return loop.run_in_executor(self._threads, _gather_piece, pieces[at], at == last)
+
+            coming = gather(0)
+            for at in range(len(pieces)):
+                writer, seconds = await coming
                 gathered += seconds
-                if last:
+                if at < last:  # the next piece is gathered while this one is sent
+                    coming = gather(at + 1)
+                else:
                     total = time.perf_counter() - arrived
                     times = wire.ServerTimes(_us(begin - arrived), _us(gathered), _us(total))
                     writer.set_times(times)

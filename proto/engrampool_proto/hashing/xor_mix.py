@@ -6,6 +6,7 @@ per-layer embedding. They differ in token map, multipliers and boundary rule, al
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,6 +51,11 @@ class XorMix:
         if self.stop is not None and not is_token_id(self.stop):
             raise SpecError(f"stop must be a token id or None, it is {self.stop!r}")
 
+    @cached_property
+    def _moduli(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """The primes of each order as an array: all heads of an order are reduced in one call."""
+        return tuple(np.array(heads, np.int64) for heads in self.primes)
+
     @property
     def lookback(self) -> int:
         """One less than the longest n-gram."""
@@ -65,11 +71,11 @@ class XorMix:
         ids = np.where(blocked, np.int64(self.fill), windows.mapped[: self.lookback + 1])
         mix = ids[0] * np.int64(self.multipliers[0])
         column = 0
-        for shift, heads in enumerate(self.primes, start=1):
-            mix = mix ^ (ids[shift] * np.int64(self.multipliers[shift]))
-            for prime in heads:
-                out[:, column] = np.mod(mix, np.int64(prime)).view(np.uint64) + head_offsets[column]
-                column += 1
+        for shift, primes in enumerate(self._moduli, start=1):
+            mix ^= ids[shift] * np.int64(self.multipliers[shift])
+            heads = slice(column, column + len(primes))
+            out[:, heads] = np.mod(mix[:, None], primes).view(np.uint64) + head_offsets[heads]
+            column = heads.stop
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; integers beyond 2**53 are written in full, as Python reads and writes them."""
