@@ -21,6 +21,7 @@ lint: $(VENV)/dev-installed
 
 bench: $(VENV)/dev-installed
 	$(BIN)/python bench/lookup.py
+	$(BIN)/python bench/transport.py
 
 stubs: $(VENV)/dev-installed
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto \

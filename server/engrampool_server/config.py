@@ -95,7 +95,7 @@ class ServerConfig:
     pin_malloc: bool = field(
         default=True,
         metadata=_about(
-            Boolean(), "Keep the memory of past answers for the next ones, which are faster, instead of giving it back."
+            Boolean(), "Keep the memory of past answers for the next ones, instead of giving it back to the system."
         ),
     )
     load_threads: int = field(

@@ -1,0 +1,101 @@
+"""What settings of the transport change: `python bench/transport.py`.
+
+1. Lookups with the C library's own memory settings, and with those of `engrampool_proto.malloc` on both sides.
+2. Lookups of 1024 tokens as one message, and as streams of pieces of several sizes.
+
+Tables of 1 GB in V4.1's layout, both layers, one caller. Every setting runs in fresh processes, several rounds in turn.
+Prints Markdown tables: medians over the rounds, of the median time of a call and of the CPU time that client and server
+spent on one; and each round's times, since a process may be lucky or not in how its memory lies.
+"""
+
+import argparse
+import multiprocessing
+import multiprocessing.connection
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engrampool_client import Client, client
+from engrampool_client.testing import serve_process
+from engrampool_proto.hashing import TokenBatch
+from engrampool_server.synth import synth
+
+Sent = multiprocessing.connection.Connection
+Case = tuple[str, dict[str, Any]]
+
+MEMORY: list[Case] = [
+    (f"{count} tokens, {name}", {"tokens": count, "pinned": pinned})
+    for count in (64, 1024)
+    for name, pinned in (("C library's", False), ("pinned", True))
+]
+PIECES: list[Case] = [
+    *((f"pieces of {size}", {"piece": size}) for size in ("512KiB", "1MiB", "2MiB", "4MiB")),
+    ("one message", {"piece": None}),
+]
+
+
+def lookups(pipe: Sent, model: Path, tokens: int = 1024, pinned: bool = True, piece: str | None = "1MiB") -> None:
+    """One client of a fresh server; sends the median in ms, and CPU ms a call of client and server."""
+    if piece is None:
+        client.STREAM_ABOVE_BYTES = 1 << 40
+    settings = {"stream_chunk_bytes": piece or "1MiB"}
+    with (
+        serve_process(model, environ={"ENGRAMPOOL_PIN_MALLOC": str(pinned).lower()}, **settings) as server,
+        Client(server.address, keep_memory=pinned) as pool,
+    ):
+        ids = np.random.default_rng(0).integers(0, pool.spec.vocab_size, tokens).astype(np.int32)
+        rows = pool.spec.hash(TokenBatch.of(ids))
+        for _ in range(20):
+            pool.lookup_rows(rows)
+        seconds, client_s, server_s = [], time.process_time(), cpu_s(server.process.pid)
+        while len(seconds) < 60 or sum(seconds) < 1:
+            begin = time.perf_counter()
+            pool.lookup_rows(rows)
+            seconds.append(time.perf_counter() - begin)
+        spent = (time.process_time() - client_s, cpu_s(server.process.pid) - server_s)
+    pipe.send([1e3 * statistics.median(seconds), *(1e3 * s / len(seconds) for s in spent)])
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def compare(title: str, model: Path, cases: list[Case], rounds: int) -> None:
+    """Run the cases in turn, each in a process of its own, and print their table."""
+    context = multiprocessing.get_context("spawn")
+    seen: dict[str, list[list[float]]] = {name: [] for name, _ in cases}
+    for _ in range(rounds):
+        for name, settings in cases:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=lookups, args=(theirs, model), kwargs=settings)
+            process.start()
+            seen[name].append(ours.recv())
+            process.join()
+    print(f"\n| {title} | p50 ms | client CPU ms | server CPU ms | p50 ms of each round |")
+    print("| --- | ---: | ---: | ---: | --- |")
+    for name, runs in seen.items():
+        medians = " | ".join(f"{statistics.median(column):.2f}" for column in zip(*runs, strict=True))
+        print(f"| {name} | {medians} | {', '.join(f'{run[0]:.2f}' for run in runs)} |", flush=True)
+
+
+def main() -> None:
+    """Run both comparisons."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=5)
+    rounds = options.parse_args().rounds
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory) / "model"
+        synth("deepseek-v4.1", 80_000, model, quiet=True)
+        compare("memory", model, MEMORY, rounds)
+        compare("answer", model, PIECES, rounds)
+
+
+if __name__ == "__main__":
+    main()
