@@ -16,9 +16,9 @@ from engrampool_proto.builders import blueprint, load_config
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_TOKENS = click.option("--tokens", required=True, type=_FILE, help="int32 [T] as .npy: one sequence from its start.")
-_OUT = click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The .npz to write.")
+_PATH = click.Path(path_type=Path)
+_TOKENS = click.option("--tokens", required=True, type=_PATH, help="int32 [T] as .npy: one sequence from its start.")
+_OUT = click.option("--out", required=True, type=_PATH, help="The .npz to write.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 
 
@@ -27,8 +27,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print a summary as
 @click.option("--model", "name", help="The model's name, if the server holds several.")
 @click.option("--version", help="The model's version, if the server holds several.")
 @click.option("--hashing", type=click.Choice(["local", "server"]), default="local", show_default=True)
-@click.option("--config", type=_FILE, help="Your config.json: refuse a server whose tables do not fit it.")
-@click.option("--tokenizer", type=_FILE, help="Your tokenizer.json, compared likewise.")
+@click.option("--config", type=_PATH, help="Your config.json: refuse a server whose tables do not fit it.")
+@click.option("--tokenizer", type=_PATH, help="Your tokenizer.json, compared likewise.")
 @click.option("--timeout-s", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True)
 @_TOKENS
 @_OUT
@@ -66,11 +66,9 @@ def lookup(
 
 
 @click.command()
-@click.option(
-    "--model", "directory", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A packed model."
-)
-@click.option("--config", type=_FILE, help="Or the model's config.json,")
-@click.option("--tokenizer", type=_FILE, help="with its tokenizer.json where the model hashes through one.")
+@click.option("--model", "directory", type=_PATH, help="A packed model.")
+@click.option("--config", type=_PATH, help="Or the model's config.json,")
+@click.option("--tokenizer", type=_PATH, help="with its tokenizer.json where the model hashes through one.")
 @_TOKENS
 @_OUT
 @_JSON
@@ -107,6 +105,8 @@ def _packed_spec(directory: Path) -> ModelSpec:
 def _read_tokens(path: Path) -> npt.NDArray[np.int32]:
     try:
         tokens = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise BatchError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError) as error:
         raise BatchError(f"{path} is no .npy file: {error}") from error
     if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int32 or tokens.ndim != 1:

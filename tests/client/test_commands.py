@@ -118,7 +118,10 @@ def test_exit_codes_of_the_real_program(packed, tokens, out, tmp_path):
     usage = program("rows", "--tokens", tokens, "--out", out)
     assert usage.returncode == 2
     assert "give either --model, or --config with --tokenizer" in usage.stderr
-    assert program("rows", "--model", packed, "--tokens", tmp_path / "absent.npy", "--out", out).returncode == 2
+
+    absent = program("rows", "--model", packed, "--tokens", tmp_path / "absent.npy", "--out", out)
+    assert (absent.returncode, absent.stdout) == (1, "")
+    assert absent.stderr == f"engrampool: {tmp_path / 'absent.npy'} cannot be read: No such file or directory\n"
 
     failed = program("lookup", "--server", "127.0.0.1:1", "--timeout-s", "0.3", "--tokens", tokens, "--out", out)
     assert failed.returncode == 1
