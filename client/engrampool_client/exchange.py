@@ -1,5 +1,6 @@
 """One lookup without its transport: the request's bytes, and the answer put together from its messages."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -58,25 +59,22 @@ class Exchange:
         self.request = wire.encode_request(request)
         self.shapes = dict(shapes)
         self.times: wire.ServerTimes | None = None
-        self._sizes = {layer: int(np.prod(shape)) for layer, shape in self.shapes.items()}
+        self._sizes = {layer: math.prod(shape) for layer, shape in self.shapes.items()}
         self.answer_bytes = sum(self._sizes.values())
         self._have = dict.fromkeys(self._sizes, 0)
         self._rows: dict[int, Rows] = {layer: np.empty(0, np.uint8) for layer in self.empty_layers()}
 
     @classmethod
-    def of_tokens(
-        cls, served: ServedModel, batch: TokenBatch, layers: Sequence[int] | None, hashing: Hashing
-    ) -> "Exchange":
-        """Every token's rows: [T, heads, row_bytes] a layer. Raises BatchError, SpecError, RejectedError."""
+    def of_tokens(cls, served: ServedModel, batch: TokenBatch, layers: Sequence[int], hashing: Hashing) -> "Exchange":
+        """Every token's rows: [T, heads, row_bytes] a layer, ascending. Raises BatchError, SpecError, RejectedError."""
         spec = served.spec
-        tables = list(spec.tables) if layers is None else [spec.table(layer) for layer in sorted(set(layers))]
+        tables = [spec.table(layer) for layer in layers]
         shapes = {table.layer: (batch.num_tokens, table.heads, table.row_bytes) for table in tables}
         _check_limits(served, shapes)
-        wanted = [table.layer for table in tables]
         if hashing == "server":
             batch.check_tokens(spec.vocab_size, spec.lookback)
-            return cls(wire.LookupRequest(spec.name, served.version, (), batch, tuple(wanted)), shapes)
-        ids = tuple((layer, rows.reshape(-1)) for layer, rows in spec.hash(batch, wanted).items())
+            return cls(wire.LookupRequest(spec.name, served.version, (), batch, tuple(layers)), shapes)
+        ids = tuple((layer, rows.reshape(-1)) for layer, rows in spec.hash(batch, layers).items())
         return cls(wire.LookupRequest(spec.name, served.version, ids), shapes)
 
     @classmethod
@@ -149,8 +147,8 @@ def _row_ids(layer: int, ids: Any, num_rows: int, dtype: type[np.unsignedinteger
 
 
 def _check_limits(served: ServedModel, shapes: Mapping[int, tuple[int, ...]]) -> None:
-    num_rows = sum(int(np.prod(shape[:-1])) for shape in shapes.values())
-    nbytes = sum(int(np.prod(shape)) for shape in shapes.values())
+    num_rows = sum(math.prod(shape[:-1]) for shape in shapes.values())
+    nbytes = sum(math.prod(shape) for shape in shapes.values())
     if num_rows > served.max_rows or nbytes > served.max_answer_bytes:
         raise RejectedError(
             f"{num_rows} rows, {nbytes} bytes, are over the server's limits of {served.max_rows} rows and "
