@@ -45,7 +45,7 @@ class TokenMap:
     @cached_property
     def size(self) -> int:
         """Entries of the compressed vocabulary."""
-        return int(self.ids.max()) + 1
+        return int(np.max(self.ids)) + 1
 
     @cached_property
     def digest(self) -> str:

@@ -35,7 +35,7 @@ class HeldTable:
         """Raise BatchError naming the first id that is not held."""
         if not ids.size:
             return
-        if int(ids.min()) >= self.row_start and int(ids.max()) < self.row_stop:
+        if int(np.min(ids)) >= self.row_start and int(np.max(ids)) < self.row_stop:
             return
         at = int(np.argmax((ids < self.row_start) | (ids >= self.row_stop)))
         raise BatchError(
