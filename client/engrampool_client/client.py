@@ -130,7 +130,7 @@ class Client:
     timeout_s: bound on each lookup. connect_timeout_s: bound on connecting, a server that is still loading included.
     max_steps: prefetches worked on at once; further ones wait for a place, not their callers.
     keep_memory: have the C library keep freed memory for the next answer, for this whole process (see
-        `engrampool_proto.malloc`): no page is paid for twice, and the process stays as large as at its peak.
+        `engrampool_proto.malloc`); the process stays as large as it was at its peak.
 
     Raises on construction UnavailableError, UnknownModelError, UnknownVersionError, FingerprintError, SpecError,
     ProtocolError.

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 import grpc
 
 from engrampool_proto.errors import BatchError, EngrampoolError, SpecError
-
-REASON_KEY = "engrampool-reason"
+from engrampool_proto.wire import REASON_KEY
 
 
 class PoolError(EngrampoolError):

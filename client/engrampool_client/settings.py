@@ -1,6 +1,8 @@
 """What both clients share of how they connect and call."""
 
-METHOD = "/engrampool.v1.Pool/"
+from engrampool_proto.wire import SERVICE
+
+METHOD = f"/{SERVICE}/"
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 # Answers above this size come as a stream, so that the first layer's rows do not wait for the last layer's.
 STREAM_ABOVE_BYTES = 1 << 20

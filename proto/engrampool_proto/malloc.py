@@ -1,7 +1,7 @@
 """Has the C library keep the memory of past messages for the next ones.
 
 glibc may map every buffer of a megabyte afresh and give it back after use, so that each message pays for its pages'
-first touch; gRPC has several such buffers a call. Whether it does depends on how a process's memory happens to lie.
+first touch; gRPC has several such buffers a call.
 """
 
 import ctypes

@@ -20,6 +20,10 @@ from engrampool_proto.hashing import TokenBatch
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
+SERVICE = "engrampool.v1.Pool"
+# Trailing metadata of a refused call: which of the reasons in docs/PROTOCOL.md it was.
+REASON_KEY = "engrampool-reason"
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _U32, _U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 # Fields in one message, those of the messages within it counted too. Ours have a handful a table; a message of millions

@@ -15,13 +15,14 @@ from prometheus_client import start_http_server
 
 from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.wire import SERVICE
 from engrampool_server import log
 from engrampool_server.config import ServerConfig
 from engrampool_server.health import SERVING, Health
 from engrampool_server.machine import Machine
 from engrampool_server.metrics import CallMetrics, Metrics
 from engrampool_server.preflight import Need, check, raise_soft_limits
-from engrampool_server.service import SERVICE, Limits, PoolService
+from engrampool_server.service import Limits, PoolService
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import load

@@ -17,10 +17,7 @@ from engrampool_proto.v1 import pool_pb2
 from engrampool_server.metrics import Metrics
 from engrampool_server.tables import HeldModel, HeldTable
 
-SERVICE = "engrampool.v1.Pool"
-# Trailing metadata of a refused call: which of the reasons in docs/PROTOCOL.md it was.
-REASON_KEY = "engrampool-reason"
-# Requests with their answers up to this size are worked on by the event loop: to hand them to a thread costs more.
+# Requests with their answers up to this size are worked on by the event loop: no hand-over to a thread.
 _INLINE_BYTES = 1 << 20
 # Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
 _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
@@ -281,7 +278,7 @@ class PoolService:
         else:
             code, reason = grpc.StatusCode.INVALID_ARGUMENT, "bad-batch"
         self._metrics.refused.labels(reason).inc()
-        await context.abort(code, str(error), ((REASON_KEY, reason),))
+        await context.abort(code, str(error), ((wire.REASON_KEY, reason),))
         raise AssertionError("abort always raises")
 
 

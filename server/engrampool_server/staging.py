@@ -16,6 +16,7 @@ from typing import Any
 from engrampool_proto.errors import EngrampoolError
 
 JOURNAL_NAME = "journal.json"
+PARTIAL_SUFFIX = ".partial"
 _DRAFT = ".draft"  # of a file that `_write_durably` has not put in place yet
 
 
@@ -76,7 +77,7 @@ def staging(out: Path, source: Mapping[str, Any]) -> Iterator[Staging]:
     `with` by an OSError becomes an OutputError that says how to go on.
     """
     _refuse_existing(out)
-    directory = out.with_name(f"{out.name}.partial")
+    directory = out.with_name(f"{out.name}{PARTIAL_SUFFIX}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

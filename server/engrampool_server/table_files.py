@@ -14,6 +14,7 @@ import xxhash
 from engrampool_proto.spec import ModelSpec, TableSpec
 from engrampool_server.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TableFile, TableFileError
 from engrampool_server.safetensors_header import HeaderError, Tensor, read_header
+from engrampool_server.staging import JOURNAL_NAME, PARTIAL_SUFFIX
 
 __all__ = ["ROWS_TENSOR", "Block", "PackedModel", "TableFileError"]
 
@@ -62,6 +63,9 @@ class PackedModel:
 
         Raises TableFileError naming the file and what is wrong with it.
         """
+        # The journal goes only after the rename: until then even a directory with its manifest is unfinished.
+        if directory.name.endswith(PARTIAL_SUFFIX) and (directory / JOURNAL_NAME).exists():
+            raise TableFileError(f"{directory} was not finished; run the command that began it again")
         path = directory / MANIFEST_NAME
         try:
             with path.open("rb") as file:
