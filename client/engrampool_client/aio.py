@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,13 +20,14 @@ from engrampool_client.errors import (
     UnavailableError,
     from_rpc,
 )
-from engrampool_client.exchange import Exchange, Hashing, IntArray, Rows, token_batch
+from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, token_batch
 from engrampool_client.served import DESCRIBE, ServedModel, check_fingerprint, choose
 from engrampool_client.settings import (
     CHANNEL_OPTIONS,
     METHOD,
     RETRY_LOADING_S,
     STREAM_ABOVE_BYTES,
+    Retries,
     check_settings,
 )
 from engrampool_proto.malloc import pin_malloc
@@ -85,7 +87,10 @@ class AsyncStep:
 
 
 class AsyncClient:
-    """`Client` for asyncio. Make one with `await AsyncClient.connect(target, ...)`, whose arguments are `Client`'s."""
+    """`Client` for asyncio. Make one with `await AsyncClient.connect(target, ...)`, whose arguments are `Client`'s.
+
+    It has one connection: a single event loop reads no faster from several.
+    """
 
     def __init__(
         self,
@@ -94,9 +99,11 @@ class AsyncClient:
         served: ServedModel,
         hashing: Hashing,
         timeout_s: float,
+        retry_s: float,
         max_steps: int,
     ) -> None:
         self.target, self.served = target, served
+        self._retries = Retries(retry_s)
         self._channel, self._hashing, self._timeout_s = channel, hashing, timeout_s
         self._lookup_unary = channel.unary_unary(METHOD + "Lookup")
         self._lookup_stream = channel.unary_stream(METHOD + "LookupStream")
@@ -116,11 +123,12 @@ class AsyncClient:
         tokenizer: str | Path | None = None,
         timeout_s: float = 10.0,
         connect_timeout_s: float = 10.0,
+        retry_s: float = 1.0,
         max_steps: int = 64,
         keep_memory: bool = True,
     ) -> Self:
         """Connect and read what is served. Arguments and errors are those of `Client`."""
-        check_settings(hashing, timeout_s, connect_timeout_s, max_steps)
+        check_settings(hashing, timeout_s, connect_timeout_s, max_steps, retry_s)
         if keep_memory:
             pin_malloc()
         channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
@@ -130,7 +138,7 @@ class AsyncClient:
         except BaseException:
             await channel.close()
             raise
-        return cls(target, channel, served, hashing, timeout_s, max_steps)
+        return cls(target, channel, served, hashing, timeout_s, retry_s, max_steps)
 
     @property
     def spec(self) -> ModelSpec:
@@ -151,18 +159,23 @@ class AsyncClient:
         lookback_dead: npt.ArrayLike | None = None,
         *,
         layers: Sequence[int] | None = None,
+        out: Out | None = None,
         timeout_s: float | None = None,
     ) -> AsyncStep:
         """Start a lookup and return at once; arguments and errors are those of `Client.prefetch`."""
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
         wanted = sorted({self.spec.table(layer).layer for layer in (self.spec.layers if layers is None else layers)})
-        return self._submit(wanted, lambda: Exchange.of_tokens(self.served, batch, wanted, self._hashing), timeout_s)
+        return self._submit(
+            wanted, lambda: Exchange.of_tokens(self.served, batch, wanted, self._hashing, out), timeout_s
+        )
 
-    def prefetch_rows(self, rows: Mapping[int, npt.NDArray[Any]], *, timeout_s: float | None = None) -> AsyncStep:
+    def prefetch_rows(
+        self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
+    ) -> AsyncStep:
         """Start a lookup by row ids; arguments and errors are those of `Client.prefetch_rows`."""
         wanted = sorted(self.spec.table(layer).layer for layer in rows)
         owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in rows.items()}
-        return self._submit(wanted, lambda: Exchange.of_rows(self.served, owned), timeout_s)
+        return self._submit(wanted, lambda: Exchange.of_rows(self.served, owned, out), timeout_s)
 
     async def lookup(
         self,
@@ -173,17 +186,18 @@ class AsyncClient:
         lookback_dead: npt.ArrayLike | None = None,
         *,
         layers: Sequence[int] | None = None,
+        out: Out | None = None,
         timeout_s: float | None = None,
     ) -> dict[int, Rows]:
         """`prefetch` and wait: layer -> uint8 [T, heads, row_bytes]."""
         arrays = (tokens, query_start_loc, lookback, dead, lookback_dead)
-        return await _all_rows(self.prefetch(*arrays, layers=layers, timeout_s=timeout_s))
+        return await _all_rows(self.prefetch(*arrays, layers=layers, out=out, timeout_s=timeout_s))
 
     async def lookup_rows(
-        self, rows: Mapping[int, npt.NDArray[Any]], *, timeout_s: float | None = None
+        self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
     ) -> dict[int, Rows]:
         """`prefetch_rows` and wait: layer -> uint8 [*ids.shape, row_bytes]."""
-        return await _all_rows(self.prefetch_rows(rows, timeout_s=timeout_s))
+        return await _all_rows(self.prefetch_rows(rows, out=out, timeout_s=timeout_s))
 
     def _submit(self, layers: Sequence[int], build: Callable[[], Exchange], timeout_s: float | None) -> AsyncStep:
         if self._closed:
@@ -204,22 +218,37 @@ class AsyncClient:
         try:
             async with self._places:
                 exchange = await asyncio.to_thread(build)
-                step._arrived({layer: exchange.rows(layer) for layer in exchange.empty_layers()})
-                timeout_s = max(0.0, deadline - time.monotonic())
+                step._arrived(exchange.whole(exchange.empty_layers()))
+                await self._fetch(exchange, deadline, step)
+                step.times, step.elapsed_s = exchange.times, time.perf_counter() - step._begin
+        except EngrampoolError as error:
+            step._end(error)
+        except Exception as error:  # a step must never be left without an end
+            step._end(PoolError(f"unexpected failure in the client: {error!r}"))
+            raise
+
+    async def _fetch(self, exchange: Exchange, deadline: float, step: AsyncStep) -> None:
+        """As `Client._fetch`."""
+        for attempt in count():
+            timeout_s = max(0.0, deadline - time.monotonic())
+            try:
                 if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
                     _take(step, exchange, await self._lookup_unary(exchange.request, timeout=timeout_s))
                 else:
                     async for message in self._lookup_stream(exchange.request, timeout=timeout_s):
                         _take(step, exchange, message)
                 exchange.finish()
-                step.times, step.elapsed_s = exchange.times, time.perf_counter() - step._begin
-        except grpc.RpcError as error:
-            step._end(from_rpc(error, self.target))
-        except EngrampoolError as error:
-            step._end(error)
-        except Exception as error:  # a step must never be left without an end
-            step._end(PoolError(f"unexpected failure in the client: {error!r}"))
-            raise
+                self._retries.succeeded()
+                return
+            except grpc.RpcError as rpc_error:
+                error = from_rpc(rpc_error, self.target)
+                pause_s = self._retries.pause_s(error, attempt)
+                if pause_s is None or time.monotonic() + pause_s >= deadline:
+                    raise error from rpc_error
+            await asyncio.sleep(pause_s)
+            exchange.restart()
+            if exchange.complete:  # only the end of the answer was lost
+                return
 
     async def close(self) -> None:
         """End the connection; steps under way fail with StepCancelledError."""
@@ -263,4 +292,6 @@ async def _all_rows(step: AsyncStep) -> dict[int, Rows]:
 
 
 def _take(step: AsyncStep, exchange: Exchange, message: bytes) -> None:
-    step._arrived({layer: exchange.rows(layer) for layer in exchange.add(message)})
+    if step.done():  # given up: its arrays are the caller's again
+        raise StepCancelledError("the step was cancelled")
+    step._arrived(exchange.whole(exchange.add(message)))

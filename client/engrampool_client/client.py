@@ -4,123 +4,27 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
 import numpy.typing as npt
 
-from engrampool_client.errors import (
-    BatchError,
-    DeadlineError,
-    EngrampoolError,
-    PoolError,
-    StepCancelledError,
-    UnavailableError,
-    from_rpc,
-)
-from engrampool_client.exchange import Exchange, Hashing, IntArray, Rows, token_batch
-from engrampool_client.served import DESCRIBE, check_fingerprint, choose
-from engrampool_client.settings import (
-    CHANNEL_OPTIONS,
-    METHOD,
-    RETRY_LOADING_S,
-    STREAM_ABOVE_BYTES,
-    check_settings,
-)
+from engrampool_client.errors import EngrampoolError, PoolError, StepCancelledError
+from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, token_batch
+from engrampool_client.grpc_lane import GrpcLane
+from engrampool_client.served import check_fingerprint, choose
+from engrampool_client.settings import SPLIT_ABOVE_BYTES, Retries, check_settings
+from engrampool_client.step import Step
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.malloc import pin_malloc
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.wire import ServerTimes
 
 
-class Step:
-    """The rows of one batch on their way. Returned by `Client.prefetch`; safe to use from any thread.
-
-    layers: the layers asked for, ascending. times: the server's own times once all rows are there, else None.
-    elapsed_s: seconds from `prefetch` to the last row, once all rows are there, else None.
-    wait_s: layer -> seconds that `rows` has blocked for it so far, which is what the model lost by waiting.
-    """
-
-    def __init__(self, layers: Sequence[int]) -> None:
-        if not layers:
-            raise BatchError("a lookup needs at least one layer")
-        self.layers = tuple(layers)
-        self.wait_s = dict.fromkeys(self.layers, 0.0)
-        self.times: ServerTimes | None = None
-        self.elapsed_s: float | None = None
-        self._begin = time.perf_counter()
-        self._changed = threading.Condition()
-        self._rows: dict[int, Rows] = {}
-        self._error: EngrampoolError | None = None
-        self._done = False
-        self._cancel_call: Callable[[], Any] | None = None
-
-    def rows(self, layer: int, timeout_s: float | None = None) -> Rows:
-        """Wait for one layer only: uint8 [T, heads, row_bytes], read-only, in the order of the tokens.
-
-        timeout_s: wait no longer than this; None waits as long as the lookup itself may take.
-        Raises DeadlineError, what the lookup failed with, or BatchError for a layer that was not asked for.
-        """
-        if layer not in self.wait_s:
-            raise BatchError(f"layer {layer} was not asked for in this step; {list(self.layers)} were")
-        begin = time.perf_counter()
-        with self._changed:
-            arrived = self._changed.wait_for(lambda: layer in self._rows or self._done, timeout_s)
-            self.wait_s[layer] += time.perf_counter() - begin
-            if layer in self._rows:
-                return self._rows[layer]
-            if not arrived:
-                raise DeadlineError(f"the rows of layer {layer} were not there within {timeout_s} s")
-            assert self._error is not None
-            raise self._error
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for every layer. Raises as `rows` does."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._done, timeout_s):
-                raise DeadlineError(f"the step was not complete within {timeout_s} s")
-            if self._error is not None:
-                raise self._error
-
-    def done(self) -> bool:
-        """Whether all rows are there, or none more will come."""
-        return self._done
-
-    def cancel(self) -> None:
-        """Give the step up: the call ends, rows that are not there yet never come. Rows that are stay readable."""
-        self._end(StepCancelledError("the step was cancelled"))
-        with self._changed:
-            cancel = self._cancel_call
-        if cancel is not None:
-            cancel()
-
-    def _started(self, cancel: Callable[[], Any]) -> None:
-        with self._changed:
-            self._cancel_call = cancel
-            already_done = self._done
-        if already_done:
-            cancel()
-
-    def _arrived(self, rows: Mapping[int, Rows]) -> None:
-        with self._changed:
-            if not self._done:
-                self._rows.update(rows)
-                self._changed.notify_all()
-
-    def _end(self, error: EngrampoolError | None, times: ServerTimes | None = None) -> None:
-        with self._changed:
-            if self._done:
-                return
-            self._error, self.times, self._done = error, times, True
-            if error is None:
-                self.elapsed_s = time.perf_counter() - self._begin
-            self._changed.notify_all()
-
-
 class Client:
-    """A connection to one server for one version of one model. Thread-safe; close it, or use it in `with`.
+    """Connections to one server for one version of one model. Thread-safe; close it, or use it in `with`.
 
     target: "host:port" or any gRPC name ("dns:///...", "unix:...").
     model, version: None for the only one that the server holds. The version stays pinned: if the server changes to
@@ -128,7 +32,10 @@ class Client:
     hashing: "local" sends row ids, "server" sends tokens.
     config, tokenizer: this side's config.json and tokenizer.json; if given, the served tables must fit them.
     timeout_s: bound on each lookup. connect_timeout_s: bound on connecting, a server that is still loading included.
+    retry_s: how long, from the moment a connection broke, lookups go on asking; later ones fail at once until one is
+        answered again. 0 never asks twice.
     max_steps: prefetches worked on at once; further ones wait for a place, not their callers.
+    connections: to the server; large lookups by local hashing or by row ids are split over them.
     keep_memory: have the C library keep freed memory for the next answer, for this whole process (see
         `engrampool_proto.malloc`); the process stays as large as it was at its peak.
 
@@ -147,24 +54,27 @@ class Client:
         tokenizer: str | Path | None = None,
         timeout_s: float = 10.0,
         connect_timeout_s: float = 10.0,
+        retry_s: float = 1.0,
         max_steps: int = 4,
+        connections: int = 1,
         keep_memory: bool = True,
     ) -> None:
-        check_settings(hashing, timeout_s, connect_timeout_s, max_steps)
+        check_settings(hashing, timeout_s, connect_timeout_s, max_steps, retry_s, connections)
         if keep_memory:
             pin_malloc()
         self.target, self._hashing, self._timeout_s = target, hashing, timeout_s
-        self._channel = grpc.insecure_channel(target, CHANNEL_OPTIONS)
-        self._lookup_unary = self._channel.unary_unary(METHOD + "Lookup")
-        self._lookup_stream = self._channel.unary_stream(METHOD + "LookupStream")
+        self._retries = Retries(retry_s)
+        self._closing = threading.Event()
+        self._lanes = [GrpcLane(target) for _ in range(connections)]
         try:
-            self.served = choose(self._describe(connect_timeout_s), model, version)
+            self.served = choose(self._lanes[0].describe(connect_timeout_s), model, version)
             check_fingerprint(self.served.spec, config, tokenizer)
         except BaseException:
-            self._channel.close()
+            self._close_lanes()
             raise
         self._threads = ThreadPoolExecutor(max_steps, "engrampool")
-        self._closed = False
+        # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
+        self._parts = ThreadPoolExecutor(max(1, max_steps * (connections - 1)), "engrampool-part")
 
     @property
     def spec(self) -> ModelSpec:
@@ -176,26 +86,6 @@ class Client:
         """The pinned version."""
         return self.served.version
 
-    def _describe(self, timeout_s: float) -> bytes:
-        describe = self._channel.unary_unary(METHOD + "Describe")
-        deadline = time.monotonic() + timeout_s
-        pause = threading.Event()
-        while True:
-            remaining = deadline - time.monotonic()
-            try:
-                # wait_for_ready also waits for a server that is not listening yet.
-                answer: bytes = describe(DESCRIBE, timeout=max(0.0, remaining), wait_for_ready=True)
-                return answer
-            except grpc.RpcError as rpc_error:
-                error = from_rpc(rpc_error, self.target)
-                loading = isinstance(error, UnavailableError) and error.reason == "loading"
-                if not loading and not isinstance(error, DeadlineError):
-                    raise error from rpc_error
-                if deadline - time.monotonic() <= RETRY_LOADING_S:
-                    text = f"no server at {self.target} was ready within {timeout_s} s: {error}"
-                    raise UnavailableError(text, error.reason) from rpc_error
-            pause.wait(RETRY_LOADING_S)
-
     def prefetch(
         self,
         tokens: IntArray,
@@ -205,6 +95,7 @@ class Client:
         lookback_dead: npt.ArrayLike | None = None,
         *,
         layers: Sequence[int] | None = None,
+        out: Out | None = None,
         timeout_s: float | None = None,
     ) -> Step:
         """Start the lookup of a batch's rows for `layers` (all by default) and return at once.
@@ -213,19 +104,25 @@ class Client:
         0 the token just before the chunk, -1 before the start, by default all -1; dead: bool [T] and lookback_dead:
         bool [R, <= n - 1]: tokens outside any n-gram. The arrays are copied.
 
+        out: layer -> uint8 [T, heads, row_bytes], C-contiguous and writable (pinned memory, say): the layer's rows are
+        written there, as they come, until the step is done. Layers without one get arrays of the client's.
+
         Raises BatchError for arrays that do not fit together and SpecError for an unknown layer. What takes longer to
         find out (a token id out of range, a batch over the server's limits, a failed call) is raised by `Step.rows`.
         """
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._submit(*self._by_tokens(batch, layers), timeout_s)
+        return self._submit(*self._by_tokens(batch, layers, out), timeout_s)
 
-    def prefetch_rows(self, rows: Mapping[int, npt.NDArray[Any]], *, timeout_s: float | None = None) -> Step:
+    def prefetch_rows(
+        self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
+    ) -> Step:
         """Start the lookup of rows by id: layer -> integer array of any shape; `Step.rows` gives [*shape, row_bytes].
 
-        For engines that hash themselves. Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
+        For engines that hash themselves. out: as for `prefetch`, of these shapes.
+        Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
         owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in rows.items()}
-        return self._submit(*self._by_rows(owned), timeout_s)
+        return self._submit(*self._by_rows(owned, out), timeout_s)
 
     def lookup(
         self,
@@ -236,24 +133,29 @@ class Client:
         lookback_dead: npt.ArrayLike | None = None,
         *,
         layers: Sequence[int] | None = None,
+        out: Out | None = None,
         timeout_s: float | None = None,
     ) -> dict[int, Rows]:
         """`prefetch` and wait, in the caller's own thread: layer -> uint8 [T, heads, row_bytes]."""
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._wait_for(*self._by_tokens(batch, layers), timeout_s)
+        return self._wait_for(*self._by_tokens(batch, layers, out), timeout_s)
 
-    def lookup_rows(self, rows: Mapping[int, npt.NDArray[Any]], *, timeout_s: float | None = None) -> dict[int, Rows]:
+    def lookup_rows(
+        self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
+    ) -> dict[int, Rows]:
         """`prefetch_rows` and wait, in the caller's own thread: layer -> uint8 [*ids.shape, row_bytes]."""
-        return self._wait_for(*self._by_rows(rows), timeout_s)
+        return self._wait_for(*self._by_rows(rows, out), timeout_s)
 
-    def _by_tokens(self, batch: TokenBatch, layers: Sequence[int] | None) -> tuple[Step, Callable[[], Exchange]]:
+    def _by_tokens(
+        self, batch: TokenBatch, layers: Sequence[int] | None, out: Out | None
+    ) -> tuple[Step, Callable[[], Exchange]]:
         wanted = self.spec.layers if layers is None else layers
         step = Step(sorted({self.spec.table(layer).layer for layer in wanted}))
-        return step, lambda: Exchange.of_tokens(self.served, batch, step.layers, self._hashing)
+        return step, lambda: Exchange.of_tokens(self.served, batch, step.layers, self._hashing, out)
 
-    def _by_rows(self, rows: Mapping[int, npt.NDArray[Any]]) -> tuple[Step, Callable[[], Exchange]]:
+    def _by_rows(self, rows: Mapping[int, npt.NDArray[Any]], out: Out | None) -> tuple[Step, Callable[[], Exchange]]:
         step = Step(sorted(self.spec.table(layer).layer for layer in rows))
-        return step, lambda: Exchange.of_rows(self.served, rows)
+        return step, lambda: Exchange.of_rows(self.served, rows, out)
 
     def _submit(self, step: Step, build: Callable[[], Exchange], timeout_s: float | None) -> Step:
         try:
@@ -263,7 +165,7 @@ class Client:
         return step
 
     def _wait_for(self, step: Step, build: Callable[[], Exchange], timeout_s: float | None) -> dict[int, Rows]:
-        if self._closed:
+        if self._closing.is_set():
             raise PoolError("the client is closed")
         self._run(step, build, self._deadline(timeout_s))
         return {layer: step.rows(layer) for layer in step.layers}
@@ -274,47 +176,63 @@ class Client:
     def _run(self, step: Step, build: Callable[[], Exchange], deadline: float) -> None:
         """Hash, send, take the answer in: in a thread of the pool, or in that of a caller who waits."""
         try:
-            if self._closed:
+            if self._closing.is_set():
                 step.cancel()
             if step.done():  # cancelled while it waited for a place
                 return
             exchange = build()
-            step._arrived({layer: exchange.rows(layer) for layer in exchange.empty_layers()})
-            timeout_s = max(0.0, deadline - time.monotonic())
-            if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
-                call = self._lookup_unary.future(exchange.request, timeout=timeout_s)
-                step._started(call.cancel)
-                self._take(step, exchange, call.result())
-            else:
-                stream = self._lookup_stream(exchange.request, timeout=timeout_s)
-                step._started(stream.cancel)
-                for message in stream:
-                    self._take(step, exchange, message)
-            exchange.finish()
-            step._end(None, exchange.times)
-        except grpc.FutureCancelledError:
-            step._end(StepCancelledError("the step was cancelled"))
-        except grpc.RpcError as error:
-            closed = StepCancelledError("the client was closed")
-            step._end(closed if self._closed else from_rpc(error, self.target))
+            step._arrived(exchange.whole(exchange.empty_layers()))
+            split = exchange.answer_bytes > SPLIT_ABOVE_BYTES
+            parts = exchange.split(len(self._lanes)) if split else [exchange]
+            others = [
+                self._parts.submit(self._fetch, lane, part, deadline, step)
+                for lane, part in zip(self._lanes[1:], parts[1:], strict=False)
+            ]
+            try:
+                self._fetch(self._lanes[0], parts[0], deadline, step)
+            finally:  # whatever became of the first, nothing is written once the step has ended
+                for other in others:
+                    other.exception()
+            for other in others:
+                other.result()
+            step._end(None, _slowest([part.times for part in parts if part.times is not None]))
         except EngrampoolError as error:
-            step._end(error)
+            closed = StepCancelledError("the client was closed")
+            step._end(closed if self._closing.is_set() and isinstance(error, PoolError) else error)
         except Exception as error:  # a step must never be left without an end
-            if self._closed:  # gRPC has its own ways to say that a channel is closed
+            if self._closing.is_set():  # gRPC has its own ways to say that a channel is closed
                 step._end(StepCancelledError("the client was closed"))
                 return
             step._end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise
 
-    @staticmethod
-    def _take(step: Step, exchange: Exchange, message: bytes) -> None:
-        step._arrived({layer: exchange.rows(layer) for layer in exchange.add(message)})
+    def _fetch(self, lane: GrpcLane, exchange: Exchange, deadline: float, step: Step) -> None:
+        """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
+        for attempt in count():
+            try:
+                lane.fetch(exchange, max(0.0, deadline - time.monotonic()), step)
+                self._retries.succeeded()
+                return
+            except PoolError as error:
+                pause_s = self._retries.pause_s(error, attempt)
+                if pause_s is None or time.monotonic() + pause_s >= deadline or step.given_up():
+                    raise
+                if self._closing.wait(pause_s):
+                    raise
+                exchange.restart()
+                if exchange.complete:  # only the end of the answer was lost
+                    return
 
     def close(self) -> None:
-        """End the connection; steps under way fail with StepCancelledError or UnavailableError."""
-        self._closed = True
-        self._channel.close()
+        """End the connections; steps under way fail with StepCancelledError or UnavailableError."""
+        self._closing.set()
+        self._close_lanes()
         self._threads.shutdown(wait=True)
+        self._parts.shutdown(wait=True)
+
+    def _close_lanes(self) -> None:
+        for lane in self._lanes:
+            lane.close()
 
     def __enter__(self) -> Self:
         return self
@@ -323,6 +241,13 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _slowest(times: Sequence[ServerTimes]) -> ServerTimes | None:
+    """The server's times of a lookup in parts that ran side by side."""
+    if not times:
+        return None
+    return ServerTimes(*(max(getattr(one, name) for one in times) for name in ("queue_us", "gather_us", "total_us")))
 
 
 __all__ = ["Client", "Step"]

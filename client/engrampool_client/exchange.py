@@ -1,7 +1,10 @@
 """One lookup without its transport: the request's bytes, and the answer put together from its messages."""
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +19,7 @@ from engrampool_proto.hashing import TokenBatch
 Hashing = Literal["local", "server"]
 IntArray = npt.ArrayLike
 Rows = npt.NDArray[np.uint8]
+Out = Mapping[int, Rows]
 
 
 def token_batch(
@@ -50,22 +54,44 @@ def _own(name: str, values: Any, dtype: type[np.generic]) -> npt.NDArray[Any]:
 class Exchange:
     """A request and its growing answer.
 
-    request: bytes of the LookupRequest. answer_bytes: rows that will come back, in bytes.
-    shapes: layer -> shape of its rows. times: the server's, once the whole answer is there.
-    Not thread-safe: one thread adds, and a layer's rows are read after `add` said it is complete.
+    answer_bytes: rows that will come back, in bytes. shapes: layer -> shape of its rows.
+    times: the server's, once the whole answer is there.
+    Not thread-safe: one thread adds, and a layer's rows are read after `add` or `placed` said it is complete.
+
+    out: layer -> uint8 array of the layer's shape, C-contiguous and writable, that its rows are written into; a layer
+    without one gets an array of ours. Raises BatchError for an `out` that does not fit.
     """
 
-    def __init__(self, request: wire.LookupRequest, shapes: Mapping[int, tuple[int, ...]]) -> None:
-        self.request = wire.encode_request(request)
+    def __init__(
+        self, asked: wire.LookupRequest, shapes: Mapping[int, tuple[int, ...]], out: Out | None = None
+    ) -> None:
+        self._asked = asked
         self.shapes = dict(shapes)
         self.times: wire.ServerTimes | None = None
         self._sizes = {layer: math.prod(shape) for layer, shape in self.shapes.items()}
         self.answer_bytes = sum(self._sizes.values())
         self._have = dict.fromkeys(self._sizes, 0)
+        self._out = dict(out or {})
+        for layer, array in self._out.items():
+            _check_out(layer, array, self.shapes)
         self._rows: dict[int, Rows] = {layer: np.empty(0, np.uint8) for layer in self.empty_layers()}
+        self._rows.update({layer: array.reshape(-1) for layer, array in self._out.items()})
+        self._whole: _Whole | None = None
+
+    @cached_property
+    def request(self) -> bytes:
+        """The LookupRequest's bytes."""
+        return wire.encode_request(self._asked)
 
     @classmethod
-    def of_tokens(cls, served: ServedModel, batch: TokenBatch, layers: Sequence[int], hashing: Hashing) -> "Exchange":
+    def of_tokens(
+        cls,
+        served: ServedModel,
+        batch: TokenBatch,
+        layers: Sequence[int],
+        hashing: Hashing,
+        out: Out | None = None,
+    ) -> "Exchange":
         """Every token's rows: [T, heads, row_bytes] a layer, ascending. Raises BatchError, SpecError, RejectedError."""
         spec = served.spec
         tables = [spec.table(layer) for layer in layers]
@@ -73,12 +99,12 @@ class Exchange:
         _check_limits(served, shapes)
         if hashing == "server":
             batch.check_tokens(spec.vocab_size, spec.lookback)
-            return cls(wire.LookupRequest(spec.name, served.version, (), batch, tuple(layers)), shapes)
+            return cls(wire.LookupRequest(spec.name, served.version, (), batch, tuple(layers)), shapes, out)
         ids = tuple((layer, rows.reshape(-1)) for layer, rows in spec.hash(batch, layers).items())
-        return cls(wire.LookupRequest(spec.name, served.version, ids), shapes)
+        return cls(wire.LookupRequest(spec.name, served.version, ids), shapes, out)
 
     @classmethod
-    def of_rows(cls, served: ServedModel, rows: Mapping[int, npt.NDArray[Any]]) -> "Exchange":
+    def of_rows(cls, served: ServedModel, rows: Mapping[int, npt.NDArray[Any]], out: Out | None = None) -> "Exchange":
         """Ask for rows by id: [*ids.shape, row_bytes] a layer. Raises BatchError, SpecError, RejectedError."""
         tables, shapes = [], {}
         for layer in sorted(rows):
@@ -86,7 +112,37 @@ class Exchange:
             tables.append((layer, _row_ids(layer, ids, table.num_rows, table.id_dtype)))
             shapes[layer] = (*ids.shape, table.row_bytes)
         _check_limits(served, shapes)
-        return cls(wire.LookupRequest(served.spec.name, served.version, tuple(tables)), shapes)
+        return cls(wire.LookupRequest(served.spec.name, served.version, tuple(tables)), shapes, out)
+
+    def split(self, count: int) -> "list[Exchange]":
+        """Cut into at most `count` lookups, each for a run of every layer's rows, all writing into this one's arrays.
+
+        A lookup by tokens stays whole: where its rows could be cut, only the server knows. Of no use once rows came.
+        """
+        most = max((len(ids) for _, ids in self._asked.tables), default=0)
+        if count == 1 or self._asked.tokens is not None or most < count:
+            return [self]  # most < count covers a lookup of nothing
+        parts = []
+        for part in range(count):
+            tables, shapes, out = [], {}, {}
+            for layer, ids in self._asked.tables:
+                cut = slice(len(ids) * part // count, len(ids) * (part + 1) // count)
+                row_bytes = self.shapes[layer][-1]
+                tables.append((layer, ids[cut]))
+                shapes[layer] = (len(ids[cut]), row_bytes)
+                out[layer] = self._array(layer).reshape(-1, row_bytes)[cut]
+            asked = wire.LookupRequest(self._asked.model, self._asked.version, tuple(tables))
+            parts.append(Exchange(asked, shapes, out))
+        whole = _Whole(self, parts)
+        for one in parts:
+            one._whole = whole
+        return parts
+
+    def whole(self, complete: Sequence[int]) -> dict[int, Rows]:
+        """Rows of the layers that are `complete` here, and so are in every part of what was split: once each."""
+        if self._whole is None:
+            return {layer: self.rows(layer) for layer in complete}
+        return self._whole.rows(complete)
 
     def empty_layers(self) -> list[int]:
         """Layers that no rows will come for (a batch of no tokens); they are complete from the start."""
@@ -100,27 +156,49 @@ class Exchange:
             raise ProtocolError(f"the answer cannot be read: {error}") from error
         complete = []
         for piece in response.tables:
-            size = self._sizes.get(piece.layer)
-            if size is None:
-                raise ProtocolError(f"the answer has rows of layer {piece.layer}, which was not asked for")
-            have, end = self._have[piece.layer], self._have[piece.layer] + len(piece.rows)
-            if piece.first * self.shapes[piece.layer][-1] != have or end > size:
-                raise ProtocolError(
-                    f"layer {piece.layer}: {len(piece.rows)} bytes at row {piece.first} do not follow the {have} bytes "
-                    f"that came before; {size} were asked for"
-                )
+            layer, nbytes = piece.layer, len(piece.rows)
+            self._check_next(layer, piece.first, nbytes)
             data = np.frombuffer(piece.rows, np.uint8)
-            if len(data) == size:
-                self._rows[piece.layer] = data  # the whole table in one message: a view of it
+            if layer not in self._rows and nbytes == self._sizes[layer]:
+                self._rows[layer] = data  # the whole table in one message: a view of it
             else:
-                if piece.layer not in self._rows:
-                    self._rows[piece.layer] = np.empty(size, np.uint8)
-                self._rows[piece.layer][have:end] = data
-            self._have[piece.layer] = end
-            if end == size and size:
-                complete.append(piece.layer)
+                have = self._have[layer]
+                self._array(layer)[have : have + nbytes] = data
+            if self.placed(layer, nbytes):
+                complete.append(layer)
         self.times = response.times or self.times
         return complete
+
+    def place(self, layer: int, first: int, nbytes: int) -> memoryview:
+        """Where the next `nbytes` of a layer belong, from its row `first` on; tell `placed` when they are there.
+
+        Raises ProtocolError unless they were asked for and follow what came before.
+        """
+        self._check_next(layer, first, nbytes)
+        have = self._have[layer]
+        return self._array(layer)[have : have + nbytes].data
+
+    def placed(self, layer: int, nbytes: int) -> bool:
+        """Count `nbytes` as there; returns whether the layer is complete by them."""
+        self._have[layer] += nbytes
+        return nbytes > 0 and self._have[layer] == self._sizes[layer]
+
+    def restart(self) -> None:
+        """Ask again, for the layers that are not complete: those that are may be in use already."""
+        missing = [layer for layer, size in self._sizes.items() if self._have[layer] != size]
+        self._have.update(dict.fromkeys(missing, 0))
+        self._asked = replace(
+            self._asked,
+            tables=tuple(table for table in self._asked.tables if table[0] in missing),
+            layers=tuple(layer for layer in self._asked.layers if layer in missing),
+        )
+        self.answer_bytes = sum(self._sizes[layer] for layer in missing)
+        self.__dict__.pop("request", None)  # it was encoded for what was missing before
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is there."""
+        return self._have == self._sizes
 
     def finish(self) -> None:
         """Raise ProtocolError unless every row has come."""
@@ -129,10 +207,53 @@ class Exchange:
             raise ProtocolError(f"the answer ended before the rows of layer {short[0]} were complete")
 
     def rows(self, layer: int) -> Rows:
-        """The layer's rows in their shape, read-only. Only once complete."""
+        """The layer's rows in their shape: the caller's own array, or one that is read-only. Only once complete."""
+        if layer in self._out:
+            return self._out[layer]
         rows = self._rows[layer].reshape(self.shapes[layer])
         rows.flags.writeable = False
         return rows
+
+    def _array(self, layer: int) -> Rows:
+        """The layer's bytes, uint8 [size]."""
+        if layer not in self._rows:
+            self._rows[layer] = np.empty(self._sizes[layer], np.uint8)
+        return self._rows[layer]
+
+    def _check_next(self, layer: int, first: int, nbytes: int) -> None:
+        size = self._sizes.get(layer)
+        if size is None:
+            raise ProtocolError(f"the answer has rows of layer {layer}, which was not asked for")
+        have = self._have[layer]
+        if first * self.shapes[layer][-1] != have or have + nbytes > size:
+            raise ProtocolError(
+                f"layer {layer}: {nbytes} bytes at row {first} do not follow the {have} bytes "
+                f"that came before; {size} were asked for"
+            )
+
+
+class _Whole:
+    """What a split lookup was, and how many of its parts still miss rows of each layer."""
+
+    def __init__(self, exchange: Exchange, parts: Sequence[Exchange]) -> None:
+        self._exchange, self._lock = exchange, threading.Lock()
+        self._missing = {layer: sum(part._sizes[layer] > 0 for part in parts) for layer in exchange.shapes}
+
+    def rows(self, complete: Sequence[int]) -> dict[int, Rows]:
+        with self._lock:
+            for layer in complete:
+                self._missing[layer] -= 1
+            return {layer: self._exchange.rows(layer) for layer in complete if not self._missing[layer]}
+
+
+def _check_out(layer: int, array: Any, shapes: Mapping[int, tuple[int, ...]]) -> None:
+    if layer not in shapes:
+        raise BatchError(f"out has an array for layer {layer}, which is not asked for; {list(shapes)} are")
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shapes[layer]:
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise BatchError(f"out of layer {layer} must be a uint8 array {list(shapes[layer])}; it is {found}")
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise BatchError(f"out of layer {layer} must be C-contiguous and writable")
 
 
 def _row_ids(layer: int, ids: Any, num_rows: int, dtype: type[np.unsignedinteger[Any]]) -> npt.NDArray[Any]:

@@ -73,17 +73,25 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        # gRPC asks at every call, and finding a metric by its labels is dear beside a small lookup.
+        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """Wrap the method's handler; an unknown method has none."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        """Wrap the method's handler, once; an unknown method has none."""
+        name = handler_call_details.method
+        if name not in self._wrapped:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return handler  # and is not remembered: whoever calls may invent names without end
+            self._wrapped[name] = self._wrap(handler, name)
+        return self._wrapped[name]
+
+    def _wrap(self, handler: grpc.RpcMethodHandler, name: str) -> grpc.RpcMethodHandler:
+        service, _, method = name.lstrip("/").partition("/")
         streams_in, streams_out = handler.request_streaming, handler.response_streaming
         kind = {
             (False, False): "unary",

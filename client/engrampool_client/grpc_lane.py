@@ -1,0 +1,79 @@
+"""Lookups over gRPC, for the blocking client."""
+
+import threading
+import time
+
+import grpc
+import grpc.experimental
+
+from engrampool_client.errors import DeadlineError, UnavailableError, from_rpc
+from engrampool_client.exchange import Exchange
+from engrampool_client.served import DESCRIBE
+from engrampool_client.settings import CHANNEL_OPTIONS, METHOD, RETRY_LOADING_S, STREAM_ABOVE_BYTES
+from engrampool_client.step import Step
+
+# The thread that reads a stream also drives its connection: without this gRPC hands every message from one to another.
+_OPTIONS = (*CHANNEL_OPTIONS, (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1))
+
+
+class GrpcLane:
+    """One connection to a server. Thread-safe."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._channel = grpc.insecure_channel(target, _OPTIONS)
+        self._lookup = self._channel.unary_unary(METHOD + "Lookup")
+        self._lookup_stream = self._channel.unary_stream(METHOD + "LookupStream")
+
+    def describe(self, timeout_s: float) -> bytes:
+        """The bytes of a DescribeResponse, waiting for a server that does not listen yet or is still loading.
+
+        Raises UnavailableError after `timeout_s`, and other PoolErrors.
+        """
+        describe = self._channel.unary_unary(METHOD + "Describe")
+        deadline = time.monotonic() + timeout_s
+        pause = threading.Event()
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                # wait_for_ready also waits for a server that is not listening yet.
+                answer: bytes = describe(DESCRIBE, timeout=max(0.0, remaining), wait_for_ready=True)
+                return answer
+            except grpc.RpcError as rpc_error:
+                error = from_rpc(rpc_error, self.target)
+                loading = isinstance(error, UnavailableError) and error.reason == "loading"
+                if not loading and not isinstance(error, DeadlineError):
+                    raise error from rpc_error
+                if deadline - time.monotonic() <= RETRY_LOADING_S:
+                    text = f"no server at {self.target} was ready within {timeout_s} s: {error}"
+                    raise UnavailableError(text, error.reason) from rpc_error
+            pause.wait(RETRY_LOADING_S)
+
+    def fetch(self, exchange: Exchange, timeout_s: float, step: Step) -> None:
+        """Ask, and take the whole answer in; `step` is told of layers as they complete.
+
+        Raises what the call fails with. Whatever it is once the step was given up, the step knows better.
+        """
+        try:
+            if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
+                # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
+                # given up meanwhile does not wait for it.
+                _take(exchange, self._lookup(exchange.request, timeout=timeout_s), step)
+            else:
+                stream = self._lookup_stream(exchange.request, timeout=timeout_s)
+                step._on_cancel(stream.cancel)
+                for message in stream:
+                    _take(exchange, message, step)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.target) from error
+        exchange.finish()
+
+    def close(self) -> None:
+        """End the connection, and every call on it."""
+        self._channel.close()
+
+
+def _take(exchange: Exchange, message: bytes, step: Step) -> None:
+    with step._writing():
+        complete = exchange.add(message)
+    step._arrived(exchange.whole(complete))
