@@ -43,6 +43,20 @@ class ServerProcess:
                 raise ServerStartError(f"the server did not say {event!r} in {timeout_s} s: {' | '.join(self._tail)}")
             return found
 
+    def wait_until(
+        self, condition: Callable[[list[dict[str, Any]]], bool], timeout_s: float = _START_TIMEOUT_S
+    ) -> None:
+        """Wait until the log lines so far meet `condition`. Raises ServerStartError if the server ends before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or condition(self._events), timeout_s)
+            if not condition(self._events):
+                raise ServerStartError(f"it did not come to that in {timeout_s} s: {' | '.join(self._tail)}")
+
+    def worker_pids(self) -> dict[int, int]:
+        """The process of each worker by its number, as the log last had it."""
+        with self._changed:
+            return {line["worker"]: line["pid"] for line in self._events if line["event"] == "worker-ready"}
+
     def _find(self, event: str) -> dict[str, Any] | None:
         return next((line for line in self._events if line["event"] == event), None)
 

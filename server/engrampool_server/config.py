@@ -81,6 +81,15 @@ class ServerConfig:
         default="127.0.0.1:9464",
         metadata=_about(Listen(may_be_off=True), "Where Prometheus scrapes, over HTTP; port 0 is any free one."),
     )
+    workers: int = field(
+        # The cores this process may use, which containers and taskset make fewer than the machine's.
+        default_factory=lambda: len(os.sched_getaffinity(0)),
+        metadata=_about(Integer(1, 1024, "processes"), "Processes that answer lookups, all from one copy of the rows."),
+    )
+    worker_timeout_s: float = field(
+        default=10.0,
+        metadata=_about(Seconds(0.5, 3600), "How long a worker may give no sign of life before it is replaced."),
+    )
     memory: Memory = field(
         default="anon",
         metadata=_about(

@@ -7,12 +7,14 @@ import time
 from typing import Any
 
 _LOGGER = logging.getLogger("engrampool")
+# Which process of the server speaks.
+_PROCESS: dict[str, int] = {}
 
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
+        line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage(), **_PROCESS}
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
@@ -26,6 +28,11 @@ def configure(level: str) -> None:
     _LOGGER.handlers[:] = [handler]
     _LOGGER.setLevel(level.upper())
     _LOGGER.propagate = False
+
+
+def of_worker(index: int) -> None:
+    """Have every later event of this process carry the worker's number."""
+    _PROCESS["worker"] = index
 
 
 def event(name: str, level: str = "info", **fields: Any) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import platform
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 from prometheus_client import (
@@ -26,7 +26,10 @@ _CALL = ("grpc_type", "grpc_service", "grpc_method")
 
 
 class Metrics:
-    """The server's metrics, in a registry of their own so that several servers can live in one process."""
+    """The server's metrics, in a registry of their own so that several servers can live in one process.
+
+    Of a server that is several processes, each writes its own; see metrics_files.py.
+    """
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -49,20 +52,31 @@ class Metrics:
         self.queue = self._seconds("engrampool_lookup_queue_seconds", "From arrival to the start of work.")
         self.gather = self._seconds("engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.")
         self.refused = Counter("engrampool_refused", "Calls refused, by reason.", ("reason",), registry=registry)
-        self.in_flight = Gauge("engrampool_in_flight_bytes", "Bytes of answers being worked on.", registry=registry)
-        self.in_flight_limit = Gauge("engrampool_in_flight_limit_bytes", "Their bound.", registry=registry)
-        self.table_bytes = Gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table, registry=registry)
-        self.table_rows = Gauge("engrampool_table_rows", "Rows held in memory.", table, registry=registry)
-        self.load_seconds = Gauge("engrampool_load_seconds", "Time that loading took.", ("model",), registry=registry)
+        self.in_flight = self._gauge("engrampool_in_flight_bytes", "Bytes of answers being worked on.")
+        self.in_flight_limit = self._gauge("engrampool_in_flight_limit_bytes", "Their bound.", mode="livemax")
+        self.table_bytes = self._gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table)
+        self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
+        self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))
         self.loaded_bytes = Counter("engrampool_loaded_bytes", "Bytes of tables read so far.", registry=registry)
-        self.to_load_bytes = Gauge("engrampool_to_load_bytes", "Bytes of all tables to hold.", registry=registry)
-        self.serving = Gauge("engrampool_serving", "1 while health says SERVING, else 0.", registry=registry)
-        model_info = ("model", "version", "spec_digest")
-        self.model_info = Gauge("engrampool_model_info", "Models held; always 1.", model_info, registry=registry)
-        build_info = Gauge(
-            "engrampool_build_info", "Always 1.", ("version", "python_version", "grpc_version"), registry=registry
+        self.to_load_bytes = self._gauge("engrampool_to_load_bytes", "Bytes of all tables to hold.")
+        self.serving = self._gauge("engrampool_serving", "1 while health says SERVING, else 0.")
+        self.workers = self._gauge("engrampool_workers", "Processes that answer lookups.")
+        self.worker_restarts = Counter(
+            "engrampool_worker_restarts", "Workers replaced because they ended or hung.", ("reason",), registry=registry
         )
-        build_info.labels(__version__, platform.python_version(), grpc.__version__).set(1)
+        self.model_info = self._gauge(
+            "engrampool_model_info", "Models held; always 1.", ("model", "version", "spec_digest")
+        )
+        build = ("version", "python_version", "grpc_version")
+        self._gauge("engrampool_build_info", "Always 1.", build).labels(
+            __version__, platform.python_version(), grpc.__version__
+        ).set(1)
+
+    def _gauge(
+        self, name: str, text: str, labels: tuple[str, ...] = (), mode: Literal["livesum", "livemax"] = "livesum"
+    ) -> Gauge:
+        """mode: what becomes of the values of several processes; most gauges are set by one, and 0 elsewhere."""
+        return Gauge(name, text, labels, registry=self.registry, multiprocess_mode=mode)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ("model", "method"), registry=self.registry, buckets=_SECONDS)

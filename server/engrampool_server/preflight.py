@@ -12,6 +12,8 @@ __all__ = ["Line", "Machine", "Need", "PreflightError", "Report", "Room", "check
 
 # Beside the tables: interpreter, libraries, load buffers, connections.
 OVERHEAD_BYTES = 512 << 20
+# What a worker has for itself: interpreter state, connections, metrics. The answers are counted apart.
+WORKER_BYTES = 64 << 20
 CONNECTIONS = 64
 # Beside models and connections: standard streams, event loops, listening sockets, the log, libraries.
 DESCRIPTOR_MARGIN = 64
@@ -31,22 +33,24 @@ class Need:
     files: descriptors that the models keep open.
     tables: how many; in reserved huge pages each starts on a page of its own.
     answer_bytes: of answers held at one time, at most; 0 leaves them to the constant overhead.
+    workers: processes that answer; the first is within the constant overhead.
     """
 
     table_bytes: int
     files: int
     tables: int = 1
     answer_bytes: int = 0
+    workers: int = 1
 
     @property
     def working_bytes(self) -> int:
         """Memory beside the tables."""
-        return OVERHEAD_BYTES + self.answer_bytes
+        return OVERHEAD_BYTES + (self.workers - 1) * WORKER_BYTES + self.answer_bytes
 
     @property
     def descriptors(self) -> int:
-        """Descriptors to be open at one time."""
-        return self.files + CONNECTIONS + DESCRIPTOR_MARGIN
+        """Descriptors to be open at one time in one process; that which starts the workers has a pipe to each."""
+        return self.files + CONNECTIONS + DESCRIPTOR_MARGIN + self.workers - 1
 
     def huge_pages(self, page_bytes: int) -> int:
         """Pages of `page_bytes` that hold the tables, at most: every table but one may end in a page barely used."""

@@ -9,7 +9,7 @@ import click
 from engrampool_proto.malloc import pin_malloc
 from engrampool_server import log
 from engrampool_server.config import load_config, render, serve_options
-from engrampool_server.server import run
+from engrampool_server.supervisor import supervise
 
 
 @click.command()
@@ -29,4 +29,4 @@ def serve(file: Path | None, print_config: bool, **flags: Any) -> None:
     if resolved.config.pin_malloc:
         pin_malloc()
     log.configure(resolved.config.log_level)
-    run(resolved.config)
+    supervise(resolved.config)

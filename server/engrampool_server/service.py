@@ -15,6 +15,7 @@ from engrampool_proto.errors import BatchError, WireError
 from engrampool_proto.spec import RowIds, canonical_json
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.metrics import Metrics
+from engrampool_server.shared import InFlight
 from engrampool_server.tables import HeldModel, HeldTable
 
 # Requests with their answers up to this size are worked on by the event loop: no hand-over to a thread.
@@ -29,7 +30,6 @@ class Limits:
 
     max_rows_per_request: int
     max_answer_bytes: int
-    max_in_flight_bytes: int
     stream_chunk_bytes: int
 
 
@@ -69,13 +69,12 @@ class _Job:
 class PoolService:
     """The handlers. Holds models by name and version; until `ready` is set every lookup is UNAVAILABLE."""
 
-    def __init__(self, limits: Limits, metrics: Metrics, gather_threads: int) -> None:
-        self._limits, self._metrics = limits, metrics
+    def __init__(self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int) -> None:
+        self._limits, self._in_flight, self._metrics = limits, in_flight, metrics
         self._models: dict[str, dict[str, HeldModel]] = {}
         self._threads = ThreadPoolExecutor(gather_threads, "gather")
-        self._in_flight_bytes = 0
         self.ready = False
-        metrics.in_flight_limit.set(limits.max_in_flight_bytes)
+        metrics.in_flight_limit.set(in_flight.limit_bytes)
 
     def add(self, model: HeldModel) -> None:
         """Hold `model` from now on."""
@@ -111,7 +110,7 @@ class PoolService:
         limits = pool_pb2.Limits(
             max_rows_per_request=self._limits.max_rows_per_request,
             max_answer_bytes=self._limits.max_answer_bytes,
-            max_in_flight_bytes=self._limits.max_in_flight_bytes,
+            max_in_flight_bytes=self._in_flight.limit_bytes,
         )
         described = [
             _describe(held, request.include_spec) for versions in models.values() for held in versions.values()
@@ -195,18 +194,16 @@ class PoolService:
         if not self.ready:
             raise _RefusedError(grpc.StatusCode.UNAVAILABLE, "loading", "tables are still loading")
         job = self._check(wire.parse_request(message))
-        if self._in_flight_bytes + job.answer_bytes > self._limits.max_in_flight_bytes:
-            text = (
-                f"{self._in_flight_bytes} bytes are in flight, of {self._limits.max_in_flight_bytes}; try again later"
-            )
+        if not self._in_flight.reserve(job.answer_bytes):
+            text = f"{self._in_flight.total} bytes are in flight, of {self._in_flight.limit_bytes}; try again later"
             raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", text)
-        self._reserve(job.answer_bytes)
-        context.add_done_callback(lambda _: self._reserve(-job.answer_bytes))
+        self._metrics.in_flight.set(self._in_flight.own)
+        context.add_done_callback(lambda _: self._release(job.answer_bytes))
         return job
 
-    def _reserve(self, nbytes: int) -> None:
-        self._in_flight_bytes += nbytes
-        self._metrics.in_flight.set(self._in_flight_bytes)
+    def _release(self, nbytes: int) -> None:
+        self._in_flight.release(nbytes)
+        self._metrics.in_flight.set(self._in_flight.own)
 
     def _check(self, request: wire.LookupRequest) -> _Job:
         model = self._held(request.model, request.version)

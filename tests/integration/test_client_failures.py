@@ -1,5 +1,6 @@
 """Servers that die, stop and change while a client depends on them: real processes, real signals."""
 
+import os
 import signal
 import socket
 import threading
@@ -66,13 +67,17 @@ def test_a_killed_server_fails_steps_at_once_and_comes_back(packed, spec):
 
 def test_a_frozen_server_costs_the_deadline_and_no_more(packed):
     with serve_process(packed) as server, Client(server.address, timeout_s=0.5) as client:
-        server.process.send_signal(signal.SIGSTOP)
+        # The supervisor first: it would replace workers that are silent.
+        processes = [server.process.pid, *server.worker_pids().values()]
+        for pid in processes:
+            os.kill(pid, signal.SIGSTOP)
         try:
             step = client.prefetch([1, 2, 3])
             with pytest.raises(PoolError, match="DEADLINE_EXCEEDED"):
                 step.rows(1)
         finally:
-            server.process.send_signal(signal.SIGCONT)
+            for pid in processes:
+                os.kill(pid, signal.SIGCONT)
         assert client.lookup([1], timeout_s=30)[1].shape == (1, 24, 264)
 
 

@@ -26,6 +26,8 @@ VALUES = {
     "models": st.lists(directory_names.map(lambda name: f"/{name}"), min_size=1, max_size=3, unique_by=Path),
     "listen": addresses,
     "metrics": addresses | st.just("off"),
+    "workers": st.integers(1, 1024),
+    "worker_timeout_s": st.floats(0.5, 3600),
     "memory": st.sampled_from(["anon", "shm", "hugetlb"]),
     "lock_memory": st.booleans(),
     "pin_malloc": st.booleans(),
@@ -59,6 +61,8 @@ BAD = {
         1,
     ],
     "metrics": ["", "on", "localhost", "host:-1", "[::1:9464", False],
+    "workers": ["", "0", "1025", "1.5", 0, True],
+    "worker_timeout_s": ["", "0.4", "3600.1", "nan", "10s", True],
     "memory": ["", "dram", "ANON", 1],
     "lock_memory": ["", "yes", "2", 1, 0],
     "pin_malloc": ["", "yes", "2", 1, 0],
@@ -161,6 +165,8 @@ def test_every_field_states_its_unit_range_and_help():
         assert setting.metadata["help"].endswith("."), setting.name
     units = {setting.name: setting.metadata["unit"] for setting in fields(ServerConfig) if setting.metadata["unit"]}
     assert units == {
+        "workers": "processes",
+        "worker_timeout_s": "seconds",
         "load_threads": "threads",
         "gather_threads": "threads",
         "max_rows_per_request": "rows",

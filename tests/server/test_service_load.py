@@ -14,6 +14,7 @@ from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_server.metrics import Metrics
 from engrampool_server.service import Limits, PoolService
+from engrampool_server.shared import InFlight
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import load
 from server_fixtures import (
@@ -155,7 +156,7 @@ class LateContext:
 def test_a_passed_deadline_is_refused_as_such(packed, ids, stream):
     async def ask():
         metrics, context = Metrics(), LateContext()
-        service = PoolService(Limits(10_000, MIB, MIB, MIB), metrics, 1)
+        service = PoolService(Limits(10_000, MIB, MIB), InFlight(MIB), metrics, 1)
         with PackedModel.open(packed) as model:
             service.add(load(model, "anon", False, 1, threading.Event(), lambda _: None))
         service.ready = True

@@ -1,0 +1,131 @@
+"""The process that answers Prometheus for all processes of a server."""
+
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from wsgiref.simple_server import WSGIRequestHandler
+
+from prometheus_client import CollectorRegistry, Metric, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def export(
+    listener: socket.socket, directory: Path, processes: "Processes", beat: Callable[[], None], s: float
+) -> None:
+    """Answer scrapes on `listener` for ever. beat: called every `s` seconds and after each scrape."""
+    registry = CollectorRegistry()
+    registry.register(_Files(directory))
+    registry.register(processes)
+    with _HttpServer(listener, beat) as server:
+        server.set_app(make_wsgi_app(registry))
+        server.serve_forever(s)
+
+
+class _HttpServer(ThreadingWSGIServer):
+    """On a socket that listens already, so that a port in use is told before anything is loaded."""
+
+    def __init__(self, listener: socket.socket, beat: Callable[[], None]) -> None:
+        super().__init__(listener.getsockname()[:2], _Silent, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        host, self.server_port = listener.getsockname()[:2]
+        self.server_name = str(host)
+        self.setup_environ()
+        self.service_actions = beat  # type: ignore[method-assign]
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """The log is for events of the server's life."""
+
+
+class _Files(Collector):
+    def __init__(self, directory: Path) -> None:
+        self._files = MultiProcessCollector(None, str(directory))  # type: ignore[no-untyped-call]
+
+    def collect(self) -> Iterable[Metric]:
+        while True:
+            try:
+                return list(self._files.collect())  # type: ignore[no-untyped-call]
+            except (struct.error, FileNotFoundError):
+                # A file was made in this moment and is empty still, or its process ended.
+                continue
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """Of one process. reaped_s: CPU time of its children that ended. anon_bytes: resident memory that is no file's."""
+
+    cpu_s: float
+    reaped_s: float
+    start_s: float
+    virtual_bytes: int
+    resident_bytes: int
+    anon_bytes: int
+    open_fds: int
+    max_fds: float
+
+
+class Processes(Collector):
+    """The `process_` metrics of a server that is several processes: `main` and those whose ids are in `pids`.
+
+    pids: int64 [any] in shared memory, 0 where there is none. table_bytes: what of every process's anonymous memory is
+    the tables, which a fork shares; they are counted once, in `main`.
+    """
+
+    def __init__(self, main: int, pids: memoryview, table_bytes: Callable[[], int], proc: Path = Path("/proc")) -> None:
+        self._main, self._pids, self._table_bytes, self._proc = main, pids, table_bytes, proc
+        self._boot_s = float(next(x for x in (proc / "stat").read_text().splitlines() if x[:6] == "btime ").split()[1])
+        self._cpu_s = 0.0
+
+    def collect(self) -> Iterator[Metric]:
+        """One value a metric, for all processes."""
+        main = self._usage(self._main)
+        if main is None:
+            return
+        others = [usage for pid in self._pids if pid and (usage := self._usage(pid)) is not None]
+        # One that ends between the two readings is missed once: a counter must not go back for that.
+        self._cpu_s = max(self._cpu_s, main.cpu_s + main.reaped_s + sum(one.cpu_s for one in others))
+        tables = self._table_bytes()
+        resident = main.resident_bytes + sum(max(0, one.anon_bytes - tables) for one in others)
+        fullest = max([main, *others], key=lambda one: one.open_fds / one.max_fds)
+        yield CounterMetricFamily("process_cpu_seconds_total", "CPU time of all processes.", value=self._cpu_s)
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, tables once.", value=resident)
+        largest = max(one.virtual_bytes for one in [main, *others])
+        yield GaugeMetricFamily("process_virtual_memory_bytes", "Address space of the largest process.", value=largest)
+        started = main.start_s + self._boot_s
+        yield GaugeMetricFamily("process_start_time_seconds", "Start, as Unix time.", value=started)
+        yield GaugeMetricFamily("process_open_fds", "Of the process nearest its limit.", value=fullest.open_fds)
+        yield GaugeMetricFamily("process_max_fds", "Its limit.", value=fullest.max_fds)
+
+    def _usage(self, pid: int) -> _Usage | None:
+        directory = self._proc / str(pid)
+        try:
+            # The name, in parentheses, may hold anything.
+            stat = (directory / "stat").read_text().rpartition(")")[2].split()
+            pages, shared = map(int, (directory / "statm").read_text().split()[1:3])
+            limits = (directory / "limits").read_text().splitlines()
+            open_fds = sum(1 for _ in (directory / "fd").iterdir())
+        except OSError:  # it ended
+            return None
+        (max_fds,) = (line.split()[3] for line in limits if line.startswith("Max open files"))
+        user, system, reaped_user, reaped_system = (int(ticks) / _TICKS for ticks in stat[11:15])
+        return _Usage(
+            cpu_s=user + system,
+            reaped_s=reaped_user + reaped_system,
+            start_s=int(stat[19]) / _TICKS,
+            virtual_bytes=int(stat[20]),
+            resident_bytes=pages * _PAGE_BYTES,
+            anon_bytes=(pages - shared) * _PAGE_BYTES,
+            open_fds=open_fds,
+            max_fds=float("inf") if max_fds == "unlimited" else float(max_fds),
+        )

@@ -1,0 +1,99 @@
+"""The models that a server is to hold: opened, compared with the machine, and loaded."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from engrampool_proto.errors import EngrampoolError
+from engrampool_server import log
+from engrampool_server.config import ServerConfig
+from engrampool_server.machine import Machine
+from engrampool_server.metrics import Metrics
+from engrampool_server.preflight import Need, check, raise_soft_limits
+from engrampool_server.table_files import PackedModel
+from engrampool_server.tables import HeldModel, load
+
+_PROGRESS_S = 5.0
+
+
+class Holdings:
+    """Packed models on their way into memory; says in log and metrics how far they are. To be closed."""
+
+    def __init__(self, config: ServerConfig, metrics: Metrics, workers: int = 1) -> None:
+        self._config, self._metrics, self._workers = config, metrics, workers
+        self._packed: list[PackedModel] = []
+
+    def open(self) -> None:
+        """Open every model and check the machine. Raises TableFileError, PreflightError."""
+        for directory in self._config.models:
+            packed = PackedModel.open(directory)
+            self._packed.append(packed)
+            log.event("opened", model=packed.spec.name, version=packed.version, table_bytes=packed.spec.nbytes)
+        _refuse_duplicates(self._packed)
+        self._preflight()
+
+    def _preflight(self) -> None:
+        config = self._config
+        table_bytes = sum(packed.spec.nbytes for packed in self._packed)
+        need = Need(
+            table_bytes,
+            files=sum(len(packed.files) for packed in self._packed),
+            tables=sum(len(packed.spec.tables) for packed in self._packed),
+            answer_bytes=config.max_in_flight_bytes,
+            workers=self._workers,
+        )
+        raise_soft_limits(need, config.lock_memory)
+        report = check(need, config.memory, config.lock_memory, Machine.read())
+        for line in report.warnings:
+            log.event("preflight", level="warning", warning=line)
+        report.raise_if_short()
+        self._metrics.to_load_bytes.set(table_bytes)
+
+    def load(self, cancel: threading.Event) -> Iterator[HeldModel]:
+        """Read one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`."""
+        config, metrics = self._config, self._metrics
+        total = sum(packed.spec.nbytes for packed in self._packed)
+        begin = reported = time.monotonic()
+        done = 0
+        lock = threading.Lock()
+
+        def progress(nbytes: int) -> None:
+            nonlocal done, reported
+            with lock:
+                done += nbytes
+                metrics.loaded_bytes.inc(nbytes)
+                now = time.monotonic()
+                if now - reported < _PROGRESS_S:
+                    return
+                reported = now
+                eta_s = (total - done) * (now - begin) / done
+            log.event("loading", bytes=done, of_bytes=total, eta_s=round(eta_s, 1))
+
+        for packed in self._packed:
+            model_begin = time.monotonic()
+            held = load(packed, config.memory, config.lock_memory, config.load_threads, cancel, progress)
+            packed.close()
+            name, seconds = held.spec.name, time.monotonic() - model_begin
+            # Gauges add up: two versions of one model share its name.
+            metrics.load_seconds.labels(name).inc(seconds)
+            metrics.model_info.labels(name, held.version, held.spec.digest).set(1)
+            for table in held.tables.values():
+                metrics.table_bytes.labels(name, str(table.spec.layer)).inc(table.rows.nbytes)
+                metrics.table_rows.labels(name, str(table.spec.layer)).inc(len(table.rows))
+            log.event("loaded", model=name, version=held.version, seconds=round(seconds, 3))
+            yield held
+
+    def close(self) -> None:
+        """Close the files. Twice is once."""
+        for packed in self._packed:
+            packed.close()
+
+
+def _refuse_duplicates(models: Sequence[PackedModel]) -> None:
+    seen: dict[tuple[str, str], PackedModel] = {}
+    for packed in models:
+        key = (packed.spec.name, packed.version)
+        if key in seen:
+            where = f"{seen[key].directory} and {packed.directory}"
+            raise EngrampoolError(f"model {key[0]}, version {key[1]}, is given twice: {where}")
+        seen[key] = packed
