@@ -1,0 +1,61 @@
+"""The benchmark's harness runs from end to end, tells wrong bytes, and leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parents[2] / "bench" / "run.py"
+SYSTEMS = ("engrampool-grpc", "raw-socket", "numpy-take", "hurried-grpc")
+KEYS = {"system", "tokens", "layers", "rows", "p50_ms", "p99_ms", "gb_per_s", "server_cpu_s_per_gb", "ids", "repeats"}
+SMALL = ["--vocab-size=500", "--pool-tokens=64", "--tokens=1,64", "--rounds=1", "--seconds=0.05", "--studies=batches"]
+
+
+def run(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RUN), *SMALL, f"--data={directory}", f"--json={directory}/records.json", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("bench-data")
+
+
+def test_every_system_is_measured(data):
+    done = run(data, f"--systems={','.join(SYSTEMS)}")
+    assert done.returncode == 0, done.stderr
+    records = json.loads((data / "records.json").read_text())
+    cases = {(record["system"], record["tokens"], record["ids"]) for record in records}
+    assert cases == {(system, tokens, ids) for system in SYSTEMS for tokens in (1, 64) for ids in ("uniform", "text")}
+    for record in records:
+        assert record.keys() >= KEYS
+        assert (record["layers"], record["rows"], record["repeats"]) == (2, 48 * record["tokens"], 1)
+        assert record["p99_ms"] >= record["p50_ms"] > 0
+        assert record["gb_per_s"] > 0
+        assert (record["server_cpu_s_per_gb"] is None) == (record["system"] == "numpy-take")
+    assert "| 64 | hurried-grpc |" in done.stdout
+    assert "| engrampool-grpc, 64 tokens: tokens/s > 1 x hurried-grpc |" in done.stdout
+
+
+def test_wrong_bytes_fail_the_run(data):
+    done = run(data, "--systems=numpy-take")
+    assert done.returncode == 0, done.stderr
+    (table,) = data.glob("*/tables/14/shard_000.bin")
+    rows = bytearray(table.read_bytes())
+    try:
+        table.write_bytes(bytes(len(rows)))
+        done = run(data, "--systems=numpy-take")
+    finally:
+        table.write_bytes(rows)
+    assert done.returncode == 1
+    assert "wrong bytes in layer 14" in done.stderr
+    records = json.loads((data / "records.json").read_text())
+    assert all(record["p50_ms"] is None and "wrong bytes" in record["skipped"] for record in records)
+
+
+def test_unknown_names_are_refused(data):
+    done = run(data, "--systems=cassandra")
+    assert done.returncode == 2
+    assert "no such system: cassandra" in done.stderr
