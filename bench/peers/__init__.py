@@ -11,6 +11,7 @@ A module here has
 """
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 # Name in the results -> module. The order is that of the tables.
