@@ -196,6 +196,11 @@ class Exchange:
         self.__dict__.pop("request", None)  # it was encoded for what was missing before
 
     @property
+    def owned(self) -> bool:
+        """Whether all arrays are this exchange's own: nobody minds what is written into them after the step ended."""
+        return not self._out
+
+    @property
     def complete(self) -> bool:
         """Whether every row is there."""
         return self._have == self._sizes
@@ -261,10 +266,11 @@ def _row_ids(layer: int, ids: Any, num_rows: int, dtype: type[np.unsignedinteger
         found = ids.dtype.name if isinstance(ids, np.ndarray) else type(ids).__name__
         raise BatchError(f"row ids of layer {layer} must be an integer array; they are {found}")
     flat = ids.reshape(-1)
-    if flat.size and (int(flat.min()) < 0 or int(flat.max()) >= num_rows):
+    # Seen as unsigned, a negative id is a very large one: one pass finds both.
+    if flat.size and int(flat.view(f"u{flat.itemsize}").max()) >= num_rows:
         at = int(np.argmax((flat < 0) | (flat >= num_rows)))
         raise BatchError(f"row id {flat[at]} at position {at} of layer {layer} is not in 0 .. {num_rows - 1}")
-    return flat.astype(dtype)
+    return flat.astype(dtype, copy=False)
 
 
 def _check_limits(served: ServedModel, shapes: Mapping[int, tuple[int, ...]]) -> None:

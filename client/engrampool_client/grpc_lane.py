@@ -74,6 +74,9 @@ class GrpcLane:
 
 
 def _take(exchange: Exchange, message: bytes, step: Step) -> None:
-    with step._writing():
+    if exchange.owned:
         complete = exchange.add(message)
+    else:
+        with step._writing():
+            complete = exchange.add(message)
     step._arrived(exchange.whole(complete))

@@ -9,6 +9,7 @@ import ctypes
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -182,28 +183,19 @@ class ResponseWriter:
     """
 
     def __init__(self, tables: Sequence[tuple[int, int, int]], with_times: bool) -> None:
-        pieces: list[bytes | int] = []  # header bytes, and sizes of the rows between them
-        for layer, first, nbytes in tables:
-            head: list[bytes | memoryview] = []
-            _put_varint(head, 1, layer)
-            _put_varint(head, 2, first)
-            if nbytes:
-                head.append(_varint(3 << 3 | _BYTES) + _varint(nbytes))
-            body = b"".join(head)
-            pieces += [_varint(1 << 3 | _BYTES) + _varint(len(body) + nbytes) + body, nbytes]
-        if with_times:
-            pieces.append(_varint(2 << 3 | _BYTES) + _varint(_TIMES.size))
-        size = sum(len(p) if isinstance(p, bytes) else p for p in pieces) + (_TIMES.size if with_times else 0)
+        pieces, size = _layout(tuple(tables), with_times)
         self.message, self._buffer = _uninitialised_bytes(size)
+        array = np.frombuffer(self._buffer, np.uint8)
         self.rows: list[npt.NDArray[np.uint8]] = []
         position = 0
         for piece in pieces:
             if isinstance(piece, bytes):
-                self._buffer[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
-                position += len(piece)
+                end = position + len(piece)
+                self._buffer[position:end] = piece
             else:
-                self.rows.append(self._buffer[position : position + piece])
-                position += piece
+                end = position + piece
+                self.rows.append(array[position:end])
+            position = end
         self._times_at = position if with_times else None
         if with_times:
             self.set_times(ServerTimes(0, 0, 0))
@@ -211,9 +203,27 @@ class ResponseWriter:
     def set_times(self, times: ServerTimes) -> None:
         """Fill in the server's times. Only for a writer made with them."""
         assert self._times_at is not None
-        values = (min(_U32, max(0, int(us))) for us in (times.queue_us, times.gather_us, times.total_us))
-        packed = _TIMES.pack(*(x for pair in zip(_TIMES_TAGS, values, strict=True) for x in pair))
-        self._buffer[self._times_at : self._times_at + _TIMES.size] = np.frombuffer(packed, np.uint8)
+        values = (times.queue_us, times.gather_us, times.total_us)
+        (a, b, c), (x, y, z) = _TIMES_TAGS, [min(_U32, max(0, int(us))) for us in values]
+        _TIMES.pack_into(self._buffer, self._times_at, a, x, b, y, c, z)
+
+
+@lru_cache(maxsize=256)  # decode asks for the same few shapes over and over
+def _layout(tables: tuple[tuple[int, int, int], ...], with_times: bool) -> tuple[list[bytes | int], int]:
+    """A message's header bytes, with the sizes of the rows between them as numbers, and its size."""
+    pieces: list[bytes | int] = []
+    for layer, first, nbytes in tables:
+        head: list[bytes | memoryview] = []
+        _put_varint(head, 1, layer)
+        _put_varint(head, 2, first)
+        if nbytes:
+            head.append(_varint(3 << 3 | _BYTES) + _varint(nbytes))
+        body = b"".join(head)
+        pieces += [_varint(1 << 3 | _BYTES) + _varint(len(body) + nbytes) + body, nbytes]
+    if with_times:
+        pieces.append(_varint(2 << 3 | _BYTES) + _varint(_TIMES.size))
+    size = sum([len(p) if isinstance(p, bytes) else p for p in pieces]) + (_TIMES.size if with_times else 0)
+    return pieces, size
 
 
 def parse_response(data: bytes) -> LookupResponse:
@@ -249,23 +259,23 @@ def _parse_rows(data: memoryview, budget: "_Budget") -> TableRows:
     return TableRows(layer, first, rows)
 
 
-def _uninitialised_bytes(size: int) -> tuple[bytes, npt.NDArray[np.uint8]]:
+def _uninitialised_bytes(size: int) -> tuple[bytes, memoryview]:
     """A bytes object that may still be written, as CPython's PyBytes_FromStringAndSize(NULL, size) offers.
 
-    gRPC sends nothing but exact `bytes`; gathering into one saves the copy from a buffer to a message. The array does
+    gRPC sends nothing but exact `bytes`; gathering into one saves the copy from a buffer to a message. The view does
     not keep the bytes alive: hold both, and write only until the bytes are shared.
     """
     message: bytes = _new_bytes(None, size)
-    if not size:
-        return message, np.empty(0, np.uint8)
-    memory = (ctypes.c_uint8 * size).from_address(_bytes_address(message))
-    return message, np.ctypeslib.as_array(memory)
+    return message, _view_of_memory(_bytes_address(message), size, _PYBUF_WRITE)
 
 
+_PYBUF_WRITE = 0x200
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.argtypes, _new_bytes.restype = [ctypes.c_char_p, ctypes.c_ssize_t], ctypes.py_object
 _bytes_address = ctypes.pythonapi.PyBytes_AsString
 _bytes_address.argtypes, _bytes_address.restype = [ctypes.py_object], ctypes.c_void_p
+_view_of_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of_memory.argtypes, _view_of_memory.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int], ctypes.py_object
 
 
 def _little(array: npt.NDArray[Any]) -> memoryview:
@@ -305,6 +315,8 @@ def _put_message(parts: list[bytes | memoryview], number: int, fields: list[byte
 
 def _read_varint(data: memoryview, position: int, longest: int = 10) -> tuple[int, int]:
     """The number at `position` and where it ends. Tags and lengths have 5 bytes at most, as protobuf holds them to."""
+    if position < len(data) and data[position] < 0x80:
+        return data[position], position + 1
     value = shift = 0
     while True:
         if position >= len(data):
@@ -325,25 +337,31 @@ class _Budget:
     def __init__(self) -> None:
         self._left = MAX_FIELDS
 
-    def spend(self) -> None:
-        """Count one field. Raises WireError when there are too many."""
-        self._left -= 1
+    def spend(self, fields: int = 1) -> None:
+        """Count fields. Raises WireError when there are too many."""
+        self._left -= fields
         if self._left < 0:
             raise WireError(f"the message has more than {MAX_FIELDS} fields")
 
 
-def _fields(data: memoryview, budget: _Budget) -> Iterator[tuple[int, int, Any]]:
+def _fields(data: memoryview, budget: _Budget) -> list[tuple[int, int, Any]]:
     """Fields of a message in order: (number, wire type, int or memoryview). Unknown ones are the caller's to skip."""
     position, size = 0, len(data)
+    found: list[tuple[int, int, Any]] = []
     while position < size:
-        budget.spend()
-        tag, position = _read_varint(data, position, longest=5)
+        if len(found) > MAX_FIELDS:
+            break
+        tag = data[position]
+        if tag < 0x80:  # as all of ours are
+            position += 1
+        else:
+            tag, position = _read_varint(data, position, longest=5)
         number, kind = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
             raise WireError(f"field number {number} before byte {position} cannot be")
         if kind == _VARINT:
             value, position = _read_varint(data, position)
-            yield number, kind, value
+            found.append((number, kind, value))
             continue
         if kind == _BYTES:
             length, position = _read_varint(data, position, longest=5)
@@ -357,7 +375,9 @@ def _fields(data: memoryview, budget: _Budget) -> Iterator[tuple[int, int, Any]]
             )
         piece = data[position : position + length]
         position += length
-        yield number, kind, piece if kind == _BYTES else int.from_bytes(piece, "little")
+        found.append((number, kind, piece if kind == _BYTES else int.from_bytes(piece, "little")))
+    budget.spend(len(found))
+    return found
 
 
 def _merged_fields(messages: list[memoryview], budget: _Budget) -> Iterator[tuple[int, int, Any]]:

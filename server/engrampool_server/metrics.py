@@ -3,7 +3,7 @@
 import asyncio
 import platform
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Literal
 
 import grpc
@@ -64,6 +64,8 @@ class Metrics:
         self.worker_restarts = Counter(
             "engrampool_worker_restarts", "Workers replaced because they ended or hung.", ("reason",), registry=registry
         )
+        self._answered: dict[tuple[str, str], tuple[Histogram, Histogram, Histogram]] = {}
+        self._tables: dict[tuple[str, int], tuple[Counter, Counter]] = {}
         self.model_info = self._gauge(
             "engrampool_model_info", "Models held; always 1.", ("model", "version", "spec_digest")
         )
@@ -77,6 +79,35 @@ class Metrics:
     ) -> Gauge:
         """mode: what becomes of the values of several processes; most gauges are set by one, and 0 elsewhere."""
         return Gauge(name, text, labels, registry=self.registry, multiprocess_mode=mode)
+
+    def answered(
+        self,
+        model: str,
+        method: str,
+        rows: Iterable[tuple[int, int, int]],
+        queue_s: float,
+        gather_s: float,
+        total_s: float,
+    ) -> None:
+        """Count a lookup that was answered. rows: (layer, rows, bytes) of each table."""
+        # Finding a metric by its labels is dear beside a small lookup, so what was found is kept.
+        times = self._answered.get((model, method))
+        if times is None:
+            times = (
+                self.lookup.labels(model, method),
+                self.queue.labels(model, method),
+                self.gather.labels(model, method),
+            )
+            self._answered[model, method] = times
+        for metric, seconds in zip(times, (total_s, queue_s, gather_s), strict=True):
+            metric.observe(seconds)
+        for layer, count, nbytes in rows:
+            table = self._tables.get((model, layer))
+            if table is None:
+                table = (self.rows.labels(model, str(layer)), self.bytes.labels(model, str(layer)))
+                self._tables[model, layer] = table
+            table[0].inc(count)
+            table[1].inc(nbytes)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ("model", "method"), registry=self.registry, buckets=_SECONDS)
@@ -135,21 +166,26 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _unary(self, behaviour: Callable[..., Awaitable[Any]], call: tuple[str, ...]) -> Callable[..., Awaitable[Any]]:
         started, received, sent, handling = self._children(call)
 
+        def ended(seconds: float, code: grpc.StatusCode) -> None:
+            handling.observe(seconds)
+            if code is grpc.StatusCode.OK:
+                sent.inc()
+            self._metrics.handled.labels(*call, code.name).inc()
+
         async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
             begin = time.perf_counter()
             started.inc()
             received.inc()
             code = grpc.StatusCode.OK
             try:
-                response = await behaviour(request, context)
-                sent.inc()
-                return response
+                return await behaviour(request, context)
             except BaseException as error:
                 code = _code_of(context, error)
                 raise
             finally:
-                handling.observe(time.perf_counter() - begin)
-                self._metrics.handled.labels(*call, code.name).inc()
+                # Once the answer is on its way: the caller need not wait for our book-keeping.
+                seconds = time.perf_counter() - begin
+                context.add_done_callback(lambda _: ended(seconds, code))
 
         return wrapped
 

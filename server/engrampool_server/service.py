@@ -131,7 +131,8 @@ class PoolService:
                 answer, times = await loop.run_in_executor(self._threads, self._answer, job, context, arrived)
         except (_RefusedError, WireError, BatchError) as error:
             await self._refuse(context, error)
-        self._count("Lookup", job, times)
+        # Once the answer is on its way: the caller need not wait for our book-keeping.
+        context.add_done_callback(lambda _: self._count("Lookup", job, times))
         return answer
 
     def _answer(self, job: _Job, context: grpc.aio.ServicerContext, arrived: float) -> tuple[bytes, wire.ServerTimes]:
@@ -256,16 +257,14 @@ class PoolService:
         return model.tables[layer]
 
     def _count(self, method: str, job: _Job, times: wire.ServerTimes) -> None:
-        name, m = job.model.spec.name, self._metrics
         given = {layer: len(ids) for layer, ids in job.request.tables}
+        rows = []
         for table in job.tables:
             layer = table.spec.layer
-            rows = given[layer] if job.request.tokens is None else job.request.tokens.num_tokens * table.spec.heads
-            m.rows.labels(name, str(layer)).inc(rows)
-            m.bytes.labels(name, str(layer)).inc(rows * table.spec.row_bytes)
-        m.lookup.labels(name, method).observe(times.total_us / 1e6)
-        m.queue.labels(name, method).observe(times.queue_us / 1e6)
-        m.gather.labels(name, method).observe(times.gather_us / 1e6)
+            count = given[layer] if job.request.tokens is None else job.request.tokens.num_tokens * table.spec.heads
+            rows.append((layer, count, count * table.spec.row_bytes))
+        seconds = (times.queue_us / 1e6, times.gather_us / 1e6, times.total_us / 1e6)
+        self._metrics.answered(job.model.spec.name, method, rows, *seconds)
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
         if isinstance(error, _RefusedError):
