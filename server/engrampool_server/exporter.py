@@ -2,7 +2,6 @@
 
 import os
 import socket
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,15 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def export(
-    listener: socket.socket, directory: Path, processes: "Processes", beat: Callable[[], None], s: float
+    listener: socket.socket, directory: Path, processes: "Processes", beat: Callable[[], None], beat_s: float
 ) -> None:
-    """Answer scrapes on `listener` for ever. beat: called every `s` seconds and after each scrape."""
+    """Answer scrapes on `listener` for ever. beat: called every `beat_s` seconds and after each scrape."""
     registry = CollectorRegistry()
     registry.register(_Files(directory))
     registry.register(processes)
     with _HttpServer(listener, beat) as server:
         server.set_app(make_wsgi_app(registry))
-        server.serve_forever(s)
+        server.serve_forever(beat_s)
 
 
 class _HttpServer(ThreadingWSGIServer):
@@ -50,15 +49,19 @@ class _Silent(WSGIRequestHandler):
 
 class _Files(Collector):
     def __init__(self, directory: Path) -> None:
-        self._files = MultiProcessCollector(None, str(directory))  # type: ignore[no-untyped-call]
+        self._directory = directory
 
     def collect(self) -> Iterable[Metric]:
-        while True:
-            try:
-                return list(self._files.collect())  # type: ignore[no-untyped-call]
-            except (struct.error, FileNotFoundError):
-                # A file was made in this moment and is empty still, or its process ended.
-                continue
+        """The sums of all files. One that was only just made is empty still, and not for prometheus_client to read."""
+        files = [str(path) for path in self._directory.glob("*.db") if _size(path)]
+        return MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # gauges of a process that ended just now
+        return 0
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ class _Supervisor:
         self._leaving: _Child | None = None
         self._rolling = self._roll_again = False
         self._roll_begun_s = self._stop_begun_s = 0.0
+        self._turned_s = time.monotonic()
         self._metrics_listener: socket.socket | None = None
         self._loading = self._serving = self._stopping = False
         self._selector = selectors.DefaultSelector()
@@ -224,18 +225,19 @@ class _Supervisor:
     def _turn_until(self, done: Callable[[], bool]) -> None:
         """Look after signals and children until `done`, which is asked again after each of them."""
         while not done():
-            begin = time.monotonic()
-            wait_s = max(0.0, min(self._deadlines(), default=inf) - begin)
-            for key, _ in self._selector.select(min(wait_s, _LONGEST_WAIT_S)):
+            due_s = min(self._deadlines(), default=inf)
+            wait_s = max(0.0, min(due_s - time.monotonic(), _LONGEST_WAIT_S))
+            for key, _ in self._selector.select(wait_s):
                 if key.data is None:
                     self._take_signals()
                 elif key.data.report >= 0:  # it may have ended just now
                     self._hear(key.data)
             now = time.monotonic()
-            if now - begin > wait_s + _BEAT_S:
+            if now > max(due_s, self._turned_s) + _BEAT_S:
                 # We stood still ourselves, as when a whole container is frozen: that others were silent says nothing.
                 for child in self._children.values():
                     child.heard_s = now
+            self._turned_s = now
             self._keep_deadlines(now)
 
     def _deadlines(self) -> Iterator[float]:

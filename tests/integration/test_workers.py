@@ -1,0 +1,508 @@
+"""Several processes on one port: one copy of the tables, and no end of any process is an end of the service."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from engrampool_client import Client
+from engrampool_client.testing import ServerProcess, ServerStartError, serve_process
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.spec import ModelSpec, TableSpec
+from engrampool_server.table_writer import write_tables
+from server_fixtures import (
+    LIMIT_S,
+    SPEC,
+    WIDE,
+    RawPool,
+    eventually,
+    expected,
+    joined,
+    pack,
+    refusal,
+    rows_of,
+    scrape,
+    version_of,
+)
+
+RESTARTS = 'engrampool_worker_restarts_total{{reason="{}"}}'
+ROWS = 'engrampool_lookup_rows_total{layer="2",model="small"}'
+# 65 MiB of rows: more than gRPC keeps on the way, so that the answer ends only when it is read.
+BIG = np.tile(np.arange(6500), 40)
+# A process that starts to serve the tables ends at once while the file is there.
+CRASHING = """
+import os
+from engrampool_server.server import Server
+hold = Server.hold
+def crash(self, models):
+    if os.path.exists(os.environ["TEST_CRASH"]):
+        os._exit(3)
+    hold(self, models)
+Server.hold = crash
+"""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("workers") / "small")
+
+
+@pytest.fixture
+def crashing(tmp_path: Path) -> tuple[dict[str, str], Path]:
+    """Environment of a server whose new workers end at once while the file exists."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(CRASHING)
+    search = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+    flag = tmp_path / "crash"
+    return {"PYTHONPATH": search, "TEST_CRASH": str(flag)}, flag
+
+
+def connections(server: ServerProcess, pid: int) -> int:
+    """Connections to the server's port that this process has accepted."""
+    port = int(server.address.split(":")[1])
+    inodes = set()
+    # gRPC listens on an IPv4 address through a socket of IPv6.
+    table = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    for line in filter(re.compile(r" *\d+:").match, table.splitlines()):
+        fields = line.split()
+        if int(fields[1].split(":")[1], 16) == port and fields[3] == "01":  # established
+            inodes.add(f"socket:[{fields[9]}]")
+    found = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found += str(descriptor.readlink()) in inodes
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    return found
+
+
+def ask(pool: RawPool, ids: Sequence[int] = (1, 2, 6499)) -> None:
+    """One lookup, each byte of which must be right."""
+    assert rows_of(pool.lookup(pool.by_ids((2, ids)), timeout=LIMIT_S)) == {2: expected(2, ids)}
+
+
+@contextmanager
+def pool_of_each_worker(server: ServerProcess, packed: Path) -> Iterator[dict[int, RawPool]]:
+    """By process id, a connection that this worker answers on. The system chooses, so it takes several tries."""
+    pids = server.worker_pids().values()
+    found: dict[int, RawPool] = {}
+    with ExitStack() as stack:
+        for _ in range(64):
+            before = {pid: connections(server, pid) for pid in pids}
+            pool = stack.enter_context(RawPool(server.address, version_of(packed)))
+            ask(pool)
+            (pid,) = (pid for pid in pids if connections(server, pid) > before[pid])
+            found.setdefault(pid, pool)
+            if found.keys() == set(pids):
+                yield found
+                return
+    raise AssertionError("64 connections went to some of the workers only")
+
+
+def count(server: ServerProcess, event: str, **fields: object) -> int:
+    with server._changed:
+        lines = [line for line in server._events if line["event"] == event]
+    return sum(all(line.get(name) == value for name, value in fields.items()) for line in lines)
+
+
+def wait_replaced(server: ServerProcess, index: int, old: int) -> int:
+    """The process of worker `index`, once it is another than `old` and ready."""
+    server.wait_until(
+        lambda lines: any(
+            line["event"] == "worker-ready" and line["worker"] == index and line["pid"] != old for line in lines
+        )
+    )
+    return server.worker_pids()[index]
+
+
+def family(server: ServerProcess) -> list[int]:
+    """The supervisor and every process that it started."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    return [server.process.pid, *map(int, children.split())]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+# --- one server
+
+
+def test_workers_share_a_port_an_endpoint_and_a_bound(packed):
+    limits = {"max_answer_bytes": BIG.size * 264, "max_in_flight_bytes": BIG.size * 264}
+    with serve_process(packed, workers=3, drain_s=0, **limits) as server:
+        assert scrape(server.metrics_address)["engrampool_workers"] == 3
+        with pool_of_each_worker(server, packed) as pools:
+            assert len(pools) == 3
+            asked = scrape(server.metrics_address)[ROWS]
+            for number, pool in enumerate(pools.values(), 1):
+                ask(pool, range(100))
+                assert scrape(server.metrics_address)[ROWS] == asked + 100 * number
+            first, second, _ = pools.values()
+            call = first.stream(first.by_ids((2, BIG)))
+            messages = [next(call)]
+            # All that may be in flight is so in one worker, and the others know it.
+            code, reason, text = refusal(lambda: second.lookup(second.by_ids((2, [1]))))
+            assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
+            assert f"{BIG.size * 264} bytes are in flight, of {BIG.size * 264}" in text
+            seen = scrape(server.metrics_address)
+            assert seen["engrampool_in_flight_bytes"] == seen["engrampool_in_flight_limit_bytes"] == BIG.size * 264
+            assert seen['engrampool_refused_total{reason="overloaded"}'] == 1
+            messages += call
+            assert joined(messages) == {2: expected(2, BIG)}
+            eventually(lambda: scrape(server.metrics_address)["engrampool_in_flight_bytes"] == 0)
+            ask(second)
+
+            # What a worker had in flight does not count once it is dead.
+            call = first.stream(first.by_ids((2, BIG)))
+            next(call)
+            pid = next(iter(pools))
+            index = next(index for index, of in server.worker_pids().items() if of == pid)
+            os.kill(pid, signal.SIGKILL)
+            wait_replaced(server, index, pid)
+            with pytest.raises(grpc.RpcError):
+                list(call)
+            ask(second)
+            assert scrape(server.metrics_address)["engrampool_in_flight_bytes"] == 0
+
+
+def pss_bytes(server: ServerProcess) -> int:
+    """Proportional memory of all processes: what several share counts once."""
+    rollups = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in family(server))
+    return sum(int(re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)[1]) * 1024 for text in rollups)
+
+
+# What a further process has for itself, beside the tables; preflight counts on less than WORKER_BYTES.
+PROCESS_BYTES = 32 << 20
+
+
+@pytest.mark.parametrize("memory", ["anon", "shm"])
+def test_tables_are_in_memory_once_however_many_workers(tmp_path, memory):
+    hash_family = SPEC.table(2).hash
+    spec = ModelSpec("large", SPEC.vocab_size, (TableSpec(2, 1_200_000, WIDE, hash_family),), SPEC.token_map)
+
+    def fill(table, start, out):
+        out[:] = np.arange(start, start + len(out), dtype=np.uint32).view(np.uint8).reshape(-1, 4)[:, :1]
+
+    write_tables(tmp_path / "large", spec, {}, fill)
+    used = {}
+    for workers in (1, 2):
+        with serve_process(tmp_path / "large", workers=workers, memory=memory) as server:
+            version = version_of(tmp_path / "large")
+            ids = np.arange(0, 1_200_000, 16)  # in every page
+            for _ in range(6):
+                with RawPool(server.address, version) as pool:
+                    answer = rows_of(pool.lookup(pool.by_ids((2, ids), model="large")))[2]
+                    assert answer == np.repeat(ids.astype(np.uint8), 264).tobytes()
+            used[workers] = pss_bytes(server)
+            assert used[workers] > spec.nbytes
+            stated = scrape(server.metrics_address)["process_resident_memory_bytes"]
+            assert spec.nbytes < stated < spec.nbytes * 1.05 + 10 * PROCESS_BYTES
+    assert spec.nbytes > 300e6
+    assert used[2] < 1.05 * used[1] + PROCESS_BYTES, {n: size >> 20 for n, size in used.items()}
+
+
+# --- workers that end
+
+
+def test_a_killed_worker_is_replaced_while_others_answer(packed):
+    with serve_process(packed, workers=2) as server, pool_of_each_worker(server, packed) as pools:
+        old = server.worker_pids()
+        before = scrape(server.metrics_address)
+        victim, other = old[0], old[1]
+        begin = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        ask(pools[other])
+        died = server.wait_for("worker-died")
+        assert (died["worker"], died["pid"], died["status"]) == (0, victim, "SIGKILL")
+        new = wait_replaced(server, 0, victim)
+        assert time.monotonic() - begin < 10
+        for _ in range(8):
+            ask(pools[other])
+            with RawPool(server.address, version_of(packed)) as pool:
+                ask(pool)
+        assert server.worker_pids() == {0: new, 1: other}
+        assert count(server, "loaded") == 1
+        after = scrape(server.metrics_address)
+        assert after[RESTARTS.format("died")] == 1
+        assert after[RESTARTS.format("hung")] == 0
+        assert after["engrampool_workers"] == 2
+        # No counter went back, and none lost what the dead one had counted.
+        assert after[ROWS] == before[ROWS] + (1 + 16) * 3
+        counts = [key for key in before if re.search(r"_(total|count|sum|bucket)(\{|$)", key)]
+        assert [key for key in counts if after[key] < before[key]] == []
+
+
+def test_a_worker_that_gives_no_sign_of_life_is_replaced(packed):
+    with serve_process(packed, workers=2, worker_timeout_s=1) as server:
+        old = server.worker_pids()
+        os.kill(old[1], signal.SIGSTOP)
+        hung = server.wait_for("worker-hung")
+        assert (hung["worker"], hung["pid"]) == (1, old[1])
+        assert hung["silent_s"] >= 1
+        wait_replaced(server, 1, old[1])
+        assert not alive(old[1])
+        seen = scrape(server.metrics_address)
+        assert seen[RESTARTS.format("hung")] == 1
+        assert seen[RESTARTS.format("died")] == 0
+        assert server.worker_pids()[0] == old[0]
+        for _ in range(8):
+            with RawPool(server.address, version_of(packed)) as pool:
+                ask(pool)
+
+
+def test_a_server_that_stood_still_as_a_whole_replaces_nobody(packed):
+    """As when a container is paused: all were silent, the one that judges them too."""
+    with serve_process(packed, workers=2, worker_timeout_s=1) as server:
+        old, processes = server.worker_pids(), family(server)
+        for pid in processes:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2.5)
+        for pid in processes:  # the supervisor first, before the others can say anything
+            os.kill(pid, signal.SIGCONT)
+        with RawPool(server.address, version_of(packed)) as pool:
+            for _ in range(10):
+                ask(pool)
+                time.sleep(0.05)
+        assert server.worker_pids() == old
+        assert count(server, "worker-hung") == 0
+
+
+def test_a_worker_that_ends_again_and_again_is_started_less_and_less_often(packed, crashing):
+    environ, flag = crashing
+    with serve_process(packed, environ=environ, workers=2) as server, pool_of_each_worker(server, packed) as pools:
+        old = server.worker_pids()
+        flag.touch()
+        os.kill(old[0], signal.SIGKILL)
+        server.wait_until(lambda lines: sum(line["event"] == "worker-died" for line in lines) >= 5)
+        ask(pools[old[1]])
+        flag.unlink()
+        wait_replaced(server, 0, old[0])
+        died = [datetime.fromisoformat(line["time"]) for line in server._events if line["event"] == "worker-died"]
+        gaps_s = [(after - before).total_seconds() for before, after in pairwise(died[:5])]
+        assert all(gap_s > least_s for gap_s, least_s in zip(gaps_s, (0, 0.1, 0.2, 0.4), strict=True)), gaps_s
+        last = [line for line in server._events if line["event"] == "worker-died"][1]
+        assert last["status"] == "exit code 3"
+        assert server.worker_pids()[1] == old[1]
+
+
+def test_a_start_whose_workers_end_fails_with_one_line(packed, crashing):
+    environ, flag = crashing
+    flag.touch()
+    command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--listen=127.0.0.1:0"]
+    done = subprocess.run(
+        [*command, "--metrics=127.0.0.1:0"], env={**os.environ, **environ}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(r"engrampool: worker \d+ ended before it was ready: exit code 3", last)
+
+
+def test_the_endpoint_of_metrics_comes_back_too(packed):
+    with serve_process(packed, workers=1) as server:
+        before = scrape(server.metrics_address)
+        (exporter,) = set(family(server)) - {server.process.pid, *server.worker_pids().values()}
+        os.kill(exporter, signal.SIGKILL)
+        died = server.wait_for("worker-died")
+        assert (died["worker"], died["pid"]) == ("exporter", exporter)
+
+        def answered():
+            try:
+                return scrape(server.metrics_address)
+            except (urllib.error.URLError, ConnectionError):
+                return None
+
+        after = eventually(answered)
+        assert after["engrampool_workers"] == 1
+        assert after["process_cpu_seconds_total"] >= before["process_cpu_seconds_total"]
+        assert after[RESTARTS.format("died")] == 0  # it is no worker
+
+
+# --- rolling restart
+
+
+def test_a_rolling_restart_under_load_fails_no_lookup_of_a_client(packed):
+    stop = threading.Event()
+    problems: list[Exception] = []
+    answered = [0, 0]
+
+    def load(at: int, client: Client) -> None:
+        tokens = np.arange(50, dtype=np.int32)
+        ids = SPEC.hash(TokenBatch.of(tokens))
+        wanted = {layer: expected(layer, rows.reshape(-1)) for layer, rows in ids.items()}
+        while not stop.is_set():
+            try:
+                rows = client.lookup(tokens)
+                assert {layer: rows[layer].tobytes() for layer in ids} == wanted
+                answered[at] += 1
+            except Exception as error:
+                problems.append(error)
+                return
+
+    with serve_process(packed, workers=2) as server, ExitStack() as stack:
+        old = server.worker_pids()
+        threads = [
+            threading.Thread(target=load, args=(at, stack.enter_context(Client(server.address)))) for at in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: min(answered) > 20 or problems)
+        for number in (1, 2, 3):
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_until(lambda lines, n=number: sum(line["event"] == "rolled" for line in lines) == n)
+        sofar = list(answered)
+        eventually(lambda: min(now - then for now, then in zip(answered, sofar, strict=True)) > 20 or problems)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert problems == []
+        new = server.worker_pids()
+        assert new.keys() == old.keys()
+        assert not set(new.values()) & set(old.values())
+        assert not any(map(alive, old.values()))
+        assert count(server, "loaded") == 1
+        seen = scrape(server.metrics_address)
+        assert seen["engrampool_workers"] == 2
+        assert seen[RESTARTS.format("died")] == seen[RESTARTS.format("hung")] == 0
+
+
+def test_lookups_in_flight_finish_and_a_second_request_waits_its_turn(packed):
+    with serve_process(packed, workers=1, drain_s=60) as server, RawPool(server.address, version_of(packed)) as pool:
+        old = server.worker_pids()[0]
+        call = pool.stream(pool.by_ids((2, BIG)))
+        messages = [next(call)]
+        server.process.send_signal(signal.SIGHUP)
+        wait_replaced(server, 0, old)
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("roll-queued")
+        assert count(server, "rolled") == 0
+        with RawPool(server.address, version_of(packed)) as other:
+            ask(other)
+        messages += call
+        assert joined(messages) == {2: expected(2, BIG)}
+        server.wait_until(lambda lines: sum(line["event"] == "rolled" for line in lines) == 2)
+        assert count(server, "rolling", workers=1) == 2
+        assert len({line["pid"] for line in server._events if line["event"] == "worker-ready"}) == 3
+
+
+def test_a_successor_that_does_not_start_changes_nothing(packed, crashing):
+    environ, flag = crashing
+    with serve_process(packed, environ=environ, workers=2) as server:
+        old = server.worker_pids()
+        flag.touch()
+        server.process.send_signal(signal.SIGHUP)
+        assert server.wait_for("roll-failed")["worker"] == 0
+        assert server.worker_pids() == old
+        assert all(map(alive, old.values()))
+        for _ in range(8):
+            with RawPool(server.address, version_of(packed)) as pool:
+                ask(pool)
+        flag.unlink()
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("rolled")
+        assert not set(server.worker_pids().values()) & set(old.values())
+
+
+# --- the end
+
+
+def metrics_directories(server: ServerProcess) -> list[Path]:
+    """Those that the server's processes have files open in."""
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    return sorted({Path(found) for found in re.findall(r"(/\S*engrampool-metrics-\w+)/", maps)})
+
+
+def test_a_killed_supervisor_leaves_no_process_no_port_and_in_the_end_no_file(packed):
+    with serve_process(packed, workers=2) as server:
+        processes = family(server)
+        (directory,) = metrics_directories(server)
+        assert len(processes) == 4
+        server.process.kill()
+        server.process.wait()
+        eventually(lambda: not any(map(alive, processes)), "all processes are gone")
+        listen, metrics = server.address, server.metrics_address
+    with serve_process(packed, workers=2, listen=listen, metrics=metrics) as server:
+        assert not directory.exists()
+        (own,) = metrics_directories(server)
+        with RawPool(listen, version_of(packed)) as pool:
+            ask(pool)
+        assert scrape(metrics)[ROWS] == 3
+        server.process.terminate()
+        assert server.process.wait(LIMIT_S) == 0
+        assert not own.exists()
+
+
+def test_a_server_killed_again_and_again_starts_again_each_time(packed):
+    """On one port, without a pause: what dies of the last one is waited for."""
+    listen = "127.0.0.1:0"
+    for _ in range(5):
+        with serve_process(packed, workers=2, listen=listen) as server:
+            listen = server.address
+            with RawPool(listen, version_of(packed)) as pool:
+                ask(pool)
+            server.process.kill()
+            server.process.wait()
+
+
+def test_a_second_signal_ends_the_drain(packed):
+    with serve_process(packed, workers=2, drain_s=600) as server, RawPool(server.address, version_of(packed)) as pool:
+        processes = family(server)
+        call = pool.stream(pool.by_ids((2, BIG)))
+        next(call)
+        server.process.terminate()
+        server.wait_for("stopping")
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(LIMIT_S) == 0
+        assert not any(map(alive, processes))
+        with pytest.raises(grpc.RpcError):
+            list(call)
+
+
+def test_a_signal_of_a_terminal_reaches_all_processes_and_drains_them(packed):
+    """Ctrl-C goes to the whole group of processes, as does the end of a terminal."""
+    command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--workers=2"]
+    command += ["--listen=127.0.0.1:0", "--metrics=off"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    server = ServerProcess(process)
+    reader = threading.Thread(target=server._read)
+    reader.start()
+    try:
+        server.address = server.wait_for("serving")["listen"]
+        with RawPool(server.address, version_of(packed)) as pool:
+            call = pool.stream(pool.by_ids((2, BIG)))
+            messages = [next(call)]
+            os.killpg(process.pid, signal.SIGINT)
+            server.wait_for("stopping")
+            messages += call
+            assert joined(messages) == {2: expected(2, BIG)}
+        assert process.wait(LIMIT_S) == 0
+    finally:
+        process.kill()
+        reader.join()
+        process.stderr.close()
+    assert count(server, "worker-died") == 0
+
+
+def test_another_server_does_not_get_onto_the_port(packed):
+    with (
+        serve_process(packed, workers=2) as server,
+        pytest.raises(ServerStartError, match=f"cannot listen on {server.address}: in use"),
+        serve_process(packed, workers=2, listen=server.address),
+    ):
+        raise AssertionError("two servers on one port")
