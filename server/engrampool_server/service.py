@@ -58,7 +58,7 @@ class _Job:
         if self.request.tokens is None:
             ids: Iterable[RowIds] = [ids for _, ids in self.request.tables]
         else:
-            hashed = self.model.spec.hash(self.request.tokens, [table.spec.layer for table in self.tables])
+            hashed = self.model.hasher.rows(self.request.tokens, [table.spec.layer for table in self.tables])
             ids = [rows.reshape(-1) for rows in hashed.values()]
         resolved = list(zip(self.tables, ids, strict=True))
         for table, rows in resolved:

@@ -3,13 +3,15 @@
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto.errors import BatchError, EngrampoolError
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
+from engrampool_server.gather import first_outside, gather
+from engrampool_server.hasher import Hasher
 from engrampool_server.memory import allocate
 from engrampool_server.table_files import Block, PackedModel
 
@@ -33,33 +35,36 @@ class HeldTable:
 
     def check(self, ids: RowIds) -> None:
         """Raise BatchError naming the first id that is not held."""
-        if not ids.size:
-            return
-        if int(np.min(ids)) >= self.row_start and int(np.max(ids)) < self.row_stop:
-            return
-        at = int(np.argmax((ids < self.row_start) | (ids >= self.row_stop)))
-        raise BatchError(
-            f"row id {ids[at]} at position {at} of layer {self.spec.layer} is out of range; "
-            f"this server holds rows {self.row_start} .. {self.row_stop - 1}"
-        )
+        self._refuse(ids, first_outside(ids, self.row_start, self.row_stop))
 
     def gather(self, ids: RowIds, out: npt.NDArray[np.uint8]) -> None:
-        """Copy the rows `ids` [N] into `out`, uint8 [N * row_bytes]. Ids must have been checked."""
-        if not ids.size:
-            return  # and `row_start` may not fit the dtype of no ids
-        if self.row_start:
-            ids = ids - ids.dtype.type(self.row_start)
-        # Mode "raise" would gather into a buffer first and copy that.
-        np.take(self.rows, ids, axis=0, out=out.reshape(len(ids), self.spec.row_bytes), mode="clip")
+        """Copy the rows `ids` [N] into `out`, uint8 [N * row_bytes], both contiguous. Ids must have been checked.
+
+        One that was not is still an error, BatchError, and never a read beyond the table.
+        """
+        if out.size != len(ids) * self.spec.row_bytes:
+            raise ValueError(f"{len(ids)} rows of {self.spec.row_bytes} bytes do not fill {out.size} bytes exactly")
+        self._refuse(ids, gather(self.rows, ids, self.row_start, out))
+
+    def _refuse(self, ids: RowIds, at: int) -> None:
+        if at >= 0:
+            raise BatchError(
+                f"row id {ids[at]} at position {at} of layer {self.spec.layer} is out of range; "
+                f"this server holds rows {self.row_start} .. {self.row_stop - 1}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class HeldModel:
-    """One version of a model, in memory. tables: by layer, ascending."""
+    """One version of a model, in memory. tables: by layer, ascending. hasher: from its tokens to its rows."""
 
     spec: ModelSpec
     version: str
     tables: Mapping[int, HeldTable]
+    hasher: Hasher = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hasher", Hasher(self.spec))
 
 
 def load(

@@ -1,13 +1,9 @@
 """What the contract's tests share: their helper modules and the real tokenizer."""
 
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import hash_reference
+import pytest
 
 from engrampool_proto.token_map import TokenMap
 

@@ -1,0 +1,257 @@
+"""Row ids of token batches: the hash families of engrampool_proto.hashing, compiled, in one pass over the tokens.
+
+The numpy forms are the specification; every id is equal to theirs.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from engrampool_proto.hashing import Identity, Polynomial, TokenBatch, XorMix
+from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
+from engrampool_server.jit import kernel, view
+
+_U = np.uint64
+_BATCH = (
+    view(types.int32, 1, "A"),  # tokens
+    view(types.int32, 1, "A"),  # query_start_loc
+    view(types.int32, 2, "A"),  # lookback
+    view(types.boolean, 1, "A"),  # dead, empty for none
+    view(types.boolean, 2, "A"),  # lookback_dead, empty for none
+)
+_NONE_DEAD = np.empty(0, np.bool_)
+_NO_LOOKBACK_DEAD = np.empty((0, 0), np.bool_)
+_NO_MAP = np.empty(0, np.int32)
+_OUT = (types.uint32[:, ::1], types.uint64[:, ::1])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _high_product(typing: Any, a: Any, b: Any) -> Any:
+    """The upper 64 bits of the product of two uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = ir.IntType(128)
+        product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
+        return builder.trunc(builder.lshr(product, wide(64)), ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _remainder(x: Any, modulus: Any, inverse: Any) -> Any:
+    """The remainder of uint64 x by modulus, for inverse = (2**64 - 1) // modulus, exactly, without a division.
+
+    x * inverse / 2**64 is at most x / 2**64 < 1 below x / modulus, so the quotient is right or one too small (Barrett).
+    """
+    rest = x - _high_product(x, inverse) * modulus
+    return rest - modulus if rest >= modulus else rest
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _token(
+    tokens: Any, lookback: Any, dead: Any, lookback_dead: Any, request: Any, start: Any, position: Any, back: Any
+) -> Any:
+    """The token `back` before `position` of a request that begins at `start`; -1 where there is none or it is dead."""
+    at = position - back
+    if at >= start:
+        return np.int64(-1) if dead.size and dead[at] else np.int64(tokens[at])
+    column = start - at - 1
+    if column >= lookback.shape[1] or (lookback_dead.size and lookback_dead[request, column]):
+        return np.int64(-1)
+    return np.int64(lookback[request, column])
+
+
+@kernel(types.boolean(*_BATCH, types.int64))
+def _all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, vocab_size: Any) -> bool:
+    """Whether every live token is in [0, vocab_size), and in [-1, vocab_size) for the look-back."""
+    for at in range(tokens.size):
+        if not (dead.size and dead[at]) and not 0 <= tokens[at] < vocab_size:
+            return False
+    for request in range(lookback.shape[0]):
+        for column in range(lookback.shape[1]):
+            is_dead = lookback_dead.size and lookback_dead[request, column]
+            if not is_dead and not -1 <= lookback[request, column] < vocab_size:
+                return False
+    return True
+
+
+@kernel(
+    *(
+        types.void(
+            *_BATCH,
+            view(types.int32),
+            view(types.int64),
+            view(types.int64),
+            view(types.uint64),
+            view(types.uint64),
+            view(types.uint64),
+            types.int64,
+            types.int64,
+            out,
+        )
+        for out in _OUT
+    )
+)
+def _xor_mix(
+    tokens: Any,
+    bounds: Any,
+    lookback: Any,
+    dead: Any,
+    lookback_dead: Any,
+    token_map: Any,
+    multipliers: Any,
+    ends: Any,
+    moduli: Any,
+    inverses: Any,
+    offsets: Any,
+    fill: Any,
+    stop: Any,
+    out: Any,
+) -> None:
+    """`XorMix.rows`. ends[n - 2] is one past the last column of order n; stop is -1 for none."""
+    for request in range(lookback.shape[0]):
+        start = np.int64(bounds[request])
+        for position in range(start, np.int64(bounds[request + 1])):
+            mix = np.int64(0)
+            column = 0
+            blocked = False
+            for back in range(multipliers.size):
+                token = _token(tokens, lookback, dead, lookback_dead, request, start, position, back)
+                blocked = blocked or token < 0 or (back > 0 and token == stop)
+                value = token
+                if blocked:
+                    value = fill
+                elif token_map.size:
+                    value = np.int64(token_map[token])
+                mix ^= value * multipliers[back]
+                if back == 0:
+                    continue
+                # The remainder of a negative x, never negative itself, is modulus - 1 - (~x mod modulus).
+                sign = mix >> 63
+                magnitude = _U(mix ^ sign)
+                while column < ends[back - 1]:
+                    modulus = moduli[column]
+                    rest = _remainder(magnitude, modulus, inverses[column])
+                    out[position, column] = offsets[column] + (modulus - _U(1) - rest if sign else rest)
+                    column += 1
+
+
+@kernel(
+    *(
+        types.void(
+            *_BATCH,
+            view(types.uint64, 2),
+            view(types.int64),
+            view(types.uint64),
+            view(types.uint64),
+            view(types.uint64),
+            types.int64,
+            out,
+        )
+        for out in _OUT
+    )
+)
+def _polynomial(
+    tokens: Any,
+    bounds: Any,
+    lookback: Any,
+    dead: Any,
+    lookback_dead: Any,
+    weights: Any,
+    orders: Any,
+    moduli: Any,
+    inverses: Any,
+    offsets: Any,
+    stop: Any,
+    out: Any,
+) -> None:
+    """`Polynomial.rows`. weights: [heads][longest order]; orders: of each column; stop is -1 for none."""
+    ids = np.empty(weights.shape[1], np.uint64)
+    for request in range(lookback.shape[0]):
+        start = np.int64(bounds[request])
+        for position in range(start, np.int64(bounds[request + 1])):
+            blocked = False
+            for back in range(ids.size):
+                token = _token(tokens, lookback, dead, lookback_dead, request, start, position, back)
+                blocked = blocked or token < 0 or (back > 0 and token == stop)
+                ids[back] = _U(0) if blocked else _U(token)
+            for column in range(moduli.size):
+                modulus, inverse = moduli[column], inverses[column]
+                total = _U(0)
+                for back in range(orders[column]):
+                    # A token is below 2**31, a weight and a remainder below 2**32: their sum fits.
+                    total = _remainder(total + ids[back] * weights[column, back], modulus, inverse)
+                out[position, column] = offsets[column] + total
+
+
+@kernel(*(types.void(*_BATCH, types.int64, types.uint64, out) for out in _OUT))
+def _identity(
+    tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, offset: Any, out: Any
+) -> None:
+    """`Identity.rows`."""
+    for at in range(tokens.size):
+        unreadable = (dead.size and dead[at]) or tokens[at] >= num_rows
+        out[at, 0] = offset + (_U(0) if unreadable else _U(tokens[at]))
+
+
+class Hasher:
+    """What `ModelSpec.hash` computes, for a model whose constants were laid out for the kernels once."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        token_map = _NO_MAP if spec.token_map is None else spec.token_map.ids
+        self._kernels = {table.layer: _of_table(table, token_map) for table in spec.tables}
+
+    def rows(self, batch: TokenBatch, layers: Iterable[int] | None = None) -> dict[int, RowIds]:
+        """Row ids of every token for each layer asked for (all by default), in the order asked for.
+
+        Returns {layer: uint32 or uint64 [T, heads]}, C-contiguous.
+        Raises BatchError for token ids out of range or a look-back too wide, SpecError for an unknown layer.
+        """
+        spec = self._spec
+        tables = spec.tables if layers is None else [spec.table(layer) for layer in layers]
+        arrays = (
+            batch.tokens,
+            batch.query_start_loc,
+            batch.lookback,
+            _NONE_DEAD if batch.dead is None else batch.dead,
+            _NO_LOOKBACK_DEAD if batch.lookback_dead is None else batch.lookback_dead,
+        )
+        if batch.lookback.shape[1] > spec.lookback or not _all_in_vocabulary(*arrays, spec.vocab_size):
+            batch.check_tokens(spec.vocab_size, spec.lookback)  # which says what is wrong, and where
+        rows: dict[int, RowIds] = {}
+        for table in tables:
+            out = np.empty((batch.num_tokens, table.heads), table.id_dtype)
+            run, constants = self._kernels[table.layer]
+            run(*arrays, *constants, out)
+            rows[table.layer] = out
+        return rows
+
+
+def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """The kernel of a table's family, and its arguments between the batch and the output."""
+    family, offsets = table.hash, table.head_offsets
+    if isinstance(family, Identity):
+        return _identity, (family.num_rows, offsets[0])
+    moduli = np.array(family.head_rows(), np.uint64)
+    inverses = np.uint64(2**64 - 1) // moduli
+    if isinstance(family, XorMix):
+        ends = np.cumsum([len(heads) for heads in family.primes])
+        multipliers = np.array(family.multipliers, np.int64)
+        return _xor_mix, (token_map, multipliers, ends, moduli, inverses, offsets, family.fill, _or_none(family.stop))
+    if isinstance(family, Polynomial):
+        orders = np.repeat(np.arange(2, len(family.moduli) + 2), [len(heads) for heads in family.moduli])
+        weights = np.zeros((len(moduli), family.lookback + 1), np.uint64)
+        for column, factors in enumerate(f for heads in family.weights for f in heads):
+            weights[column, : orders[column]] = factors[: orders[column]]
+        return _polynomial, (weights, orders, moduli, inverses, offsets, _or_none(family.stop))
+    raise NotImplementedError(f"hash family {family.FAMILY!r} has no kernel")
+
+
+def _or_none(stop: int | None) -> int:
+    return -1 if stop is None else stop
