@@ -145,6 +145,64 @@ def test_rows_are_read_only(pool):
             rows[0] = 0
 
 
+@pytest.mark.parametrize("count", [1, 64, 500])
+def test_rows_land_in_the_callers_arrays(pool, count):
+    tokens = tokens_of(count)
+    wanted = expected(pool.spec, TokenBatch.of(tokens))
+    staging = np.zeros((2, 600, 24, 264), np.uint8)
+    out = {1: staging[0, 10 : 10 + count], 14: staging[1, :count]}
+    found = pool.lookup(tokens, out=out)
+    assert found[1] is out[1]
+    assert found[14] is out[14]
+    assert_rows(out, wanted)
+    assert not staging[0, :10].any()
+    assert not staging[0, 10 + count :].any()
+    # An array for one layer only; the other is the client's own, and cannot be written.
+    ids = pool.spec.hash(TokenBatch.of(tokens))
+    found = pool.lookup_rows(ids, out={14: out[14]})
+    assert_rows(found, wanted)
+    assert found[1].flags.writeable is False
+    with pytest.raises(BatchError, match="out of layer 1 must be a uint8 array"):
+        pool.lookup(tokens, out={1: np.empty((count, 24, 265), np.uint8)})
+
+
+def test_nothing_is_written_once_a_step_was_given_up(client):
+    tokens = tokens_of(6000)
+    out = {layer: np.empty((6000, 24, 264), np.uint8) for layer in (1, 14)}
+    for _ in range(5):
+        for array in out.values():
+            array[:] = 0
+        step = client.prefetch(tokens, out=out)
+        step.rows(1)
+        step.cancel()
+        seen = out[14].copy()
+        client.lookup(tokens_of(100))
+        assert np.array_equal(out[14], seen)
+
+
+@pytest.mark.parametrize("connections", [2, 3])
+def test_large_lookups_share_connections(server, connections, monkeypatch):
+    monkeypatch.setattr("engrampool_client.client.SPLIT_ABOVE_BYTES", 100_000)
+    with Client(server, connections=connections) as client:
+        for count in (0, 1, 7, 8, 500, 1000):
+            tokens = tokens_of(count)
+            wanted = expected(client.spec, TokenBatch.of(tokens))
+            assert_rows(client.lookup(tokens), wanted)
+            step = client.prefetch(tokens)
+            assert_rows({layer: step.rows(layer) for layer in step.layers}, wanted)
+            step.wait()
+            assert count == 0 or step.times is not None
+        steps = [client.prefetch(tokens_of(3000, seed)) for seed in range(6)]
+        steps[1].cancel()
+        for seed, step in enumerate(steps):
+            if seed != 1:
+                step.wait()
+                wanted = expected(client.spec, TokenBatch.of(tokens_of(3000, seed)))
+                assert_rows({layer: step.rows(layer) for layer in step.layers}, wanted)
+        with pytest.raises(BatchError, match="is 129280"):
+            client.lookup([VOCAB] * 1000)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -311,7 +369,14 @@ def test_closing_ends_every_step(server):
 
 
 def test_settings_out_of_range(server):
-    for settings in ({"hashing": "remote"}, {"timeout_s": 0}, {"connect_timeout_s": -1}, {"max_steps": 0}):
+    for settings in (
+        {"hashing": "remote"},
+        {"timeout_s": 0},
+        {"connect_timeout_s": -1},
+        {"max_steps": 0},
+        {"retry_s": -1},
+        {"connections": 0},
+    ):
         with pytest.raises(ValueError, match="must be"):
             Client(server, **settings)
 

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrampool_client import ProtocolError
+from engrampool_client import BatchError, ProtocolError
 from engrampool_client.exchange import Exchange
 from engrampool_client.served import ServedModel
 from engrampool_proto import wire
-from engrampool_proto.hashing import Identity
+from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.v1 import pool_pb2
 
@@ -102,3 +102,66 @@ def test_no_rows_are_complete_at_once():
     assert taken.add(message((2, 0, b""), (9, 0, b""), times=True)) == []
     taken.finish()
     assert taken.rows(9).shape == (0, 3)
+
+
+def answer_of(request: bytes, rows: dict[int, np.ndarray]) -> bytes:
+    """What a server that holds `rows` says."""
+    asked = wire.parse_request(request)
+    return message(*((layer, 0, rows[layer][ids].tobytes()) for layer, ids in asked.tables), times=True)
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 7), st.randoms(use_true_random=False))
+def test_parts_land_in_order_whichever_comes_first(few, many, count, random):
+    rows = {layer: np.random.default_rng(layer).integers(0, 256, (50, 3), np.uint8) for layer in (2, 9)}
+    ids = {2: np.random.default_rng(0).integers(0, 50, few), 9: np.random.default_rng(1).integers(0, 50, many)}
+    whole = Exchange.of_rows(SERVED, ids)
+    parts = whole.split(count)
+    assert len(parts) == (count if max(few, many) >= count else 1)
+    assert sum(part.answer_bytes for part in parts) == whole.answer_bytes
+    random.shuffle(parts)
+    found = whole.whole(whole.empty_layers())
+    for part in parts:
+        for layer, array in part.whole(part.add(answer_of(part.request, rows))).items():
+            assert layer not in found  # said to be complete once
+            found[layer] = array
+        part.finish()
+    assert set(found) == {2, 9}
+    assert all(np.array_equal(found[layer], rows[layer][ids[layer]]) for layer in (2, 9))
+
+
+def test_a_lookup_by_tokens_is_not_split():
+    whole = Exchange.of_tokens(SERVED, TokenBatch.of(np.arange(40, dtype=np.int32)), (2, 9), "server")
+    assert whole.split(4) == [whole]
+
+
+def test_asking_again_leaves_complete_layers_alone():
+    rows = {layer: np.random.default_rng(layer).integers(0, 256, (50, 3), np.uint8) for layer in (2, 9)}
+    out = {2: np.empty((4, 3), np.uint8)}
+    taken = Exchange.of_rows(SERVED, {2: np.arange(4), 9: np.arange(6)}, out)
+    assert taken.add(message((2, 0, rows[2][:4].tobytes()), (9, 0, rows[9][:5].tobytes()))) == [2]
+    out[2][:] = 0  # in use, and changed by who uses it
+    taken.restart()
+    assert [layer for layer, _ in wire.parse_request(taken.request).tables] == [9]
+    assert taken.answer_bytes == 18
+    assert not taken.complete
+    assert taken.add(answer_of(taken.request, rows)) == [9]
+    taken.finish()
+    assert taken.complete
+    assert not out[2].any()
+    assert np.array_equal(taken.rows(9), rows[9][:6])
+
+
+@pytest.mark.parametrize(
+    ("layer", "array", "text"),
+    [
+        (2, np.empty((5, 3), np.int8), r"must be a uint8 array \[5, 3\]; it is int8 \[5, 3\]"),
+        (2, np.empty((5, 4), np.uint8), r"it is uint8 \[5, 4\]"),
+        (2, bytearray(15), "it is bytearray"),
+        (2, np.empty((5, 6), np.uint8)[:, ::2], "C-contiguous and writable"),
+        (2, np.frombuffer(bytes(15), np.uint8).reshape(5, 3), "C-contiguous and writable"),
+        (3, np.empty((5, 3), np.uint8), r"layer 3, which is not asked for; \[2, 9\] are"),
+    ],
+)
+def test_arrays_that_cannot_take_the_rows_are_refused(layer, array, text):
+    with pytest.raises(BatchError, match=text):
+        Exchange.of_rows(SERVED, {2: np.arange(5), 9: np.arange(5)}, {layer: array})

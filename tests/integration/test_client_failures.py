@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import threading
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from engrampool_client.testing import ServerStartError, serve_process
 from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import eventually
 from small_model import CONFIG, TOKENIZER, write_model
 
 TOKENS = np.arange(6000, dtype=np.int32)
@@ -97,3 +99,50 @@ def test_another_version_on_the_same_address_is_not_mixed_in(tmp_path, packed):
 def test_a_server_that_cannot_start_says_why(tmp_path):
     with pytest.raises(ServerStartError, match="is no packed model"), serve_process(tmp_path):
         pass
+
+
+def test_killed_workers_fail_no_lookup(packed, spec):
+    """Those in flight on a worker are asked again, of the other or of its successor."""
+    stop = threading.Event()
+    failures: list[BaseException] = []
+    answered = [0, 0, 0]
+    counts = (6000, 40, 300)  # streams, single answers, short streams
+
+    def look_up(at: int, client: Client) -> None:
+        tokens = TOKENS[: counts[at]]
+        ids = spec.hash(TokenBatch.of(tokens))
+        wanted = {layer: synthetic_rows(spec.table(layer), ids[layer]) for layer in ids}
+        out = {1: np.empty(wanted[1].shape, np.uint8)}
+        try:
+            while not stop.is_set():
+                out[1][:] = 0
+                rows = client.lookup(tokens, out=out) if at != 2 else client.prefetch(tokens, out=out)
+                for layer in (1, 14):
+                    found = rows[layer] if isinstance(rows, dict) else rows.rows(layer)
+                    assert np.array_equal(found, wanted[layer])
+                answered[at] += 1
+        except BaseException as error:
+            failures.append(error)
+
+    with ExitStack() as stack:
+        server = stack.enter_context(serve_process(packed, workers=2))
+        # A minute: that lookups go on here is not a matter of how soon this machine starts a process.
+        clients = [stack.enter_context(Client(server.address, timeout_s=60, retry_s=60)) for _ in counts]
+        threads = [threading.Thread(target=look_up, args=one) for one in enumerate(clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            for turn in range(6):
+                seen = list(answered)
+                os.kill(server.worker_pids()[turn % 2], signal.SIGKILL)
+                eventually(
+                    lambda seen=seen: failures or all(now > then for now, then in zip(answered, seen, strict=True)),
+                    "every client is answered after a worker was killed",
+                )
+                started = 3 + turn
+                server.wait_until(lambda lines, n=started: sum(x["event"] == "worker-ready" for x in lines) >= n)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert not failures
