@@ -204,6 +204,9 @@ def plots(records: Sequence[Record], directory: Path) -> None:
         if log:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.set_xticks(sorted({size for points in lines.values() for size, _ in points}))
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.yaxis.set_major_formatter("{x:g}")
         else:
             axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
