@@ -93,6 +93,7 @@ def _skipped(records: Iterable[Record]) -> list[str]:
 
 
 def _tables_table(records: Sequence[Record]) -> list[str]:
+    records = [record for record in records if record["p50_ms"] is not None]
     if not records:
         return []
     lines = ["| system | table GB | p50 ms | GB/s | rows/s |", "| --- | ---: | ---: | ---: | ---: |"]

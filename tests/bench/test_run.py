@@ -1,6 +1,9 @@
 """The benchmark's harness runs from end to end, tells wrong bytes, and leaves nothing behind."""
 
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +13,16 @@ import pytest
 RUN = Path(__file__).parents[2] / "bench" / "run.py"
 SYSTEMS = ("engrampool-grpc", "raw-socket", "numpy-take", "hurried-grpc")
 KEYS = {"system", "tokens", "layers", "rows", "p50_ms", "p99_ms", "gb_per_s", "server_cpu_s_per_gb", "ids", "repeats"}
-SMALL = ["--vocab-size=500", "--pool-tokens=64", "--tokens=1,64", "--rounds=1", "--seconds=0.05", "--studies=batches"]
+
+
+def command(*words: str) -> list[str]:
+    fixed = ["--vocab-size=500", "--pool-tokens=64", "--tokens=1,64", "--rounds=1", "--studies=batches"]
+    return [sys.executable, str(RUN), *fixed, "--data=data", "--json=records.json", *words]
 
 
 def run(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RUN), *SMALL, f"--data={directory}", f"--json={directory}/records.json", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    words = command("--seconds=0.05", *words)
+    return subprocess.run(words, cwd=directory, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def test_every_system_is_measured(data):
 def test_wrong_bytes_fail_the_run(data):
     done = run(data, "--systems=numpy-take")
     assert done.returncode == 0, done.stderr
-    (table,) = data.glob("*/tables/14/shard_000.bin")
+    (table,) = data.glob("data/*/tables/14/shard_000.bin")
     rows = bytearray(table.read_bytes())
     try:
         table.write_bytes(bytes(len(rows)))
@@ -59,3 +66,19 @@ def test_unknown_names_are_refused(data):
     done = run(data, "--systems=cassandra")
     assert done.returncode == 2
     assert "no such system: cassandra" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_however_it_ends_its_processes_end(data, number):
+    words = command("--seconds=100", "--systems=raw-socket,hurried-grpc")
+    with subprocess.Popen(words, cwd=data, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert any("round 1 of 1" in line for line in process.stderr)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            watched = [os.pidfd_open(int(child)) for child in children]
+        finally:
+            process.send_signal(number)
+    assert len(watched) >= 2
+    for descriptor in watched:
+        with os.fdopen(descriptor) as child:
+            assert select.select([child], [], [], 30)[0], "a child outlived the run"
