@@ -1,5 +1,9 @@
 """Tables and plots of the harness's records."""
 
+import datetime
+import importlib.metadata
+import os
+import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,7 +45,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 def markdown(records: Sequence[Record]) -> str:
     """The whole report."""
     batches = [record for record in records if "peer" not in record]
-    parts = []
+    parts = [f"{_machine()}\n"]
     for kind in dict.fromkeys(record["ids"] for record in batches):
         parts += [f"### {kind.capitalize()} ids\n", _batch_table([r for r in batches if r["ids"] == kind])]
     parts += _skipped(records)
@@ -49,6 +53,25 @@ def markdown(records: Sequence[Record]) -> str:
     parts += _workers_table([record for record in records if "workers" in record])
     parts += ["### Targets\n", targets(records)]
     return "\n".join(parts)
+
+
+def _machine() -> str:
+    """When and where, in one line."""
+    names = (
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    words = [
+        datetime.date.today().isoformat(),
+        f"{len(os.sched_getaffinity(0))} cores of {next(names, platform.machine())}",
+        f"{memory:.0f} GiB",
+        f"Linux {platform.release()}",
+        f"CPython {platform.python_version()}",
+        *(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "grpcio")),
+    ]
+    return ", ".join(words)
 
 
 def _batch_table(records: Sequence[Record]) -> str:

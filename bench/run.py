@@ -5,7 +5,7 @@ that a change of the machine's speed meets all of them. Every client first compa
 are over rounds; ratios are taken within a round, and their median is shown.
 
 A system that cannot run is listed with the reason. Progress goes to stderr; a Markdown report to stdout and, with
-plots, to --out. It needs about 8 GB of memory, and 4 GB of disk under --data (10 GB and 12 GB for the largest table).
+plots, to --out. It needs about 8 GB of memory, and 11 GB of disk under --data.
 """
 
 import argparse
@@ -31,6 +31,7 @@ TOKENS = (1, 16, 64, 256, 1024, 4096)
 SMALL_VOCAB_SIZE, VOCAB_SIZE, LARGE_VOCAB_SIZE = 8_000, 80_000, 320_000  # tables of 0.1, 1 and 4 GB
 START_S, CASE_S = 180.0, 180.0  # no server takes longer to start, no case to run
 BULK_TOKENS = 1024
+STUDIES = ("batches", "workers", "tables")
 WORKERS, CLIENTS = (1, 2), (1, 2)
 
 Sample = dict[str, Any]
@@ -78,8 +79,10 @@ class Case:
             return done
         nbytes = 0 if empty else self.tokens * self.workload.token_bytes
         p50 = [statistics.median(sample["times"]) for sample in self.samples]
-        # Calls of clients that ran side by side: all bytes in the time that they took together.
-        rates = [nbytes * len(sample["times"]) / sample["wall_s"] / 1e9 for sample in self.samples]
+        if self.extra.get("clients", 1) == 1:
+            rates = [nbytes / seconds / 1e9 for seconds in p50]
+        else:  # side by side: all bytes in the time that they took together
+            rates = [nbytes * len(sample["times"]) / sample["wall_s"] / 1e9 for sample in self.samples]
         times = [seconds for sample in self.samples for seconds in sample["times"]]
         gigabytes = nbytes * len(times) / 1e9
         done.update(
@@ -286,7 +289,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", type=listed(str), default=list(peers.SYSTEMS), help="comma-separated names")
     parser.add_argument("--tokens", type=listed(int), default=list(TOKENS), help="comma-separated sizes of batches")
     parser.add_argument("--kinds", type=listed(str), help=f"comma-separated kinds of ids, of {', '.join(KINDS)}")
-    parser.add_argument("--studies", type=listed(str), default=["batches", "workers", "tables"])
+    parser.add_argument("--studies", type=listed(str), default=list(STUDIES), help=f"of {', '.join(STUDIES)}")
     parser.add_argument("--rounds", type=int, help="how often everything is repeated")
     parser.add_argument("--seconds", type=float, help="how long each case calls, in each round")
     parser.add_argument("--longest-call-s", type=float, help="leave out cases whose calls would take longer")
@@ -303,11 +306,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     }.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    unknown = {*options.systems} - {*peers.SYSTEMS}
+    for name, known in (("systems", peers.SYSTEMS), ("kinds", KINDS), ("studies", STUDIES)):
+        unknown = [word for word in getattr(options, name) if word not in known]
+        if unknown:
+            parser.error(f"no such {name}: {', '.join(unknown)}; there are {', '.join(known)}")
     if max(options.tokens) > options.pool_tokens:
         parser.error(f"a batch of {max(options.tokens)} tokens does not fit in a pool of {options.pool_tokens}")
-    if unknown:
-        parser.error(f"no such system: {', '.join(unknown)}; there are {', '.join(peers.SYSTEMS)}")
     return options
 
 

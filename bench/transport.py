@@ -2,6 +2,7 @@
 
 1. Lookups with the C library's own memory settings, and with those of `engrampool_proto.malloc` on both sides.
 2. Lookups of 1024 tokens as one message, and as streams of pieces of several sizes.
+3. Lookups of 1024 and 4096 tokens over one connection and over several.
 
 Tables of 1 GB in V4.1's layout, both layers, one caller. Every setting runs in fresh processes, several rounds in turn.
 Prints Markdown tables: medians over the rounds, of the median time of a call and of the CPU time that client and server
@@ -11,7 +12,6 @@ spent on one; and each round's times, since a process may be lucky or not in how
 import argparse
 import multiprocessing
 import multiprocessing.connection
-import os
 import statistics
 import tempfile
 import time
@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from engrampool_client import Client, client
+import processes
+from engrampool_client import Client, grpc_lane
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_server.synth import synth
@@ -39,32 +40,40 @@ PIECES: list[Case] = [
 ]
 
 
-def lookups(pipe: Sent, model: Path, tokens: int = 1024, pinned: bool = True, piece: str | None = "1MiB") -> None:
+CONNECTIONS: list[Case] = [
+    (f"{count} tokens, {connections} connections", {"tokens": count, "connections": connections})
+    for count in (1024, 4096)
+    for connections in (1, 2, 4)
+]
+
+
+def lookups(
+    pipe: Sent,
+    model: Path,
+    tokens: int = 1024,
+    pinned: bool = True,
+    piece: str | None = "1MiB",
+    connections: int = 1,
+) -> None:
     """One client of a fresh server; sends the median in ms, and CPU ms a call of client and server."""
     if piece is None:
-        client.STREAM_ABOVE_BYTES = 1 << 40
+        grpc_lane.STREAM_ABOVE_BYTES = 1 << 40
     settings = {"stream_chunk_bytes": piece or "1MiB"}
     with (
         serve_process(model, environ={"ENGRAMPOOL_PIN_MALLOC": str(pinned).lower()}, **settings) as server,
-        Client(server.address, keep_memory=pinned) as pool,
+        Client(server.address, keep_memory=pinned, connections=connections) as pool,
     ):
         ids = np.random.default_rng(0).integers(0, pool.spec.vocab_size, tokens).astype(np.int32)
         rows = pool.spec.hash(TokenBatch.of(ids))
         for _ in range(20):
             pool.lookup_rows(rows)
-        seconds, client_s, server_s = [], time.process_time(), cpu_s(server.process.pid)
+        seconds, client_s, server_s = [], time.process_time(), processes.cpu_s(server.process.pid)
         while len(seconds) < 60 or sum(seconds) < 1:
             begin = time.perf_counter()
             pool.lookup_rows(rows)
             seconds.append(time.perf_counter() - begin)
-        spent = (time.process_time() - client_s, cpu_s(server.process.pid) - server_s)
+        spent = (time.process_time() - client_s, processes.cpu_s(server.process.pid) - server_s)
     pipe.send([1e3 * statistics.median(seconds), *(1e3 * s / len(seconds) for s in spent)])
-
-
-def cpu_s(pid: int) -> float:
-    """User and system time of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def compare(title: str, model: Path, cases: list[Case], rounds: int) -> None:
@@ -86,7 +95,7 @@ def compare(title: str, model: Path, cases: list[Case], rounds: int) -> None:
 
 
 def main() -> None:
-    """Run both comparisons."""
+    """Run the comparisons."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=5)
     rounds = options.parse_args().rounds
@@ -95,6 +104,7 @@ def main() -> None:
         synth("deepseek-v4.1", 80_000, model, quiet=True)
         compare("memory", model, MEMORY, rounds)
         compare("answer", model, PIECES, rounds)
+        compare("connections", model, CONNECTIONS, rounds)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_wrong_bytes_fail_the_run(data):
 def test_unknown_names_are_refused(data):
     done = run(data, "--systems=cassandra")
     assert done.returncode == 2
-    assert "no such system: cassandra" in done.stderr
+    assert "no such systems: cassandra" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
