@@ -52,18 +52,12 @@ def _remainder(x: Any, modulus: Any, inverse: Any) -> Any:
     return rest - modulus if rest >= modulus else rest
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _token(
-    tokens: Any, lookback: Any, dead: Any, lookback_dead: Any, request: Any, start: Any, position: Any, back: Any
-) -> Any:
-    """The token `back` before `position` of a request that begins at `start`; -1 where there is none or it is dead."""
-    at = position - back
-    if at >= start:
-        return np.int64(-1) if dead.size and dead[at] else np.int64(tokens[at])
-    column = start - at - 1
-    if column >= lookback.shape[1] or (lookback_dead.size and lookback_dead[request, column]):
-        return np.int64(-1)
-    return np.int64(lookback[request, column])
+@njit  # type: ignore[untyped-decorator]
+def _look_back(lookback: Any, lookback_dead: Any, request: Any, ids: Any) -> None:
+    """Begin a request: ids[back] becomes the token `back` + 1 before it; -1 where there is none or it is dead."""
+    for back in range(ids.size):
+        readable = back < lookback.shape[1] and not (lookback_dead.size and lookback_dead[request, back])
+        ids[back] = lookback[request, back] if readable else -1
 
 
 @kernel(types.boolean(*_BATCH, types.int64))
@@ -114,20 +108,23 @@ def _xor_mix(
     out: Any,
 ) -> None:
     """`XorMix.rows`. ends[n - 2] is one past the last column of order n; stop is -1 for none."""
+    ids = np.empty(multipliers.size, np.int64)
     for request in range(lookback.shape[0]):
-        start = np.int64(bounds[request])
-        for position in range(start, np.int64(bounds[request + 1])):
+        _look_back(lookback, lookback_dead, request, ids)
+        for position in range(bounds[request], bounds[request + 1]):
+            for back in range(ids.size - 1, 0, -1):
+                ids[back] = ids[back - 1]
+            ids[0] = -1 if dead.size and dead[position] else tokens[position]
             mix = np.int64(0)
             column = 0
             blocked = False
-            for back in range(multipliers.size):
-                token = _token(tokens, lookback, dead, lookback_dead, request, start, position, back)
-                blocked = blocked or token < 0 or (back > 0 and token == stop)
-                value = token
+            for back in range(ids.size):
+                value = ids[back]
+                blocked |= (value < 0) | ((back > 0) & (value == stop))
                 if blocked:
                     value = fill
                 elif token_map.size:
-                    value = np.int64(token_map[token])
+                    value = np.int64(token_map[value])
                 mix ^= value * multipliers[back]
                 if back == 0:
                     continue
@@ -171,21 +168,22 @@ def _polynomial(
     out: Any,
 ) -> None:
     """`Polynomial.rows`. weights: [heads][longest order]; orders: of each column; stop is -1 for none."""
-    ids = np.empty(weights.shape[1], np.uint64)
+    ids = np.empty(weights.shape[1], np.int64)
     for request in range(lookback.shape[0]):
-        start = np.int64(bounds[request])
-        for position in range(start, np.int64(bounds[request + 1])):
-            blocked = False
-            for back in range(ids.size):
-                token = _token(tokens, lookback, dead, lookback_dead, request, start, position, back)
-                blocked = blocked or token < 0 or (back > 0 and token == stop)
-                ids[back] = _U(0) if blocked else _U(token)
+        _look_back(lookback, lookback_dead, request, ids)
+        for position in range(bounds[request], bounds[request + 1]):
+            for back in range(ids.size - 1, 0, -1):
+                ids[back] = ids[back - 1]
+            ids[0] = -1 if dead.size and dead[position] else tokens[position]
+            readable = 0
+            while readable < ids.size and ids[readable] >= 0 and (readable == 0 or ids[readable] != stop):
+                readable += 1
             for column in range(moduli.size):
                 modulus, inverse = moduli[column], inverses[column]
                 total = _U(0)
-                for back in range(orders[column]):
-                    # A token is below 2**31, a weight and a remainder below 2**32: their sum fits.
-                    total = _remainder(total + ids[back] * weights[column, back], modulus, inverse)
+                for back in range(min(readable, orders[column])):
+                    # A token is below 2**31, a weight and a remainder below 2**32: product and sum fit.
+                    total = _remainder(total + _U(ids[back]) * weights[column, back], modulus, inverse)
                 out[position, column] = offsets[column] + total
 
 
