@@ -5,8 +5,11 @@ from pathlib import Path
 
 import click
 
+from engrampool_server.config import ServerConfig
 from engrampool_server.pack import pack as pack_checkpoint
+from engrampool_server.preflight import format_bytes
 from engrampool_server.progress import byte_progress
+from engrampool_server.segments import find_backing, free, survey
 from engrampool_server.synth import CONFIGS
 from engrampool_server.synth import synth as write_synthetic
 from engrampool_server.synth_checkpoint import synth_checkpoint
@@ -114,3 +117,26 @@ def verify(directory: Path, quiet: bool) -> None:
         if errors:
             raise TableFileError(f"{directory}: {len(errors)} of {blocks} blocks are damaged; do not serve it")
         click.echo(f"{directory} is whole: {blocks} blocks, version {model.version}")
+
+
+@click.command()
+@click.option(
+    "--memory",
+    "kinds",
+    multiple=True,
+    default=("shm", "hugetlb"),
+    show_default=True,
+    help="Where to look: shm, hugetlb or file:DIR, as in `serve`; may repeat.",
+)
+@click.option("--free", "free_unused", is_flag=True, help="Free those that no server uses.")
+def segments(kinds: tuple[str, ...], free_unused: bool) -> None:
+    """List the tables that lie in memory for the next start of a server, of this user only."""
+    for kind in kinds:
+        memory = ServerConfig(models=(Path(),), memory=kind).memory
+        backing = find_backing(memory)
+        for found in survey(backing) if backing else ():
+            freed = backing is not None and free_unused and not found.in_use and free(backing, found, "asked for")
+            state = "freed" if freed else "in use" if found.in_use else "unused"
+            what = f"{found.identity.model} layer {found.identity.layer}" if found.identity else "partial"
+            version = found.identity.version if found.identity else "-"
+            click.echo(f"{found.path}  {format_bytes(found.nbytes, up=True)}  {state}  {what}  version {version}")

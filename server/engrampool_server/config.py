@@ -20,6 +20,7 @@ from engrampool_server.setting_kinds import (
     TIB,
     Boolean,
     Choice,
+    ChoiceOrFile,
     Directories,
     Integer,
     Kind,
@@ -34,7 +35,6 @@ __all__ = ["ConfigError", "ResolvedConfig", "ServerConfig", "load_config", "rend
 
 ENVIRONMENT_PREFIX = "ENGRAMPOOL_"
 
-Memory = Literal["anon", "shm", "hugetlb"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 EventLoop = Literal["uvloop", "asyncio"]
 
@@ -90,12 +90,12 @@ class ServerConfig:
         default=10.0,
         metadata=_about(Seconds(0.5, 3600), "How long a worker may give no sign of life before it is replaced."),
     )
-    memory: Memory = field(
+    memory: str = field(
         default="anon",
         metadata=_about(
-            Choice(get_args(Memory)),
-            "Where rows live: private memory with transparent huge pages advised, a file in /dev/shm unlinked once"
-            " mapped, or reserved huge pages.",
+            ChoiceOrFile(("anon", "shm", "hugetlb")),
+            "Where rows live: private memory with transparent huge pages advised; or, to outlive a restart, /dev/shm,"
+            " reserved huge pages (with a hugetlbfs mounted), or files in a directory.",
         ),
     )
     lock_memory: bool = field(

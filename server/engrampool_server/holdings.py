@@ -9,11 +9,16 @@ from engrampool_server import log
 from engrampool_server.config import ServerConfig
 from engrampool_server.machine import Machine
 from engrampool_server.metrics import Metrics
-from engrampool_server.preflight import Need, check, raise_soft_limits
+from engrampool_server.preflight import Need, Report, check, raise_soft_limits
+from engrampool_server.segments import find_backing, free, sweep
 from engrampool_server.table_files import PackedModel
-from engrampool_server.tables import HeldModel, load
+from engrampool_server.tables import HeldModel, identities, load
 
 _PROGRESS_S = 5.0
+_NO_HUGETLBFS = (
+    "no hugetlbfs of the default page size is mounted where this user may write, so tables will be read again by the "
+    "next start: mount -t hugetlbfs none /dev/hugepages"
+)
 
 
 class Holdings:
@@ -35,15 +40,35 @@ class Holdings:
     def _preflight(self) -> None:
         config = self._config
         table_bytes = sum(packed.spec.nbytes for packed in self._packed)
+        backing = find_backing(config.memory)
+        wanted = [identity for packed in self._packed for identity in identities(packed)]
+        others = [] if backing is None else sweep(backing, wanted)
+        # One that is in use and partial is being made by another server, which will share it.
+        names = {found.path.name for found in others if found.identity in wanted or found.in_use}
         need = Need(
             table_bytes,
             files=sum(len(packed.files) for packed in self._packed),
             tables=sum(len(packed.spec.tables) for packed in self._packed),
             answer_bytes=config.max_in_flight_bytes,
             workers=self._workers,
+            present_bytes=sum(identity.nbytes for identity in wanted if identity.file_name in names),
         )
         raise_soft_limits(need, config.lock_memory)
-        report = check(need, config.memory, config.lock_memory, Machine.read())
+
+        def compare() -> Report:
+            directory = None if backing is None else backing.directory
+            return check(need, config.memory, config.lock_memory, Machine.read(directory=directory))
+
+        report = compare()
+        unused = [found for found in others if not found.in_use and found.identity not in wanted]
+        if backing is not None and report.short_bytes <= sum(found.nbytes for found in unused):
+            for found in unused:
+                if report.ok:
+                    break
+                free(backing, found, "room")
+                report = compare()
+        if backing is None and config.memory == "hugetlb":
+            log.event("preflight", level="warning", warning=_NO_HUGETLBFS)
         for line in report.warnings:
             log.event("preflight", level="warning", warning=line)
         report.raise_if_short()

@@ -25,6 +25,8 @@ class Machine:
     mem_available_bytes: what the kernel could hand out without swapping.
     memory_room: of control groups, inactive page cache counted as free.
     shm_available_bytes: free in /dev/shm; 0 where there is none.
+    directory_available_bytes: free in a directory that was asked for.
+    directory_in_memory: whether what lies there is memory, and not merely cached.
     huge_page_bytes, huge_pages_total: reserved pages of the default size.
     huge_pages_available: those neither in use nor promised to a mapping.
     huge_page_room: of control groups, for pages of that size.
@@ -43,9 +45,11 @@ class Machine:
     lock_limit_bytes: int | None
     descriptor_limit: int | None
     transparent_huge_pages: str | None
+    directory_available_bytes: int | None = None
+    directory_in_memory: bool = False
 
     @classmethod
-    def read(cls, root: Path = Path("/")) -> "Machine":
+    def read(cls, root: Path = Path("/"), directory: Path | None = None) -> "Machine":
         """Read /proc, /sys and /dev under `root`. What is missing or unreadable there counts as no limit."""
         memory = _colon_fields(_read(root / "proc/meminfo"))
         huge_page_bytes = _kibibytes(memory.get("Hugepagesize")) or 2 << 20
@@ -69,7 +73,17 @@ class Machine:
             lock_limit_bytes=None if _may_lock_all(root) else _hard_limit(root, "Max locked memory"),
             descriptor_limit=_hard_limit(root, "Max open files"),
             transparent_huge_pages=modes[1] if modes else None,
+            directory_available_bytes=None if directory is None else _free_bytes(directory),
+            directory_in_memory=directory is not None and in_memory(directory, root),
         )
+
+
+def in_memory(directory: Path, root: Path = Path("/")) -> bool:
+    """Whether files in `directory` have no other place than memory, as those of a tmpfs."""
+    device = directory.stat().st_dev
+    mounts = _read(root / "proc/self/mountinfo")
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return re.search(rf"^\d+ \d+ {number} .* - (tmpfs|ramfs) ", mounts, re.MULTILINE) is not None
 
 
 @dataclass(frozen=True)

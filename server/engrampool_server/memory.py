@@ -1,13 +1,12 @@
-"""The memory that tables live in.
+"""The memory that tables live in, as far as the system's calls go; segments.py has the kinds that outlive a server.
 
-Every kind can later be shared by several worker processes without a second copy: anonymous and hugetlb memory by fork
-(private pages stay shared while nobody writes), a /dev/shm file by its descriptor as well.
+Every kind is shared by several worker processes without a second copy: they are forked once the tables are loaded.
 """
 
 import ctypes
+import errno
 import mmap
 import os
-import secrets
 from pathlib import Path
 
 import numpy as np
@@ -16,39 +15,83 @@ import numpy.typing as npt
 from engrampool_proto.errors import EngrampoolError
 
 _MAP_HUGETLB = 0x40000
+_MADV_POPULATE_WRITE = 23
+_MLOCK_ONFAULT = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+_LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class OutOfMemoryError(EngrampoolError, MemoryError):
     """The system did not give the memory that a table needs."""
 
 
-def allocate(nbytes: int, kind: str, lock: bool = False) -> npt.NDArray[np.uint8]:
-    """Uint8 [nbytes], zeroed, page-aligned; freed with its last view.
+def allocate(nbytes: int, kind: str) -> npt.NDArray[np.uint8]:
+    """Uint8 [nbytes], zeroed, page-aligned, of this process and its forks; freed with its last view.
 
-    kind: "anon": private memory, transparent huge pages where the system gives them; "shm": a file in /dev/shm that has
-        no name any more, so that nothing is left behind however the process ends; "hugetlb": reserved huge pages.
-    lock: keep it in RAM (mlock).
+    kind: "anon": transparent huge pages where the system gives them; "hugetlb": reserved huge pages.
 
     Raises OutOfMemoryError if the system refuses.
     """
     try:
-        if kind == "shm":
-            memory = _map_shm(nbytes)
-        elif kind == "hugetlb":
+        if kind == "hugetlb":
             size = -(-nbytes // huge_page_bytes()) * huge_page_bytes()
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB)
         else:
             memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            _advise_huge_pages(memory)
-        table = np.frombuffer(memory, np.uint8, nbytes)
-        if lock and _LIBC.mlock(table.ctypes.data, nbytes):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            advise_huge_pages(memory)
     except OSError as error:
-        doing = "locking" if lock else "allocating"
-        raise OutOfMemoryError(f"{doing} {nbytes / 2**30:.1f} GiB of {kind} memory: {error}") from error
-    return table
+        raise OutOfMemoryError(f"allocating {nbytes / 2**30:.1f} GiB of {kind} memory: {error}") from error
+    return np.frombuffer(memory, np.uint8, nbytes)
+
+
+def advise_huge_pages(memory: mmap.mmap) -> None:
+    """Ask for transparent huge pages."""
+    # A kernel without them says EINVAL; the table then lies in small pages.
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return
+
+
+def can_populate() -> bool:
+    """Whether the kernel knows `populate` (Linux 5.14)."""
+    return not _LIBC.madvise(0, 0, _MADV_POPULATE_WRITE)
+
+
+def populate(view: npt.NDArray[np.uint8]) -> None:
+    """Give the pages that `view`, C-contiguous, lies in their memory; where `can_populate` is false, do nothing.
+
+    Raises OutOfMemoryError where there is none left. Without this, a file system that is full would be a SIGBUS at the
+    first write, and the end of the process.
+    """
+    start, length = _pages(view)
+    if _LIBC.madvise(start, length, _MADV_POPULATE_WRITE) and ctypes.get_errno() != errno.EINVAL:
+        raise OutOfMemoryError(f"no memory is left for the tables: {os.strerror(ctypes.get_errno())}")
+
+
+def lock_pages(table: npt.NDArray[np.uint8], present: bool) -> None:
+    """Keep `table` in RAM (mlock): all of it now if it is `present`, else each page from its first use on.
+
+    Raises OutOfMemoryError if the system refuses.
+    """
+    start, length = _pages(table)
+    if _LIBC.mlock(start, length) if present else _LIBC.mlock2(start, length, _MLOCK_ONFAULT):
+        error = OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        raise OutOfMemoryError(f"locking {table.nbytes / 2**30:.1f} GiB of memory: {error}") from error
+
+
+def protect(table: npt.NDArray[np.uint8]) -> None:
+    """Make the pages of `table` read-only, in this process and in forks to come: a stray write is a crash, not a row.
+
+    table: one that `allocate` or a segment gave, from its first byte on.
+    """
+    start, length = _pages(table)
+    if _LIBC.mprotect(start, length, mmap.PROT_READ):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    table.flags.writeable = False
 
 
 def huge_page_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
@@ -59,23 +102,8 @@ def huge_page_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     return 2 << 20
 
 
-def _map_shm(nbytes: int) -> mmap.mmap:
-    path = Path("/dev/shm") / f"engrampool-{os.getpid()}-{secrets.token_hex(4)}"  # noqa: S108
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        path.unlink()
-        # Reserve every page now: a full /dev/shm is an error here, and would be a SIGBUS at first touch.
-        os.posix_fallocate(descriptor, 0, nbytes)
-        memory = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_SHARED)
-    finally:
-        os.close(descriptor)
-    _advise_huge_pages(memory)
-    return memory
-
-
-def _advise_huge_pages(memory: mmap.mmap) -> None:
-    # A kernel without transparent huge pages says EINVAL; the table then lies in small pages.
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        return
+def _pages(view: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """Address and length of the pages around `view`."""
+    start = view.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    stop = -(-(view.ctypes.data + view.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return start, stop - start

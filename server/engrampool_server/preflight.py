@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engrampool_proto.errors import EngrampoolError
-from engrampool_server.config import Memory
 from engrampool_server.machine import Machine, Room
+from engrampool_server.segments import TRAILER_BYTES
 
 __all__ = ["Line", "Machine", "Need", "PreflightError", "Report", "Room", "check", "format_bytes", "raise_soft_limits"]
 
@@ -34,6 +34,7 @@ class Need:
     tables: how many; in reserved huge pages each starts on a page of its own.
     answer_bytes: of answers held at one time, at most; 0 leaves them to the constant overhead.
     workers: processes that answer; the first is within the constant overhead.
+    present_bytes: of the tables, those that lie in segments which can be adopted.
     """
 
     table_bytes: int
@@ -41,6 +42,12 @@ class Need:
     tables: int = 1
     answer_bytes: int = 0
     workers: int = 1
+    present_bytes: int = 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the tables, what is to be read into fresh memory."""
+        return self.table_bytes - self.present_bytes
 
     @property
     def working_bytes(self) -> int:
@@ -54,7 +61,9 @@ class Need:
 
     def huge_pages(self, page_bytes: int) -> int:
         """Pages of `page_bytes` that hold the tables, at most: every table but one may end in a page barely used."""
-        return -(-self.table_bytes // page_bytes) + self.tables - 1
+        if not self.missing_bytes:
+            return 0
+        return -(-(self.missing_bytes + self.tables * TRAILER_BYTES) // page_bytes) + self.tables - 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,11 @@ class Report:
         """Whether nothing falls short."""
         return not any(line.short for line in self.lines)
 
+    @property
+    def short_bytes(self) -> int:
+        """What the resource that is shortest falls short by."""
+        return max((line.short for line in self.lines if not line.counted), default=0)
+
     def raise_if_short(self) -> None:
         """Raise PreflightError naming every resource that falls short, by how much, and what to do."""
         if not self.ok:
@@ -102,7 +116,7 @@ class Report:
         return "\n".join([*map(str, self.lines), *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def check(need: Need, memory: Memory, lock_memory: bool, machine: Machine) -> Report:
+def check(need: Need, memory: str, lock_memory: bool, machine: Machine) -> Report:
     """Compare what `need` takes in memory of one kind, locked or not, with what `machine` leaves."""
     warnings: tuple[str, ...] = ()
     if memory == "anon" and machine.transparent_huge_pages == "never":
@@ -134,10 +148,12 @@ def format_bytes(size_bytes: int, up: bool = False) -> str:
     return f"{tenths // 10}.{tenths % 10} {name}"
 
 
-def _lines(need: Need, memory: Memory, lock_memory: bool, machine: Machine) -> Iterator[Line]:
+def _lines(need: Need, memory: str, lock_memory: bool, machine: Machine) -> Iterator[Line]:
     # Reserved huge pages are outside of both what the kernel calls available and a group's memory limit. /dev/shm is
-    # inside of both, beside its own size.
-    memory_bytes = need.working_bytes + (0 if memory == "hugetlb" else need.table_bytes)
+    # inside of both, beside its own size. Files of a disk are page cache, which the kernel may drop, unless locked.
+    directory = memory.removeprefix("file:") if memory.startswith("file:") else None
+    elsewhere = memory == "hugetlb" or (directory is not None and not (lock_memory or machine.directory_in_memory))
+    memory_bytes = need.working_bytes + (0 if elsewhere else need.missing_bytes)
     yield Line(
         "host memory",
         memory_bytes,
@@ -155,9 +171,16 @@ def _lines(need: Need, memory: Memory, lock_memory: bool, machine: Machine) -> I
         size = -(-need.table_bytes // _GIB)
         yield Line(
             "/dev/shm",  # noqa: S108
-            need.table_bytes,
+            need.missing_bytes,
             machine.shm_available_bytes,
             f"mount a larger /dev/shm (docker --shm-size={size}g, Kubernetes emptyDir with medium: Memory)",
+        )
+    if directory is not None:
+        yield Line(
+            "table directory",
+            need.missing_bytes,
+            machine.directory_available_bytes,
+            f"free space in {directory}, or give memory another directory",
         )
     if memory == "hugetlb":
         yield from _huge_page_lines(need, machine)

@@ -146,6 +146,27 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class ChoiceOrFile(Choice):
+    """One of several words, or "file:" and a directory."""
+
+    @property
+    def allowed(self) -> str:
+        """The words, and the form."""
+        return f"{super().allowed}, file:DIR"
+
+    @property
+    def metavar(self) -> str:
+        """As click shows choices."""
+        return f"[{'|'.join(self.choices)}|file:DIR]"
+
+    def parse(self, value: Any) -> str:
+        """Only the exact word, or any directory."""
+        if isinstance(value, str) and value.startswith("file:"):
+            return f"file:{_path(value.removeprefix('file:'))}"
+        return super().parse(value)
+
+
+@dataclass(frozen=True)
 class Boolean:
     """True or false."""
 

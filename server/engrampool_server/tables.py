@@ -1,19 +1,26 @@
 """Tables held in memory: loading them from packed files, and copying rows out."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from engrampool_proto.errors import BatchError, EngrampoolError
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 from engrampool_server.gather import first_outside, gather
 from engrampool_server.hasher import Hasher
-from engrampool_server.memory import allocate
+from engrampool_server.memory import allocate, lock_pages, populate, protect
+from engrampool_server.segments import Backing, Identity, find_backing, take
 from engrampool_server.table_files import Block, PackedModel
+
+# While another server makes the same segment.
+_POLL_S = 0.1
+_SPOT_CHECKS = 6
 
 
 class LoadCancelledError(EngrampoolError):
@@ -75,20 +82,76 @@ def load(
     stop: threading.Event,
     progress: Callable[[int], None],
 ) -> HeldModel:
-    """Read every block of every table into fresh memory, each checked against its checksum.
+    """Hold every table in memory of the kind `memory` (a setting): adopted where it lies there already, else read.
 
-    progress: called with the bytes of each block read, from any thread.
-    Raises TableFileError for damage, OutOfMemoryError, LoadCancelledError once `stop` is set.
+    Every block that is read is checked against its checksum; of an adopted table a few are. The memory is read-only.
+    progress: called with the bytes of each block read or table adopted, from any thread.
+    Raises TableFileError for damage, OutOfMemoryError, SegmentError, LoadCancelledError once `stop` is set.
     """
+    backing = find_backing(memory)
     tables = {}
     for spec in packed.spec.tables:
         if stop.is_set():
             raise LoadCancelledError("loading was cancelled")
-        rows = allocate(spec.nbytes, memory, lock).reshape(spec.num_rows, spec.row_bytes)
-        _read_blocks(packed, packed.blocks(spec.layer), rows, threads, stop, progress)
-        rows.flags.writeable = False
+
+        def fill(rows: npt.NDArray[np.uint8], layer: int = spec.layer) -> None:
+            if lock:
+                lock_pages(rows, present=False)
+            _read_blocks(packed, packed.blocks(layer), rows, threads, stop, progress)
+
+        if backing is None:
+            rows = allocate(spec.nbytes, memory).reshape(spec.num_rows, spec.row_bytes)
+            fill(rows)
+            protect(rows)
+        else:
+            rows = _from_segment(packed, spec, backing, lock, stop, progress, fill)
         tables[spec.layer] = HeldTable(spec, rows)
     return HeldModel(packed.spec, packed.version, tables)
+
+
+def identities(packed: PackedModel) -> list[Identity]:
+    """What the segments of a model's tables are, in order of layers."""
+    return [
+        Identity(packed.spec.name, packed.version, spec.layer, spec.num_rows, spec.row_bytes)
+        for spec in packed.spec.tables
+    ]
+
+
+def _from_segment(
+    packed: PackedModel,
+    spec: TableSpec,
+    backing: Backing,
+    lock: bool,
+    stop: threading.Event,
+    progress: Callable[[int], None],
+    fill: Callable[[npt.NDArray[np.uint8]], None],
+) -> npt.NDArray[np.uint8]:
+    def wait() -> None:
+        if stop.wait(_POLL_S):
+            raise LoadCancelledError("loading was cancelled")
+
+    (identity,) = (one for one in identities(packed) if one.layer == spec.layer)
+    segment = take(backing, identity, lambda rows: _spot_check(packed.blocks(spec.layer), rows), wait)
+    if segment.adopted:
+        if lock:
+            lock_pages(segment.rows, present=True)
+        progress(spec.nbytes)
+        return segment.rows
+    try:
+        fill(segment.rows)
+        segment.finish()
+    except BaseException:
+        segment.abandon()
+        raise
+    return segment.rows
+
+
+def _spot_check(blocks: Sequence[Block], rows: npt.NDArray[np.uint8]) -> bool:
+    """Whether the first block, the last and some at random are as the manifest says."""
+    picked = {0, len(blocks) - 1, *map(int, np.random.default_rng().integers(0, len(blocks), _SPOT_CHECKS))}
+    return all(
+        xxhash.xxh3_64_hexdigest(rows[blocks[at].start : blocks[at].stop].data) == blocks[at].checksum for at in picked
+    )
 
 
 def _read_blocks(
@@ -108,6 +171,7 @@ def _read_blocks(
             return
         out = rows[block.start : block.stop]
         try:
+            populate(out)
             packed.read_block(block, out)
         except BaseException:
             failed.set()
@@ -115,6 +179,7 @@ def _read_blocks(
         progress(out.nbytes)
 
     with ThreadPoolExecutor(threads, "load") as pool:
-        futures = [pool.submit(read, block) for block in blocks]
-    for future in futures:
-        future.result()
+        futures = deque(pool.submit(read, block) for block in blocks)
+    while futures:
+        # Taken out: an error that refers to this frame, and the frame to it, would keep the memory of a failed load.
+        futures.popleft().result()

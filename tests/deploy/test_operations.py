@@ -62,7 +62,7 @@ def test_the_resources_are_what_preflight_checks():
     machine = replace(Machine.read(), memory_room=room, huge_page_room=room)
     checked = {
         line.resource.replace("/pod", "PATH")
-        for memory in ("anon", "shm", "hugetlb")
+        for memory in ("anon", "shm", "hugetlb", "file:/mnt")
         for line in check(Need(1 << 20, files=1), memory, True, machine).lines
     }
     assert {resource.strip("`") for resource, *_ in table("resource")} == checked

@@ -333,22 +333,6 @@ def test_two_versions_of_one_model_are_kept_apart(packed, tmp_path):
 # --- memory and clients
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
-def test_shared_memory_gives_the_same_bytes_and_a_kill_leaves_none(packed):
-    with serve_process(packed, memory="shm") as server:
-        with RawPool(server.address, version_of(packed)) as pool:
-            for table in SPEC.tables:
-                ids = np.arange(table.num_rows)
-                assert rows_of(pool.lookup(pool.by_ids((table.layer, ids)))) == {
-                    table.layer: expected(table.layer, ids)
-                }
-        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
-        assert f"/dev/shm/engrampool-{server.process.pid}-" in maps
-        server.process.kill()
-        assert server.process.wait(LIMIT_S) == -signal.SIGKILL
-        assert not list(Path("/dev/shm").glob(f"engrampool-{server.process.pid}-*"))
-
-
 CLIENT = """
 import sys
 from pathlib import Path

@@ -28,7 +28,7 @@ VALUES = {
     "metrics": addresses | st.just("off"),
     "workers": st.integers(1, 1024),
     "worker_timeout_s": st.floats(0.5, 3600),
-    "memory": st.sampled_from(["anon", "shm", "hugetlb"]),
+    "memory": st.sampled_from(["anon", "shm", "hugetlb", "file:/a b", 'file:rel/"x']),
     "lock_memory": st.booleans(),
     "pin_malloc": st.booleans(),
     "load_threads": st.integers(1, 64),
@@ -300,7 +300,7 @@ def test_render_states_source_and_range(file):
     assert "drain_s = 2.0  # from environment ENGRAMPOOL_DRAIN_S; allowed: 0..3600 seconds" in lines
     assert "lock_memory = false  # from flag --no-lock-memory; allowed: true, false" in lines
     assert 'models = ["/m"]  # from flag --model; allowed: one or more different directories' in lines
-    assert 'memory = "anon"  # from default; allowed: anon, shm, hugetlb' in lines
+    assert 'memory = "anon"  # from default; allowed: anon, shm, hugetlb, file:DIR' in lines
 
 
 def test_render_survives_a_file_name_with_a_line_break(tmp_path):

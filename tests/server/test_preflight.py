@@ -45,7 +45,7 @@ def test_what_is_not_known_is_no_limit_and_what_is_not_there_is_short():
     machine = Machine(None, None, 0, 2 * MIB, 0, 0, None, None, None, None)
     assert check(NEED, "anon", True, machine).ok
     assert short(NEED, "shm", False, machine) == {"/dev/shm": 10 * GIB}
-    assert short(NEED, "hugetlb", False, machine) == {"reserved huge pages": 10 * GIB + 2 * MIB}
+    assert short(NEED, "hugetlb", False, machine) == {"reserved huge pages": 10 * GIB + 4 * MIB}
 
 
 @pytest.mark.parametrize("memory", ["anon", "shm", "hugetlb"])
@@ -90,19 +90,43 @@ def test_a_group_limits_memory_but_not_huge_pages(memory, needed):
 
 
 def test_reserved_huge_pages():
-    # Two tables of 10 GiB together may end in two pages that are not full: one page more than the bytes need.
-    machine = replace(ROOMY, huge_pages_total=6000, huge_pages_available=5121)
+    # Two tables of 10 GiB together, each with a trailer, may end in two pages that are not full.
+    machine = replace(ROOMY, huge_pages_total=6000, huge_pages_available=5122)
     assert short(NEED, "hugetlb", False, machine) == {}
-    machine = replace(machine, huge_pages_available=5021)
+    machine = replace(machine, huge_pages_available=5022)
     assert short(NEED, "hugetlb", False, machine) == {"reserved huge pages": 200 * MIB}
     assert "sysctl vm.nr_hugepages=6100" in str(check(NEED, "hugetlb", False, machine))
 
 
 def test_huge_pages_of_a_group_are_a_limit_of_their_own():
     machine = replace(ROOMY, huge_page_room=Room("/pod", 9 * GIB))
-    assert short(NEED, "hugetlb", False, machine) == {"huge pages of cgroup /pod": GIB + 2 * MIB}
+    assert short(NEED, "hugetlb", False, machine) == {"huge pages of cgroup /pod": GIB + 4 * MIB}
     assert "hugepages-2Mi" in str(check(NEED, "hugetlb", False, machine))
     assert short(NEED, "anon", False, machine) == {}
+
+
+def test_what_lies_in_segments_already_is_not_needed_again():
+    machine = replace(ROOMY, mem_available_bytes=GIB, shm_available_bytes=0, huge_pages_available=0)
+    present = replace(NEED, present_bytes=10 * GIB)
+    assert short(present, "shm", False, machine) == {}
+    assert short(present, "hugetlb", False, machine) == {}
+    present = replace(NEED, present_bytes=9 * GIB)
+    report = check(present, "shm", False, machine)
+    assert {line.resource: line.short for line in report.lines if line.short} == {
+        "host memory": 512 * MIB,
+        "/dev/shm": GIB,
+    }
+    assert report.short_bytes == GIB
+
+
+def test_a_directory_needs_space_and_memory_only_where_it_is_memory_or_locked():
+    machine = replace(ROOMY, mem_available_bytes=GIB, directory_available_bytes=10 * GIB)
+    assert short(NEED, "file:/mnt", False, machine) == {}
+    for lock_memory, in_memory in ((True, False), (False, True)):
+        tight = replace(machine, directory_in_memory=in_memory)
+        assert short(NEED, "file:/mnt", lock_memory, tight) == {"host memory": 9 * GIB + 512 * MIB}
+    report = check(NEED, "file:/mnt", False, replace(machine, directory_available_bytes=GIB))
+    assert "table directory: 10.0 GiB needed, 1.0 GiB available, short by 9.0 GiB: free space in /mnt" in str(report)
 
 
 def test_limits_of_other_kinds_of_memory_do_not_matter():

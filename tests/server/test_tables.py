@@ -31,10 +31,11 @@ def held(rows: int, start: int = 0) -> HeldTable:
     return HeldTable(TABLE, np.random.default_rng(rows).integers(0, 256, (rows, 42), np.uint8), start)
 
 
-@pytest.mark.parametrize("memory", ["anon", "shm"])
+@pytest.mark.parametrize("memory", ["anon", "file"])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_what_was_packed_is_held(packed, memory, threads):
+def test_what_was_packed_is_held(packed, tmp_path, memory, threads):
     read = []
+    memory = f"file:{tmp_path}" if memory == "file" else memory
     model = load_all(packed, threads, memory, progress=read.append)
     assert list(model.tables) == [2, 9]
     for layer, table in model.tables.items():
@@ -146,9 +147,9 @@ def test_a_damaged_block_stops_the_load_and_is_named(packed, tmp_path, layer, bl
 
 
 def test_memory_that_is_not_there_is_an_error_of_the_load(packed, monkeypatch):
-    def refuse(nbytes, kind, lock):
-        raise OutOfMemoryError(f"{nbytes} of {kind}, locked: {lock}")
+    def refuse(nbytes, kind):
+        raise OutOfMemoryError(f"{nbytes} of {kind}")
 
     monkeypatch.setattr("engrampool_server.tables.allocate", refuse)
-    with pytest.raises(OutOfMemoryError, match=f"{SPEC.table(2).nbytes} of shm, locked: False"):
-        load_all(packed, memory="shm")
+    with pytest.raises(OutOfMemoryError, match=f"{SPEC.table(2).nbytes} of anon"):
+        load_all(packed)

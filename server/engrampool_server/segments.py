@@ -1,0 +1,341 @@
+"""Tables in named segments of memory, which outlive the server that loaded them: the next start adopts them.
+
+A segment is one file in /dev/shm, in a hugetlbfs or in any directory: the rows of one table from byte 0 on, and in the
+last 4096 bytes, written when every block was verified and is stored, a trailer that says what it is. Without that it
+is partial, and nobody adopts it.
+
+Whoever uses a segment holds a lock on it (flock, shared; exclusive while it is made or freed), on a descriptor that
+forks inherit. So the kernel itself lets go of it with the last process of a server, however that ended. A lock counts
+only while the path still names the file that was locked.
+"""
+
+import fcntl
+import json
+import mmap
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.spec import canonical_json
+from engrampool_server import log
+from engrampool_server.machine import in_memory
+from engrampool_server.memory import OutOfMemoryError, advise_huge_pages, can_populate, huge_page_bytes, protect
+
+TRAILER_BYTES = 4096
+_FORMAT = {"format": "engrampool-segment", "format_version": 1, "whole": True}
+_SHM = Path("/dev/shm")  # noqa: S108
+# How often a damaged segment is asked for before we believe that a server uses it, and not another start that looks.
+_PATIENCE = 20
+
+
+class SegmentError(EngrampoolError):
+    """A segment cannot be made, or must not be used; the text names it and what to do."""
+
+
+@dataclass(frozen=True)
+class Backing:
+    """Where segments lie. page_bytes: sizes are multiples of it. reserve: space is taken before rows are written."""
+
+    directory: Path
+    page_bytes: int = mmap.PAGESIZE
+    reserve: bool = False
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a segment holds: the rows of one table."""
+
+    model: str
+    version: str
+    layer: int
+    num_rows: int
+    row_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows."""
+        return self.num_rows * self.row_bytes
+
+    @property
+    def file_name(self) -> str:
+        """Of this user's segment."""
+        return f"{_prefix()}{self.version[:16]}-{self.layer}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A segment that lies somewhere. identity: None while it is partial. nbytes: what it takes."""
+
+    path: Path
+    identity: Identity | None
+    nbytes: int
+    in_use: bool
+    modified_ns: int
+
+
+def find_backing(memory: str, mounts: Path = Path("/proc/mounts")) -> Backing | None:
+    """Where segments of the setting `memory` lie; None where it has none: "anon", "hugetlb" without a hugetlbfs.
+
+    Raises SegmentError for a directory that is not there.
+    """
+    if memory == "shm":
+        return Backing(_SHM)
+    if memory == "hugetlb":
+        size = huge_page_bytes()
+        option = f"pagesize={size >> 30}G" if size >= 1 << 30 else f"pagesize={size >> 20}M"
+        for line in mounts.read_text().splitlines():
+            _, where, kind, options, *_ = line.split()
+            directory = Path(where.encode().decode("unicode_escape"))  # a space is \040 there
+            if kind == "hugetlbfs" and option in options.split(",") and os.access(directory, os.W_OK | os.X_OK):
+                return Backing(directory, size)
+        return None
+    if memory.startswith("file:"):
+        directory = Path(memory.removeprefix("file:"))
+        if not directory.is_dir():
+            raise SegmentError(f"{directory}, where tables are to lie (memory), is no directory; create it")
+        return Backing(directory, reserve=not in_memory(directory))
+    return None
+
+
+class Segment:
+    """A segment in use by this process, and by its forks. adopted: it was there, whole; else it is to be filled.
+
+    rows: uint8 [num_rows, row_bytes], read-only once whole. Its memory and its lock go with its last view.
+    To be ended by `finish` or `abandon` unless adopted.
+    """
+
+    def __init__(self, path: Path, descriptor: int, identity: Identity, backing: Backing, *, adopted: bool) -> None:
+        self._path, self._descriptor, self._identity, self.adopted = path, descriptor, identity, adopted
+        # mmap keeps a duplicate of the descriptor, which keeps the lock.
+        prot = mmap.PROT_READ if adopted else mmap.PROT_READ | mmap.PROT_WRITE
+        memory = mmap.mmap(descriptor, _file_bytes(identity, backing), flags=mmap.MAP_SHARED, prot=prot)
+        advise_huge_pages(memory)
+        self._memory: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
+        self.rows = self._memory[: identity.nbytes].reshape(identity.num_rows, identity.row_bytes)
+
+    def finish(self) -> None:
+        """Say that all rows are there and right, make them read-only, and share the segment with other servers.
+
+        Raises SegmentError if they cannot be stored.
+        """
+        try:
+            # Rows first: after a crash of the machine, no trailer may be there without them.
+            os.fsync(self._descriptor)
+            self._memory[-TRAILER_BYTES:] = np.frombuffer(_trailer(self._identity), np.uint8)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise SegmentError(f"{self._path} cannot be stored: {error.strerror}") from error
+        protect(self._memory)
+        self.rows.flags.writeable = False
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """Free a segment that is not `finish`ed; its memory goes with the last view."""
+        if _names(self._path, self._descriptor):
+            self._path.unlink()
+        os.close(self._descriptor)
+
+
+def take(
+    backing: Backing, identity: Identity, matches: Callable[[npt.NDArray[np.uint8]], bool], wait: Callable[[], None]
+) -> Segment:
+    """The segment for a table: adopted if it lies there whole, else a new one to be filled.
+
+    matches: whether rows are those of the table, as far as can be said quickly.
+    wait: called while another server makes the same one, about every tenth of a second; may raise.
+
+    Raises OutOfMemoryError, SegmentError.
+    """
+    path = backing.directory / identity.file_name
+    waited = tried = 0
+    while True:
+        with _opened(path) as descriptor:
+            if descriptor is None:
+                segment = _create(path, identity, backing)
+                if segment is not None:
+                    return segment
+                continue
+            if not _lock(descriptor, fcntl.LOCK_SH):
+                waited += 1
+                if waited == 2:  # who only looks locks for a moment
+                    log.event("waiting", path=str(path), model=identity.model, layer=identity.layer)
+                wait()
+                continue
+            if not _names(path, descriptor):
+                continue
+            there = _read_trailer(descriptor, backing)
+            if there == identity:
+                segment = Segment(path, descriptor, identity, backing, adopted=True)
+                if matches(segment.rows):
+                    log.event(
+                        "adopted", path=str(path), model=identity.model, layer=identity.layer, bytes=identity.nbytes
+                    )
+                    return segment
+                del segment
+                reason = "damaged"
+            else:
+                reason = "damaged" if there else "partial"
+            if not _free(path, descriptor, backing, reason):
+                if tried == _PATIENCE:
+                    raise SegmentError(f"{path} is damaged, and a running server uses it: stop that one first")
+                tried += 1
+                wait()
+
+
+def survey(backing: Backing) -> list[Found]:
+    """This user's segments, the oldest first."""
+    found = []
+    for path in backing.directory.glob(f"{_prefix()}*"):
+        with suppress(SegmentError), _opened(path) as descriptor:
+            if descriptor is not None and _is_name(path):
+                status = os.fstat(descriptor)
+                identity = _read_trailer(descriptor, backing)
+                in_use = not _lock(descriptor, fcntl.LOCK_EX)
+                found.append(Found(path, identity, status.st_blocks * 512, in_use, status.st_mtime_ns))
+    return sorted(found, key=lambda one: one.modified_ns)
+
+
+def free(backing: Backing, found: Found, reason: str) -> bool:
+    """Free a segment, unless it is in use or another by now."""
+    with suppress(SegmentError), _opened(found.path) as descriptor:
+        if descriptor is not None and _read_trailer(descriptor, backing) == found.identity:
+            return _free(found.path, descriptor, backing, reason)
+    return False
+
+
+def sweep(backing: Backing, wanted: Collection[Identity]) -> list[Found]:
+    """Free what is of no use to anyone: partial segments, other versions of the models `wanted`. Returns the rest."""
+    models = {identity.model for identity in wanted}
+    rest = []
+    for found in survey(backing):
+        stale = found.identity is not None and found.identity not in wanted and found.identity.model in models
+        reason = "partial" if found.identity is None else "other version" if stale else ""
+        if not (reason and free(backing, found, reason)):
+            rest.append(found)
+    return rest
+
+
+def _free(path: Path, descriptor: int, backing: Backing, reason: str) -> bool:
+    """Free the segment open as `descriptor` unless another process uses it. A lock held on it is lost."""
+    if not _lock(descriptor, fcntl.LOCK_EX) or not _names(path, descriptor):
+        return False
+    # What was partial before the lock may have been finished meanwhile.
+    identity = _read_trailer(descriptor, backing)
+    if reason == "partial" and identity is not None:
+        return False
+    nbytes = os.fstat(descriptor).st_blocks * 512
+    path.unlink()
+    if nbytes:  # else another start was about to lock what it had just created, and will do so again
+        model, layer = (identity.model, identity.layer) if identity else (None, None)
+        log.event("freed", path=str(path), model=model, layer=layer, bytes=nbytes, reason=reason)
+    return True
+
+
+def _create(path: Path, identity: Identity, backing: Backing) -> Segment | None:
+    """A new segment, locked; None if somebody else was faster."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileExistsError:
+        return None
+    except OSError as error:
+        raise SegmentError(f"{path} cannot be created: {error.strerror}") from error
+    try:
+        # Between the two calls another start may have taken it for a leftover.
+        if not _lock(descriptor, fcntl.LOCK_EX) or not _names(path, descriptor):
+            os.close(descriptor)
+            return None
+        size = _file_bytes(identity, backing)
+        os.ftruncate(descriptor, size)
+        if backing.reserve or not can_populate():
+            os.posix_fallocate(descriptor, 0, size)
+        return Segment(path, descriptor, identity, backing, adopted=False)
+    except OSError as error:
+        path.unlink()
+        os.close(descriptor)
+        amount = f"{identity.nbytes / 2**30:.1f} GiB"
+        raise OutOfMemoryError(f"allocating {amount} in {backing.directory}: {error.strerror}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    """A descriptor of a segment, for reading; None if there is none. Raises SegmentError if it is not ours."""
+    try:
+        # A pipe must not be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        yield None
+        return
+    except OSError as error:
+        raise SegmentError(f"{path} is no segment of ours ({error.strerror}); remove it") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise SegmentError(
+                f"{path} is no segment of ours: not a file that only user {os.geteuid()} writes; remove it"
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _prefix() -> str:
+    return f"engrampool-{os.geteuid()}-"
+
+
+def _is_name(path: Path) -> bool:
+    return re.fullmatch(rf"{_prefix()}[0-9a-f]{{16}}-[0-9]+", path.name) is not None
+
+
+def _file_bytes(identity: Identity, backing: Backing) -> int:
+    return -(-(identity.nbytes + TRAILER_BYTES) // backing.page_bytes) * backing.page_bytes
+
+
+def _trailer(identity: Identity) -> bytes:
+    raw = canonical_json({**_FORMAT, **asdict(identity)})
+    return (xxhash.xxh3_128_hexdigest(raw).encode() + b"\n" + raw).ljust(TRAILER_BYTES, b"\0")
+
+
+def _read_trailer(descriptor: int, backing: Backing) -> Identity | None:
+    """What a segment is; None unless it is whole: trailer, its digest and the file's size agree."""
+    size = os.fstat(descriptor).st_size
+    if size < TRAILER_BYTES:
+        return None
+    digest, _, rest = os.pread(descriptor, TRAILER_BYTES, size - TRAILER_BYTES).partition(b"\n")
+    raw = rest.rstrip(b"\0")
+    if xxhash.xxh3_128_hexdigest(raw).encode() != digest:
+        return None
+    try:
+        fields = json.loads(raw)
+        if {key: fields.pop(key) for key in _FORMAT} != _FORMAT:
+            return None
+        identity = Identity(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return identity if size == _file_bytes(identity, backing) else None
