@@ -22,6 +22,7 @@ lint: $(VENV)/dev-installed
 
 bench: $(VENV)/bench-peers-installed
 	$(BIN)/python bench/run.py --out bench-data $(if $(JSON),--json $(JSON))
+	$(BIN)/python bench/gather.py
 
 bench-quick: $(VENV)/bench-peers-installed
 	$(BIN)/python bench/run.py --quick --out bench-data $(if $(JSON),--json $(JSON))

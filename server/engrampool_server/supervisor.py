@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
-from engrampool_server import log
+from engrampool_server import jit, log
 from engrampool_server.config import ServerConfig
 from engrampool_server.exporter import Processes, export
 from engrampool_server.holdings import Holdings
@@ -94,6 +94,9 @@ def supervise(config: ServerConfig) -> None:
     Raises ListenError, PreflightError, TableFileError, OutOfMemoryError, WorkerError; nothing is left running then.
     """
     log.event("starting", version=__version__, models=[str(path) for path in config.models])
+    reason = jit.not_kept()
+    if reason is not None:
+        log.event("kernels-not-kept", level="warning", reason=reason)
     directory = MetricsDirectory()
     try:
         directory.use("supervisor")

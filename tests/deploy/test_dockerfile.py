@@ -100,6 +100,18 @@ def test_the_image_runs_as_nobody_special():
     }
 
 
+def test_the_image_finds_the_kernels_that_were_compiled_for_it():
+    built, run = (
+        {name: value for name, value in (pair.split("=", 1) for pair in line.split()) if name.startswith("NUMBA")}
+        for line in instructions("ENV")
+    )
+    # Where it differed in anything, they would be compiled again at each start.
+    assert built == run
+    (user,) = instructions("USER")
+    directory = run["NUMBA_CACHE_DIR"]
+    assert f"--from=build --chown={user} {directory} {directory}" in instructions("COPY")
+
+
 def check_health(listen: str) -> "subprocess.CompletedProcess[str]":
     """Run what the image's HEALTHCHECK runs; a proxy in the environment must not matter."""
     environ = {**os.environ, "ENGRAMPOOL_LISTEN": listen, "http_proxy": "http://127.0.0.1:9"}

@@ -1,0 +1,151 @@
+"""The kernels beside the numpy forms that they must equal: `python bench/gather.py`.
+
+- gather   rows of uniform random ids, from a table in huge pages into a warm buffer; `np.take` is the reference
+- hashing  token batches of DeepSeek-V4.1's layout, both layers; `ModelSpec.hash` is the reference
+
+Cases take turns within a repeat, so that a change of the machine's speed meets all of them. Medians, in the processor
+time of the one thread that works, so that who else uses the machine counts only by the caches it takes. What must be
+equal is compared before it is timed. Prints Markdown; `--json FILE` writes the records as well.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from engrampool_proto.hashing import TokenBatch, XorMix
+from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
+from engrampool_proto.token_map import TokenMap
+from engrampool_server.gather import gather
+from engrampool_server.hasher import Hasher
+from engrampool_server.memory import allocate
+
+SIZES_GB = (1, 2, 4, 8, 12)
+# 264 is V4.1's; the others are odd, tiny and large.
+WIDTHS = (264, 1, 42, 100, 512, 1000, 8191)
+GATHER_BYTES = 26_000_000  # one repeat: 98304 rows of 264 bytes, about
+MARGIN_BYTES = 1 << 30
+VOCAB, MAPPED = 129280, 99092
+PRIMES_FROM = 16_000_000
+
+
+def main() -> None:
+    """Measure everything and print the tables."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--json", type=Path)
+    arguments.add_argument("--repeats", type=int, default=15)
+    arguments.add_argument("--sizes", type=float, nargs="+", default=SIZES_GB, help="GB of the table of 264-byte rows")
+    options = arguments.parse_args()
+    records = []
+    print("| table GB | row bytes | kernel ns/row | np.take ns/row | np.take / kernel | kernel / its smallest table |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    smallest = None
+    for size, width in [(size, 264) for size in options.sizes] + [(1, width) for width in WIDTHS[1:]]:
+        nbytes = int(size * 1e9) // width * width
+        room = available_bytes()
+        if nbytes + MARGIN_BYTES > room:
+            print(f"| {size:g} | {width} | does not fit: {room / 1e9:.1f} GB of memory are available | | | |")
+            continue
+        found = measure_gather(nbytes, width, options.repeats)
+        smallest = smallest or found["kernel"]
+        growth = f"{found['kernel'] / smallest:.2f}" if width == 264 else ""
+        ratio = found["np.take"] / found["kernel"]
+        print(f"| {size:g} | {width} | {found['kernel']:.1f} | {found['np.take']:.1f} | {ratio:.2f} | {growth} |")
+        records.append({"case": "gather", "table_gb": size, "row_bytes": width, "ns_per_row": found})
+    print()
+    print("| tokens | kernel us | numpy us | numpy / kernel |")
+    print("| ---: | ---: | ---: | ---: |")
+    for tokens in (1, 64, 8192):
+        found = measure_hashing(tokens, options.repeats)
+        print(f"| {tokens} | {found['kernel']:.1f} | {found['numpy']:.1f} | {found['numpy'] / found['kernel']:.2f} |")
+        records.append({"case": "hash", "tokens": tokens, "us": found})
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def measure_gather(nbytes: int, width: int, repeats: int) -> dict[str, float]:
+    """Ns a row of either way, medians."""
+    table = allocate(nbytes, "anon")
+    pattern = np.random.default_rng(width).integers(0, 256, (1 << 24) + 3, np.uint8)
+    for start in range(0, nbytes, len(pattern)):
+        part = table[start : start + len(pattern)]
+        part[:] = pattern[: len(part)]
+    rows = table.reshape(-1, width)
+    count = min(GATHER_BYTES // width, 1 << 20)
+    batches = [np.random.default_rng(at).integers(0, len(rows), count).astype(np.uint64) for at in range(repeats)]
+    taken, out = np.zeros((count, width), np.uint8), np.zeros(count * width, np.uint8)
+    cases: dict[str, Callable[[np.ndarray], object]] = {
+        "kernel": lambda ids: gather(rows, ids, 0, out),
+        "np.take": lambda ids: np.take(rows, ids, axis=0, out=taken, mode="clip"),
+    }
+    for case in cases.values():
+        case(batches[0])
+    assert np.array_equal(out, taken.reshape(-1))
+    medians = in_turn(cases, batches)
+    return {name: 1e9 * seconds / count for name, seconds in medians.items()}
+
+
+def measure_hashing(tokens: int, repeats: int) -> dict[str, float]:
+    """Microseconds a batch of either way, medians."""
+    spec = v41_layout()
+    hasher = Hasher(spec)
+    random = np.random.default_rng(tokens)
+    batches = [TokenBatch.of(random.integers(0, VOCAB, tokens).astype(np.int32)) for _ in range(repeats)]
+    cases: dict[str, Callable[[TokenBatch], object]] = {"kernel": hasher.rows, "numpy": spec.hash}
+    for layer, ids in spec.hash(batches[0]).items():
+        assert np.array_equal(hasher.rows(batches[0])[layer], ids)
+    times = max(1, 2000 // tokens)
+
+    def many(case: Callable[[TokenBatch], object]) -> Callable[[TokenBatch], object]:
+        return lambda batch: [case(batch) for _ in range(times)]
+
+    medians = in_turn({name: many(case) for name, case in cases.items()}, batches)
+    return {name: 1e6 * seconds / times for name, seconds in medians.items()}
+
+
+def in_turn(cases: dict[str, Callable], batches: list) -> dict[str, float]:
+    """Median seconds of processor time of each case; every one on every batch, one after the other."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for batch in batches:
+        for name, case in cases.items():
+            begin = time.thread_time()
+            case(batch)
+            times[name].append(time.thread_time() - begin)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def v41_layout() -> ModelSpec:
+    """24 heads over 2- to 4-grams in two layers. Constants like V4.1's; they need no tokenizer and no table here."""
+    random = np.random.default_rng(0)
+    moduli = primes_above(PRIMES_FROM)
+    row = RowFormat((Segment("values", "float8_e4m3fn", 256), Segment("scales", "float8_e8m0fnu", 8)))
+    tables = []
+    for layer in (1, 14):
+        multipliers = tuple(int(m) * 2 + 1 for m in random.integers(0, 2**63 // MAPPED // 2, 4))
+        family = XorMix(multipliers, tuple(tuple(next(moduli) for _ in range(8)) for _ in range(3)), 2)
+        tables.append(TableSpec(layer, sum(family.head_rows()), row, family))
+    return ModelSpec("v41-layout", VOCAB, tuple(tables), TokenMap((np.arange(VOCAB) % MAPPED).astype(np.int32)))
+
+
+def primes_above(number: int) -> Iterator[int]:
+    """By trial division: 48 of them are needed."""
+    while True:
+        number += 1
+        if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
+            yield number
+
+
+def available_bytes() -> int:
+    """MemAvailable."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("/proc/meminfo has no MemAvailable")
+
+
+if __name__ == "__main__":
+    main()
