@@ -113,7 +113,11 @@ class ServerConfig:
         metadata=_about(Integer(1, 64, "threads"), "Threads that read tables at start."),
     )
     gather_threads: int = field(
-        default=1, metadata=_about(Integer(1, 64, "threads"), "Threads that gather the rows of large answers.")
+        default=0,
+        metadata=_about(
+            Integer(0, 64, "threads"),
+            "Threads of each worker that gather a stream's next rows while its last are sent; 0: the event loop does.",
+        ),
     )
     max_rows_per_request: int = field(
         default=4_194_304, metadata=_about(Integer(1, 1 << 31, "rows"), "Rows that one lookup may ask for.")

@@ -20,6 +20,8 @@ from engrampool_server.tables import HeldModel, HeldTable
 
 # Requests with their answers up to this size are worked on by the event loop: no hand-over to a thread.
 _INLINE_BYTES = 1 << 20
+# Ids of streams up to this size are hashed and checked by the event loop, if it gathers too: some milliseconds.
+_INLINE_RESOLVE_BYTES = 64 << 20
 # Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
 _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
 
@@ -72,7 +74,9 @@ class PoolService:
     def __init__(self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int) -> None:
         self._limits, self._in_flight, self._metrics = limits, in_flight, metrics
         self._models: dict[str, dict[str, HeldModel]] = {}
-        self._threads = ThreadPoolExecutor(gather_threads, "gather")
+        # One there is always, for large answers that are asked for as one message.
+        self._threads = ThreadPoolExecutor(max(1, gather_threads), "gather")
+        self._inline = gather_threads == 0
         self.ready = False
         metrics.in_flight_limit.set(in_flight.limit_bytes)
 
@@ -155,7 +159,10 @@ class PoolService:
         loop = asyncio.get_running_loop()
         try:
             job = self._admit(message, context)
-            begin, resolved = await loop.run_in_executor(self._threads, self._begin, job, context)
+            if self._inline and job.answer_bytes <= _INLINE_RESOLVE_BYTES:
+                begin, resolved = self._begin(job, context)
+            else:
+                begin, resolved = await loop.run_in_executor(self._threads, self._begin, job, context)
             # The layers that the model needs first go first, whatever the order asked for.
             resolved.sort(key=lambda pair: pair[0].spec.layer)
             pieces = [piece for table, ids in resolved for piece in self._pieces(table, ids)]
@@ -165,12 +172,12 @@ class PoolService:
             def gather(at: int) -> asyncio.Future[tuple[wire.ResponseWriter, float]]:
                 return loop.run_in_executor(self._threads, _gather_piece, pieces[at], at == last)
 
-            coming = gather(0)
+            coming = None if self._inline else gather(0)
             for at in range(len(pieces)):
-                writer, seconds = await coming
+                writer, seconds = await coming if coming else _gather_piece(pieces[at], at == last)
                 gathered += seconds
-                if at < last:  # the next piece is gathered while this one is sent
-                    coming = gather(at + 1)
+                if at < last:
+                    coming = coming and gather(at + 1)  # while this piece is sent
                 else:
                     total = time.perf_counter() - arrived
                     times = wire.ServerTimes(_us(begin - arrived), _us(gathered), _us(total))

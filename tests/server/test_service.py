@@ -38,9 +38,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("service") / "small")
 
 
-@pytest.fixture(scope="module")
-def server(packed: Path) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=[0, 2])
+def server(request: pytest.FixtureRequest, packed: Path) -> Iterator[Running]:
     limits = {"max_rows_per_request": 20_000, "max_answer_bytes": 4 * MIB, "stream_chunk_bytes": 64 * KIB}
+    limits["gather_threads"] = request.param
     with running(packed, **limits) as run:
         yield run
 
