@@ -2,7 +2,9 @@
 
 1. Lookups with the C library's own memory settings, and with those of `engrampool_proto.malloc` on both sides.
 2. Lookups of 1024 tokens as one message, and as streams of pieces of several sizes.
-3. Lookups of 1024 and 4096 tokens over one connection and over several.
+3. Lookups of few tokens as one message and as a stream: where the client's STREAM_ABOVE_BYTES should lie.
+4. Streams whose rows the event loop gathers, and those that a thread beside it gathers.
+5. Lookups of 1024 and 4096 tokens over one connection and over several.
 
 Tables of 1 GB in V4.1's layout, both layers, one caller. Every setting runs in fresh processes, several rounds in turn.
 Prints Markdown tables: medians over the rounds, of the median time of a call and of the CPU time that client and server
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import processes
-from engrampool_client import Client, grpc_lane
+from engrampool_client import Client, grpc_lane, settings
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_server.synth import synth
@@ -36,10 +38,18 @@ MEMORY: list[Case] = [
 ]
 PIECES: list[Case] = [
     *((f"pieces of {size}", {"piece": size}) for size in ("512KiB", "1MiB", "2MiB", "4MiB")),
-    ("one message", {"piece": None}),
+    ("one message", {"stream_above": 1 << 40}),
 ]
-
-
+THRESHOLD: list[Case] = [
+    (f"{count} tokens, {name}", {"tokens": count, "stream_above": above})
+    for count in (32, 64, 128, 256)
+    for name, above in (("one message", 1 << 40), ("a stream", 0))
+]
+THREADS: list[Case] = [
+    (f"{count} tokens, {name}", {"tokens": count, "gather_threads": threads})
+    for count in (256, 1024, 4096)
+    for name, threads in (("event loop", 0), ("a thread", 1))
+]
 CONNECTIONS: list[Case] = [
     (f"{count} tokens, {connections} connections", {"tokens": count, "connections": connections})
     for count in (1024, 4096)
@@ -52,15 +62,16 @@ def lookups(
     model: Path,
     tokens: int = 1024,
     pinned: bool = True,
-    piece: str | None = "1MiB",
+    piece: str = "1MiB",
+    stream_above: int = settings.STREAM_ABOVE_BYTES,
+    gather_threads: int = 0,
     connections: int = 1,
 ) -> None:
     """One client of a fresh server; sends the median in ms, and CPU ms a call of client and server."""
-    if piece is None:
-        grpc_lane.STREAM_ABOVE_BYTES = 1 << 40
-    settings = {"stream_chunk_bytes": piece or "1MiB"}
+    grpc_lane.STREAM_ABOVE_BYTES = stream_above
+    pin = {"ENGRAMPOOL_PIN_MALLOC": str(pinned).lower()}
     with (
-        serve_process(model, environ={"ENGRAMPOOL_PIN_MALLOC": str(pinned).lower()}, **settings) as server,
+        serve_process(model, environ=pin, stream_chunk_bytes=piece, gather_threads=gather_threads) as server,
         Client(server.address, keep_memory=pinned, connections=connections) as pool,
     ):
         ids = np.random.default_rng(0).integers(0, pool.spec.vocab_size, tokens).astype(np.int32)
@@ -81,9 +92,9 @@ def compare(title: str, model: Path, cases: list[Case], rounds: int) -> None:
     context = multiprocessing.get_context("spawn")
     seen: dict[str, list[list[float]]] = {name: [] for name, _ in cases}
     for _ in range(rounds):
-        for name, settings in cases:
+        for name, changed in cases:
             ours, theirs = context.Pipe()
-            process = context.Process(target=lookups, args=(theirs, model), kwargs=settings)
+            process = context.Process(target=lookups, args=(theirs, model), kwargs=changed)
             process.start()
             seen[name].append(ours.recv())
             process.join()
@@ -104,6 +115,8 @@ def main() -> None:
         synth("deepseek-v4.1", 80_000, model, quiet=True)
         compare("memory", model, MEMORY, rounds)
         compare("answer", model, PIECES, rounds)
+        compare("message or stream", model, THRESHOLD, rounds)
+        compare("gathered by", model, THREADS, rounds)
         compare("connections", model, CONNECTIONS, rounds)
 
 

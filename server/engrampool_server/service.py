@@ -19,7 +19,7 @@ from engrampool_server.shared import InFlight
 from engrampool_server.tables import HeldModel, HeldTable
 
 # Requests with their answers up to this size are worked on by the event loop: no hand-over to a thread.
-_INLINE_BYTES = 1 << 20
+_INLINE_BYTES = 2 << 20
 # Ids of streams up to this size are hashed and checked by the event loop, if it gathers too: some milliseconds.
 _INLINE_RESOLVE_BYTES = 64 << 20
 # Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
