@@ -44,13 +44,14 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 def markdown(records: Sequence[Record]) -> str:
     """The whole report."""
-    batches = [record for record in records if "peer" not in record]
+    batches = [record for record in records if record["study"] == "batches"]
     parts = [f"{_machine()}\n"]
     for kind in dict.fromkeys(record["ids"] for record in batches):
         parts += [f"### {kind.capitalize()} ids\n", _batch_table([r for r in batches if r["ids"] == kind])]
     parts += _skipped(records)
-    parts += _tables_table([record for record in records if record["system"].endswith("-table")])
-    parts += _workers_table([record for record in records if "workers" in record])
+    parts += _tables_table([record for record in records if record["study"] == "tables"])
+    parts += _workers_table([record for record in records if record["study"] == "workers"])
+    parts += _gather_table([record for record in records if record["study"] == "gather"])
     parts += ["### Targets\n", targets(records)]
     return "\n".join(parts)
 
@@ -67,7 +68,7 @@ def _machine() -> str:
         datetime.date.today().isoformat(),
         f"{len(os.sched_getaffinity(0))} cores of {next(names, platform.machine())}",
         f"{memory:.0f} GiB",
-        f"Linux {platform.release()}",
+        f"Linux {platform.release().partition('-')[0]}",
         f"CPython {platform.python_version()}",
         *(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "grpcio")),
     ]
@@ -141,6 +142,25 @@ def _workers_table(records: Sequence[Record]) -> list[str]:
     return [f"### Workers, {measured[0]['tokens']} tokens a call\n", "\n".join(lines) + "\n"]
 
 
+def _gather_table(records: Sequence[Record]) -> list[str]:
+    if not records:
+        return []
+    lines = [
+        "| table GB | row bytes | kernel ns/row | np.take ns/row | np.take / kernel |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (size, width), (kernel, take) in _gathers(records).items():
+        lines.append(f"| {' | '.join(map(_figure, (size, width, kernel, take, take / kernel)))} |")
+    return ["### Gather kernel, processor time of one thread\n", "\n".join(lines) + "\n"]
+
+
+def _gathers(records: Sequence[Record]) -> dict[tuple[float, int], tuple[float, float]]:
+    """(GB, row bytes) -> ns a row of the kernel and of np.take."""
+    found = {(r["system"], r["table_gb"], r["row_bytes"]): r["ns_per_row"] for r in records if r["study"] == "gather"}
+    kernels = ((size, width) for system, size, width in found if system == "gather-kernel")
+    return {key: (found["gather-kernel", *key], found["gather-np.take", *key]) for key in kernels}
+
+
 def targets(records: Sequence[Record]) -> str:
     """Ratios that are aimed at, and what this run has of them: the median of the rounds' ratios, and their range."""
     lines = ["| target | measured | rounds | holds |", "| --- | ---: | --- | --- |"]
@@ -151,6 +171,12 @@ def targets(records: Sequence[Record]) -> str:
     pair = [_find_workers(records, workers, 2) for workers in (2, 1)]
     ratios = _ratios(*pair, "GB/s")
     lines.append(_verdict("2 workers, 2 clients: GB/s >= 1 x 1 worker, 2 clients", ratios, ">=", 1.0))
+    gathers = {size: times for (size, width), times in _gathers(records).items() if width == 264}
+    ratios = [gathers[max(gathers)][1] / gathers[max(gathers)][0]] if gathers else []
+    lines.append(_verdict(f"gather, {max(gathers, default=12):g} GB: rows/s >= 1.7 x np.take", ratios, ">=", 1.7))
+    ratios = [gathers[max(gathers)][0] / gathers[min(gathers)][0]] if len(gathers) > 1 else []
+    sizes = f"{max(gathers, default=12):g} GB: ns/row < 1.15 x {min(gathers, default=1):g} GB"
+    lines.append(_verdict(f"gather, {sizes}", ratios, "<", 1.15))
     memory = [record["pss_bytes"] / 1e9 for record in pair if record is not None and "pss_bytes" in record]
     ratios = [memory[0] / memory[1]] if len(memory) == 2 else []
     lines.append(_verdict("2 workers: memory < 1.05 x 1 worker", ratios, "<", 1.05))
@@ -209,9 +235,7 @@ def plots(records: Sequence[Record], directory: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    batches = [
-        r for r in records if "peer" not in r and r["ids"] == "uniform" and r["p50_ms"] is not None and r["rows"]
-    ]
+    batches = [r for r in records if r["study"] == "batches" and r["ids"] == "uniform" and r["p50_ms"] and r["rows"]]
     systems = list(dict.fromkeys(record["system"] for record in batches))
 
     def figure(name: str, x: str, y: str, lines: dict[str, list[tuple[float, float]]], log: bool) -> None:
@@ -219,6 +243,8 @@ def plots(records: Sequence[Record], directory: Path) -> None:
             return
         drawing, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
         for number, (label, points) in enumerate(lines.items()):
+            if not points:
+                continue
             ours = label.startswith("engrampool")
             style = {"linewidth": 2.5 if ours else 1.2, "marker": "osD^v<>psXh*+"[number % 13], "markersize": 5}
             axes.plot(*zip(*sorted(points), strict=True), label=label, color=f"C{number % 10}", **style)
@@ -243,13 +269,16 @@ def plots(records: Sequence[Record], directory: Path) -> None:
     tokens = "tokens a call (24 rows of 264 B a layer, 2 layers)"
     figure("latency.png", tokens, "p50 ms", by_tokens(lambda r: r["p50_ms"]), True)
     figure("throughput.png", tokens, "GB/s", by_tokens(lambda r: r["gb_per_s"]), True)
-    sized = [r for r in records if r["system"].endswith("-table") and r["p50_ms"] is not None]
+    sized = [r for r in records if r["study"] == "tables" and r["p50_ms"]]
     lines = {
         name: [(r["table_rows"] * 264 / 1e9, r["rows"] / r["p50_ms"] / 1e3) for r in sized if r["peer"] == name]
         for name in dict.fromkeys(r["peer"] for r in sized)
     }
+    for number, name in enumerate(("gather kernel", "np.take by itself")):
+        times = ((size, both[number]) for (size, width), both in _gathers(records).items() if width == 264)
+        lines[name] = [(size, 1e3 / nanoseconds) for size, nanoseconds in times]
     figure("table-size.png", "GB of tables", "million rows/s", lines, False)
-    several = [r for r in records if "workers" in r and r["p50_ms"] is not None]
+    several = [r for r in records if r["study"] == "workers" and r["p50_ms"]]
     lines = {
         f"engrampool-grpc, {n} clients": [(r["workers"], r["gb_per_s"]) for r in several if r["clients"] == n]
         for n in dict.fromkeys(r["clients"] for r in several)

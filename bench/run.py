@@ -12,7 +12,9 @@ import argparse
 import json
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +33,7 @@ TOKENS = (1, 16, 64, 256, 1024, 4096)
 SMALL_VOCAB_SIZE, VOCAB_SIZE, LARGE_VOCAB_SIZE = 8_000, 80_000, 320_000  # tables of 0.1, 1 and 4 GB
 START_S, CASE_S = 180.0, 180.0  # no server takes longer to start, no case to run
 BULK_TOKENS = 1024
-STUDIES = ("batches", "workers", "tables")
+STUDIES = ("batches", "workers", "tables", "gather")
 WORKERS, CLIENTS = (1, 2), (1, 2)
 
 Sample = dict[str, Any]
@@ -45,6 +47,7 @@ class Case:
     why: it was not measured, or not in every round. failed: it should have been.
     """
 
+    study: str
     system: str
     tokens: int
     kind: str
@@ -60,6 +63,7 @@ class Case:
         rows = self.tokens * sum(map(len, self.workload.heads.values()))
         empty = self.system == "grpc-empty"
         done = {
+            "study": self.study,
             "system": self.system,
             "tokens": self.tokens,
             "layers": 0 if empty else layers,
@@ -106,6 +110,7 @@ class Harness:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cases: list[Case] = []
+        self.kernels: list[dict[str, Any]] = []
         self._begin = time.monotonic()
 
     def tell(self, text: str) -> None:
@@ -130,7 +135,7 @@ class Harness:
             workload = small if getattr(peer, "SMALL", False) else ordinary
             for tokens in self.options.tokens[:1] if getattr(peer, "EMPTY", False) else self.options.tokens:
                 kinds = self.options.kinds[:1] if getattr(peer, "EMPTY", False) else self.options.kinds
-                cases[system, tokens] = [Case(system, tokens, kind, workload, why=why) for kind in kinds]
+                cases[system, tokens] = [Case("batches", system, tokens, kind, workload, why=why) for kind in kinds]
         self.cases += [case for group in cases.values() for case in group]
         for turn in range(self.options.rounds):
             with ExitStack() as stack:
@@ -221,7 +226,7 @@ class Harness:
         for workers in WORKERS:
             for clients in CLIENTS:
                 extra = {"workers": workers, "clients": clients, "peer": "engrampool-grpc"}
-                case = Case(f"engrampool-grpc-{workers}-workers", BULK_TOKENS, KINDS[0], workload, extra)
+                case = Case("workers", f"engrampool-grpc-{workers}-workers", BULK_TOKENS, KINDS[0], workload, extra)
                 if not known and workers > 1:
                     case.why = "this version has no --workers"
                 cases[workers, clients] = case
@@ -258,7 +263,9 @@ class Harness:
         cases = {}
         for system in ("engrampool-grpc", "numpy-take"):
             for size, workload in workloads.items():
-                cases[system, size] = Case(f"{system}-table", BULK_TOKENS, KINDS[0], workload, {"peer": system})
+                cases[system, size] = Case(
+                    "tables", f"{system}-table", BULK_TOKENS, KINDS[0], workload, {"peer": system}
+                )
         self.cases += cases.values()
         for turn in range(self.options.rounds):
             self.tell(f"round {turn + 1} of {self.options.rounds}, table sizes")
@@ -270,9 +277,36 @@ class Harness:
                     found = self._measured([self._client(stack, [case], server)])[0]
                     case.samples.append(found[case.kind])
 
+    def gather(self) -> None:
+        """The server's gather beside np.take, without server or client: gather.py, in a process of its own."""
+        self.tell("gather kernel")
+        with tempfile.TemporaryDirectory() as directory:
+            found = Path(directory) / "gather.json"
+            words = [sys.executable, str(Path(__file__).parent / "gather.py"), "--json", str(found)]
+            words += ["--sizes", "1", "4"] if self.options.quick else []
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL, preexec_fn=processes.die_with_parent)
+            for record in json.loads(found.read_text()):
+                if record["case"] != "gather":
+                    continue
+                for name, nanoseconds in record["ns_per_row"].items():
+                    self.kernels.append(
+                        {
+                            "study": "gather",
+                            "system": f"gather-{name}",
+                            **dict.fromkeys(("tokens", "layers", "rows", "p50_ms", "p99_ms")),
+                            "gb_per_s": record["row_bytes"] / nanoseconds,
+                            "server_cpu_s_per_gb": None,
+                            "ids": "uniform",
+                            "repeats": 1,
+                            "table_gb": record["table_gb"],
+                            "row_bytes": record["row_bytes"],
+                            "ns_per_row": nanoseconds,
+                        }
+                    )
+
     def records(self) -> list[dict[str, Any]]:
         """What was found so far, as the JSON has it."""
-        return [case.record() for case in self.cases]
+        return [case.record() for case in self.cases] + self.kernels
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
