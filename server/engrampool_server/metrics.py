@@ -114,10 +114,14 @@ class Metrics:
 
 
 class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Counts and times every call of every service under the names that gRPC dashboards know."""
+    """Counts and times every call of every service under the names that gRPC dashboards know.
+
+    open: calls that a handler began and whose end is not on its way to the caller yet.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self.open = 0
         # gRPC asks at every call, and finding a metric by its labels is dear beside a small lookup.
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
 
@@ -167,6 +171,7 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         started, received, sent, handling = self._children(call)
 
         def ended(seconds: float, code: grpc.StatusCode) -> None:
+            self.open -= 1
             handling.observe(seconds)
             if code is grpc.StatusCode.OK:
                 sent.inc()
@@ -174,6 +179,7 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
             begin = time.perf_counter()
+            self.open += 1
             started.inc()
             received.inc()
             code = grpc.StatusCode.OK
@@ -199,8 +205,13 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 received.inc()
                 yield request
 
+        def closed(_: object) -> None:
+            self.open -= 1
+
         async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             begin = time.perf_counter()
+            self.open += 1
+            context.add_done_callback(closed)
             started.inc()
             if streams_in:
                 request = counted(request)

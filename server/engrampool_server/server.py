@@ -26,6 +26,8 @@ from engrampool_server.tables import HeldModel
 _REQUEST_MARGIN_BYTES = 1 << 20
 # gRPC keeps the bound on messages in a C int.
 _INT32_MAX = 2**31 - 1
+# How often to look, while draining, whether there is anything left to wait for.
+_IDLE_S = 0.1
 
 
 class Server:
@@ -43,6 +45,7 @@ class Server:
         self._shared = shared or Shared(Metrics(), InFlight(config.max_in_flight_bytes))
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
         self._service = PoolService(limits, self._shared.in_flight, self._shared.metrics, config.gather_threads)
+        self._calls = CallMetrics(self._shared.metrics)
         self._health = Health("", SERVICE)
         self._holdings = Holdings(config, self._shared.metrics)
         self._grpc: grpc.aio.Server | None = None
@@ -68,7 +71,7 @@ class Server:
                 min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX),
             ),
         ]
-        self._grpc = grpc.aio.server(interceptors=[CallMetrics(self._shared.metrics)], options=options)
+        self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
         handlers = grpc.method_handlers_generic_handler(SERVICE, self._service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -116,7 +119,7 @@ class Server:
                 self._shared.metrics.serving.set(0)
                 self._shared.metrics.workers.set(0)
             begin = time.monotonic()
-            await self._grpc.stop(self._config.drain_s)
+            await self._drain(self._grpc)
             self._grpc = None
             if self._alone:
                 log.event("stopped", drained_s=round(time.monotonic() - begin, 3))
@@ -128,3 +131,18 @@ class Server:
             await asyncio.to_thread(server.shutdown)
             server.server_close()
             await asyncio.to_thread(thread.join)
+
+    async def _drain(self, server: grpc.aio.Server) -> None:
+        """Let calls under way finish for up to drain_s.
+
+        grpc.aio loses a call that arrives in the very moment of `stop`: no handler ever runs, its caller waits for an
+        answer, and `stop` for its end. So once none of our handlers has anything left to do, for long enough that a
+        call on its way to one would have begun, the connections are cut; such a caller is told so and can ask again.
+        """
+        stopping = asyncio.ensure_future(server.stop(self._config.drain_s))
+        idle = False
+        while not (await asyncio.wait({stopping}, timeout=_IDLE_S))[0]:
+            if idle and not self._calls.open:
+                await server.stop(None)
+            idle = not self._calls.open
+        await stopping
