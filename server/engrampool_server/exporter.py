@@ -79,14 +79,14 @@ class _Usage:
 
 
 class Processes(Collector):
-    """The `process_` metrics of a server that is several processes: `main` and those whose ids are in `pids`.
+    """The `process_` metrics of a server that is several processes: `main` and those that it forked.
 
-    pids: int64 [any] in shared memory, 0 where there is none. table_bytes: what of every process's anonymous memory is
-    the tables, which a fork shares; they are counted once, in `main`.
+    pids, inherited: int64 [any] in shared memory; the process ids, 0 where there is none, and how many bytes of
+    anonymous memory each found at its start, the tables among them. They are main's, and counted there.
     """
 
-    def __init__(self, main: int, pids: memoryview, table_bytes: Callable[[], int], proc: Path = Path("/proc")) -> None:
-        self._main, self._pids, self._table_bytes, self._proc = main, pids, table_bytes, proc
+    def __init__(self, main: int, pids: memoryview, inherited: memoryview, proc: Path = Path("/proc")) -> None:
+        self._main, self._pids, self._inherited, self._proc = main, pids, inherited, proc
         self._boot_s = float(next(x for x in (proc / "stat").read_text().splitlines() if x[:6] == "btime ").split()[1])
         self._cpu_s = 0.0
 
@@ -95,11 +95,14 @@ class Processes(Collector):
         main = self._usage(self._main)
         if main is None:
             return
-        others = [usage for pid in self._pids if pid and (usage := self._usage(pid)) is not None]
+        running = [
+            (self._usage(pid), inherited) for pid, inherited in zip(self._pids, self._inherited, strict=True) if pid
+        ]
+        others = [usage for usage, _ in running if usage is not None]
         # One that ends between the two readings is missed once: a counter must not go back for that.
         self._cpu_s = max(self._cpu_s, main.cpu_s + main.reaped_s + sum(one.cpu_s for one in others))
-        tables = self._table_bytes()
-        resident = main.resident_bytes + sum(max(0, one.anon_bytes - tables) for one in others)
+        own = (max(0, usage.anon_bytes - inherited) for usage, inherited in running if usage is not None)
+        resident = main.resident_bytes + sum(own)
         fullest = max([main, *others], key=lambda one: one.open_fds / one.max_fds)
         yield CounterMetricFamily("process_cpu_seconds_total", "CPU time of all processes.", value=self._cpu_s)
         yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, tables once.", value=resident)
@@ -115,7 +118,7 @@ class Processes(Collector):
         try:
             # The name, in parentheses, may hold anything.
             stat = (directory / "stat").read_text().rpartition(")")[2].split()
-            pages, shared = map(int, (directory / "statm").read_text().split()[1:3])
+            resident_bytes, anon_bytes = resident_memory(directory)
             limits = (directory / "limits").read_text().splitlines()
             open_fds = sum(1 for _ in (directory / "fd").iterdir())
         except OSError:  # it ended
@@ -127,8 +130,14 @@ class Processes(Collector):
             reaped_s=reaped_user + reaped_system,
             start_s=int(stat[19]) / _TICKS,
             virtual_bytes=int(stat[20]),
-            resident_bytes=pages * _PAGE_BYTES,
-            anon_bytes=(pages - shared) * _PAGE_BYTES,
+            resident_bytes=resident_bytes,
+            anon_bytes=anon_bytes,
             open_fds=open_fds,
             max_fds=float("inf") if max_fds == "unlimited" else float(max_fds),
         )
+
+
+def resident_memory(process: Path = Path("/proc/self")) -> tuple[int, int]:
+    """Resident bytes of a process, and those of them that are anonymous: no file's, and not mapped as shared."""
+    pages, shared = map(int, (process / "statm").read_text().split()[1:3])
+    return pages * _PAGE_BYTES, (pages - shared) * _PAGE_BYTES

@@ -30,7 +30,7 @@ from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server import jit, log
 from engrampool_server.config import ServerConfig
-from engrampool_server.exporter import Processes, export
+from engrampool_server.exporter import Processes, export, resident_memory
 from engrampool_server.holdings import Holdings
 from engrampool_server.metrics import Metrics
 from engrampool_server.metrics_files import MetricsDirectory, become
@@ -114,7 +114,7 @@ class _Supervisor:
         slots = config.workers + _SPARE_SLOTS
         self._shared = Shared(Metrics(), InFlight(config.max_in_flight_bytes, int64s(slots)))
         self._metrics = self._shared.metrics
-        self._pids, self._anon_table_bytes = int64s(slots), int64s(1)
+        self._pids, self._inherited = int64s(slots), int64s(slots)
         self._children: dict[int, _Child] = {}
         self._workers: dict[int, _Child] = {}
         # By worker, -1 for the exporter: when the next is started, and how long the last one had to wait for that.
@@ -197,7 +197,7 @@ class _Supervisor:
 
     def _load(self, holdings: Holdings) -> None:
         """Read the tables on a thread, so that children and signals are looked after meanwhile."""
-        cancel = threading.Event()
+        cancel, finished = threading.Event(), threading.Event()
         failures: list[BaseException] = []
 
         def load() -> None:
@@ -206,12 +206,13 @@ class _Supervisor:
             except BaseException as error:
                 failures.append(error)
             finally:
+                finished.set()
                 os.write(self._wake_writer, b"\0")
 
         thread = threading.Thread(target=load, name="load")
         self._loading = True
         thread.start()
-        self._turn_until(lambda: self._stopping or not thread.is_alive())
+        self._turn_until(lambda: self._stopping or finished.is_set())
         cancel.set()
         thread.join()
         self._loading = False
@@ -219,9 +220,6 @@ class _Supervisor:
             return
         if failures:
             raise failures[0]
-        if self._config.memory == "anon":
-            models = self._shared.models
-            self._anon_table_bytes[0] = sum(table.rows.nbytes for held in models for table in held.tables.values())
 
     # --- the loop
 
@@ -310,7 +308,7 @@ class _Supervisor:
 
     def _export(self, link: Link) -> None:
         assert self._metrics_listener is not None
-        processes = Processes(self._pid, self._pids, lambda: self._anon_table_bytes[0])
+        processes = Processes(self._pid, self._pids, self._inherited)
         link.ready()
         export(self._metrics_listener, self._directory.path, processes, link.beat, link.beat_s)
 
@@ -335,6 +333,7 @@ class _Supervisor:
         now = time.monotonic()
         child = _Child(role, index, slot, pid, reader, now)
         self._children[pid] = child
+        self._inherited[slot] = resident_memory()[1]
         self._pids[slot] = pid
         self._selector.register(reader, selectors.EVENT_READ, child)
         return child

@@ -460,7 +460,7 @@ def test_a_killed_supervisor_leaves_no_process_no_port_and_in_the_end_no_file(pa
 def test_a_server_killed_again_and_again_starts_again_each_time(packed):
     """On one port, without a pause: what dies of the last one is waited for."""
     listen = "127.0.0.1:0"
-    for _ in range(5):
+    for _ in range(3):
         with serve_process(packed, workers=2, listen=listen) as server:
             listen = server.address
             with RawPool(listen, version_of(packed)) as pool:

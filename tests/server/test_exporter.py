@@ -48,13 +48,13 @@ def values(processes: Processes) -> dict[str, float]:
 
 
 def test_the_tables_count_once_and_the_fullest_process_stands_for_its_limit(proc):
-    table = 1000 * PAGE
     proc.process(1, cpu=(1, 2, 30, 40), start=7, virtual=5000, pages=1100, shared=50, fds=4, max_fds="100")
     proc.process(2, cpu=(1, 1, 0, 0), virtual=9000, pages=1080, shared=60, fds=6, max_fds="12")
     proc.process(3, cpu=(5, 0, 0, 0), pages=100, shared=90, fds=2, max_fds="unlimited")  # forked before the tables
-    pids = int64s(5)
+    pids, inherited = int64s(5), int64s(5)
     pids[1], pids[4] = 2, 3
-    assert values(Processes(1, pids, lambda: table, proc.root)) == {
+    inherited[1], inherited[4] = 1000 * PAGE, 15 * PAGE
+    assert values(Processes(1, pids, inherited, proc.root)) == {
         "process_cpu_seconds_total": 80,
         "process_resident_memory_bytes": (1100 + 20 + 0) * PAGE,
         "process_virtual_memory_bytes": 9000,
@@ -69,7 +69,7 @@ def test_cpu_time_does_not_go_back_when_a_process_ends(proc):
     proc.process(2, cpu=(5, 0, 0, 0))
     pids = int64s(1)
     pids[0] = 2
-    processes = Processes(1, pids, lambda: 0, proc.root)
+    processes = Processes(1, pids, int64s(1), proc.root)
     assert values(processes)["process_cpu_seconds_total"] == 6
     proc.end(2)  # and its parent has not been told yet
     assert values(processes)["process_cpu_seconds_total"] == 6
@@ -80,7 +80,7 @@ def test_cpu_time_does_not_go_back_when_a_process_ends(proc):
 def test_the_real_processes_of_this_machine_are_read():
     pids = int64s(2)
     pids[0] = os.getpid()
-    found = values(Processes(os.getpid(), pids, lambda: 0))
+    found = values(Processes(os.getpid(), pids, int64s(2)))
     assert all(value > 0 for value in found.values())
     assert len(found) == 6
 
