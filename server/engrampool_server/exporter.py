@@ -102,7 +102,8 @@ class Processes(Collector):
         # One that ends between the two readings is missed once: a counter must not go back for that.
         self._cpu_s = max(self._cpu_s, main.cpu_s + main.reaped_s + sum(one.cpu_s for one in others))
         own = (max(0, usage.anon_bytes - inherited) for usage, inherited in running if usage is not None)
-        resident = main.resident_bytes + sum(own)
+        shared = max(one.resident_bytes - one.anon_bytes for one in [main, *others])
+        resident = shared + main.anon_bytes + sum(own)
         fullest = max([main, *others], key=lambda one: one.open_fds / one.max_fds)
         yield CounterMetricFamily("process_cpu_seconds_total", "CPU time of all processes.", value=self._cpu_s)
         yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, tables once.", value=resident)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -198,8 +199,8 @@ def pss_bytes(server: ServerProcess) -> int:
 PROCESS_BYTES = 32 << 20
 
 
-@pytest.mark.parametrize("memory", ["anon", "shm"])
-def test_tables_are_in_memory_once_however_many_workers(tmp_path, memory):
+@pytest.mark.parametrize("shared", [False, True], ids=["anon", "segments"])
+def test_tables_are_in_memory_once_however_many_workers(tmp_path, shared):
     hash_family = SPEC.table(2).hash
     spec = ModelSpec("large", SPEC.vocab_size, (TableSpec(2, 1_200_000, WIDE, hash_family),), SPEC.token_map)
 
@@ -209,7 +210,12 @@ def test_tables_are_in_memory_once_however_many_workers(tmp_path, memory):
     write_tables(tmp_path / "large", spec, {}, fill)
     used = {}
     for workers in (1, 2):
-        with serve_process(tmp_path / "large", workers=workers, memory=memory) as server, ExitStack() as stack:
+        with ExitStack() as stack:
+            memory = "anon"
+            if shared:  # each time in a directory of its own, so that none is adopted
+                directory = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+                memory = f"file:{directory}"
+            server = stack.enter_context(serve_process(tmp_path / "large", workers=workers, memory=memory))
             version = version_of(tmp_path / "large")
             # Every page, by small lookups: what a worker keeps of large answers is not what this is about.
             for number, ids in enumerate(np.split(np.arange(0, 1_200_000, 15), 40)):

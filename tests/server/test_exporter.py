@@ -56,7 +56,7 @@ def test_the_tables_count_once_and_the_fullest_process_stands_for_its_limit(proc
     inherited[1], inherited[4] = 1000 * PAGE, 15 * PAGE
     assert values(Processes(1, pids, inherited, proc.root)) == {
         "process_cpu_seconds_total": 80,
-        "process_resident_memory_bytes": (1100 + 20 + 0) * PAGE,
+        "process_resident_memory_bytes": (90 + 1050 + 20 + 0) * PAGE,
         "process_virtual_memory_bytes": 9000,
         "process_start_time_seconds": 1007,
         "process_open_fds": 6,
