@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import click
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_server.machine import usable_cores
 from engrampool_server.setting_kinds import (
     GIB,
     KIB,
@@ -82,8 +83,7 @@ class ServerConfig:
         metadata=_about(Listen(may_be_off=True), "Where Prometheus scrapes, over HTTP; port 0 is any free one."),
     )
     workers: int = field(
-        # The cores this process may use, which containers and taskset make fewer than the machine's.
-        default_factory=lambda: len(os.sched_getaffinity(0)),
+        default_factory=usable_cores,
         metadata=_about(Integer(1, 1024, "processes"), "Processes that answer lookups, all from one copy of the rows."),
     )
     worker_timeout_s: float = field(
@@ -108,8 +108,7 @@ class ServerConfig:
         ),
     )
     load_threads: int = field(
-        # The cores this process may use, which containers and taskset make fewer than the machine's.
-        default_factory=lambda: min(4, len(os.sched_getaffinity(0))),
+        default_factory=lambda: min(4, usable_cores()),
         metadata=_about(Integer(1, 64, "threads"), "Threads that read tables at start."),
     )
     gather_threads: int = field(

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -110,24 +111,44 @@ _MEMORY_V2 = _Files("memory.max", "memory.current", "inactive_file")
 _MEMORY_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
+def usable_cores(root: Path = Path("/")) -> int:
+    """The cores this process may use: those it may run on, or fewer where a control group limits its CPU time."""
+    cores = len(os.sched_getaffinity(0))
+    for directory, _, is_v2 in _groups(root, "cpu"):
+        if is_v2:
+            quota, _, period = _read(directory / "cpu.max").partition(" ")
+        else:
+            quota, period = (_read(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        limit_us, of_us = _number(quota), _number(period)
+        if limit_us and of_us:
+            cores = min(cores, -(-limit_us // of_us))
+    return cores
+
+
 def _tightest(root: Path, controller: str, v2: _Files, v1: _Files) -> Room | None:
     """The least room of any group that this process is in, in either hierarchy."""
     rooms = []
+    for directory, name, is_v2 in _groups(root, controller):
+        available_bytes = (v2 if is_v2 else v1).room(directory)
+        if available_bytes is not None:
+            rooms.append(Room(name, available_bytes))
+    return min(rooms, key=lambda room: room.available_bytes, default=None)
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, str, bool]]:
+    """Directory and name of each control group that this process is in, and whether it is of version 2."""
     for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE):
         if controllers == "":
-            mount, files = root / "sys/fs/cgroup", v2
+            mount = root / "sys/fs/cgroup"
         elif controller in controllers.split(","):
-            mount, files = root / "sys/fs/cgroup" / controller, v1
+            mount = root / "sys/fs/cgroup" / controller
         else:
             continue
         # A container may see its path as the host does while its own group is mounted as the root. Then the groups of
         # the path are not there, and walking up to the mount finds the right one.
         group = PurePosixPath("/", *(part for part in path.split("/") if part not in ("", "..")))
         for ancestor in (group, *group.parents):
-            available_bytes = files.room(mount / ancestor.relative_to("/"))
-            if available_bytes is not None:
-                rooms.append(Room(str(ancestor), available_bytes))
-    return min(rooms, key=lambda room: room.available_bytes, default=None)
+            yield mount / ancestor.relative_to("/"), str(ancestor), controllers == ""
 
 
 def _may_lock_all(root: Path) -> bool:

@@ -55,6 +55,14 @@ class Need:
         return OVERHEAD_BYTES + (self.workers - 1) * WORKER_BYTES + self.answer_bytes
 
     @property
+    def page_table_bytes(self) -> int:
+        """Page tables of the supervisor and every worker, each of which maps all tables.
+
+        8 bytes for a page of 4 KiB; a transparent huge page has as much set aside, for the day it is split.
+        """
+        return (self.workers + 1) * (self.table_bytes // 512)
+
+    @property
     def descriptors(self) -> int:
         """Descriptors to be open at one time in one process; that which starts the workers has a pipe to each."""
         return self.files + CONNECTIONS + DESCRIPTOR_MARGIN + self.workers - 1
@@ -154,6 +162,8 @@ def _lines(need: Need, memory: str, lock_memory: bool, machine: Machine) -> Iter
     directory = memory.removeprefix("file:") if memory.startswith("file:") else None
     elsewhere = memory == "hugetlb" or (directory is not None and not (lock_memory or machine.directory_in_memory))
     memory_bytes = need.working_bytes + (0 if elsewhere else need.missing_bytes)
+    if memory != "hugetlb":
+        memory_bytes += need.page_table_bytes
     yield Line(
         "host memory",
         memory_bytes,

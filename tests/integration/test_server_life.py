@@ -142,11 +142,13 @@ def test_a_signal_while_loading_ends_cleanly(packed, slow_disk, number):
     environ, gate = slow_disk
     with serve_process(packed, environ=environ, ready=False, load_threads=2) as server:
         server.wait_for("listening")
+        server.process.send_signal(signal.SIGHUP)
+        assert server.wait_for("roll-ignored")["reason"] == "not serving yet"
         server.process.send_signal(number)
         assert server.wait_for("stopping")["reason"] == number.name
         with let_through(gate):
             assert server.process.wait(LIMIT_S) == 0
-    assert events(server) == ["starting", "opened", "listening", "stopping", "stopped"]
+    assert events(server) == ["starting", "opened", "listening", "roll-ignored", "stopping", "stopped"]
     assert all_lines_are_json(server)
 
 

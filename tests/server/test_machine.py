@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrampool_server.machine import Machine, Room
+from engrampool_server.machine import Machine, Room, usable_cores
 
 MIB, GIB = 1 << 20, 1 << 30
 UNLIMITED_V1 = 9223372036854771712
@@ -220,3 +220,24 @@ def test_free_space_of_dev_shm(root, monkeypatch, blocks, available):
 def test_the_mode_of_transparent_huge_pages(root):
     write(root, {"sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n"})
     assert Machine.read(root).transparent_huge_pages == "never"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cores"),
+    [
+        ("0::/pod/server\n", {"pod/cpu.max": "max 100000\n"}, 8),
+        ("0::/pod/server\n", {"pod/cpu.max": "300000 100000\n", "pod/server/cpu.max": "max 100000\n"}, 3),
+        ("0::/pod/server\n", {"pod/server/cpu.max": "150000 100000\n"}, 2),
+        ("0::/pod/server\n", {"pod/server/cpu.max": "10000 100000\n"}, 1),
+        ("0::/\n", {"cpu.max": "9900000 100000\n"}, 8),
+        ("0::/a\n", {"a/cpu.max": "what\n"}, 8),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 8),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "250000\n", "cpu/a/cpu.cfs_period_us": "50000\n"}, 5),
+        ("", {}, 8),
+    ],
+)
+def test_cores_that_may_be_used(root, monkeypatch, cgroup, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    write(root, {"proc/self/cgroup": cgroup})
+    write(root / "sys/fs/cgroup", files)
+    assert usable_cores(root) == cores

@@ -30,6 +30,8 @@ ROOMY = Machine(
     transparent_huge_pages="madvise",
 )
 NEED = Need(table_bytes=10 * GIB, files=3, tables=2)
+# Of the supervisor and of one worker, for tables of 10 GiB.
+PAGE_TABLES = 40 * MIB
 
 
 def short(need, memory, lock_memory, machine):
@@ -61,8 +63,8 @@ def test_a_roomy_machine_suffices(memory, lock_memory):
 @pytest.mark.parametrize(
     ("memory", "lock_memory", "field", "exactly", "resource_name", "remedy"),
     [
-        ("anon", False, "mem_available_bytes", 10 * GIB + 512 * MIB, "host memory", "serve fewer tables"),
-        ("shm", False, "mem_available_bytes", 10 * GIB + 512 * MIB, "host memory", "serve fewer tables"),
+        ("anon", False, "mem_available_bytes", 10 * GIB + 512 * MIB + PAGE_TABLES, "host memory", "serve fewer tables"),
+        ("shm", False, "mem_available_bytes", 10 * GIB + 512 * MIB + PAGE_TABLES, "host memory", "serve fewer tables"),
         ("hugetlb", False, "mem_available_bytes", 512 * MIB, "host memory", "serve fewer tables"),
         ("shm", False, "shm_available_bytes", 10 * GIB, "/dev/shm", "docker --shm-size=10g"),
         ("anon", True, "lock_limit_bytes", 10 * GIB, "locked memory", "ulimit -l unlimited"),
@@ -80,7 +82,9 @@ def test_each_limit_refuses_at_one_less_than_needed(memory, lock_memory, field, 
     assert isinstance(caught.value, EngrampoolError)
 
 
-@pytest.mark.parametrize(("memory", "needed"), [("anon", 10 * GIB), ("shm", 10 * GIB), ("hugetlb", 0)])
+@pytest.mark.parametrize(
+    ("memory", "needed"), [("anon", 10 * GIB + PAGE_TABLES), ("shm", 10 * GIB + PAGE_TABLES), ("hugetlb", 0)]
+)
 def test_a_group_limits_memory_but_not_huge_pages(memory, needed):
     machine = replace(ROOMY, memory_room=Room("/pod", needed + 512 * MIB))
     assert short(NEED, memory, False, machine) == {}
@@ -113,7 +117,7 @@ def test_what_lies_in_segments_already_is_not_needed_again():
     present = replace(NEED, present_bytes=9 * GIB)
     report = check(present, "shm", False, machine)
     assert {line.resource: line.short for line in report.lines if line.short} == {
-        "host memory": 512 * MIB,
+        "host memory": 512 * MIB + PAGE_TABLES,
         "/dev/shm": GIB,
     }
     assert report.short_bytes == GIB
@@ -124,7 +128,7 @@ def test_a_directory_needs_space_and_memory_only_where_it_is_memory_or_locked():
     assert short(NEED, "file:/mnt", False, machine) == {}
     for lock_memory, in_memory in ((True, False), (False, True)):
         tight = replace(machine, directory_in_memory=in_memory)
-        assert short(NEED, "file:/mnt", lock_memory, tight) == {"host memory": 9 * GIB + 512 * MIB}
+        assert short(NEED, "file:/mnt", lock_memory, tight) == {"host memory": 9 * GIB + 512 * MIB + PAGE_TABLES}
     report = check(NEED, "file:/mnt", False, replace(machine, directory_available_bytes=GIB))
     assert "table directory: 10.0 GiB needed, 1.0 GiB available, short by 9.0 GiB: free space in /mnt" in str(report)
 
@@ -137,7 +141,20 @@ def test_limits_of_other_kinds_of_memory_do_not_matter():
 def test_answers_are_held_beside_the_tables():
     machine = replace(ROOMY, mem_available_bytes=12 * GIB)
     assert check(NEED, "anon", False, machine).ok
-    assert short(replace(NEED, answer_bytes=2 * GIB), "anon", False, machine) == {"host memory": 512 * MIB}
+    assert short(replace(NEED, answer_bytes=2 * GIB), "anon", False, machine) == {
+        "host memory": 512 * MIB + PAGE_TABLES
+    }
+
+
+def test_each_worker_needs_memory_page_tables_and_a_pipe():
+    machine = replace(ROOMY, mem_available_bytes=10 * GIB, descriptor_limit=100)
+    one, four = (short(replace(NEED, workers=workers), "anon", False, machine) for workers in (1, 4))
+    assert four["host memory"] - one["host memory"] == 3 * (64 + 20) * MIB
+    assert four["file descriptors"] - one["file descriptors"] == 3
+    one, four = (
+        short(replace(NEED, workers=n), "hugetlb", False, replace(machine, mem_available_bytes=0)) for n in (1, 4)
+    )
+    assert four["host memory"] - one["host memory"] == 3 * 64 * MIB
 
 
 def test_the_error_names_every_resource_that_is_short():
@@ -152,8 +169,8 @@ def test_the_error_names_every_resource_that_is_short():
     with pytest.raises(PreflightError) as caught:
         report.raise_if_short()
     for part in (
-        "host memory: 10.5 GiB needed, 4.0 GiB available, short by 6.5 GiB: ",
-        "memory of cgroup /pod: 10.5 GiB needed, 1.0 GiB available, short by 9.5 GiB: ",
+        "host memory: 10.6 GiB needed, 4.0 GiB available, short by 6.6 GiB: ",
+        "memory of cgroup /pod: 10.6 GiB needed, 1.0 GiB available, short by 9.6 GiB: ",
         "/dev/shm: 10.0 GiB needed, 64.0 MiB available, short by 10.0 GiB: ",
         "file descriptors: 131 needed, 100 available, short by 31: ",
     ):
