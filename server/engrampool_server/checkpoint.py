@@ -136,13 +136,17 @@ class Checkpoint:
             buffer = self._scratch.buffer = np.empty(nbytes, np.uint8)
         return buffer[:nbytes]
 
+    def close(self) -> None:
+        """Close the files. A second call does nothing."""
+        self._stack.close()
+
     def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self.close()
 
 
 def with_scales(spec: ModelSpec, scales: Mapping[int, float]) -> ModelSpec:

@@ -72,7 +72,7 @@ class ServerConfig:
     """
 
     models: tuple[Path, ...] = field(
-        metadata=_about(Directories(), "Directory of a packed model; repeat for more.", flag="--model")
+        metadata=_about(Directories(), "Directory of a packed model or a checkpoint; repeat for more.", flag="--model")
     )
     listen: str = field(
         default="127.0.0.1:50051",

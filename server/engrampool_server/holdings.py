@@ -10,6 +10,7 @@ from engrampool_server.config import ServerConfig
 from engrampool_server.machine import Machine
 from engrampool_server.metrics import Metrics
 from engrampool_server.preflight import Need, Report, check, raise_soft_limits
+from engrampool_server.raw_model import RawModel
 from engrampool_server.segments import find_backing, free, sweep
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import HeldModel, identities, load
@@ -26,12 +27,12 @@ class Holdings:
 
     def __init__(self, config: ServerConfig, metrics: Metrics, workers: int = 1) -> None:
         self._config, self._metrics, self._workers = config, metrics, workers
-        self._packed: list[PackedModel] = []
+        self._packed: list[PackedModel | RawModel] = []
 
     def open(self) -> None:
-        """Open every model and check the machine. Raises TableFileError, PreflightError."""
+        """Open every model and check the machine. Raises TableFileError, CheckpointError, PreflightError."""
         for directory in self._config.models:
-            packed = PackedModel.open(directory)
+            packed = RawModel(directory) if RawModel.lies_in(directory) else PackedModel.open(directory)
             self._packed.append(packed)
             log.event("opened", model=packed.spec.name, version=packed.version, table_bytes=packed.spec.nbytes)
         _refuse_duplicates(self._packed)
@@ -97,6 +98,8 @@ class Holdings:
         for packed in self._packed:
             model_begin = time.monotonic()
             held = load(packed, config.memory, config.lock_memory, config.load_threads, cancel, progress)
+            # What version a checkpoint is, is known only now.
+            _refuse_duplicates(self._packed)
             packed.close()
             name, seconds = held.spec.name, time.monotonic() - model_begin
             # Gauges add up: two versions of one model share its name.
@@ -114,9 +117,11 @@ class Holdings:
             packed.close()
 
 
-def _refuse_duplicates(models: Sequence[PackedModel]) -> None:
-    seen: dict[tuple[str, str], PackedModel] = {}
+def _refuse_duplicates(models: Sequence[PackedModel | RawModel]) -> None:
+    seen: dict[tuple[str, str], PackedModel | RawModel] = {}
     for packed in models:
+        if packed.version is None:
+            continue
         key = (packed.spec.name, packed.version)
         if key in seen:
             where = f"{seen[key].directory} and {packed.directory}"

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path, PurePosixPath
 
 # v1 writes "no limit" as the largest multiple of a page below 2**63.
@@ -48,6 +49,12 @@ class Machine:
     transparent_huge_pages: str | None
     directory_available_bytes: int | None = None
     directory_in_memory: bool = False
+
+    @property
+    def available_bytes(self) -> float:
+        """Memory that this process could still be given; infinite where no limit can be read."""
+        group = inf if self.memory_room is None else self.memory_room.available_bytes
+        return min(group, inf if self.mem_available_bytes is None else self.mem_available_bytes)
 
     @classmethod
     def read(cls, root: Path = Path("/"), directory: Path | None = None) -> "Machine":

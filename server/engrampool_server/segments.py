@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import re
+import secrets
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -190,6 +191,19 @@ def take(
                     raise SegmentError(f"{path} is damaged, and a running server uses it: stop that one first")
                 tried += 1
                 wait()
+
+
+def nameless(backing: Backing, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Uint8 [nbytes] of memory as segments have, for what cannot be adopted; it goes with its last view.
+
+    Raises OutOfMemoryError, SegmentError.
+    """
+    while True:
+        identity = Identity("", secrets.token_hex(8), 0, 1, nbytes)
+        segment = _create(backing.directory / identity.file_name, identity, backing)
+        if segment is not None:
+            segment.abandon()
+            return segment.rows.reshape(-1)
 
 
 def survey(backing: Backing) -> list[Found]:

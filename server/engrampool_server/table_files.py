@@ -125,6 +125,11 @@ class PackedModel:
         if found != block.checksum:
             raise self._damaged(block, f"has checksum {found}, the manifest says {block.checksum}")
 
+    def drop_cached(self, block: Block) -> None:
+        """Have the page cache forget what `read_block` read."""
+        length = (block.stop - block.start) * self.spec.table(block.layer).row_bytes
+        os.posix_fadvise(self._descriptors[block.file], block.offset, length, os.POSIX_FADV_DONTNEED)
+
     def _damaged(self, block: Block, problem: str) -> TableFileError:
         return TableFileError(f"{self.directory / block.file}: {_describe(block)} {problem}; {_ADVICE}")
 

@@ -14,8 +14,10 @@ from engrampool_proto.errors import BatchError, EngrampoolError
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 from engrampool_server.gather import first_outside, gather
 from engrampool_server.hasher import Hasher
+from engrampool_server.machine import Machine
 from engrampool_server.memory import allocate, lock_pages, populate, protect
-from engrampool_server.segments import Backing, Identity, find_backing, take
+from engrampool_server.raw_model import RawModel
+from engrampool_server.segments import Backing, Identity, find_backing, nameless, take
 from engrampool_server.table_files import Block, PackedModel
 
 # While another server makes the same segment.
@@ -75,7 +77,7 @@ class HeldModel:
 
 
 def load(
-    packed: PackedModel,
+    packed: PackedModel | RawModel,
     memory: str,
     lock: bool,
     threads: int,
@@ -85,10 +87,15 @@ def load(
     """Hold every table in memory of the kind `memory` (a setting): adopted where it lies there already, else read.
 
     Every block that is read is checked against its checksum; of an adopted table a few are. The memory is read-only.
+    Where files and tables do not both fit in memory, the page cache is rid of each block once it is read: all of it
+    could not stay for the next start anyway, and other things would have to go for it.
+    A checkpoint's tables are always read: what version they are is known only afterwards.
     progress: called with the bytes of each block read or table adopted, from any thread.
-    Raises TableFileError for damage, OutOfMemoryError, SegmentError, LoadCancelledError once `stop` is set.
+    Raises TableFileError for damage, CheckpointError, OutOfMemoryError, SegmentError, and LoadCancelledError once
+    `stop` is set.
     """
     backing = find_backing(memory)
+    drop_cache = Machine.read().available_bytes < 2 * packed.spec.nbytes
     tables = {}
     for spec in packed.spec.tables:
         if stop.is_set():
@@ -97,20 +104,25 @@ def load(
         def fill(rows: npt.NDArray[np.uint8], layer: int = spec.layer) -> None:
             if lock:
                 lock_pages(rows, present=False)
-            _read_blocks(packed, packed.blocks(layer), rows, threads, stop, progress)
+            _read_blocks(packed, packed.blocks(layer), rows, threads, stop, progress, drop_cache)
 
-        if backing is None:
-            rows = allocate(spec.nbytes, memory).reshape(spec.num_rows, spec.row_bytes)
+        if backing is None or isinstance(packed, RawModel):
+            flat = allocate(spec.nbytes, memory) if backing is None else nameless(backing, spec.nbytes)
+            rows = flat.reshape(spec.num_rows, spec.row_bytes)
             fill(rows)
             protect(rows)
         else:
             rows = _from_segment(packed, spec, backing, lock, stop, progress, fill)
         tables[spec.layer] = HeldTable(spec, rows)
-    return HeldModel(packed.spec, packed.version, tables)
+    version = packed.version
+    assert version is not None
+    return HeldModel(packed.spec, version, tables)
 
 
-def identities(packed: PackedModel) -> list[Identity]:
-    """What the segments of a model's tables are, in order of layers."""
+def identities(packed: PackedModel | RawModel) -> list[Identity]:
+    """What the segments of a model's tables are, in order of layers; none of a checkpoint."""
+    if isinstance(packed, RawModel):
+        return []
     return [
         Identity(packed.spec.name, packed.version, spec.layer, spec.num_rows, spec.row_bytes)
         for spec in packed.spec.tables
@@ -155,12 +167,13 @@ def _spot_check(blocks: Sequence[Block], rows: npt.NDArray[np.uint8]) -> bool:
 
 
 def _read_blocks(
-    packed: PackedModel,
+    packed: PackedModel | RawModel,
     blocks: Iterable[Block],
     rows: npt.NDArray[np.uint8],
     threads: int,
     stop: threading.Event,
     progress: Callable[[int], None],
+    drop_cache: bool,
 ) -> None:
     failed = threading.Event()
 
@@ -173,6 +186,8 @@ def _read_blocks(
         try:
             populate(out)
             packed.read_block(block, out)
+            if drop_cache and isinstance(packed, PackedModel):
+                packed.drop_cached(block)
         except BaseException:
             failed.set()
             raise
