@@ -83,12 +83,13 @@ def lock_pages(table: npt.NDArray[np.uint8], present: bool) -> None:
         raise OutOfMemoryError(f"locking {table.nbytes / 2**30:.1f} GiB of memory: {error}") from error
 
 
-def protect(table: npt.NDArray[np.uint8]) -> None:
+def protect(table: npt.NDArray[np.uint8], page_bytes: int = mmap.PAGESIZE) -> None:
     """Make the pages of `table` read-only, in this process and in forks to come: a stray write is a crash, not a row.
 
-    table: one that `allocate` or a segment gave, from its first byte on.
+    table: one that `allocate` or a segment gave, from its first byte on. page_bytes: of its memory; a reserved huge page
+    cannot be protected in part.
     """
-    start, length = _pages(table)
+    start, length = _pages(table, page_bytes)
     if _LIBC.mprotect(start, length, mmap.PROT_READ):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     table.flags.writeable = False
@@ -102,8 +103,8 @@ def huge_page_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     return 2 << 20
 
 
-def _pages(view: npt.NDArray[np.uint8]) -> tuple[int, int]:
+def _pages(view: npt.NDArray[np.uint8], page_bytes: int = mmap.PAGESIZE) -> tuple[int, int]:
     """Address and length of the pages around `view`."""
-    start = view.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-    stop = -(-(view.ctypes.data + view.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    start = view.ctypes.data // page_bytes * page_bytes
+    stop = -(-(view.ctypes.data + view.nbytes) // page_bytes) * page_bytes
     return start, stop - start

@@ -1,5 +1,6 @@
 """Tables held in memory: loading them from packed files, and copying rows out."""
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 from engrampool_server.gather import first_outside, gather
 from engrampool_server.hasher import Hasher
 from engrampool_server.machine import Machine
-from engrampool_server.memory import allocate, lock_pages, populate, protect
+from engrampool_server.memory import allocate, huge_page_bytes, lock_pages, populate, protect
 from engrampool_server.raw_model import RawModel
 from engrampool_server.segments import Backing, Identity, find_backing, nameless, take
 from engrampool_server.table_files import Block, PackedModel
@@ -110,7 +111,7 @@ def load(
             flat = allocate(spec.nbytes, memory) if backing is None else nameless(backing, spec.nbytes)
             rows = flat.reshape(spec.num_rows, spec.row_bytes)
             fill(rows)
-            protect(rows)
+            protect(rows, huge_page_bytes() if memory == "hugetlb" else mmap.PAGESIZE)
         else:
             rows = _from_segment(packed, spec, backing, lock, stop, progress, fill)
         tables[spec.layer] = HeldTable(spec, rows)

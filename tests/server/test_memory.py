@@ -85,8 +85,9 @@ def test_memory_goes_with_its_last_view_and_leaves_nothing_behind(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_write_to_protected_memory_ends_the_process(kind):
     program = (
-        "import ctypes, sys; from engrampool_server.memory import *\n"
-        f"table = allocate(5000, {kind!r}); table[:] = 7; protect(table)\n"
+        "import ctypes, mmap, sys; from engrampool_server.memory import *\n"
+        f"table = allocate(5000, {kind!r}); table[:] = 7\n"
+        f"protect(table, huge_page_bytes() if {kind!r} == 'hugetlb' else mmap.PAGESIZE)\n"
         "print(table.sum(), table.flags.writeable, flush=True)\n"
         "ctypes.memset(table.ctypes.data + int(sys.argv[1]), 1, 1)"
     )
