@@ -86,8 +86,8 @@ def lock_pages(table: npt.NDArray[np.uint8], present: bool) -> None:
 def protect(table: npt.NDArray[np.uint8], page_bytes: int = mmap.PAGESIZE) -> None:
     """Make the pages of `table` read-only, in this process and in forks to come: a stray write is a crash, not a row.
 
-    table: one that `allocate` or a segment gave, from its first byte on. page_bytes: of its memory; a reserved huge page
-    cannot be protected in part.
+    table: one that `allocate` or a segment gave, from its first byte on.
+    page_bytes: of its memory; a reserved huge page cannot be protected in part.
     """
     start, length = _pages(table, page_bytes)
     if _LIBC.mprotect(start, length, mmap.PROT_READ):
