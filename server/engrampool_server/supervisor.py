@@ -35,6 +35,7 @@ from engrampool_server.holdings import Holdings
 from engrampool_server.metrics import Metrics
 from engrampool_server.metrics_files import MetricsDirectory, become
 from engrampool_server.ports import listen_on, reserve
+from engrampool_server.preflight import OTHER_PROCESSES
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import InFlight, Shared, free_slot, int64s
 from engrampool_server.worker import Link, answer
@@ -49,8 +50,6 @@ _LOBBY_DRAIN_S = 1.0
 # A worker that ends soon after its start, again and again, is started less and less often.
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.1, 10.0
 _SETTLED_S = 30.0
-# The lobby, the exporter, and those who come and go while workers are replaced.
-_SPARE_SLOTS = 4
 # In place of a worker's number.
 _EXPORTER = -1
 _PR_SET_PDEATHSIG = 1
@@ -111,7 +110,7 @@ class _Supervisor:
     def __init__(self, config: ServerConfig, directory: MetricsDirectory) -> None:
         self._config, self._directory = config, directory
         self._pid = os.getpid()
-        slots = config.workers + _SPARE_SLOTS
+        slots = config.workers + OTHER_PROCESSES
         self._shared = Shared(Metrics(), InFlight(config.max_in_flight_bytes, int64s(slots)))
         self._metrics = self._shared.metrics
         self._pids, self._inherited = int64s(slots), int64s(slots)
