@@ -133,8 +133,9 @@ class Harness:
             if why is not None:
                 self.tell(f"{system} is left out: {why}")
             workload = small if getattr(peer, "SMALL", False) else ordinary
-            for tokens in self.options.tokens[:1] if getattr(peer, "EMPTY", False) else self.options.tokens:
-                kinds = self.options.kinds[:1] if getattr(peer, "EMPTY", False) else self.options.kinds
+            empty = getattr(peer, "EMPTY", False)  # one size and kind says it all
+            kinds = self.options.kinds[:1] if empty else self.options.kinds
+            for tokens in (tokens for tokens in self.options.tokens if tokens == 1 or not empty):
                 cases[system, tokens] = [Case("batches", system, tokens, kind, workload, why=why) for kind in kinds]
         self.cases += [case for group in cases.values() for case in group]
         for turn in range(self.options.rounds):
@@ -142,7 +143,7 @@ class Harness:
                 servers: dict[str, Server] = {}
                 for system in self.options.systems:
                     group = [case for case in self.cases if case.system == system]
-                    if not group[0].why:
+                    if group and not group[0].why:
                         with self._giving_up(group):
                             servers[system] = self._serve(stack, system, group[0].workload)
                 for tokens in self.options.tokens:
