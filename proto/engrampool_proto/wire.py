@@ -236,14 +236,19 @@ def parse_response(data: bytes) -> LookupResponse:
             tables.append(_parse_rows(value, budget))
         elif number == 2 and kind == _BYTES:
             times_messages.append(value)
-    times = None
-    if times_messages:
-        found = {1: 0, 2: 0, 3: 0}
-        for number, kind, value in _merged_fields(times_messages, budget):
-            if number in found and kind == _FIXED32:
-                found[number] = value
-        times = ServerTimes(found[1], found[2], found[3])
-    return LookupResponse(tuple(tables), times)
+    return LookupResponse(tuple(tables), _parse_times(times_messages, budget) if times_messages else None)
+
+
+def _parse_times(messages: list[memoryview], budget: "_Budget") -> ServerTimes:
+    if len(messages) == 1 and len(messages[0]) == _TIMES.size:  # as `ResponseWriter` has them
+        a, queue_us, b, gather_us, c, total_us = _TIMES.unpack(messages[0])
+        if (a, b, c) == _TIMES_TAGS:
+            return ServerTimes(queue_us, gather_us, total_us)
+    found = {1: 0, 2: 0, 3: 0}
+    for number, kind, value in _merged_fields(messages, budget):
+        if number in found and kind == _FIXED32:
+            found[number] = value
+    return ServerTimes(found[1], found[2], found[3])
 
 
 def _parse_rows(data: memoryview, budget: "_Budget") -> TableRows:
