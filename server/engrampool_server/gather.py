@@ -16,9 +16,10 @@ from numba.extending import intrinsic
 from engrampool_proto.spec import RowIds
 from engrampool_server.jit import kernel, view
 
-# 8 to 32 rows of 264 bytes measured alike, more was slower on a large table: bench/gather.py.
-_AHEAD = 16
+# 8 to 32 rows of 264 bytes measured alike, more was slower on a large table; narrow rows gained up to 32.
+_AHEAD, _NARROW_AHEAD = 16, 32
 _LINE = np.uint64(64)
+_NARROW = np.uint64(128)
 _WORD = np.uint64(32)
 # Mixed with signed integers, uint64 becomes float64 in numba as in numpy; addresses stay in one type throughout.
 _U = np.uint64
@@ -96,14 +97,22 @@ def gather(rows: npt.NDArray[np.uint8], ids: RowIds, row_start: int, out: npt.ND
     count, width = _U(ids.size), _U(rows.shape[1])
     held, first = _U(rows.shape[0]), _U(row_start)
     source, to = _U(rows.ctypes.data), _U(out.ctypes.data)
-    ahead = _U(_AHEAD)
+    narrow = width <= _NARROW
+    middle, end = min(_LINE, width - _U(1)), width - _U(1)
+    ahead = _U(_NARROW_AHEAD) if narrow else _U(_AHEAD)
     for step in range(count + ahead):
         if step < count:
             start = source + (_U(ids[step]) - first) * width
-            line = start & ~(_LINE - _U(1))
-            while line < start + width:
-                _prefetch(line)
-                line += _LINE
+            if narrow:
+                # One to three lines. Asking twice costs less than a wrong guess of how many there are.
+                _prefetch(start)
+                _prefetch(start + middle)
+                _prefetch(start + end)
+            else:
+                line = start & ~(_LINE - _U(1))
+                while line < start + width:
+                    _prefetch(line)
+                    line += _LINE
         if step >= ahead:
             at = step - ahead
             row = _U(ids[at]) - first  # below `first` it wraps, beyond `held`
