@@ -26,17 +26,18 @@ COPY --from=build /opt/engrampool /opt/engrampool
 # The user's, because numba reads only from where it could write.
 COPY --from=build --chown=10001:10001 /var/cache/engrampool /var/cache/engrampool
 # 127.0.0.1, the default, is the container itself: nobody could reach it. The health check reads ENGRAMPOOL_LISTEN too,
-# so another port is better set there than by --listen.
+# so another port is better set there than by --listen. The direct lane has a port of its own, which can be published.
 ENV PATH=/opt/engrampool/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NUMBA_CACHE_DIR=/var/cache/engrampool \
     NUMBA_CPU_NAME=generic \
     ENGRAMPOOL_LISTEN=0.0.0.0:50051 \
+    ENGRAMPOOL_DIRECT=0.0.0.0:50052 \
     ENGRAMPOOL_METRICS=0.0.0.0:9464 \
     ENGRAMPOOL_MODELS=/model
 # Numeric, so that Kubernetes can see that it is not root.
 USER 10001:10001
-EXPOSE 50051 9464
+EXPOSE 50051 50052 9464
 # Unhealthy only counts after the start period, which must cover the loading of the tables.
 HEALTHCHECK --interval=10s --timeout=5s --retries=3 --start-period=1h \
     CMD ["/opt/engrampool/bin/python", "/opt/engrampool/healthcheck.py"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from engrampool_proto import wire
@@ -18,8 +19,8 @@ from engrampool_proto.hashing import TokenBatch, XorMix
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.token_map import TokenMap
-from engrampool_server import service
 from engrampool_server.config import ServerConfig
+from engrampool_server.lookups import Lookups
 from engrampool_server.server import Server
 from engrampool_server.table_files import PackedModel
 from engrampool_server.table_writer import write_tables
@@ -87,7 +88,7 @@ class Running:
 def running(*models: Path, load: bool = True, **settings: Any) -> Iterator[Running]:
     """A started server; load: and a serving one. settings: fields of ServerConfig."""
     config = ServerConfig(models=models, **{"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", **settings})
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop() if config.event_loop == "uvloop" else asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
@@ -215,7 +216,7 @@ class GatherGate:
 
         monkeypatch.setattr(HeldTable, "gather", gated)
         # What is held back must be a gather thread, never the event loop, which answers only small requests itself.
-        monkeypatch.setattr(service, "_INLINE_BYTES", 4096)
+        monkeypatch.setattr(Lookups, "inline_bytes", 4096)
 
     def wait_begun(self, count: int) -> None:
         eventually(lambda: self.begun >= count, f"{count} gathers begun")

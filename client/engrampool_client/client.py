@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy.typing as npt
 
+from engrampool_client.direct import Direct, DirectLane
 from engrampool_client.errors import EngrampoolError, PoolError, StepCancelledError
 from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, token_batch
 from engrampool_client.grpc_lane import GrpcLane
@@ -36,6 +37,8 @@ class Client:
         answered again. 0 never asks twice.
     max_steps: prefetches worked on at once; further ones wait for a place, not their callers.
     connections: to the server; large lookups by local hashing or by row ids are split over them.
+    direct: "auto" looks up over plain sockets where the server has a direct lane, and over gRPC where it has none or
+        its port cannot be reached; "off" always over gRPC.
     keep_memory: have the C library keep freed memory for the next answer, for this whole process (see
         `engrampool_proto.malloc`); the process stays as large as it was at its peak.
 
@@ -57,18 +60,24 @@ class Client:
         retry_s: float = 1.0,
         max_steps: int = 4,
         connections: int = 1,
+        direct: Direct = "auto",
         keep_memory: bool = True,
     ) -> None:
         check_settings(hashing, timeout_s, connect_timeout_s, max_steps, retry_s, connections)
+        if direct not in ("auto", "off"):
+            raise ValueError(f"direct must be 'auto' or 'off', not {direct!r}")
         if keep_memory:
             pin_malloc()
         self.target, self._hashing, self._timeout_s = target, hashing, timeout_s
         self._retries = Retries(retry_s)
         self._closing = threading.Event()
         self._lanes = [GrpcLane(target) for _ in range(connections)]
+        self._direct: DirectLane | None = None
         try:
             self.served = choose(self._lanes[0].describe(connect_timeout_s), model, version)
             check_fingerprint(self.served.spec, config, tokenizer)
+            if direct == "auto" and self.served.direct:
+                self._direct = DirectLane(self._lanes[0].open_direct, target, max_steps * connections)
         except BaseException:
             self._close_lanes()
             raise
@@ -210,7 +219,8 @@ class Client:
         """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
         for attempt in count():
             try:
-                lane.fetch(exchange, max(0.0, deadline - time.monotonic()), step)
+                if self._direct is None or not self._direct.fetch(exchange, deadline, step):
+                    lane.fetch(exchange, max(0.0, deadline - time.monotonic()), step)
                 self._retries.succeeded()
                 return
             except PoolError as error:
@@ -231,6 +241,8 @@ class Client:
         self._parts.shutdown(wait=True)
 
     def _close_lanes(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         for lane in self._lanes:
             lane.close()
 

@@ -85,8 +85,12 @@ _BY_CODE: dict[grpc.StatusCode, type[PoolError]] = {
 
 def from_rpc(error: grpc.RpcError, target: str) -> PoolError:
     """The typed error for a failed call to `target`."""
-    code, text = error.code(), error.details()
     reason = next((str(value) for key, value in error.trailing_metadata() or () if key == REASON_KEY), None)
+    return from_status(error.code(), reason, error.details(), target)
+
+
+def from_status(code: grpc.StatusCode, reason: str | None, text: str | None, target: str) -> PoolError:
+    """The typed error for what `target` answered."""
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"{target} is no engrampool server: {text}", reason)
     kind = _BY_CODE.get(code, PoolError)

@@ -6,11 +6,12 @@ import time
 import grpc
 import grpc.experimental
 
-from engrampool_client.errors import DeadlineError, UnavailableError, from_rpc
+from engrampool_client.errors import DeadlineError, ProtocolError, UnavailableError, from_rpc
 from engrampool_client.exchange import Exchange
 from engrampool_client.served import DESCRIBE
 from engrampool_client.settings import CHANNEL_OPTIONS, METHOD, RETRY_LOADING_S, STREAM_ABOVE_BYTES
 from engrampool_client.step import Step
+from engrampool_proto.v1 import pool_pb2
 
 # The thread that reads a stream also drives its connection: without this gRPC hands every message from one to another.
 _OPTIONS = (*CHANNEL_OPTIONS, (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1))
@@ -48,6 +49,18 @@ class GrpcLane:
                     text = f"no server at {self.target} was ready within {timeout_s} s: {error}"
                     raise UnavailableError(text, error.reason) from rpc_error
             pause.wait(RETRY_LOADING_S)
+
+    def open_direct(self, timeout_s: float) -> pool_pb2.OpenDirectResponse:
+        """Ask for a way into the direct lane. Raises PoolError."""
+        call = self._channel.unary_unary(METHOD + "OpenDirect")
+        try:
+            answer: bytes = call(pool_pb2.OpenDirectRequest().SerializeToString(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.target) from error
+        try:
+            return pool_pb2.OpenDirectResponse.FromString(answer)
+        except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
+            raise ProtocolError(f"OpenDirect was answered with something else: {error}") from error
 
     def fetch(self, exchange: Exchange, timeout_s: float, step: Step) -> None:
         """Ask, and take the whole answer in; `step` is told of layers as they complete.

@@ -15,13 +15,17 @@ DESCRIBE = pool_pb2.DescribeRequest(include_spec=True).SerializeToString()
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One version of one model on one server. max_rows, max_answer_bytes: the server's limits on a request."""
+    """One version of one model on one server.
+
+    max_rows, max_answer_bytes: the server's limits on a request. direct: whether it has a direct lane.
+    """
 
     spec: ModelSpec
     version: str
     max_rows: int
     max_answer_bytes: int
     server_version: str
+    direct: bool = False
 
 
 def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel:
@@ -57,7 +61,12 @@ def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel
         )
     limits = response.limits
     return ServedModel(
-        spec, held.version, limits.max_rows_per_request, limits.max_answer_bytes, response.server_version
+        spec,
+        held.version,
+        limits.max_rows_per_request,
+        limits.max_answer_bytes,
+        response.server_version,
+        response.direct,
     )
 
 

@@ -104,7 +104,7 @@ def _token_fields(batch: TokenBatch) -> list[bytes | memoryview]:
     return fields
 
 
-def parse_request(data: bytes) -> LookupRequest:
+def parse_request(data: bytes | memoryview) -> LookupRequest:
     """Read a LookupRequest; its ids and tokens are read-only views into `data`, its flags are arrays of their own.
 
     Raises WireError for malformed bytes, BatchError for a token batch whose parts do not fit together.
@@ -203,9 +203,13 @@ class ResponseWriter:
     def set_times(self, times: ServerTimes) -> None:
         """Fill in the server's times. Only for a writer made with them."""
         assert self._times_at is not None
-        values = (times.queue_us, times.gather_us, times.total_us)
-        (a, b, c), (x, y, z) = _TIMES_TAGS, [min(_U32, max(0, int(us))) for us in values]
-        _TIMES.pack_into(self._buffer, self._times_at, a, x, b, y, c, z)
+        _TIMES.pack_into(self._buffer, self._times_at, *_times_fields(times))
+
+
+def _times_fields(times: ServerTimes) -> tuple[int, ...]:
+    values = (times.queue_us, times.gather_us, times.total_us)
+    (a, b, c), (x, y, z) = _TIMES_TAGS, [min(_U32, max(0, int(us))) for us in values]
+    return a, x, b, y, c, z
 
 
 @lru_cache(maxsize=256)  # decode asks for the same few shapes over and over
@@ -224,6 +228,42 @@ def _layout(tables: tuple[tuple[int, int, int], ...], with_times: bool) -> tuple
         pieces.append(_varint(2 << 3 | _BYTES) + _varint(_TIMES.size))
     size = sum([len(p) if isinstance(p, bytes) else p for p in pieces]) + (_TIMES.size if with_times else 0)
     return pieces, size
+
+
+def response_start(layer: int, first: int, nbytes: int) -> bytes:
+    """A LookupResponse of one run of rows, up to these `nbytes` of rows, which are its end."""
+    start = _layout(((layer, first, nbytes),), False)[0][0]
+    assert isinstance(start, bytes)
+    return start
+
+
+def times_response(times: ServerTimes) -> bytes:
+    """A LookupResponse of nothing but times."""
+    return _varint(2 << 3 | _BYTES) + _varint(_TIMES.size) + _TIMES.pack(*_times_fields(times))
+
+
+def parse_response_start(start: bytes, nbytes: int) -> tuple[int, int]:
+    """Read what `response_start` writes: (layer, first) of the run that `nbytes` of rows follow.
+
+    Raises WireError unless `start` and any `nbytes` are a LookupResponse of one run whose rows they are.
+    """
+    data = memoryview(start)
+    tag, position = _read_varint(data, 0, longest=5)
+    size, position = _read_varint(data, position, longest=5)
+    if tag != 1 << 3 | _BYTES or size != len(data) - position + nbytes:
+        raise WireError(f"an answer of one run, {nbytes} bytes of rows at its end, does not begin like this")
+    found = {1: 0, 2: 0}
+    while position < len(data):
+        tag, position = _read_varint(data, position, longest=5)
+        value, position = _read_varint(data, position)
+        if tag == 3 << 3 | _BYTES and value == nbytes and position == len(data):
+            return found[1] & _U32, found[2]
+        if tag & 7 != _VARINT:
+            break
+        found[tag >> 3] = value
+    if nbytes or position < len(data):
+        raise WireError(f"a run of {nbytes} bytes of rows does not begin like this")
+    return found[1] & _U32, found[2]
 
 
 def parse_response(data: bytes) -> LookupResponse:

@@ -22,6 +22,7 @@ from engrampool_server.setting_kinds import (
     Boolean,
     Choice,
     ChoiceOrFile,
+    Direct,
     Directories,
     Integer,
     Kind,
@@ -81,6 +82,14 @@ class ServerConfig:
     metrics: str = field(
         default="127.0.0.1:9464",
         metadata=_about(Listen(may_be_off=True), "Where Prometheus scrapes, over HTTP; port 0 is any free one."),
+    )
+    direct: str = field(
+        default="auto",
+        metadata=_about(
+            Direct(),
+            "Where the direct lane listens: lookups over plain sockets, for clients that gRPC let in. auto is any free"
+            " port of the host of `listen`.",
+        ),
     )
     workers: int = field(
         default_factory=usable_cores,

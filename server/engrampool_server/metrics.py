@@ -54,6 +54,13 @@ class Metrics:
         self.refused = Counter("engrampool_refused", "Calls refused, by reason.", ("reason",), registry=registry)
         self.in_flight = self._gauge("engrampool_in_flight_bytes", "Bytes of answers being worked on.")
         self.in_flight_limit = self._gauge("engrampool_in_flight_limit_bytes", "Their bound.", mode="livemax")
+        self.direct_lookups = Counter(
+            "engrampool_direct_lookups",
+            "Lookups over the direct lane, by code.",
+            ("code",),
+            registry=registry,
+        )
+        self.direct_connections = self._gauge("engrampool_direct_connections", "Open connections of the direct lane.")
         self.table_bytes = self._gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table)
         self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
         self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))

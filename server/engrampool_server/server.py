@@ -13,11 +13,14 @@ from prometheus_client import start_http_server
 from engrampool_proto.wire import SERVICE
 from engrampool_server import log
 from engrampool_server.config import ServerConfig
+from engrampool_server.direct import DirectLane
+from engrampool_server.entrance import Entrance
 from engrampool_server.health import SERVING, Health
 from engrampool_server.holdings import Holdings
+from engrampool_server.lookups import Limits, Lookups
 from engrampool_server.metrics import CallMetrics, Metrics
 from engrampool_server.ports import ListenError
-from engrampool_server.service import Limits, PoolService
+from engrampool_server.service import PoolService
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import InFlight, Shared
 from engrampool_server.tables import HeldModel
@@ -44,11 +47,12 @@ class Server:
         self._alone = shared is None
         self._shared = shared or Shared(Metrics(), InFlight(config.max_in_flight_bytes))
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
-        self._service = PoolService(limits, self._shared.in_flight, self._shared.metrics, config.gather_threads)
+        self._lookups = Lookups(limits, self._shared.in_flight, self._shared.metrics, config.gather_threads)
         self._calls = CallMetrics(self._shared.metrics)
         self._health = Health("", SERVICE)
         self._holdings = Holdings(config, self._shared.metrics)
         self._grpc: grpc.aio.Server | None = None
+        self._direct: DirectLane | None = None
         self._metrics_http: tuple[WSGIServer, threading.Thread] | None = None
         self._cancel_load = threading.Event()
         self.address = self.metrics_address = ""
@@ -62,17 +66,19 @@ class Server:
         if self._alone:
             self._holdings.open()
             self._listen_metrics()
+            self._shared.entrance = Entrance.open(config.direct, config.listen)
+        max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
+        if self._shared.entrance is not None:
+            self._direct = DirectLane(self._lookups, self._shared.metrics, self._shared.entrance, max_request_bytes)
         options = [
             # Two servers on one port would each get some of the connections, a stale one too.
             ("grpc.so_reuseport", 0 if self._alone else 1),
             ("grpc.max_send_message_length", -1),
-            (
-                "grpc.max_receive_message_length",
-                min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX),
-            ),
+            ("grpc.max_receive_message_length", max_request_bytes),
         ]
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
-        handlers = grpc.method_handlers_generic_handler(SERVICE, self._service.handlers())
+        service = PoolService(self._lookups, self._direct)
+        handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
@@ -106,8 +112,10 @@ class Server:
     def hold(self, models: list[HeldModel]) -> None:
         """Answer lookups in `models` from now on; health says SERVING."""
         for model in models:
-            self._service.add(model)
-        self._service.ready = True
+            self._lookups.add(model)
+        self._lookups.ready = True
+        if self._direct is not None:
+            self._direct.start()
         self._health.set(SERVING)
 
     async def stop(self) -> None:
@@ -119,11 +127,15 @@ class Server:
                 self._shared.metrics.serving.set(0)
                 self._shared.metrics.workers.set(0)
             begin = time.monotonic()
-            await self._drain(self._grpc)
+            direct = [] if self._direct is None else [self._direct.stop(self._config.drain_s)]
+            await asyncio.gather(self._drain(self._grpc), *direct)
             self._grpc = None
             if self._alone:
                 log.event("stopped", drained_s=round(time.monotonic() - begin, 3))
-        self._service.close()
+        if self._alone and self._shared.entrance is not None:
+            self._shared.entrance.close()
+            self._shared.entrance = None
+        self._lookups.close()
         self._holdings.close()
         if self._metrics_http is not None:
             server, thread = self._metrics_http

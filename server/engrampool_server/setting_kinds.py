@@ -216,6 +216,29 @@ class Listen:
 
 
 @dataclass(frozen=True)
+class Direct:
+    """Where the direct lane listens: "auto", "off", an address, or the path of a Unix socket."""
+
+    allowed = 'HOST:PORT, "unix:PATH", "auto" or "off"'
+    unit = ""
+    metavar = "ADDRESS"
+
+    def parse(self, value: Any) -> str:
+        """From text only. Resolves no names."""
+        if not isinstance(value, str):
+            raise ValueError
+        if value in ("auto", "off"):
+            return value
+        if value.startswith("unix:"):
+            return f"unix:{_path(value.removeprefix('unix:'))}"
+        return Listen().parse(value)
+
+    def toml(self, value: str) -> str:
+        """A string."""
+        return _quote(value)
+
+
+@dataclass(frozen=True)
 class Directories:
     """At least one directory, none twice. Whether they exist is for their reader to find out."""
 

@@ -4,6 +4,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engrampool_server.entrance import Entrance
 from engrampool_server.metrics import Metrics
 from engrampool_server.tables import HeldModel
 
@@ -55,12 +56,13 @@ class Shared:
     """What every process of a server inherits when it is forked.
 
     models: those loaded before the fork; their rows are the one copy that all processes read.
-    Listening sockets that all workers are to accept on, and further shared memory, belong here.
+    entrance: of the direct lane, None for no such lane.
     """
 
     metrics: Metrics
     in_flight: InFlight
     models: list[HeldModel] = field(default_factory=list)
+    entrance: Entrance | None = None
 
 
 def int64s(count: int) -> memoryview:

@@ -30,6 +30,7 @@ from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server import jit, log
 from engrampool_server.config import ServerConfig
+from engrampool_server.entrance import Entrance
 from engrampool_server.exporter import Processes, export, resident_memory
 from engrampool_server.holdings import Holdings
 from engrampool_server.metrics import Metrics
@@ -149,6 +150,8 @@ class _Supervisor:
                 os.kill(pid, signal.SIGKILL)
             for pid in self._children:
                 os.waitpid(pid, 0)
+            if self._shared.entrance is not None:
+                self._shared.entrance.close()
 
     def _serve(self) -> None:
         """From the first look at the models until a signal to stop."""
@@ -185,9 +188,10 @@ class _Supervisor:
         """Take all ports, and start the exporter. Returns the address of metrics."""
         for reason in ("died", "hung"):
             self._metrics.worker_restarts.labels(reason)
-        # Kept, so that the port is ours for as long as we live. What else all workers are to listen on goes to Shared.
+        # Kept, so that the port is ours for as long as we live.
         address, self._reserved = reserve(self._config.listen)
         self._config = replace(self._config, listen=address)
+        self._shared.entrance = Entrance.open(self._config.direct, address)
         if self._config.metrics == "off":
             return "off"
         self._metrics_listener = listen_on(self._config.metrics, "metrics")

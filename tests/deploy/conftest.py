@@ -44,14 +44,19 @@ def server(packed) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def round_of_lookups(server) -> Iterator[Callable[[], None]]:
-    """Each call answers a small lookup and a streamed one, and has one refused."""
+    """Each call answers a small lookup and a streamed one, and one over the direct lane, and has one refused."""
     few, many = np.arange(4, dtype=np.int32), np.arange(2000, dtype=np.int32) % 1000
-    with Client(server.address) as client, grpc.insecure_channel(server.address) as channel:
+    with (
+        Client(server.address, direct="off") as client,
+        Client(server.address) as direct,
+        grpc.insecure_channel(server.address) as channel,
+    ):
         stub = pool_pb2_grpc.PoolStub(channel)
 
         def lookups() -> None:
             client.lookup(few)
             client.lookup(many)
+            direct.lookup(few)
             with pytest.raises(grpc.RpcError, match="nobody-packed-this"):
                 stub.Lookup(pool_pb2.LookupRequest(model="nobody-packed-this"), timeout=10)
 

@@ -119,13 +119,14 @@ def prometheus(server, tmp_path_factory) -> Iterator[Prometheus]:
 
 @pytest.fixture(scope="module")
 def scraped(prometheus, round_of_lookups) -> Prometheus:
-    """Lookups answered in one message, lookups streamed and lookups refused have all risen between two scrapes."""
+    """Lookups in one message, streamed, over the direct lane, and refused, have all risen between two scrapes."""
     risen = f"rate(grpc_server_handled_total{{grpc_method=~'Lookup.*'}}[{RATE_INTERVAL}]) > 0"
 
     def enough() -> bool:
         round_of_lookups()
         series = prometheus.query(risen)
-        return {(s["metric"]["grpc_method"], s["metric"]["grpc_code"]) for s in series} == {
+        direct = prometheus.query(f"rate(engrampool_direct_lookups_total[{RATE_INTERVAL}]) > 0")
+        return direct and {(s["metric"]["grpc_method"], s["metric"]["grpc_code"]) for s in series} == {
             ("Lookup", "OK"),
             ("Lookup", "NOT_FOUND"),
             ("LookupStream", "OK"),

@@ -29,6 +29,7 @@ COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 DEFAULTS = ServerConfig(models=(Path("/model"),))
 LISTEN_PORT = split_address(DEFAULTS.listen)[1]
+DIRECT_PORT = LISTEN_PORT + 1
 METRICS_PORT = split_address(DEFAULTS.metrics)[1]
 
 
@@ -82,7 +83,9 @@ def test_the_image_serves_on_all_addresses_at_the_default_ports():
     config = load_config({}, {k: v for k, v in environment.items() if k.startswith("ENGRAMPOOL_")}, None).config
     assert config.listen == f"0.0.0.0:{LISTEN_PORT}"
     assert config.metrics == f"0.0.0.0:{METRICS_PORT}"
-    assert instructions("EXPOSE") == [f"{LISTEN_PORT} {METRICS_PORT}"]
+    # Not any free port, as is the default: it has to be published under the number that clients are told.
+    assert config.direct == f"0.0.0.0:{DIRECT_PORT}"
+    assert instructions("EXPOSE") == [f"{LISTEN_PORT} {DIRECT_PORT} {METRICS_PORT}"]
     assert (instructions("ENTRYPOINT"), instructions("CMD")) == (['["engrampool"]'], ['["serve"]'])
 
 
@@ -155,7 +158,8 @@ def test_compose_serves_the_model_where_the_image_looks_for_it():
     source, read_only = mounts("engrampool")[image_environment()["ENGRAMPOOL_MODELS"]]
     assert source.startswith("${MODEL_DIR:?")
     assert read_only
-    assert [port.rpartition(":")[2] for port in service["ports"]] == [str(LISTEN_PORT)]
+    published = [port.split(":")[-2:] for port in service["ports"]]
+    assert published == [[str(port)] * 2 for port in (LISTEN_PORT, DIRECT_PORT)]
     assert service["ulimits"]["memlock"] == -1
     # Read with the image's, as the container would.
     config = load_config({}, {**image_environment(), **service["environment"]}, None).config

@@ -137,5 +137,5 @@ def test_reflection_states_the_contract(found):
     assert {"engrampool.v1.Pool", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"} == set(
         found["services"]
     )
-    assert found["methods"] == [["Describe", False], ["Lookup", False], ["LookupStream", True]]
+    assert found["methods"] == [["Describe", False], ["Lookup", False], ["LookupStream", True], ["OpenDirect", False]]
     assert found["same_contract"]

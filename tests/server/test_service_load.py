@@ -12,8 +12,9 @@ import pytest
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.hashing import TokenBatch
+from engrampool_server.lookups import Limits, Lookups
 from engrampool_server.metrics import Metrics
-from engrampool_server.service import Limits, PoolService
+from engrampool_server.service import PoolService
 from engrampool_server.shared import InFlight
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import load
@@ -156,10 +157,11 @@ class LateContext:
 def test_a_passed_deadline_is_refused_as_such(packed, ids, stream):
     async def ask():
         metrics, context = Metrics(), LateContext()
-        service = PoolService(Limits(10_000, MIB, MIB), InFlight(MIB), metrics, 1)
+        lookups = Lookups(Limits(10_000, MIB, MIB), InFlight(MIB), metrics, 1)
+        service = PoolService(lookups, None)
         with PackedModel.open(packed) as model:
-            service.add(load(model, "anon", False, 1, threading.Event(), lambda _: None))
-        service.ready = True
+            lookups.add(load(model, "anon", False, 1, threading.Event(), lambda _: None))
+        lookups.ready = True
         with RawPool("127.0.0.1:1", version_of(packed)) as unused:
             message = unused.by_ids((2, ids))
         try:
@@ -170,7 +172,7 @@ def test_a_passed_deadline_is_refused_as_such(packed, ids, stream):
                 await service._lookup(message, context)
         finally:
             context.ended(context)
-            service.close()
+            lookups.close()
             assert metrics.registry.get_sample_value("engrampool_refused_total", {"reason": "deadline"}) == 1
             assert metrics.registry.get_sample_value("engrampool_in_flight_bytes") == 0
             assert context.status == (grpc.StatusCode.DEADLINE_EXCEEDED, (("engrampool-reason", "deadline"),))

@@ -15,14 +15,16 @@ class DescribeRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., include_spec: _Optional[bool] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("models", "limits", "server_version")
+    __slots__ = ("models", "limits", "server_version", "direct")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     limits: Limits
     server_version: str
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ...) -> None: ...
+    direct: bool
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_rows_per_request", "max_answer_bytes", "max_in_flight_bytes")
@@ -143,3 +145,31 @@ class ServerTimes(_message.Message):
     gather_us: int
     total_us: int
     def __init__(self, queue_us: _Optional[int] = ..., gather_us: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
+
+class OpenDirectRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenDirectResponse(_message.Message):
+    __slots__ = ("host", "port", "unix_path", "ticket", "valid_ms")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    UNIX_PATH_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    VALID_MS_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    port: int
+    unix_path: str
+    ticket: bytes
+    valid_ms: int
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., unix_path: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_ms: _Optional[int] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "reason", "text")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    reason: str
+    text: str
+    def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...

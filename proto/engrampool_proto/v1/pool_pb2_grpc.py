@@ -50,6 +50,11 @@ class PoolStub:
                 request_serializer=engrampool__proto_dot_v1_dot_pool__pb2.LookupRequest.SerializeToString,
                 response_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.LookupResponse.FromString,
                 _registered_method=True)
+        self.OpenDirect = channel.unary_unary(
+                '/engrampool.v1.Pool/OpenDirect',
+                request_serializer=engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectRequest.SerializeToString,
+                response_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectResponse.FromString,
+                _registered_method=True)
 
 
 class PoolServicer:
@@ -78,6 +83,13 @@ class PoolServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenDirect(self, request, context):
+        """Admits one connection to the direct lane: the same lookups over a plain socket (docs/PROTOCOL.md).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_PoolServicer_to_server(servicer, server):
                     servicer.LookupStream,
                     request_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.LookupRequest.FromString,
                     response_serializer=engrampool__proto_dot_v1_dot_pool__pb2.LookupResponse.SerializeToString,
+            ),
+            'OpenDirect': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenDirect,
+                    request_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectRequest.FromString,
+                    response_serializer=engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class Pool:
             '/engrampool.v1.Pool/LookupStream',
             engrampool__proto_dot_v1_dot_pool__pb2.LookupRequest.SerializeToString,
             engrampool__proto_dot_v1_dot_pool__pb2.LookupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenDirect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engrampool.v1.Pool/OpenDirect',
+            engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectRequest.SerializeToString,
+            engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,253 @@
+"""What a lookup is, whichever way it came: checked, bounded, resolved to rows, refused, counted.
+
+service.py answers over gRPC, direct.py over plain sockets; what they answer is decided here.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import grpc
+
+from engrampool_proto import wire
+from engrampool_proto.errors import BatchError, EngrampoolError, WireError
+from engrampool_proto.spec import RowIds
+from engrampool_server.metrics import Metrics
+from engrampool_server.shared import InFlight
+from engrampool_server.tables import HeldModel, HeldTable
+
+# Ids of answers in pieces up to this size are hashed and checked by the event loop, if it gathers too: some
+# milliseconds.
+_INLINE_RESOLVE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on requests; see `Limits` in pool.proto. stream_chunk_bytes: rows in one message of a stream, about."""
+
+    max_rows_per_request: int
+    max_answer_bytes: int
+    stream_chunk_bytes: int
+
+
+class RefusedError(EngrampoolError):
+    """A call to be ended with `code`; `reason` is its stable name, the text is for people."""
+
+    def __init__(self, code: grpc.StatusCode, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.code, self.reason = code, reason
+
+
+# What admitting and resolving a request may raise, and `Lookups.refused` takes.
+Refusals = (RefusedError, WireError, BatchError)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A run of rows of one table: `ids`, which begin at position `first` of what was asked for."""
+
+    table: HeldTable
+    first: int
+    ids: RowIds
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return len(self.ids) * self.table.spec.row_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A request that was found good: what to read, in the order of the answer.
+
+    Either its ids are there, or `request.tokens` is to be hashed for `tables`.
+    answer_bytes: of rows, reserved until `Lookups.release`.
+    """
+
+    request: wire.LookupRequest
+    model: HeldModel
+    tables: Sequence[HeldTable]
+    answer_bytes: int
+
+    def resolve(self, remaining_s: float | None) -> list[Piece]:
+        """Every table's rows as one piece: ids hashed if need be, each checked against what is held.
+
+        remaining_s: until the caller stops waiting, None for never.
+        Raises RefusedError if that was in the past, BatchError.
+        """
+        if remaining_s is not None and remaining_s <= 0:  # work for a caller who has left is work for nobody
+            text = "the deadline passed before work began"
+            raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline", text)
+        if self.request.tokens is None:
+            ids: Iterable[RowIds] = [ids for _, ids in self.request.tables]
+        else:
+            hashed = self.model.hasher.rows(self.request.tokens, [table.spec.layer for table in self.tables])
+            ids = [rows.reshape(-1) for rows in hashed.values()]
+        resolved = [Piece(table, 0, rows) for table, rows in zip(self.tables, ids, strict=True)]
+        for piece in resolved:
+            piece.table.check(piece.ids)
+        return resolved
+
+
+class Lookups:
+    """Models by name and version, and the way into them. Until `ready` is set every lookup is UNAVAILABLE.
+
+    threads: for large answers. gathers_inline: all the same the event loop gathers what is sent in pieces.
+    inline_bytes: requests with their answers up to this size are worked on by the event loop, with no hand-over.
+    """
+
+    inline_bytes = 2 << 20
+
+    def __init__(self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int) -> None:
+        self.limits, self.in_flight, self._metrics = limits, in_flight, metrics
+        self._models: dict[str, dict[str, HeldModel]] = {}
+        # One there is always, for large answers that are asked for as one message.
+        self.threads = ThreadPoolExecutor(max(1, gather_threads), "gather")
+        self.gathers_inline = gather_threads == 0
+        self.ready = False
+        metrics.in_flight_limit.set(in_flight.limit_bytes)
+
+    def add(self, model: HeldModel) -> None:
+        """Hold `model` from now on."""
+        self._models.setdefault(model.spec.name, {})[model.version] = model
+
+    def close(self) -> None:
+        """Let the gather threads end."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    def check_ready(self) -> None:
+        """Raise RefusedError while tables are loading."""
+        if not self.ready:
+            raise RefusedError(grpc.StatusCode.UNAVAILABLE, "loading", "tables are still loading")
+
+    def held(self, name: str = "") -> list[HeldModel]:
+        """All versions of one model, or of all of them. Raises RefusedError for one that is not here."""
+        models = [self._versions(name)] if name else self._models.values()
+        return [held for versions in models for held in versions.values()]
+
+    def admit(self, message: bytes | memoryview) -> Job:
+        """Read the request, check it, and reserve the bytes of its answer until `release`. Raises one of Refusals."""
+        self.check_ready()
+        job = self._check(wire.parse_request(message))
+        if not self.in_flight.reserve(job.answer_bytes):
+            text = f"{self.in_flight.total} bytes are in flight, of {self.in_flight.limit_bytes}; try again later"
+            raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", text)
+        self._metrics.in_flight.set(self.in_flight.own)
+        return job
+
+    def release(self, job: Job) -> None:
+        """The answer is on its way, or will never be."""
+        self.in_flight.release(job.answer_bytes)
+        self._metrics.in_flight.set(self.in_flight.own)
+
+    async def resolve_pieces(self, job: Job, deadline: float | None) -> tuple[float, list[Piece]]:
+        """When work on the job began, and its pieces, from the event loop or a thread. Both by time.perf_counter.
+
+        Raises RefusedError if the deadline has passed then, BatchError.
+        """
+        if self.gathers_inline and job.answer_bytes <= _INLINE_RESOLVE_BYTES:
+            return self._resolve_pieces(job, deadline)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, self._resolve_pieces, job, deadline)
+
+    def _resolve_pieces(self, job: Job, deadline: float | None) -> tuple[float, list[Piece]]:
+        begin = time.perf_counter()
+        return begin, self.pieces(job.resolve(None if deadline is None else deadline - begin))
+
+    def pieces(self, resolved: Iterable[Piece]) -> list[Piece]:
+        """Cut into runs of about a chunk, earlier layers first, as the model needs them; no ids are one empty run."""
+        cut = []
+        for whole in sorted(resolved, key=lambda piece: piece.table.spec.layer):
+            step = max(1, self.limits.stream_chunk_bytes // whole.table.spec.row_bytes)
+            for first in range(0, max(1, len(whole.ids)), step):
+                cut.append(Piece(whole.table, first, whole.ids[first : first + step]))
+        return cut
+
+    def count(self, method: str, job: Job, times: wire.ServerTimes) -> None:
+        """Count a lookup that was answered."""
+        given = {layer: len(ids) for layer, ids in job.request.tables}
+        rows = []
+        for table in job.tables:
+            layer = table.spec.layer
+            count = given[layer] if job.request.tokens is None else job.request.tokens.num_tokens * table.spec.heads
+            rows.append((layer, count, count * table.spec.row_bytes))
+        seconds = (times.queue_us / 1e6, times.gather_us / 1e6, times.total_us / 1e6)
+        self._metrics.answered(job.model.spec.name, method, rows, *seconds)
+
+    def refused(self, error: Exception) -> tuple[grpc.StatusCode, str]:
+        """Count one of Refusals; gives its status and reason."""
+        if isinstance(error, RefusedError):
+            code, reason = error.code, error.reason
+        elif isinstance(error, WireError):
+            code, reason = grpc.StatusCode.INVALID_ARGUMENT, "malformed-message"
+        else:
+            code, reason = grpc.StatusCode.INVALID_ARGUMENT, "bad-batch"
+        self._metrics.refused.labels(reason).inc()
+        return code, reason
+
+    def _check(self, request: wire.LookupRequest) -> Job:
+        model = self._held(request.model, request.version)
+        if request.tokens is not None:
+            if request.tables:
+                raise invalid("a lookup names rows by 'tables' or by 'tokens', not by both")
+            layers = request.layers or model.spec.layers
+            if any(a >= b for a, b in pairwise(layers)):
+                raise invalid(f"layers must ascend without repeats; they are {_brief(layers)}")
+            counts = [request.tokens.num_tokens * self._table(model, layer).spec.heads for layer in layers]
+        else:
+            if request.layers:
+                raise invalid("'layers' goes with 'tokens'; 'tables' names its own")
+            layers = tuple(layer for layer, _ in request.tables)
+            if not layers:
+                raise invalid("a lookup names rows by 'tables' or by 'tokens'; this has neither")
+            if len(set(layers)) != len(layers):
+                raise invalid(f"a layer is asked for twice: {_brief(layers)}")
+            counts = [len(ids) for _, ids in request.tables]
+        tables = [self._table(model, layer) for layer in layers]
+        if sum(counts) > self.limits.max_rows_per_request:
+            text = f"{sum(counts)} rows asked for, at most {self.limits.max_rows_per_request} in one request; split it"
+            raise invalid(text, "too-many-rows")
+        answer_bytes = sum(count * table.spec.row_bytes for count, table in zip(counts, tables, strict=True))
+        if answer_bytes > self.limits.max_answer_bytes:
+            text = (
+                f"the answer would be {answer_bytes} bytes, at most {self.limits.max_answer_bytes}; split the request"
+            )
+            raise invalid(text, "too-many-rows")
+        return Job(request, model, tables, answer_bytes)
+
+    def _versions(self, name: str) -> dict[str, HeldModel]:
+        if name not in self._models:
+            held = ", ".join(sorted(self._models)) or "none"
+            text = f"no model {name[:200]!r} here; held: {held}"
+            raise RefusedError(grpc.StatusCode.NOT_FOUND, "unknown-model", text)
+        return self._models[name]
+
+    def _held(self, name: str, version: str) -> HeldModel:
+        versions = self._versions(name)
+        if version not in versions:
+            text = f"version {version[:64]!r} of {name} is not here; held: {', '.join(versions)}"
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "unknown-version", text)
+        return versions[version]
+
+    def _table(self, model: HeldModel, layer: int) -> HeldTable:
+        if layer not in model.tables:
+            text = f"model {model.spec.name} has no layer {layer}; it has {', '.join(map(str, model.tables))}"
+            raise invalid(text, "unknown-layer")
+        return model.tables[layer]
+
+
+def invalid(text: str, reason: str = "bad-batch") -> RefusedError:
+    """A refusal of a request that must be changed."""
+    return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, reason, text)
+
+
+def server_times(arrived: float, begin: float, gathered_s: float) -> wire.ServerTimes:
+    """arrived, begin: of the request and of work on it, by time.perf_counter. gathered_s: spent on hashing and rows."""
+    total_s = time.perf_counter() - arrived
+    return wire.ServerTimes(round((begin - arrived) * 1e6), round(gathered_s * 1e6), round(total_s * 1e6))
+
+
+def _brief(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
