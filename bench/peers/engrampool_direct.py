@@ -24,7 +24,7 @@ def serve(workload: Workload, **settings: Any) -> Iterator[str]:
 
 @contextmanager
 def connect(address: str, workload: Workload, tokens: int) -> Iterator[Callable[[Batch], Rows]]:
-    """As over gRPC, but for the lane. Raises RuntimeError if any lookup fell back to gRPC: that is measured elsewhere."""
+    """As over gRPC, but for the lane. Raises RuntimeError if any lookup fell back to gRPC, measured elsewhere."""
     lookups, metrics = address.split()
     with engrampool_grpc.connect(lookups, workload, tokens, direct="auto") as fetch:
         yield fetch
