@@ -39,6 +39,8 @@ class Client:
     connections: to the server; large lookups by local hashing or by row ids are split over them.
     direct: "auto" looks up over plain sockets where the server has a direct lane, and over gRPC where it has none or
         its port cannot be reached; "off" always over gRPC.
+    spin_s: over the direct lane, how long `lookup` and `lookup_rows` look for the answer without sleeping, where
+        answers come as soon as that: what waking up takes is saved, and a processor is busy meanwhile. 0 never.
     keep_memory: have the C library keep freed memory for the next answer, for this whole process (see
         `engrampool_proto.malloc`); the process stays as large as it was at its peak.
 
@@ -61,15 +63,19 @@ class Client:
         max_steps: int = 4,
         connections: int = 1,
         direct: Direct = "auto",
+        spin_s: float = 300e-6,
         keep_memory: bool = True,
     ) -> None:
         check_settings(hashing, timeout_s, connect_timeout_s, max_steps, retry_s, connections)
         if direct not in ("auto", "off"):
             raise ValueError(f"direct must be 'auto' or 'off', not {direct!r}")
+        if not 0 <= spin_s <= 1:
+            raise ValueError(f"spin_s must be 0 to 1; it is {spin_s}")
         if keep_memory:
             pin_malloc()
         self.target, self._hashing, self._timeout_s = target, hashing, timeout_s
         self._retries = Retries(retry_s)
+        self._spin_s = spin_s
         self._closing = threading.Event()
         self._lanes = [GrpcLane(target) for _ in range(connections)]
         self._direct: DirectLane | None = None
@@ -168,7 +174,7 @@ class Client:
 
     def _submit(self, step: Step, build: Callable[[], Exchange], timeout_s: float | None) -> Step:
         try:
-            self._threads.submit(self._run, step, build, self._deadline(timeout_s))
+            self._threads.submit(self._run, step, build, self._deadline(timeout_s), 0.0)
         except RuntimeError as error:
             raise PoolError("the client is closed") from error
         return step
@@ -176,13 +182,13 @@ class Client:
     def _wait_for(self, step: Step, build: Callable[[], Exchange], timeout_s: float | None) -> dict[int, Rows]:
         if self._closing.is_set():
             raise PoolError("the client is closed")
-        self._run(step, build, self._deadline(timeout_s))
+        self._run(step, build, self._deadline(timeout_s), self._spin_s)
         return {layer: step.rows(layer) for layer in step.layers}
 
     def _deadline(self, timeout_s: float | None) -> float:
         return time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
 
-    def _run(self, step: Step, build: Callable[[], Exchange], deadline: float) -> None:
+    def _run(self, step: Step, build: Callable[[], Exchange], deadline: float, spin_s: float) -> None:
         """Hash, send, take the answer in: in a thread of the pool, or in that of a caller who waits."""
         try:
             if self._closing.is_set():
@@ -194,11 +200,11 @@ class Client:
             split = exchange.answer_bytes > SPLIT_ABOVE_BYTES
             parts = exchange.split(len(self._lanes)) if split else [exchange]
             others = [
-                self._parts.submit(self._fetch, lane, part, deadline, step)
+                self._parts.submit(self._fetch, lane, part, deadline, step, 0.0)
                 for lane, part in zip(self._lanes[1:], parts[1:], strict=False)
             ]
             try:
-                self._fetch(self._lanes[0], parts[0], deadline, step)
+                self._fetch(self._lanes[0], parts[0], deadline, step, spin_s)
             finally:  # whatever became of the first, nothing is written once the step has ended
                 for other in others:
                     other.exception()
@@ -215,11 +221,11 @@ class Client:
             step._end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise
 
-    def _fetch(self, lane: GrpcLane, exchange: Exchange, deadline: float, step: Step) -> None:
+    def _fetch(self, lane: GrpcLane, exchange: Exchange, deadline: float, step: Step, spin_s: float) -> None:
         """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
         for attempt in count():
             try:
-                if self._direct is None or not self._direct.fetch(exchange, deadline, step):
+                if self._direct is None or not self._direct.fetch(exchange, deadline, step, spin_s):
                     lane.fetch(exchange, max(0.0, deadline - time.monotonic()), step)
                 self._retries.succeeded()
                 return

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Literal
 
 import grpc
@@ -18,7 +19,7 @@ import grpc
 from engrampool_client.errors import DeadlineError, PoolError, ProtocolError, StepCancelledError, from_status
 from engrampool_client.exchange import Exchange
 from engrampool_client.step import Step
-from engrampool_proto import frames
+from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
 
@@ -30,10 +31,10 @@ _OPEN_TIMEOUT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 # Answers up to this size are read whole into memory of ours, and copied from there.
 _SCRATCH_BYTES = 64 << 10
-# Of a larger one, so much is read with its first header; the rest goes where it belongs.
-_PEEK_BYTES = 2 << 10
 _TIMEVAL = struct.Struct("@ll")
 _HEADER_BYTES = frames.HEADER.size
+# The header of the last frame, as servers of ours write it.
+_END = frames.end(wire.ServerTimes(0, 0, 0))[:_HEADER_BYTES]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -53,11 +54,12 @@ class DirectLane:
         self._opener = ThreadPoolExecutor(1, "engrampool-direct")
         self._connect()  # here and now, so that the first lookup finds a connection
 
-    def fetch(self, exchange: Exchange, deadline: float, step: Step) -> bool:
+    def fetch(self, exchange: Exchange, deadline: float, step: Step, spin_s: float = 0.0) -> bool:
         """Ask, and take the whole answer in; `step` is told of layers as they complete.
 
-        deadline: by time.monotonic. False if the lane has no connection, or one that broke meanwhile: what is missing
-        is to be asked for over gRPC. Raises PoolErrors: refusals, DeadlineError, ProtocolError, StepCancelledError.
+        deadline: by time.monotonic. spin_s: how long to look for the answer without sleeping.
+        False if the lane has no connection, or one that broke meanwhile: what is missing is to be asked for over gRPC.
+        Raises PoolErrors: refusals, DeadlineError, ProtocolError, StepCancelledError.
         """
         try:
             connection = self._idle.pop()
@@ -65,7 +67,7 @@ class DirectLane:
             self._want_one()
             return False
         try:
-            connection.fetch(exchange, deadline, step)
+            connection.fetch(exchange, deadline, step, spin_s)
         except _RefusedError as refused:
             self._put(connection)
             raise refused.error from None
@@ -154,54 +156,71 @@ class _Connection:
         self._turn = 0  # counts lookups, so that one that is over cannot be given up; -1 once one was
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._end = 0  # what was received into it, and not looked at yet
+        self._quick = True  # whether it may pay to look for the next answer without sleeping
         self._limit_s = 0.0  # of a wait, as the system knows it
         try:
             deadline = time.monotonic() + _OPEN_TIMEOUT_S
             self._allow(deadline)
             self._socket.sendall(frames.frame(frames.HELLO, way_in.ticket))
-            kind, head, length = self._next(deadline, _SCRATCH_BYTES)
-            if kind == frames.REFUSED:
-                raise _refusal(head, target)
+            length, head, kind = self._header(deadline, _SCRATCH_BYTES)
+            if kind == frames.REFUSED and head == length:
+                raise _refusal(self._head(head, deadline), target)
             if (kind, length) != (frames.READY, 0):
                 raise ProtocolError(f"{target}: the direct lane answered a hello with a frame of kind {kind}")
         except BaseException:
             self._socket.close()
             raise
 
-    def fetch(self, exchange: Exchange, deadline: float, step: Step) -> None:
+    def fetch(self, exchange: Exchange, deadline: float, step: Step, spin_s: float) -> None:
         """As `DirectLane.fetch`. Raises OSError if the connection broke, TimeoutError, _RefusedError, PoolErrors."""
-        turn = self._turn
-        step._on_cancel(lambda: self._give_up(turn))
         self._send(exchange.request, deadline)
-        enough = exchange.answer_bytes <= _SCRATCH_BYTES // 2
-        writing: AbstractContextManager[None] = nullcontext()
+        if exchange.answer_bytes <= _SCRATCH_BYTES // 2:
+            # It is short: a step that is given up meanwhile does not wait for it.
+            at_once = _SCRATCH_BYTES
+            self._await(deadline, at_once, spin_s)
+            if self._all_at_once(exchange, step):
+                return
+        else:
+            turn = self._turn
+            step._on_cancel(lambda: self._give_up(turn))
+            at_once = _HEADER_BYTES  # and not a byte of what belongs elsewhere
+            self._await(deadline, at_once, spin_s)
         while True:
-            kind, head, nbytes = self._next(deadline, _SCRATCH_BYTES if enough else _PEEK_BYTES)
+            length, head, kind = self._header(deadline, at_once)
             if kind == frames.ROWS:
-                try:
-                    layer, first = frames.parse_rows_head(head, nbytes)
-                except WireError as error:
-                    raise ProtocolError(f"the answer cannot be read: {error}") from error
-                place = exchange.place(layer, first, nbytes)
-                if not exchange.owned:
-                    writing = step._writing()
-                with writing:
-                    self._receive(place, deadline)
+                layer, nbytes = self._rows(exchange, step, length, head, deadline)
                 if exchange.placed(layer, nbytes):
                     step._arrived(exchange.whole([layer]))
-            elif kind == frames.END and not nbytes:
+            elif kind == frames.END and head == length:
                 break
-            elif kind == frames.REFUSED and not nbytes:
+            elif kind == frames.REFUSED and head == length:
+                refusal = _refusal(self._head(head, deadline), self._target)
                 self._over()
-                raise _RefusedError(_refusal(head, self._target))
+                raise _RefusedError(refusal)
             else:
                 raise ProtocolError(f"{self._target}: a frame of kind {kind} has no place in an answer")
-        try:
-            exchange.times = frames.parse_end(head)
-        except WireError as error:
-            raise ProtocolError(f"the answer cannot be read: {error}") from error
+        exchange.times = _times(self._head(head, deadline))
         exchange.finish()
         self._over()
+
+    def _all_at_once(self, exchange: Exchange, step: Step) -> bool:
+        """Take a small answer in, if it came as such answers do: whole, in one frame a layer. Else nothing is taken."""
+        runs, end_at, nbytes = _answer_layout(exchange.missing())
+        scratch = self._scratch
+        if (self._start, self._end) != (0, nbytes) or scratch[end_at : end_at + len(_END)] != _END:
+            return False
+        for _, start, at, rows_at, _ in runs:
+            if scratch[at:rows_at] != start:
+                return False
+        with _writing(exchange, step):
+            for layer, _, _, rows_at, stop in runs:
+                exchange.place(layer, 0, stop - rows_at)[:] = scratch[rows_at:stop]
+        exchange.times = _times(bytes(scratch[end_at + _HEADER_BYTES : nbytes]))
+        self._start = self._end
+        self._over()
+        step._arrived(exchange.whole([run[0] for run in runs if exchange.placed(run[0], run[4] - run[3])]))
+        exchange.finish()
+        return True
 
     def shut(self) -> None:
         """Have whoever waits on it, now or later, fail with OSError."""
@@ -231,60 +250,108 @@ class _Connection:
                 self.shut()
 
     def _send(self, request: bytes, deadline: float) -> None:
-        self._allow(deadline)
-        timeout_us = max(1, int((deadline - time.monotonic()) * 1e6))
+        timeout_us = max(1, int(self._allow(deadline) * 1e6))
         start = frames.request_start(timeout_us, len(request))
         sent = self._socket.sendmsg((start, request)) - len(start)
-        if sent < len(request):
-            rest = memoryview(request)
-            while sent < len(request):
-                self._allow(deadline)
-                sent += self._socket.send(rest[max(0, sent) :])
+        while sent < len(request):  # a large one, or a server that is busy
+            self._allow(deadline)
+            sent += self._socket.send(memoryview(request)[sent:])
 
-    def _next(self, deadline: float, at_once: int) -> tuple[int, bytes, int]:
-        """Kind, head, and bytes of the body of the next frame. at_once: to ask the system for."""
-        while self._end - self._start < _HEADER_BYTES:
-            self._more(deadline, at_once)
+    # --- receiving
+
+    def _await(self, deadline: float, at_once: int, spin_s: float) -> None:
+        """Wait for the beginning of an answer, at first without sleeping, unless the last one took too long for that.
+
+        To sleep and to be woken can take as long as all the rest of a small lookup, most of all where the processor
+        goes to sleep as well.
+        """
+        begin = time.perf_counter()
+        self._start = self._end = 0
+        if self._quick:
+            place = self._scratch[:at_once]
+            while not self._end and time.perf_counter() - begin < spin_s:
+                try:
+                    self._end = self._socket.recv_into(place, 0, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    continue
+                if not self._end:
+                    raise ConnectionError("the server closed the connection")
+        self._have(1, deadline, at_once)
+        self._quick = time.perf_counter() - begin < 2 * spin_s
+
+    def _rows(self, exchange: Exchange, step: Step, length: int, head: int, deadline: float) -> tuple[int, int]:
+        """Have the rest of a ROWS frame where it belongs. Gives its layer, and bytes of rows."""
+        nbytes = length - head
+        due = exchange.due()
+        known = b"" if due is None else frames.rows_start(*due, nbytes)[_HEADER_BYTES:]
+        if due is not None and self._start == self._end and nbytes and head == len(known):
+            # Which rows these must be is known before the head is read. So all is received at once: the head, to be
+            # compared; the rows, where they belong; and the header of the frame that must follow.
+            place = exchange.place(*due, nbytes)
+            with _writing(exchange, step):
+                self._fill([self._scratch[:head], place, self._scratch[head : head + _HEADER_BYTES]], deadline)
+            self._start, self._end = head, head + _HEADER_BYTES
+            if self._scratch[:head] != known and _parsed(bytes(self._scratch[:head]), nbytes) != due:
+                raise ProtocolError(f"rows of layer {due[0]} from row {due[1]} on are due; these are others")
+            return due[0], nbytes
+        found = self._head(head, deadline)
+        layer, first = due if due is not None and found == known else _parsed(found, nbytes)
+        place = exchange.place(layer, first, nbytes)
+        with _writing(exchange, step):
+            have = min(self._end - self._start, nbytes)
+            place[:have] = self._scratch[self._start : self._start + have]
+            self._start += have
+            if have < nbytes:
+                self._fill([place[have:]], deadline)
+        return layer, nbytes
+
+    def _header(self, deadline: float, at_once: int) -> tuple[int, int, int]:
+        """Length, head length and kind of the next frame. at_once: bytes to ask the system for, if it is not there."""
+        self._have(_HEADER_BYTES, deadline, at_once)
         length, head, kind = frames.HEADER.unpack_from(self._scratch, self._start)
         if head > min(length, frames.MAX_HEAD_BYTES):
             raise ProtocolError(f"{self._target}: a frame with a head of {head} bytes out of {length}")
         self._start += _HEADER_BYTES
-        while self._end - self._start < head:
-            self._more(deadline, at_once)
-        after = self._start + head
-        found = bytes(self._scratch[self._start : after])
-        self._start = after
-        return kind, found, length - head
+        return length, head, kind
 
-    def _more(self, deadline: float, at_once: int) -> None:
-        """Receive into the scratch memory, in which there is room: a frame's header and head are less than half."""
+    def _head(self, nbytes: int, deadline: float) -> bytes:
+        """The next bytes, few of them."""
+        self._have(nbytes, deadline, nbytes)
+        start = self._start
+        self._start = start + nbytes
+        return bytes(self._scratch[start : self._start])
+
+    def _have(self, nbytes: int, deadline: float, at_once: int) -> None:
+        """Wait until `nbytes` are in the scratch memory, less than half of which they are."""
         kept = self._end - self._start
         if kept == 0:
             self._start = self._end = 0
         elif self._start > _SCRATCH_BYTES // 2:
             self._scratch[:kept] = bytes(self._scratch[self._start : self._end])
             self._start, self._end = 0, kept
-        stop = min(self._end + at_once, _SCRATCH_BYTES)
-        self._end += self._received(deadline, [self._scratch[self._end : stop]])
+        while self._end - self._start < nbytes:
+            stop = min(self._start + max(nbytes, at_once), _SCRATCH_BYTES)
+            self._end += self._received([self._scratch[self._end : stop]], deadline)
 
-    def _receive(self, place: memoryview, deadline: float) -> None:
-        """Fill `place`: with what is in the scratch memory already, then straight from the system."""
-        nbytes = len(place)
-        have = min(self._end - self._start, nbytes)
-        place[:have] = self._scratch[self._start : self._start + have]
-        self._start += have
-        if have < nbytes:  # then the scratch memory is empty, and takes the beginning of what follows
-            self._start = self._end = 0
-            peek = self._scratch[:_PEEK_BYTES]
-            while have < nbytes:
-                have += self._received(deadline, [place[have:], peek])
-            self._end = have - nbytes
+    def _fill(self, places: list[memoryview], deadline: float) -> None:
+        """Receive until all of them are full."""
+        left = sum(map(len, places))
+        while True:
+            # The system wakes us only when all is there.
+            count = self._received(places, deadline, socket.MSG_WAITALL)
+            left -= count
+            if not left:
+                return
+            self._allow(deadline)
+            while count >= len(places[0]):
+                count -= len(places.pop(0))
+            places[0] = places[0][count:]
 
-    def _received(self, deadline: float, places: list[memoryview]) -> int:
+    def _received(self, places: list[memoryview], deadline: float, flags: int = 0) -> int:
         """Wait for some bytes. Raises TimeoutError at the deadline, OSError at the end of the connection."""
         while True:
             try:
-                count = self._socket.recvmsg_into(places)[0]
+                count = self._socket.recvmsg_into(places, 0, flags)[0]
             except BlockingIOError:  # time is up, as the system counts it
                 self._allow(deadline)
                 continue
@@ -292,18 +359,56 @@ class _Connection:
                 raise ConnectionError("the server closed the connection")
             return count
 
-    def _allow(self, deadline: float) -> None:
-        """Let the system wait until the deadline, about. Raises TimeoutError if that is now."""
+    def _allow(self, deadline: float) -> float:
+        """Let the system wait until the deadline, about; gives the seconds. Raises TimeoutError if there are none."""
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
         # By the system's own clock a wait takes one call; Python's timeouts take two. To set it takes another, so what
         # was set is left where it is near enough.
         if not 0.9 * self._limit_s <= remaining <= self._limit_s:
-            self._limit_s = remaining
-            seconds, rest = divmod(max(1, round(remaining * 1e6)), 1_000_000)
+            self._limit_s = min(1.05 * remaining, remaining + 0.005)
+            seconds, rest = divmod(max(1, round(self._limit_s * 1e6)), 1_000_000)
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, rest))
+        return remaining
+
+
+def _writing(exchange: Exchange, step: Step) -> AbstractContextManager[None]:
+    """Rows may be written where they belong within this, even if that is the caller's."""
+    return nullcontext() if exchange.owned else step._writing()
+
+
+@lru_cache(maxsize=256)  # decode asks for the same few shapes over and over
+def _answer_layout(
+    runs: tuple[tuple[int, int], ...],
+) -> tuple[tuple[tuple[int, bytes, int, int, int], ...], int, int]:
+    """Where all is in an answer of one frame a run, for the (layer, bytes) of each.
+
+    Gives (layer, what comes before the rows, where that is, where the rows are, where they end) of each run, and where
+    the answer's last frame begins and ends.
+    """
+    found, at = [], 0
+    for layer, nbytes in runs:
+        start = frames.rows_start(layer, 0, nbytes)
+        stop = at + len(start) + nbytes
+        found.append((layer, start, at, at + len(start), stop))
+        at = stop
+    return tuple(found), at, at + len(frames.end(wire.ServerTimes(0, 0, 0)))
+
+
+def _times(head: bytes) -> wire.ServerTimes | None:
+    try:
+        return wire.parse_times_response(head)
+    except WireError as error:
+        raise ProtocolError(f"the answer cannot be read: {error}") from error
+
+
+def _parsed(head: bytes, nbytes: int) -> tuple[int, int]:
+    try:
+        return frames.parse_rows_head(head, nbytes)
+    except WireError as error:
+        raise ProtocolError(f"the answer cannot be read: {error}") from error
 
 
 def _refusal(head: bytes, target: str) -> PoolError:

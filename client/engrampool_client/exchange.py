@@ -169,6 +169,20 @@ class Exchange:
         self.times = response.times or self.times
         return complete
 
+    def missing(self) -> tuple[tuple[int, int], ...]:
+        """(layer, bytes) of the layers that are not complete, in the order in which a server sends them."""
+        return tuple(
+            (layer, self._sizes[layer]) for layer in sorted(self._sizes) if self._have[layer] != self._sizes[layer]
+        )
+
+    def due(self) -> tuple[int, int] | None:
+        """(layer, row) that rows must come for next, in the order in which a server sends them; None once complete."""
+        for layer in sorted(self._sizes):
+            have = self._have[layer]
+            if have != self._sizes[layer]:
+                return layer, have // self.shapes[layer][-1]
+        return None
+
     def place(self, layer: int, first: int, nbytes: int) -> memoryview:
         """Where the next `nbytes` of a layer belong, from its row `first` on; tell `placed` when they are there.
 

@@ -8,7 +8,6 @@ import struct
 from functools import lru_cache
 
 from engrampool_proto import wire
-from engrampool_proto.errors import WireError
 
 # Bytes after the header; of them, bytes of the head; kind.
 HEADER = struct.Struct("<IIBxxx")
@@ -50,11 +49,3 @@ def end(times: wire.ServerTimes) -> bytes:
 def parse_rows_head(head: bytes, nbytes: int) -> tuple[int, int]:
     """(layer, first) of a ROWS frame with `nbytes` of rows. Raises WireError."""
     return wire.parse_response_start(head, nbytes)
-
-
-def parse_end(head: bytes) -> wire.ServerTimes | None:
-    """The times of an END frame. Raises WireError."""
-    response = wire.parse_response(head)
-    if response.tables:
-        raise WireError("the end of an answer has rows")
-    return response.times

@@ -25,6 +25,8 @@ SERVICE = "engrampool.v1.Pool"
 # Trailing metadata of a refused call: which of the reasons in docs/PROTOCOL.md it was.
 REASON_KEY = "engrampool-reason"
 
+# Found here, as to make one takes longer than to use it.
+_LITTLE = {np.dtype(name): np.dtype(name).newbyteorder("<") for name in ("u4", "u8", "i4")}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _U32, _U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 # Fields in one message, those of the messages within it counted too. Ours have a handful a table; a message of millions
@@ -32,6 +34,7 @@ _U32, _U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 MAX_FIELDS = 10_000
 # ServerTimes { queue_us, gather_us, total_us }, each a tag byte and a fixed32, so that they can be filled in last.
 _TIMES = struct.Struct("<BIBIBI")
+_TIMES_START = bytes((2 << 3 | _BYTES, _TIMES.size))
 _TIMES_TAGS = (1 << 3 | _FIXED32, 2 << 3 | _FIXED32, 3 << 3 | _FIXED32)
 
 
@@ -74,21 +77,35 @@ class LookupResponse:
 
 def encode_request(request: LookupRequest) -> bytes:
     """The message's bytes. Raises WireError for ids that are neither uint32 nor uint64."""
-    parts: list[bytes | memoryview] = []
-    _put_bytes(parts, 1, request.model.encode())
-    _put_bytes(parts, 2, request.version.encode())
+    parts: list[bytes | memoryview] = [_request_start(request.model, request.version)]
     for layer, ids in request.tables:
         if ids.dtype not in (np.uint32, np.uint64):
             raise WireError(f"row ids of layer {layer} must be uint32 or uint64; they are {ids.dtype}")
-        table: list[bytes | memoryview] = []
-        _put_varint(table, 1, layer)
-        _put_bytes(table, 2 if ids.dtype == np.uint32 else 3, _little(ids), keep_empty=True)
-        _put_message(parts, 3, table)
+        data = _little(ids)
+        parts += _ids_start(layer, 2 if ids.dtype == np.uint32 else 3, len(data)), data
     if request.tokens is not None:
         _put_message(parts, 4, _token_fields(request.tokens))
     if request.layers:
         _put_bytes(parts, 5, b"".join(map(_varint, request.layers)))
     return b"".join(parts)
+
+
+@lru_cache(maxsize=256)  # decode asks for the same few shapes over and over
+def _request_start(model: str, version: str) -> bytes:
+    parts: list[bytes | memoryview] = []
+    _put_bytes(parts, 1, model.encode())
+    _put_bytes(parts, 2, version.encode())
+    return b"".join(parts)
+
+
+@lru_cache(maxsize=256)
+def _ids_start(layer: int, number: int, nbytes: int) -> bytes:
+    """What goes before the bytes of a table's ids."""
+    table: list[bytes | memoryview] = []
+    _put_varint(table, 1, layer)
+    table.append(_varint(number << 3 | _BYTES) + _varint(nbytes))
+    size = sum(map(len, table)) + nbytes
+    return b"".join([_varint(3 << 3 | _BYTES) + _varint(size), *table])
 
 
 def _token_fields(batch: TokenBatch) -> list[bytes | memoryview]:
@@ -225,7 +242,7 @@ def _layout(tables: tuple[tuple[int, int, int], ...], with_times: bool) -> tuple
         body = b"".join(head)
         pieces += [_varint(1 << 3 | _BYTES) + _varint(len(body) + nbytes) + body, nbytes]
     if with_times:
-        pieces.append(_varint(2 << 3 | _BYTES) + _varint(_TIMES.size))
+        pieces.append(_TIMES_START)
     size = sum([len(p) if isinstance(p, bytes) else p for p in pieces]) + (_TIMES.size if with_times else 0)
     return pieces, size
 
@@ -239,7 +256,19 @@ def response_start(layer: int, first: int, nbytes: int) -> bytes:
 
 def times_response(times: ServerTimes) -> bytes:
     """A LookupResponse of nothing but times."""
-    return _varint(2 << 3 | _BYTES) + _varint(_TIMES.size) + _TIMES.pack(*_times_fields(times))
+    return _TIMES_START + _TIMES.pack(*_times_fields(times))
+
+
+def parse_times_response(message: bytes) -> ServerTimes | None:
+    """The times of a LookupResponse without rows. Raises WireError for one with rows."""
+    if len(message) == len(_TIMES_START) + _TIMES.size and message.startswith(_TIMES_START):
+        a, queue_us, b, gather_us, c, total_us = _TIMES.unpack_from(message, len(_TIMES_START))
+        if (a, b, c) == _TIMES_TAGS:  # as we write it
+            return ServerTimes(queue_us, gather_us, total_us)
+    response = parse_response(message)
+    if response.tables:
+        raise WireError("an answer of times only has rows")
+    return response.times
 
 
 def parse_response_start(start: bytes, nbytes: int) -> tuple[int, int]:
@@ -325,7 +354,7 @@ _view_of_memory.argtypes, _view_of_memory.restype = [ctypes.c_void_p, ctypes.c_s
 
 def _little(array: npt.NDArray[Any]) -> memoryview:
     """The array's bytes, little-endian and C-contiguous, without a copy where it is so already."""
-    plain: npt.NDArray[Any] = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    plain: npt.NDArray[Any] = np.ascontiguousarray(array, _LITTLE.get(array.dtype) or array.dtype.newbyteorder("<"))
     return plain.reshape(-1).view(np.uint8).data
 
 
@@ -345,10 +374,8 @@ def _put_varint(parts: list[bytes | memoryview], number: int, value: int) -> Non
         parts.append(_varint(number << 3 | _VARINT) + _varint(value))
 
 
-def _put_bytes(
-    parts: list[bytes | memoryview], number: int, value: bytes | memoryview, keep_empty: bool = False
-) -> None:
-    if len(value) or keep_empty:
+def _put_bytes(parts: list[bytes | memoryview], number: int, value: bytes | memoryview) -> None:
+    if len(value):
         parts.append(_varint(number << 3 | _BYTES) + _varint(len(value)))
         parts.append(value)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import grpc
@@ -72,15 +73,24 @@ class Job:
     tables: Sequence[HeldTable]
     answer_bytes: int
 
+    @cached_property
+    def counts(self) -> list[tuple[int, int, int]]:
+        """(layer, rows, bytes) of each table."""
+        given = {layer: len(ids) for layer, ids in self.request.tables}
+        counts = []
+        for table in self.tables:
+            layer = table.spec.layer
+            count = given[layer] if self.request.tokens is None else self.request.tokens.num_tokens * table.spec.heads
+            counts.append((layer, count, count * table.spec.row_bytes))
+        return counts
+
     def resolve(self, remaining_s: float | None) -> list[Piece]:
         """Every table's rows as one piece: ids hashed if need be, each checked against what is held.
 
         remaining_s: until the caller stops waiting, None for never.
         Raises RefusedError if that was in the past, BatchError.
         """
-        if remaining_s is not None and remaining_s <= 0:  # work for a caller who has left is work for nobody
-            text = "the deadline passed before work began"
-            raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline", text)
+        check_deadline(remaining_s)
         if self.request.tokens is None:
             ids: Iterable[RowIds] = [ids for _, ids in self.request.tables]
         else:
@@ -130,51 +140,43 @@ class Lookups:
 
     def admit(self, message: bytes | memoryview) -> Job:
         """Read the request, check it, and reserve the bytes of its answer until `release`. Raises one of Refusals."""
+        job = self.check(message)
+        self.reserve(job)
+        self.show_in_flight()
+        return job
+
+    def check(self, message: bytes | memoryview) -> Job:
+        """Read the request, and check it. Raises one of Refusals."""
         self.check_ready()
-        job = self._check(wire.parse_request(message))
+        return self._check(wire.parse_request(message))
+
+    def reserve(self, job: Job) -> None:
+        """Count the bytes of its answer as in flight, until `release`. Raises RefusedError if they are too many."""
         if not self.in_flight.reserve(job.answer_bytes):
             text = f"{self.in_flight.total} bytes are in flight, of {self.in_flight.limit_bytes}; try again later"
             raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", text)
-        self._metrics.in_flight.set(self.in_flight.own)
-        return job
 
     def release(self, job: Job) -> None:
         """The answer is on its way, or will never be."""
         self.in_flight.release(job.answer_bytes)
+
+    def show_in_flight(self) -> None:
+        """Have Prometheus see what is in flight; what comes and goes in between is not worth its time."""
         self._metrics.in_flight.set(self.in_flight.own)
 
-    async def resolve_pieces(self, job: Job, deadline: float | None) -> tuple[float, list[Piece]]:
-        """When work on the job began, and its pieces, from the event loop or a thread. Both by time.perf_counter.
+    async def resolve_pieces(self, job: Job, deadline: float | None, nbytes: int) -> tuple[float, list[Piece]]:
+        """When work on the job began, and its pieces of about `nbytes`, from the event loop or a thread.
 
-        Raises RefusedError if the deadline has passed then, BatchError.
+        The times are those of time.perf_counter. Raises RefusedError if the deadline has passed then, BatchError.
         """
         if self.gathers_inline and job.answer_bytes <= _INLINE_RESOLVE_BYTES:
-            return self._resolve_pieces(job, deadline)
-        return await asyncio.get_running_loop().run_in_executor(self.threads, self._resolve_pieces, job, deadline)
-
-    def _resolve_pieces(self, job: Job, deadline: float | None) -> tuple[float, list[Piece]]:
-        begin = time.perf_counter()
-        return begin, self.pieces(job.resolve(None if deadline is None else deadline - begin))
-
-    def pieces(self, resolved: Iterable[Piece]) -> list[Piece]:
-        """Cut into runs of about a chunk, earlier layers first, as the model needs them; no ids are one empty run."""
-        cut = []
-        for whole in sorted(resolved, key=lambda piece: piece.table.spec.layer):
-            step = max(1, self.limits.stream_chunk_bytes // whole.table.spec.row_bytes)
-            for first in range(0, max(1, len(whole.ids)), step):
-                cut.append(Piece(whole.table, first, whole.ids[first : first + step]))
-        return cut
+            return _resolve_pieces(job, deadline, nbytes)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, _resolve_pieces, job, deadline, nbytes)
 
     def count(self, method: str, job: Job, times: wire.ServerTimes) -> None:
         """Count a lookup that was answered."""
-        given = {layer: len(ids) for layer, ids in job.request.tables}
-        rows = []
-        for table in job.tables:
-            layer = table.spec.layer
-            count = given[layer] if job.request.tokens is None else job.request.tokens.num_tokens * table.spec.heads
-            rows.append((layer, count, count * table.spec.row_bytes))
         seconds = (times.queue_us / 1e6, times.gather_us / 1e6, times.total_us / 1e6)
-        self._metrics.answered(job.model.spec.name, method, rows, *seconds)
+        self._metrics.answered(job.model.spec.name, method, job.counts, *seconds)
 
     def refused(self, error: Exception) -> tuple[grpc.StatusCode, str]:
         """Count one of Refusals; gives its status and reason."""
@@ -236,6 +238,28 @@ class Lookups:
             text = f"model {model.spec.name} has no layer {layer}; it has {', '.join(map(str, model.tables))}"
             raise invalid(text, "unknown-layer")
         return model.tables[layer]
+
+
+def cut(resolved: Iterable[Piece], nbytes: int) -> list[Piece]:
+    """Cut into runs of about `nbytes`, earlier layers first, as the model needs them; no ids are one empty run."""
+    runs = []
+    for whole in sorted(resolved, key=lambda piece: piece.table.spec.layer):
+        step = max(1, nbytes // whole.table.spec.row_bytes)
+        for first in range(0, max(1, len(whole.ids)), step):
+            runs.append(Piece(whole.table, first, whole.ids[first : first + step]))
+    return runs
+
+
+def _resolve_pieces(job: Job, deadline: float | None, nbytes: int) -> tuple[float, list[Piece]]:
+    begin = time.perf_counter()
+    return begin, cut(job.resolve(None if deadline is None else deadline - begin), nbytes)
+
+
+def check_deadline(remaining_s: float | None) -> None:
+    """Raise RefusedError if nothing remains: work for a caller who has left is work for nobody."""
+    if remaining_s is not None and remaining_s <= 0:
+        text = "the deadline passed before work began"
+        raise RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline", text)
 
 
 def invalid(text: str, reason: str = "bad-batch") -> RefusedError:

@@ -108,7 +108,7 @@ class PoolService:
             job = self._admit(message, context)
             remaining_s = context.time_remaining()
             deadline = None if remaining_s is None else time.perf_counter() + remaining_s
-            begin, pieces = await self._lookups.resolve_pieces(job, deadline)
+            begin, pieces = await self._lookups.resolve_pieces(job, deadline, self._lookups.limits.stream_chunk_bytes)
             gathered = time.perf_counter() - begin
             last = len(pieces) - 1
 
@@ -132,8 +132,12 @@ class PoolService:
     def _admit(self, message: bytes, context: grpc.aio.ServicerContext) -> Job:
         """Read the request, check it, and reserve the bytes of its answer until the call is over."""
         job = self._lookups.admit(message)
-        context.add_done_callback(lambda _: self._lookups.release(job))
+        context.add_done_callback(lambda _: self._release(job))
         return job
+
+    def _release(self, job: Job) -> None:
+        self._lookups.release(job)
+        self._lookups.show_in_flight()
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
         code, reason = self._lookups.refused(error)

@@ -238,8 +238,8 @@ def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[DirectLa
             thread.join()
 
 
-def ask(made: DirectLane, exchange: Exchange, timeout_s: float = LIMIT_S) -> bool:
-    return made.fetch(exchange, time.monotonic() + timeout_s, Step([2, 9]))
+def ask(made: DirectLane, exchange: Exchange, timeout_s: float = LIMIT_S, spin_s: float = 0.0) -> bool:
+    return made.fetch(exchange, time.monotonic() + timeout_s, Step([2, 9]), spin_s)
 
 
 def exchange(count: int, out: bool = False) -> Exchange:
@@ -266,8 +266,9 @@ def whole_answer(count: int, cuts: set[int]) -> tuple[dict[int, bytes], bytes]:
     cuts=st.sets(st.integers(1, 30_000), max_size=5),
     splits=st.sets(st.integers(1, 200_000), max_size=6),
     out=st.booleans(),
+    spin_s=st.sampled_from([0.0, 1e-3]),
 )
-def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out):
+def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out, spin_s):
     wanted, sent = whole_answer(count, cuts)
     bounds = sorted({0, len(sent)} | {split for split in splits if split < len(sent)})
 
@@ -278,7 +279,7 @@ def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out):
 
     with peer(reply) as made:
         taken = exchange(count, out)
-        assert ask(made, taken)
+        assert ask(made, taken, spin_s=spin_s)
         assert taken.times == TIMES
         assert {layer: taken.rows(layer).tobytes() for layer in (2, 9)} == wanted
 
@@ -295,9 +296,9 @@ def test_an_answer_may_be_split_at_every_byte():
         return send
 
     with peer(*map(reply, range(1, len(sent)))) as made:
-        for _ in range(1, len(sent)):
+        for cut in range(1, len(sent)):
             taken = exchange(5)
-            assert ask(made, taken)
+            assert ask(made, taken, spin_s=cut % 2 * 1e-3)
             assert {layer: taken.rows(layer).tobytes() for layer in (2, 9)} == wanted
 
 
@@ -361,7 +362,7 @@ def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut):
     with peer(sent[:cut] or (lambda _: None), b"") as made:
         begin = time.monotonic()
         with pytest.raises(DeadlineError):
-            ask(made, exchange(3000), timeout_s=0.2)
+            ask(made, exchange(3000), timeout_s=0.2, spin_s=1e-3)
         assert 0.19 < time.monotonic() - begin < LIMIT_S
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,10 @@ import pytest
 
 from engrampool_client import Client
 from engrampool_client.testing import ServerProcess, ServerStartError, serve_process
+from engrampool_proto import frames
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec, TableSpec
+from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.table_writer import write_tables
 from server_fixtures import (
     LIMIT_S,
@@ -232,6 +235,50 @@ def test_tables_are_in_memory_once_however_many_workers(tmp_path, shared):
 
 
 # --- workers that end
+
+
+def test_any_worker_takes_a_connection_of_the_direct_lane_whoever_gave_the_ticket(packed, tmp_path):
+    path = tmp_path / "lane"
+    with (
+        serve_process(packed, workers=3, direct=f"unix:{path}") as server,
+        grpc.insecure_channel(server.address) as channel,
+        ExitStack() as stack,
+    ):
+        pids = server.worker_pids()
+        os.kill(pids[0], signal.SIGSTOP)
+        try:
+            # Whoever issues them, one of the workers that are not at a standstill takes every connection.
+            stub = pool_pb2_grpc.PoolStub(channel)
+            for _ in range(64):
+                try:
+                    way_in = stub.OpenDirect(pool_pb2.OpenDirectRequest(), timeout=0.2)
+                except grpc.RpcError:  # the channel's worker is the one that stands still
+                    channel = stack.enter_context(
+                        grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
+                    )
+                    stub = pool_pb2_grpc.PoolStub(channel)
+                    continue
+                lane = stack.enter_context(socket.socket(socket.AF_UNIX))
+                lane.settimeout(LIMIT_S)
+                lane.connect(way_in.unix_path)
+                lane.sendall(frames.frame(frames.HELLO, way_in.ticket))
+                assert frames.HEADER.unpack(lane.recv(12, socket.MSG_WAITALL)) == (0, 0, frames.READY)
+        finally:
+            os.kill(pids[0], signal.SIGCONT)
+        with Client(server.address) as client:
+            ids = np.arange(6500)
+            for _ in range(3):
+                assert client.lookup_rows({2: ids})[2].tobytes() == expected(2, ids)
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_until(lambda lines: any(line["event"] == "rolled" for line in lines))
+            assert client.lookup_rows({2: ids})[2].tobytes() == expected(2, ids)
+
+            def on_the_lane_again() -> bool:
+                client.lookup_rows({2: ids})
+                return scrape(server.metrics_address)["engrampool_direct_connections"] == 1
+
+            eventually(on_the_lane_again)
+    assert not path.exists()
 
 
 def test_a_killed_worker_is_replaced_while_others_answer(packed):
