@@ -29,8 +29,8 @@ Direct = Literal["auto", "off"]
 _OPEN_TIMEOUT_S = 1.0
 # Between tries after one that failed.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-# Answers up to this size are read whole into memory of ours, and copied from there.
-_SCRATCH_BYTES = 64 << 10
+# Answers up to half this size are read whole into memory of ours, and copied from there.
+_SCRATCH_BYTES = 256 << 10
 _TIMEVAL = struct.Struct("@ll")
 _HEADER_BYTES = frames.HEADER.size
 # The header of the last frame, as servers of ours write it.
