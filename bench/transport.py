@@ -6,9 +6,9 @@
 4. Streams whose rows the event loop gathers, and those that a thread beside it gathers.
 5. Lookups of 1024 and 4096 tokens over one connection and over several.
 
-Tables of 1 GB in V4.1's layout, both layers, one caller. Every setting runs in fresh processes, several rounds in turn.
-Prints Markdown tables: medians over the rounds, of the median time of a call and of the CPU time that client and server
-spent on one; and each round's times, since a process may be lucky or not in how its memory lies.
+Tables of 1 GB in V4.1's layout, both layers, one caller, over gRPC. Every setting runs in fresh processes, several
+rounds in turn. Prints Markdown tables: medians over the rounds, of the median time of a call and of the CPU time that
+client and server spent on one; and each round's times, since a process may be lucky or not in how its memory lies.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def lookups(
     pin = {"ENGRAMPOOL_PIN_MALLOC": str(pinned).lower()}
     with (
         serve_process(model, environ=pin, stream_chunk_bytes=piece, gather_threads=gather_threads) as server,
-        Client(server.address, keep_memory=pinned, connections=connections) as pool,
+        Client(server.address, keep_memory=pinned, connections=connections, direct="off") as pool,
     ):
         ids = np.random.default_rng(0).integers(0, pool.spec.vocab_size, tokens).astype(np.int32)
         rows = pool.spec.hash(TokenBatch.of(ids))

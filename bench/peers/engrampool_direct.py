@@ -1,22 +1,34 @@
-"""engrampool over its direct lane: the same client, with `direct` on."""
+"""engrampool over its direct lane: the same server and client, with `direct` on."""
 
-import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from peers import engrampool_grpc
 from workload import Batch, Rows, Workload
 
-serve = engrampool_grpc.serve
+
+def missing() -> None:
+    """Runs everywhere."""
 
 
-def missing() -> str | None:
-    """Needs a client that has the lane."""
-    from engrampool_client import Client
+@contextmanager
+def serve(workload: Workload, **settings: Any) -> Iterator[str]:
+    """As over gRPC. Gives where lookups are answered and where metrics are."""
+    from engrampool_client.testing import serve_process
 
-    return None if "direct" in inspect.signature(Client).parameters else "this version has no direct lane"
+    with serve_process(workload.packed, **settings) as server:
+        yield f"{server.address} {server.metrics_address}"
 
 
-def connect(address: str, workload: Workload, tokens: int) -> AbstractContextManager[Callable[[Batch], Rows]]:
-    """As over gRPC, but for the lane."""
-    return engrampool_grpc.connect(address, workload, tokens, direct="auto")
+@contextmanager
+def connect(address: str, workload: Workload, tokens: int) -> Iterator[Callable[[Batch], Rows]]:
+    """As over gRPC, but for the lane. Raises RuntimeError if any lookup fell back to gRPC, measured elsewhere."""
+    lookups, metrics = address.split()
+    with engrampool_grpc.connect(lookups, workload, tokens, direct="auto") as fetch:
+        yield fetch
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as response:
+        seen = response.read().decode()
+    if 'engrampool_lookup_seconds_count{method="Direct"' not in seen or "LookupStream" in seen or '"Lookup"' in seen:
+        raise RuntimeError("some lookups did not take the direct lane")

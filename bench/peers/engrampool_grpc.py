@@ -1,6 +1,5 @@
 """engrampool over gRPC: `engrampool serve` and the blocking client, as installed."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,15 +24,10 @@ def serve(workload: Workload, **settings: Any) -> Iterator[str]:
 
 @contextmanager
 def connect(address: str, workload: Workload, tokens: int, **options: Any) -> Iterator[Callable[[Batch], Rows]]:
-    """options: of the client. Rows land in arrays that are there already, where the client can do so."""
+    """options: of the client. Rows land in arrays that are there already."""
     from engrampool_client import Client
 
-    if "direct" in inspect.signature(Client).parameters:
-        options.setdefault("direct", "off")
-    with Client(address, timeout_s=60, **options) as pool:
-        if "out" in inspect.signature(pool.lookup_rows).parameters:
-            shapes = {layer: (tokens, len(heads), ROW_BYTES) for layer, heads in workload.heads.items()}
-            out = {layer: np.zeros(shape, np.uint8) for layer, shape in shapes.items()}
-            yield lambda batch: pool.lookup_rows(batch.ids, out=out)
-        else:
-            yield lambda batch: pool.lookup_rows(batch.ids)
+    shapes = {layer: (tokens, len(heads), ROW_BYTES) for layer, heads in workload.heads.items()}
+    out = {layer: np.zeros(shape, np.uint8) for layer, shape in shapes.items()}
+    with Client(address, timeout_s=60, **{"direct": "off", **options}) as pool:
+        yield lambda batch: pool.lookup_rows(batch.ids, out=out)
