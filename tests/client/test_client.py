@@ -25,6 +25,8 @@ from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
 
 VOCAB = 129280
+# The blocking client's ways to a server.
+LANES = {"grpc": "off", "direct": "auto"}
 
 
 class Blocking:
@@ -52,14 +54,14 @@ class Blocking:
 
 @contextmanager
 def connected(kind: str, target: str, **settings) -> Iterator[Client | Blocking]:
-    client = (Client if kind == "blocking" else Blocking)(target, **settings)
+    client = Blocking(target, **settings) if kind == "asyncio" else Client(target, direct=LANES[kind], **settings)
     try:
         yield client
     finally:
         client.close()
 
 
-@pytest.fixture(scope="module", params=["blocking", "asyncio"])
+@pytest.fixture(scope="module", params=[*LANES, "asyncio"])
 def kind(request) -> str:
     return request.param
 
@@ -70,9 +72,9 @@ def pool(request, kind, server) -> Iterator[Client | Blocking]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[Client]:
-    with Client(server) as client:
+@pytest.fixture(scope="module", params=LANES.values(), ids=list(LANES))
+def client(request, server) -> Iterator[Client]:
+    with Client(server, direct=request.param) as client:
         yield client
 
 
@@ -180,10 +182,11 @@ def test_nothing_is_written_once_a_step_was_given_up(client):
         assert np.array_equal(out[14], seen)
 
 
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
 @pytest.mark.parametrize("connections", [2, 3])
-def test_large_lookups_share_connections(server, connections, monkeypatch):
+def test_large_lookups_share_connections(server, connections, lane, monkeypatch):
     monkeypatch.setattr("engrampool_client.client.SPLIT_ABOVE_BYTES", 100_000)
-    with Client(server, connections=connections) as client:
+    with Client(server, connections=connections, direct=lane) as client:
         for count in (0, 1, 7, 8, 500, 1000):
             tokens = tokens_of(count)
             wanted = expected(client.spec, TokenBatch.of(tokens))
@@ -309,8 +312,9 @@ def test_one_client_in_many_threads(client):
     assert not failures
 
 
-def test_a_cancelled_step_ends_at_once_and_harms_no_other(server):
-    with Client(server, max_steps=1) as client:
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_a_cancelled_step_ends_at_once_and_harms_no_other(server, lane):
+    with Client(server, max_steps=1, direct=lane) as client:
         running = client.prefetch(tokens_of(8000))
         waiting = client.prefetch(tokens_of(10))
         after = client.prefetch(tokens_of(10))
@@ -357,8 +361,9 @@ def test_a_closed_client_says_so(server):
         client.prefetch([1])
 
 
-def test_closing_ends_every_step(server):
-    client = Client(server, max_steps=2)
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_closing_ends_every_step(server, lane):
+    client = Client(server, max_steps=2, direct=lane)
     steps = [client.prefetch(tokens_of(4000)) for _ in range(6)]
     steps[0].rows(1)
     client.close()

@@ -101,7 +101,8 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
         pass
 
 
-def test_killed_workers_fail_no_lookup(packed, spec):
+@pytest.mark.parametrize("lane", ["off", "auto"])
+def test_killed_workers_fail_no_lookup(packed, spec, lane):
     """Those in flight on a worker are asked again, of the other or of its successor."""
     stop = threading.Event()
     failures: list[BaseException] = []
@@ -127,7 +128,7 @@ def test_killed_workers_fail_no_lookup(packed, spec):
     with ExitStack() as stack:
         server = stack.enter_context(serve_process(packed, workers=2))
         # A minute: that lookups go on here is not a matter of how soon this machine starts a process.
-        clients = [stack.enter_context(Client(server.address, timeout_s=60, retry_s=60)) for _ in counts]
+        clients = [stack.enter_context(Client(server.address, timeout_s=60, retry_s=60, direct=lane)) for _ in counts]
         threads = [threading.Thread(target=look_up, args=one) for one in enumerate(clients)]
         for thread in threads:
             thread.start()
