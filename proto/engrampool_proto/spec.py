@@ -147,7 +147,7 @@ class TableSpec:
         """`layer_1`, as arrays in .npz files and tables in files are called."""
         return f"layer_{self.layer}"
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """Rows that one token asks for."""
         return len(self.hash.head_rows())
@@ -267,7 +267,8 @@ class ModelSpec:
         rows: dict[int, RowIds] = {}
         for table in tables:
             out = np.empty((batch.num_tokens, table.heads), table.id_dtype)
-            table.hash.rows(windows, table.head_offsets, out)
+            for columns, keys in zip(table.hash.groups(), table.hash.keys(windows), strict=True):
+                table.hash.rows_of(columns, keys, table.head_offsets, out[:, columns])
             rows[table.layer] = out
         return rows
 

@@ -229,3 +229,53 @@ def test_qwen_rows_after_history_equal_engramdb(qwen, history, tokens):
     lookback = np.array([history[::-1]], np.int32)
     rows = qwen.hash(TokenBatch.of(np.array(tokens, np.int32), None, lookback), [1])[1]
     assert rows.tolist() == engramdb.rowids_for_seq_with_history(history, tokens)
+
+
+@given(data=st.data())
+def test_keys_decide_rows_and_rows_give_keys_back(case, data):
+    batch = batch_of(data.draw(requests_of(case)))
+    token_map = case.spec.token_map
+    windows = batch.windows(case.spec.lookback, None if token_map is None else token_map.ids)
+    for table in case.spec.tables:
+        rows, columns_seen = case.spec.hash(batch, [table.layer])[table.layer], 0
+        for columns, keys in zip(table.hash.groups(), table.hash.keys(windows), strict=True):
+            assert columns.start == columns_seen
+            columns_seen = columns.stop
+            # One n-gram's rows are found by its key alone, whatever else is in the batch.
+            unique, at = np.unique(keys, return_inverse=True)
+            out = np.empty((len(unique), columns.stop - columns.start), table.id_dtype)
+            table.hash.rows_of(columns, unique, table.head_offsets, out)
+            assert np.array_equal(out[at], rows[:, columns])
+            # From any of its columns on, there is a key that gives these rows.
+            first = data.draw(st.integers(columns.start, columns.stop - 1))
+            part = slice(first, columns.stop)
+            found = table.hash.keys_of(part, rows[:, part], table.head_offsets)
+            assert found is not None
+            again = np.empty((len(found), part.stop - part.start), table.id_dtype)
+            table.hash.rows_of(part, found, table.head_offsets, again)
+            assert np.array_equal(again, rows[:, part])
+        assert columns_seen == table.heads
+
+
+@given(st.lists(INT64, min_size=1, max_size=20), st.sampled_from([(16000057, 16000063, 16000073), (4294967311,) * 2]))
+def test_enough_columns_give_the_very_key(mixes, primes):
+    """Where the primes exceed 2**64 together, the key is the hash itself, the least and the largest one too."""
+    family = XorMix((3, 5), (primes,), 0)
+    keys = np.array([*mixes, -(2**63), 2**63 - 1, 0, -1], np.int64)
+    offsets = np.cumsum([0, *primes[:-1]]).astype(np.uint64)
+    rows = np.empty((len(keys), len(primes)), np.uint64)
+    family.rows_of(slice(0, len(primes)), keys, offsets, rows)
+    found = family.keys_of(slice(0, len(primes)), rows, offsets)
+    if len(set(primes)) == len(primes):
+        assert np.array_equal(found, keys)
+    else:  # larger than what the arithmetic holds: told, not guessed
+        assert found is None
+
+
+def test_rows_that_no_ngram_has_give_no_keys():
+    family = XorMix((3, 5), ((16000057, 16000063, 16000073, 16000087),), 0)
+    rows, offsets = np.empty((1, 4), np.uint64), np.zeros(4, np.uint64)
+    family.rows_of(slice(0, 4), np.array([12345678901234567]), offsets, rows)
+    assert family.keys_of(slice(0, 4), rows, offsets) is not None
+    rows[0, 3] ^= np.uint64(1)
+    assert family.keys_of(slice(0, 4), rows, offsets) is None

@@ -5,10 +5,14 @@ A family is a frozen dataclass of *resolved* constants (nothing is derived from 
     FAMILY            its name in a manifest
     lookback          tokens before the current one that it reads (n - 1)
     head_rows()       distinct row ids each head can give, one entry a head
-    rows(windows, head_offsets, out)   fills `out` [T, heads] with row ids
+    groups()          runs of columns that one key decides
+    keys(windows)     the keys: equal ones of a group read equal rows, whichever n-grams they came from
+    rows_of(columns, keys, head_offsets, out)   from keys to row ids
+    keys_of(columns, rows, head_offsets)        and back
     to_json() / from_json(document)
 
-`ModelSpec.hash` runs a model's tables over one batch and builds the windows once.
+`ModelSpec.hash` runs a model's tables over one batch and builds the windows once. Keys are what rows are deduplicated
+and cached by: there are fewer of them than rows, and they cost no modulus.
 """
 
 from collections.abc import Mapping
@@ -36,8 +40,31 @@ class HashFamily(Protocol):
     def head_rows(self) -> tuple[int, ...]:
         """Rows that each head addresses."""
 
-    def rows(self, windows: Windows, head_offsets: npt.NDArray[np.uint64], out: npt.NDArray[Any]) -> None:
-        """Write row ids of every token and head into `out` (uint32 or uint64 [T, heads])."""
+    def groups(self) -> tuple[slice, ...]:
+        """Runs of columns, in order, that together are all columns."""
+
+    def keys(self, windows: Windows) -> npt.NDArray[np.int64]:
+        """Int64 [groups, T]: what decides the rows of each group's columns at each token."""
+
+    def rows_of(
+        self,
+        columns: slice,
+        keys: npt.NDArray[np.int64],
+        head_offsets: npt.NDArray[np.uint64],
+        out: npt.NDArray[Any],
+    ) -> None:
+        """Write row ids in the table into `out` (uint32 or uint64 [N, columns]). columns: all within one group.
+
+        keys: int64 [N], C-contiguous. head_offsets: of all columns.
+        """
+
+    def keys_of(
+        self, columns: slice, rows: npt.NDArray[Any], head_offsets: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.int64] | None:
+        """Keys that `rows_of` makes `rows` [N, columns] of: int64 [N]; None if there are none for any of them.
+
+        Where the columns suffice to tell, they are those that `keys` gave.
+        """
 
     def to_json(self) -> dict[str, Any]:
         """The constants as JSON types; `family_from_json` reads them back."""

@@ -1,6 +1,6 @@
 """A flattened batch of tokens as inference engines hold it, and the look-back windows hashed from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -107,29 +107,33 @@ class Windows:
 
     ids: npt.NDArray[np.int64]
     mapped: npt.NDArray[np.int64]
+    _filled: dict[tuple[int, int | None], npt.NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, batch: TokenBatch, lookback: int, token_map: Int32Array | None = None) -> "Windows":
         """Shift the batch `lookback` times; the first tokens of each request read the request's look-back."""
         bounds, before = batch.query_start_loc, batch.lookback
-        length = batch.num_tokens
-        ids = np.empty((lookback + 1, length), np.int64)
-        ids[0] = batch.tokens
-        if batch.dead is not None:
-            ids[0][batch.dead] = -1
-        history = np.full((before.shape[0], lookback), -1, np.int64)
+        requests, length = len(before), batch.num_tokens
+        tokens = batch.tokens if batch.dead is None else np.where(batch.dead, np.int32(-1), batch.tokens)
+        # In one line, so that every shift is one read of it: each request's look-back, oldest first, then its tokens.
+        line = np.full(length + requests * lookback, -1, np.int64)
+        ends = np.arange(1, requests + 1) * lookback + bounds[:-1]  # of the look-backs
+        at = np.arange(length) + np.repeat(ends - bounds[:-1], np.diff(bounds))
+        line[at] = tokens
         width = min(lookback, before.shape[1])
-        history[:, :width] = before[:, :width]
-        if batch.lookback_dead is not None:
-            history[:, :width][batch.lookback_dead[:, :width]] = -1
-        starts, lengths = bounds[:-1].astype(np.int64), np.diff(bounds)
-        for shift in range(1, lookback + 1):
-            ids[shift, shift:] = ids[0, : max(0, length - shift)]
-            for position in range(shift):
-                # The token at `position` of its request finds its predecessor outside the chunk.
-                requests = np.flatnonzero(lengths > position)
-                ids[shift, starts[requests] + position] = history[requests, shift - position - 1]
+        if width:
+            read = before[:, :width]
+            if batch.lookback_dead is not None:
+                read = np.where(batch.lookback_dead[:, :width], np.int32(-1), read)
+            line[ends[:, None] - np.arange(1, width + 1)] = read
+        ids = line[at - np.arange(lookback + 1)[:, None]]
         return cls(ids, ids if token_map is None else token_map[ids].astype(np.int64))
+
+    def filled(self, fill: int, stop: int | None) -> npt.NDArray[np.int64]:
+        """`mapped`, with `fill` wherever a look-back has met a gap (or `stop`): int64 [lookback + 1, T]. Read only."""
+        if (fill, stop) not in self._filled:  # the tables of a model mostly share it
+            self._filled[fill, stop] = np.where(self.blocked_from(stop), np.int64(fill), self.mapped)
+        return self._filled[fill, stop]
 
     def blocked_from(self, stop: int | None) -> npt.NDArray[np.bool_]:
         """Bool [lookback + 1, T]: True where a look-back has met a gap (or, looking back, the token `stop`) already."""
@@ -137,6 +141,26 @@ class Windows:
         if stop is not None:
             gap[1:] |= self.ids[1:] == stop
         return np.logical_or.accumulate(gap, axis=0)
+
+
+def one_each(columns: int) -> tuple[slice, ...]:
+    """`HashFamily.groups` of a family whose every column is a group."""
+    return tuple(slice(column, column + 1) for column in range(columns))
+
+
+def rows_from_keys(
+    columns: slice, keys: npt.NDArray[np.int64], head_offsets: npt.NDArray[np.uint64], out: npt.NDArray[Any]
+) -> None:
+    """`HashFamily.rows_of` of a family whose keys are rows within their head."""
+    out[:] = keys.view(np.uint64)[:, None] + head_offsets[columns]
+
+
+def keys_from_rows(
+    columns: slice, rows: npt.NDArray[Any], head_offsets: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.int64]:
+    """`HashFamily.keys_of` of a family whose keys are rows within their head."""
+    found: npt.NDArray[np.int64] = (rows.astype(np.uint64) - head_offsets[columns]).view(np.int64)[:, 0]
+    return found
 
 
 def is_token_id(value: object) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto.errors import SpecError
-from engrampool_proto.hashing.batch import Windows, is_token_id
+from engrampool_proto.hashing.batch import Windows, is_token_id, keys_from_rows, one_each, rows_from_keys
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,17 @@ class Identity:
         """One head of all rows."""
         return (self.num_rows,)
 
-    def rows(self, windows: Windows, head_offsets: npt.NDArray[np.uint64], out: npt.NDArray[Any]) -> None:
-        """See `HashFamily`."""
-        ids = windows.ids[0]
-        readable = (ids >= 0) & (ids < self.num_rows)
-        out[:, 0] = np.where(readable, ids, 0).view(np.uint64) + head_offsets[0]
+    def groups(self) -> tuple[slice, ...]:
+        """The one column."""
+        return one_each(1)
+
+    def keys(self, windows: Windows) -> npt.NDArray[np.int64]:
+        """See `HashFamily`. The key is the row."""
+        ids = windows.ids[:1]
+        return np.where((ids >= 0) & (ids < self.num_rows), ids, 0)
+
+    rows_of = staticmethod(rows_from_keys)
+    keys_of = staticmethod(keys_from_rows)
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""

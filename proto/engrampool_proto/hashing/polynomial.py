@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto.errors import SpecError
-from engrampool_proto.hashing.batch import Windows, is_token_id
+from engrampool_proto.hashing.batch import Windows, is_token_id, keys_from_rows, one_each, rows_from_keys
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,16 @@ class Polynomial:
         """The moduli, in column order."""
         return tuple(m for heads in self.moduli for m in heads)
 
-    def rows(self, windows: Windows, head_offsets: npt.NDArray[np.uint64], out: npt.NDArray[Any]) -> None:
-        """See `HashFamily`."""
+    def groups(self) -> tuple[slice, ...]:
+        """One a column: no two heads share a modulus."""
+        return one_each(len(self.head_rows()))
+
+    def keys(self, windows: Windows) -> npt.NDArray[np.int64]:
+        """See `HashFamily`. The keys are the rows within the head."""
         blocked = windows.blocked_from(self.stop)[: self.lookback + 1]
         # A token is below 2**31 and a weight below 2**32, so a product fits uint64.
         ids = np.where(blocked, 0, windows.ids[: self.lookback + 1]).astype(np.uint64)
+        keys = np.empty((len(self.head_rows()), ids.shape[1]), np.uint64)
         column = 0
         for order, (heads, factors) in enumerate(zip(self.moduli, self.weights, strict=True), start=2):
             for modulus, weights in zip(heads, factors, strict=True):
@@ -65,8 +70,12 @@ class Polynomial:
                 total = np.zeros(ids.shape[1], np.uint64)
                 for back in range(order):
                     total += ids[back] * np.uint64(weights[back]) % m
-                out[:, column] = total % m + head_offsets[column]
+                keys[column] = total % m
                 column += 1
+        return keys.view(np.int64)
+
+    rows_of = staticmethod(rows_from_keys)
+    keys_of = staticmethod(keys_from_rows)
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""

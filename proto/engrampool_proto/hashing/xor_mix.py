@@ -4,9 +4,11 @@ Used by DeepSeek's Engram (github.com/deepseek-ai/Engram, engram_demo_v1.py; Dee
 per-layer embedding. They differ in token map, multipliers and boundary rule, all of which are constants here.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,9 +54,14 @@ class XorMix:
             raise SpecError(f"stop must be a token id or None, it is {self.stop!r}")
 
     @cached_property
-    def _moduli(self) -> tuple[npt.NDArray[np.int64], ...]:
-        """The primes of each order as an array: all heads of an order are reduced in one call."""
-        return tuple(np.array(heads, np.int64) for heads in self.primes)
+    def _moduli(self) -> npt.NDArray[np.int64]:
+        """Int64 [heads]: the primes, in column order."""
+        return np.array(self.head_rows(), np.int64)
+
+    @cached_property
+    def _factors(self) -> npt.NDArray[np.int64]:
+        """Int64 [n, 1]: the multipliers."""
+        return np.array(self.multipliers, np.int64)[:, None]
 
     @property
     def lookback(self) -> int:
@@ -65,17 +72,61 @@ class XorMix:
         """The primes, in column order."""
         return tuple(p for heads in self.primes for p in heads)
 
-    def rows(self, windows: Windows, head_offsets: npt.NDArray[np.uint64], out: npt.NDArray[Any]) -> None:
+    def groups(self) -> tuple[slice, ...]:
+        """One an order: its hash before the modulus decides all its rows."""
+        ends = np.cumsum([0, *map(len, self.primes)]).tolist()
+        return tuple(slice(start, stop) for start, stop in pairwise(ends))
+
+    def keys(self, windows: Windows) -> npt.NDArray[np.int64]:
+        """See `HashFamily`. The keys are the hashes before the modulus."""
+        ids = windows.filled(self.fill, self.stop)[: self.lookback + 1]
+        return np.bitwise_xor.accumulate(ids * self._factors, axis=0)[1:]
+
+    def rows_of(
+        self,
+        columns: slice,
+        keys: npt.NDArray[np.int64],
+        head_offsets: npt.NDArray[np.uint64],
+        out: npt.NDArray[Any],
+    ) -> None:
         """See `HashFamily`."""
-        blocked = windows.blocked_from(self.stop)[: self.lookback + 1]
-        ids = np.where(blocked, np.int64(self.fill), windows.mapped[: self.lookback + 1])
-        mix = ids[0] * np.int64(self.multipliers[0])
-        column = 0
-        for shift, primes in enumerate(self._moduli, start=1):
-            mix ^= ids[shift] * np.int64(self.multipliers[shift])
-            heads = slice(column, column + len(primes))
-            out[:, heads] = np.mod(mix[:, None], primes).view(np.uint64) + head_offsets[heads]
-            column = heads.stop
+        out[:] = np.mod(keys[:, None], self._moduli[columns]).view(np.uint64) + head_offsets[columns]
+
+    def keys_of(
+        self, columns: slice, rows: npt.NDArray[Any], head_offsets: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.int64] | None:
+        """See `HashFamily`. By the Chinese remainder theorem, in Garner's form (Knuth, TAOCP 2, 4.3.2).
+
+        At full size three primes exceed 2**64 together, so that the hash itself comes out. Where the primes are too few
+        or too small for that, some other number with the same remainders does, which is as good a key.
+        """
+        moduli = [int(prime) for prime in self._moduli[columns]]
+        remainders = rows.astype(np.int64) - head_offsets[columns].astype(np.int64)
+        digits: list[npt.NDArray[np.int64]] = []
+        key, product = np.zeros(len(rows), np.uint64), 1
+        for at, modulus in enumerate(moduli):
+            if product >= 2**64 or modulus >= 2**31:  # beyond, the products below would not fit
+                break
+            if math.gcd(product, modulus) != 1:
+                return None
+            known = np.zeros(len(rows), np.int64)
+            for digit, earlier in zip(reversed(digits), reversed(moduli[:at]), strict=True):
+                known = (known * earlier + digit) % modulus
+            digits.append((remainders[:, at] - known) * pow(product, -1, modulus) % modulus)
+            key += digits[-1].view(np.uint64) * np.uint64(product % 2**64)
+            product *= modulus
+
+        def right(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+            agree: npt.NDArray[np.bool_] = (np.mod(keys[:, None], self._moduli[columns]) == remainders).all(axis=1)
+            return agree
+
+        found = key.view(np.int64)
+        if not (good := right(found)).all():
+            # A negative hash has come out as itself plus the product.
+            found = np.where(good, found, (key - np.uint64(product % 2**64)).view(np.int64))
+            if not right(found).all():
+                return None
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; integers beyond 2**53 are written in full, as Python reads and writes them."""
