@@ -2,6 +2,8 @@
 
 EngrampoolError
 +- BatchError, SpecError        the caller's arrays, config or tokenizer are wrong (from the contract)
++- CacheFileError               a file of cached rows is missing, damaged or another model's: delete it, save it again
++- RecordError                 a recording cannot be made or read, or is another model's: make it again
 +- PoolError
    +- UnavailableError          the server is down, unreachable or still loading: try again, or another
    +- DeadlineError             no answer in time (also a TimeoutError)
@@ -28,6 +30,14 @@ class PoolError(EngrampoolError):
     def __init__(self, text: str, reason: str | None = None) -> None:
         super().__init__(text)
         self.reason = reason
+
+
+class CacheFileError(EngrampoolError):
+    """A file of cached rows cannot be used; the text says what is wrong with it and what to do."""
+
+
+class RecordError(EngrampoolError):
+    """A recording of row ids cannot be made or read, is damaged, or of another model."""
 
 
 class UnavailableError(PoolError):
@@ -101,12 +111,14 @@ def from_status(code: grpc.StatusCode, reason: str | None, text: str | None, tar
 
 __all__ = [
     "BatchError",
+    "CacheFileError",
     "DeadlineError",
     "EngrampoolError",
     "FingerprintError",
     "OverloadedError",
     "PoolError",
     "ProtocolError",
+    "RecordError",
     "RejectedError",
     "SpecError",
     "StepCancelledError",
