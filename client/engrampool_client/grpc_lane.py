@@ -62,6 +62,19 @@ class GrpcLane:
         except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
             raise ProtocolError(f"OpenDirect was answered with something else: {error}") from error
 
+    def attach(self, model: str, version: str, timeout_s: float) -> pool_pb2.AttachResponse:
+        """Ask where the tables of `model` can be mapped. Raises PoolError."""
+        call = self._channel.unary_unary(METHOD + "Attach")
+        request = pool_pb2.AttachRequest(model=model, version=version)
+        try:
+            answer: bytes = call(request.SerializeToString(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.target) from error
+        try:
+            return pool_pb2.AttachResponse.FromString(answer)
+        except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
+            raise ProtocolError(f"Attach was answered with something else: {error}") from error
+
     def fetch(self, exchange: Exchange, timeout_s: float, step: Step) -> None:
         """Ask, and take the whole answer in; `step` is told of layers as they complete.
 

@@ -1,13 +1,18 @@
 """What a server holds, read once at connect: which model, which version, its specification and the server's limits."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from engrampool_client.errors import FingerprintError, ProtocolError, UnknownModelError, UnknownVersionError
 from engrampool_proto.builders import blueprint, load_config
 from engrampool_proto.errors import SpecError
 from engrampool_proto.spec import ModelSpec
+from engrampool_proto.token_map import TokenMap
 from engrampool_proto.v1 import pool_pb2
 
 DESCRIBE = pool_pb2.DescribeRequest(include_spec=True).SerializeToString()
@@ -18,6 +23,7 @@ class ServedModel:
     """One version of one model on one server.
 
     max_rows, max_answer_bytes: the server's limits on a request. direct: whether it has a direct lane.
+    attach: whether it has tables that a client on the same machine can map.
     """
 
     spec: ModelSpec
@@ -26,6 +32,7 @@ class ServedModel:
     max_answer_bytes: int
     server_version: str
     direct: bool = False
+    attach: bool = False
 
 
 def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel:
@@ -67,6 +74,7 @@ def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel
         limits.max_answer_bytes,
         response.server_version,
         response.direct,
+        response.attach,
     )
 
 
@@ -82,5 +90,33 @@ def check_fingerprint(served: ModelSpec, config: str | Path | None, tokenizer: s
         return
     ours = blueprint(load_config(Path(config)), None if tokenizer is None else Path(tokenizer), served.name).spec
     differences = ours.differences(served)
+    if differences:
+        raise FingerprintError(differences)
+
+
+def check_layout(
+    served: ModelSpec, head_sizes: Mapping[int, Sequence[int]], row_bytes: int, token_map: npt.ArrayLike | None
+) -> None:
+    """Refuse a server whose tables are not laid out as an engine says. Arguments and errors: `Client.check_layout`."""
+    differences = []
+    if sorted(head_sizes) != list(served.layers):
+        differences.append(f"layers: {sorted(head_sizes)} here, {list(served.layers)} there")
+    for layer in sorted(set(head_sizes) & set(served.layers)):
+        table = served.table(layer)
+        ours, theirs = list(map(int, head_sizes[layer])), list(table.hash.head_rows())
+        if ours != theirs:
+            where = next((at for at, two in enumerate(zip(ours, theirs, strict=False)) if two[0] != two[1]), None)
+            what = (
+                f"{len(ours)} heads here, {len(theirs)} there"
+                if where is None
+                else (f"rows of head {where}: {ours[where]} here, {theirs[where]} there")
+            )
+            differences.append(f"{table.name}: {what}")
+        if row_bytes != table.row_bytes:
+            differences.append(f"{table.name}: {row_bytes} bytes a row here, {table.row_bytes} there")
+    ours_map = None if token_map is None else TokenMap(np.array(token_map, np.int32))
+    digests = [None if one is None else one.digest for one in (ours_map, served.token_map)]
+    if digests[0] != digests[1]:
+        differences.append(f"token map: digest {digests[0]} here, {digests[1]} there")
     if differences:
         raise FingerprintError(differences)

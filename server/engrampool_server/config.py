@@ -39,6 +39,7 @@ ENVIRONMENT_PREFIX = "ENGRAMPOOL_"
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 EventLoop = Literal["uvloop", "asyncio"]
+Attach = Literal["off", "user", "group", "all"]
 
 # Kubernetes gives every container variables for each Service of its namespace. Those of a Service called `engrampool`
 # or `engrampool-...` have our prefix, and nobody set them, so they must not stop the server as unknown settings.
@@ -105,6 +106,14 @@ class ServerConfig:
             ChoiceOrFile(("anon", "shm", "hugetlb")),
             "Where rows live: private memory with transparent huge pages advised; or, to outlive a restart, /dev/shm,"
             " reserved huge pages (with a hugetlbfs mounted), or files in a directory.",
+        ),
+    )
+    attach: Attach = field(
+        default="user",
+        metadata=_about(
+            Choice(get_args(Attach)),
+            "Who on this machine may map the tables, and read rows without asking: this server's user, its group as"
+            " well, or everybody. Needs memory that outlives a restart.",
         ),
     )
     lock_memory: bool = field(

@@ -11,7 +11,7 @@ from engrampool_server.machine import Machine
 from engrampool_server.metrics import Metrics
 from engrampool_server.preflight import Need, Report, check, raise_soft_limits
 from engrampool_server.raw_model import RawModel
-from engrampool_server.segments import find_backing, free, sweep
+from engrampool_server.segments import file_name, find_backing, free, sweep
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import HeldModel, identities, load
 
@@ -52,7 +52,7 @@ class Holdings:
             tables=sum(len(packed.spec.tables) for packed in self._packed),
             answer_bytes=config.max_in_flight_bytes,
             workers=self._workers,
-            present_bytes=sum(identity.nbytes for identity in wanted if identity.file_name in names),
+            present_bytes=sum(identity.nbytes for identity in wanted if file_name(identity) in names),
         )
         raise_soft_limits(need, config.lock_memory)
 
@@ -97,7 +97,7 @@ class Holdings:
 
         for packed in self._packed:
             model_begin = time.monotonic()
-            held = load(packed, config.memory, config.lock_memory, config.load_threads, cancel, progress)
+            held = load(packed, config.memory, config.lock_memory, config.load_threads, cancel, progress, config.attach)
             # What version a checkpoint is, is known only now.
             _refuse_duplicates(self._packed)
             packed.close()

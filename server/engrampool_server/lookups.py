@@ -138,6 +138,14 @@ class Lookups:
         models = [self._versions(name)] if name else self._models.values()
         return [held for versions in models for held in versions.values()]
 
+    def find(self, name: str, version: str) -> HeldModel:
+        """The one version of the model. Raises RefusedError for what is not here."""
+        versions = self._versions(name)
+        if version not in versions:
+            text = f"version {version[:64]!r} of {name} is not here; held: {', '.join(versions)}"
+            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "unknown-version", text)
+        return versions[version]
+
     def admit(self, message: bytes | memoryview) -> Job:
         """Read the request, check it, and reserve the bytes of its answer until `release`. Raises one of Refusals."""
         job = self.check(message)
@@ -190,7 +198,7 @@ class Lookups:
         return code, reason
 
     def _check(self, request: wire.LookupRequest) -> Job:
-        model = self._held(request.model, request.version)
+        model = self.find(request.model, request.version)
         if request.tokens is not None:
             if request.tables:
                 raise invalid("a lookup names rows by 'tables' or by 'tokens', not by both")
@@ -225,13 +233,6 @@ class Lookups:
             text = f"no model {name[:200]!r} here; held: {held}"
             raise RefusedError(grpc.StatusCode.NOT_FOUND, "unknown-model", text)
         return self._models[name]
-
-    def _held(self, name: str, version: str) -> HeldModel:
-        versions = self._versions(name)
-        if version not in versions:
-            text = f"version {version[:64]!r} of {name} is not here; held: {', '.join(versions)}"
-            raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "unknown-version", text)
-        return versions[version]
 
     def _table(self, model: HeldModel, layer: int) -> HeldTable:
         if layer not in model.tables:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.segment import TRAILER_BYTES
 from engrampool_server.machine import Machine, Room
-from engrampool_server.segments import TRAILER_BYTES
 
 __all__ = ["Line", "Machine", "Need", "PreflightError", "Report", "Room", "check", "format_bytes", "raise_soft_limits"]
 

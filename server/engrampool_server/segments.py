@@ -1,8 +1,8 @@
 """Tables in named segments of memory, which outlive the server that loaded them: the next start adopts them.
 
-A segment is one file in /dev/shm, in a hugetlbfs or in any directory: the rows of one table from byte 0 on, and in the
-last 4096 bytes, written when every block was verified and is stored, a trailer that says what it is. Without that it
-is partial, and nobody adopts it.
+A segment is one file in /dev/shm, in a hugetlbfs or in any directory: the rows of one table, and a trailer that says
+what they are (engrampool_proto/segment.py), written when every block was verified and is stored. Without that it is
+partial, and nobody adopts it.
 
 Whoever uses a segment holds a lock on it (flock, shared; exclusive while it is made or freed), on a descriptor that
 forks inherit. So the kernel itself lets go of it with the last process of a server, however that ended. A lock counts
@@ -10,7 +10,6 @@ only while the path still names the file that was locked.
 """
 
 import fcntl
-import json
 import mmap
 import os
 import re
@@ -18,21 +17,20 @@ import secrets
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from engrampool_proto.errors import EngrampoolError
-from engrampool_proto.spec import canonical_json
+from engrampool_proto.segment import TRAILER_BYTES, Identity, read_trailer, write_trailer
 from engrampool_server import log
 from engrampool_server.machine import in_memory
 from engrampool_server.memory import OutOfMemoryError, advise_huge_pages, can_populate, huge_page_bytes, protect
 
-TRAILER_BYTES = 4096
-_FORMAT = {"format": "engrampool-segment", "format_version": 1, "whole": True}
+# Of a whole segment, by the setting `attach`. Only its owner writes to one, whoever may read it.
+MODES = {"off": 0o600, "user": 0o600, "group": 0o640, "all": 0o644}
 _SHM = Path("/dev/shm")  # noqa: S108
 # How often a damaged segment is asked for before we believe that a server uses it, and not another start that looks.
 _PATIENCE = 20
@@ -44,32 +42,27 @@ class SegmentError(EngrampoolError):
 
 @dataclass(frozen=True)
 class Backing:
-    """Where segments lie. page_bytes: sizes are multiples of it. reserve: space is taken before rows are written."""
+    """Where segments lie, and how.
+
+    page_bytes: sizes are multiples of it. reserve: space is taken before rows are written, since they are to lie on a
+    disk. mode: the permissions of a whole segment; until then only its owner may read it.
+    """
 
     directory: Path
     page_bytes: int = mmap.PAGESIZE
     reserve: bool = False
+    mode: int = MODES["off"]
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What a segment holds: the rows of one table."""
+class Place:
+    """Where a whole segment can be mapped by others. in_memory: to touch all of it reads no disk."""
 
-    model: str
-    version: str
-    layer: int
-    num_rows: int
-    row_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        """Of all rows."""
-        return self.num_rows * self.row_bytes
-
-    @property
-    def file_name(self) -> str:
-        """Of this user's segment."""
-        return f"{_prefix()}{self.version[:16]}-{self.layer}"
+    path: Path
+    device: int
+    inode: int
+    nbytes: int
+    in_memory: bool
 
 
 @dataclass(frozen=True)
@@ -83,13 +76,20 @@ class Found:
     modified_ns: int
 
 
-def find_backing(memory: str, mounts: Path = Path("/proc/mounts")) -> Backing | None:
+def file_name(identity: Identity) -> str:
+    """Of this user's segment."""
+    return f"{_prefix()}{identity.version[:16]}-{identity.layer}"
+
+
+def find_backing(memory: str, mounts: Path = Path("/proc/mounts"), attach: str = "off") -> Backing | None:
     """Where segments of the setting `memory` lie; None where it has none: "anon", "hugetlb" without a hugetlbfs.
 
+    attach: the setting, which says who may read them.
     Raises SegmentError for a directory that is not there.
     """
+    mode = MODES[attach]
     if memory == "shm":
-        return Backing(_SHM)
+        return Backing(_SHM, mode=mode)
     if memory == "hugetlb":
         size = huge_page_bytes()
         option = f"pagesize={size >> 30}G" if size >= 1 << 30 else f"pagesize={size >> 20}M"
@@ -97,13 +97,13 @@ def find_backing(memory: str, mounts: Path = Path("/proc/mounts")) -> Backing | 
             _, where, kind, options, *_ = line.split()
             directory = Path(where.encode().decode("unicode_escape"))  # a space is \040 there
             if kind == "hugetlbfs" and option in options.split(",") and os.access(directory, os.W_OK | os.X_OK):
-                return Backing(directory, size)
+                return Backing(directory, size, mode=mode)
         return None
     if memory.startswith("file:"):
         directory = Path(memory.removeprefix("file:"))
         if not directory.is_dir():
             raise SegmentError(f"{directory}, where tables are to lie (memory), is no directory; create it")
-        return Backing(directory, reserve=not in_memory(directory))
+        return Backing(directory, reserve=not in_memory(directory), mode=mode)
     return None
 
 
@@ -111,11 +111,19 @@ class Segment:
     """A segment in use by this process, and by its forks. adopted: it was there, whole; else it is to be filled.
 
     rows: uint8 [num_rows, row_bytes], read-only once whole. Its memory and its lock go with its last view.
+    place: where it lies, for others to map once it is whole.
     To be ended by `finish` or `abandon` unless adopted.
+
+    Raises SegmentError if an adopted one cannot be given its permissions.
     """
 
     def __init__(self, path: Path, descriptor: int, identity: Identity, backing: Backing, *, adopted: bool) -> None:
         self._path, self._descriptor, self._identity, self.adopted = path, descriptor, identity, adopted
+        self._mode = backing.mode
+        if adopted:
+            self._permit()
+        status = os.fstat(descriptor)
+        self.place = Place(path.absolute(), status.st_dev, status.st_ino, status.st_size, not backing.reserve)
         # mmap keeps a duplicate of the descriptor, which keeps the lock.
         prot = mmap.PROT_READ if adopted else mmap.PROT_READ | mmap.PROT_WRITE
         memory = mmap.mmap(descriptor, _file_bytes(identity, backing), flags=mmap.MAP_SHARED, prot=prot)
@@ -131,14 +139,23 @@ class Segment:
         try:
             # Rows first: after a crash of the machine, no trailer may be there without them.
             os.fsync(self._descriptor)
-            self._memory[-TRAILER_BYTES:] = np.frombuffer(_trailer(self._identity), np.uint8)
+            self._memory[-TRAILER_BYTES:] = np.frombuffer(write_trailer(self._identity), np.uint8)
             os.fsync(self._descriptor)
         except OSError as error:
             raise SegmentError(f"{self._path} cannot be stored: {error.strerror}") from error
+        self._permit()
         protect(self._memory)
         self.rows.flags.writeable = False
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
         os.close(self._descriptor)
+
+    def _permit(self) -> None:
+        """Let those read it who may: the last server that starts says who."""
+        try:
+            if stat.S_IMODE(os.fstat(self._descriptor).st_mode) != self._mode:
+                os.fchmod(self._descriptor, self._mode)
+        except OSError as error:
+            raise SegmentError(f"permissions of {self._path} cannot be set: {error.strerror}") from error
 
     def abandon(self) -> None:
         """Free a segment that is not `finish`ed; its memory goes with the last view."""
@@ -157,7 +174,7 @@ def take(
 
     Raises OutOfMemoryError, SegmentError.
     """
-    path = backing.directory / identity.file_name
+    path = backing.directory / file_name(identity)
     waited = tried = 0
     while True:
         with _opened(path) as descriptor:
@@ -200,7 +217,7 @@ def nameless(backing: Backing, nbytes: int) -> npt.NDArray[np.uint8]:
     """
     while True:
         identity = Identity("", secrets.token_hex(8), 0, 1, nbytes)
-        segment = _create(backing.directory / identity.file_name, identity, backing)
+        segment = _create(backing.directory / file_name(identity), identity, backing)
         if segment is not None:
             segment.abandon()
             return segment.rows.reshape(-1)
@@ -331,25 +348,10 @@ def _file_bytes(identity: Identity, backing: Backing) -> int:
     return -(-(identity.nbytes + TRAILER_BYTES) // backing.page_bytes) * backing.page_bytes
 
 
-def _trailer(identity: Identity) -> bytes:
-    raw = canonical_json({**_FORMAT, **asdict(identity)})
-    return (xxhash.xxh3_128_hexdigest(raw).encode() + b"\n" + raw).ljust(TRAILER_BYTES, b"\0")
-
-
 def _read_trailer(descriptor: int, backing: Backing) -> Identity | None:
     """What a segment is; None unless it is whole: trailer, its digest and the file's size agree."""
     size = os.fstat(descriptor).st_size
     if size < TRAILER_BYTES:
         return None
-    digest, _, rest = os.pread(descriptor, TRAILER_BYTES, size - TRAILER_BYTES).partition(b"\n")
-    raw = rest.rstrip(b"\0")
-    if xxhash.xxh3_128_hexdigest(raw).encode() != digest:
-        return None
-    try:
-        fields = json.loads(raw)
-        if {key: fields.pop(key) for key in _FORMAT} != _FORMAT:
-            return None
-        identity = Identity(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return identity if size == _file_bytes(identity, backing) else None
+    identity = read_trailer(os.pread(descriptor, TRAILER_BYTES, size - TRAILER_BYTES))
+    return identity if identity is not None and size == _file_bytes(identity, backing) else None

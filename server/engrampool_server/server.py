@@ -77,7 +77,7 @@ class Server:
             ("grpc.max_receive_message_length", max_request_bytes),
         ]
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
-        service = PoolService(self._lookups, self._direct)
+        service = PoolService(self._lookups, self._direct, config.attach != "off")
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

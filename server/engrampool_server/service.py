@@ -8,21 +8,30 @@ from typing import NoReturn
 import grpc
 
 from engrampool_proto import __version__, wire
+from engrampool_proto.segment import boot_id
 from engrampool_proto.spec import canonical_json
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.direct import DirectLane
 from engrampool_server.lookups import Job, Lookups, Piece, Refusals, RefusedError, invalid, server_times
-from engrampool_server.tables import HeldModel
+from engrampool_server.segments import Place
+from engrampool_server.tables import HeldModel, HeldTable
 
 # Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
 _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
+# How long a client may go on reading tables that it has mapped once nobody answers it any more: longer than a worker's
+# restart takes, and short enough that memory of a server that is gone does not stay for long.
+_ATTACH_VALID_S = 5.0
 
 
 class PoolService:
-    """The handlers. direct: the lane that OpenDirect lets callers into, None if there is none."""
+    """The handlers.
 
-    def __init__(self, lookups: Lookups, direct: DirectLane | None) -> None:
-        self._lookups, self._direct = lookups, direct
+    direct: the lane that OpenDirect lets callers into, None if there is none.
+    attach: whether callers may map tables, where these lie in memory that others can map.
+    """
+
+    def __init__(self, lookups: Lookups, direct: DirectLane | None, attach: bool) -> None:
+        self._lookups, self._direct, self._may_attach = lookups, direct, attach
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """By method name. The hot methods pass raw bytes, which wire.py reads and writes."""
@@ -38,6 +47,11 @@ class PoolService:
                 self._open_direct,
                 request_deserializer=pool_pb2.OpenDirectRequest.FromString,
                 response_serializer=pool_pb2.OpenDirectResponse.SerializeToString,
+            ),
+            "Attach": grpc.unary_unary_rpc_method_handler(
+                self._attach,
+                request_deserializer=pool_pb2.AttachRequest.FromString,
+                response_serializer=pool_pb2.AttachResponse.SerializeToString,
             ),
         }
 
@@ -57,7 +71,11 @@ class PoolService:
         )
         described = [_describe(held, request.include_spec) for held in models]
         return pool_pb2.DescribeResponse(
-            models=described, limits=limits, server_version=__version__, direct=self._direct is not None
+            models=described,
+            limits=limits,
+            server_version=__version__,
+            direct=self._direct is not None,
+            attach=any(self._places(held) for held in models),
         )
 
     async def _open_direct(
@@ -71,6 +89,25 @@ class PoolService:
             return self._direct.admit_one()
         except RefusedError as error:
             await self._refuse(context, error)
+
+    async def _attach(
+        self, request: pool_pb2.AttachRequest, context: grpc.aio.ServicerContext
+    ) -> pool_pb2.AttachResponse:
+        try:
+            self._lookups.check_ready()
+            places = self._places(self._lookups.find(request.model, request.version))
+            if not places:
+                text = "this server's tables cannot be mapped (its settings memory and attach say so); look rows up"
+                raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "no-attach", text)
+        except RefusedError as error:
+            await self._refuse(context, error)
+        tables = [_mapped(table, place) for table, place in places]
+        return pool_pb2.AttachResponse(tables=tables, valid_ms=round(_ATTACH_VALID_S * 1e3), boot_id=boot_id())
+
+    def _places(self, held: HeldModel) -> list[tuple[HeldTable, Place]]:
+        """Where a model's tables can be mapped; none unless all of them can, and callers may."""
+        places = [(table, table.place) for table in held.tables.values() if table.place is not None]
+        return places if self._may_attach and len(places) == len(held.tables) and boot_id() else []
 
     async def _lookup(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         arrived = time.perf_counter()
@@ -150,6 +187,19 @@ def _gather_piece(piece: Piece, last: bool) -> tuple[wire.ResponseWriter, float]
     writer = wire.ResponseWriter([(piece.table.spec.layer, piece.first, piece.nbytes)], with_times=last)
     piece.table.gather(piece.ids, writer.rows[0])
     return writer, time.perf_counter() - begin
+
+
+def _mapped(table: HeldTable, place: Place) -> pool_pb2.MappedTable:
+    return pool_pb2.MappedTable(
+        layer=table.spec.layer,
+        path=str(place.path),
+        device=place.device,
+        inode=place.inode,
+        size=place.nbytes,
+        row_start=table.row_start,
+        row_stop=table.row_stop,
+        in_memory=place.in_memory,
+    )
 
 
 def _describe(held: HeldModel, include_spec: bool) -> pool_pb2.Model:

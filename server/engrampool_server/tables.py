@@ -12,13 +12,14 @@ import numpy.typing as npt
 import xxhash
 
 from engrampool_proto.errors import BatchError, EngrampoolError
+from engrampool_proto.segment import Identity
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 from engrampool_server.gather import first_outside, gather
 from engrampool_server.hasher import Hasher
 from engrampool_server.machine import Machine
 from engrampool_server.memory import allocate, huge_page_bytes, lock_pages, populate, protect
 from engrampool_server.raw_model import RawModel
-from engrampool_server.segments import Backing, Identity, find_backing, nameless, take
+from engrampool_server.segments import Backing, Place, Segment, find_backing, nameless, take
 from engrampool_server.table_files import Block, PackedModel
 
 # While another server makes the same segment.
@@ -32,11 +33,15 @@ class LoadCancelledError(EngrampoolError):
 
 @dataclass(frozen=True, eq=False)
 class HeldTable:
-    """Rows [row_start, row_start + len(rows)) of a table. rows: uint8 [n, row_bytes], read-only."""
+    """Rows [row_start, row_start + len(rows)) of a table. rows: uint8 [n, row_bytes], read-only.
+
+    place: where others can map them, None where they cannot.
+    """
 
     spec: TableSpec
     rows: npt.NDArray[np.uint8]
     row_start: int = 0
+    place: Place | None = None
 
     @property
     def row_stop(self) -> int:
@@ -84,6 +89,7 @@ def load(
     threads: int,
     stop: threading.Event,
     progress: Callable[[int], None],
+    attach: str = "off",
 ) -> HeldModel:
     """Hold every table in memory of the kind `memory` (a setting): adopted where it lies there already, else read.
 
@@ -92,10 +98,11 @@ def load(
     could not stay for the next start anyway, and other things would have to go for it.
     A checkpoint's tables are always read: what version they are is known only afterwards.
     progress: called with the bytes of each block read or table adopted, from any thread.
+    attach: who may read the memory (a setting), where it is of a kind that others can map.
     Raises TableFileError for damage, CheckpointError, OutOfMemoryError, SegmentError, and LoadCancelledError once
     `stop` is set.
     """
-    backing = find_backing(memory)
+    backing = find_backing(memory, attach=attach)
     drop_cache = Machine.read().available_bytes < 2 * packed.spec.nbytes
     tables = {}
     for spec in packed.spec.tables:
@@ -112,9 +119,10 @@ def load(
             rows = flat.reshape(spec.num_rows, spec.row_bytes)
             fill(rows)
             protect(rows, huge_page_bytes() if memory == "hugetlb" else mmap.PAGESIZE)
+            tables[spec.layer] = HeldTable(spec, rows)
         else:
-            rows = _from_segment(packed, spec, backing, lock, stop, progress, fill)
-        tables[spec.layer] = HeldTable(spec, rows)
+            segment = _segment(packed, spec, backing, lock, stop, progress, fill)
+            tables[spec.layer] = HeldTable(spec, segment.rows, place=segment.place)
     version = packed.version
     assert version is not None
     return HeldModel(packed.spec, version, tables)
@@ -130,7 +138,7 @@ def identities(packed: PackedModel | RawModel) -> list[Identity]:
     ]
 
 
-def _from_segment(
+def _segment(
     packed: PackedModel,
     spec: TableSpec,
     backing: Backing,
@@ -138,7 +146,9 @@ def _from_segment(
     stop: threading.Event,
     progress: Callable[[int], None],
     fill: Callable[[npt.NDArray[np.uint8]], None],
-) -> npt.NDArray[np.uint8]:
+) -> Segment:
+    """The table's segment, adopted or filled."""
+
     def wait() -> None:
         if stop.wait(_POLL_S):
             raise LoadCancelledError("loading was cancelled")
@@ -149,14 +159,14 @@ def _from_segment(
         if lock:
             lock_pages(segment.rows, present=True)
         progress(spec.nbytes)
-        return segment.rows
+        return segment
     try:
         fill(segment.rows)
         segment.finish()
     except BaseException:
         segment.abandon()
         raise
-    return segment.rows
+    return segment
 
 
 def _spot_check(blocks: Sequence[Block], rows: npt.NDArray[np.uint8]) -> bool:

@@ -56,6 +56,7 @@ def test_many_blocks_of_any_size(checkpoint, tmp_path, threads, block_bytes):
 def test_memory_for_segments_is_used_without_a_name(checkpoint, tmp_path):
     (tmp_path / "segments").mkdir()
     held = load_all(RawModel(checkpoint("engram-demo")), f"file:{tmp_path / 'segments'}")
+    assert all(table.place is None for table in held.tables.values())  # there is nothing to map them by
     assert list((tmp_path / "segments").iterdir()) == []
     assert str(tmp_path / "segments") in Path("/proc/self/maps").read_text()
     assert any(table.rows.any() for table in held.tables.values())

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from engrampool_proto.segment import TRAILER_BYTES, Identity
 from engrampool_server import segments as segments_module
 from engrampool_server.commands import segments as segments_command
 from engrampool_server.memory import OutOfMemoryError
 from engrampool_server.segments import (
-    TRAILER_BYTES,
     Backing,
     Found,
-    Identity,
     SegmentError,
+    file_name,
     find_backing,
     free,
     survey,
@@ -194,7 +194,7 @@ DAMAGES = {
 def test_what_is_damaged_is_not_adopted_but_loaded_again(packed, tmp_path, events, damage):
     load_into(tmp_path, packed)
     gc.collect()
-    path = tmp_path / wanted(packed)[0].file_name
+    path = tmp_path / file_name(wanted(packed)[0])
     reason, do = DAMAGES[damage]
     do(path)
     held = load_into(tmp_path, packed)
@@ -211,7 +211,7 @@ def test_what_is_damaged_is_not_adopted_but_loaded_again(packed, tmp_path, event
 def test_an_empty_file_is_no_segment(packed, tmp_path):
     """As left by a start that was killed, or is about to lock it."""
     for identity in wanted(packed):
-        (tmp_path / identity.file_name).touch(0o600)
+        (tmp_path / file_name(identity)).touch(0o600)
     assert right(load_into(tmp_path, packed))
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -220,14 +220,14 @@ def test_a_whole_segment_under_the_name_of_another_is_not_adopted(packed, other,
     load_into(tmp_path, other)
     gc.collect()
     for ours, theirs in zip(wanted(packed), wanted(other), strict=True):
-        (tmp_path / theirs.file_name).rename(tmp_path / ours.file_name)
+        (tmp_path / file_name(theirs)).rename(tmp_path / file_name(ours))
     assert right(load_into(tmp_path, packed))
 
 
 def test_a_damaged_segment_that_a_server_uses_is_an_error_that_says_so(packed, tmp_path, monkeypatch):
     monkeypatch.setattr("engrampool_server.tables._POLL_S", 0.001)
     held = load_into(tmp_path, packed)
-    path = tmp_path / wanted(packed)[0].file_name
+    path = tmp_path / file_name(wanted(packed)[0])
     change_byte(path, 0)
     with pytest.raises(SegmentError, match=f"{path} is damaged, and a running server uses it"):
         load_into(tmp_path, packed)
@@ -307,7 +307,7 @@ def test_a_load_that_fails_leaves_nothing_partial(packed, tmp_path, monkeypatch,
 def test_what_is_not_ours_is_refused_and_not_touched(packed, tmp_path, what):
     (tmp_path / "there").mkdir()
     load_into(tmp_path / "there", packed)
-    name = wanted(packed)[0].file_name
+    name = file_name(wanted(packed)[0])
     directory = tmp_path / "here"
     directory.mkdir()
     path, target = directory / name, tmp_path / "there" / name
@@ -385,7 +385,7 @@ def test_servers_that_start_at_once_share_one_copy(packed, tmp_path, before):
             gc.collect()
         if before == "partial":
             for identity in wanted(packed):
-                (directory / identity.file_name).write_bytes(bytes(identity.nbytes))
+                (directory / file_name(identity)).write_bytes(bytes(identity.nbytes))
         barrier, results, done = context.Barrier(4), context.Queue(), context.Barrier(5)
         processes = [
             context.Process(target=load_at_once, args=(directory, packed, barrier, results, done)) for _ in range(4)
@@ -478,7 +478,7 @@ def whole():
         assert table.rows.tobytes() == expected(layer, np.arange(len(table.rows)))
     found = segments.survey(segments.find_backing(memory))
     assert {one.identity for one in found} == set(wanted), found
-    assert {path.name for path in directory.iterdir()} == {one.file_name for one in wanted}
+    assert {path.name for path in directory.iterdir()} == {segments.file_name(one) for one in wanted}
 
 killed = 0
 for line in range(first, 1 << 30, step):

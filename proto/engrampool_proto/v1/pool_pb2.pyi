@@ -15,16 +15,18 @@ class DescribeRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., include_spec: _Optional[bool] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("models", "limits", "server_version", "direct")
+    __slots__ = ("models", "limits", "server_version", "direct", "attach")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     DIRECT_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     limits: Limits
     server_version: str
     direct: bool
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., direct: _Optional[bool] = ...) -> None: ...
+    attach: bool
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., direct: _Optional[bool] = ..., attach: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_rows_per_request", "max_answer_bytes", "max_in_flight_bytes")
@@ -163,6 +165,44 @@ class OpenDirectResponse(_message.Message):
     ticket: bytes
     valid_ms: int
     def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., unix_path: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_ms: _Optional[int] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("model", "version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("tables", "valid_ms", "boot_id")
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    VALID_MS_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    tables: _containers.RepeatedCompositeFieldContainer[MappedTable]
+    valid_ms: int
+    boot_id: str
+    def __init__(self, tables: _Optional[_Iterable[_Union[MappedTable, _Mapping]]] = ..., valid_ms: _Optional[int] = ..., boot_id: _Optional[str] = ...) -> None: ...
+
+class MappedTable(_message.Message):
+    __slots__ = ("layer", "path", "device", "inode", "size", "row_start", "row_stop", "in_memory")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    INODE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    ROW_START_FIELD_NUMBER: _ClassVar[int]
+    ROW_STOP_FIELD_NUMBER: _ClassVar[int]
+    IN_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    path: str
+    device: int
+    inode: int
+    size: int
+    row_start: int
+    row_stop: int
+    in_memory: bool
+    def __init__(self, layer: _Optional[int] = ..., path: _Optional[str] = ..., device: _Optional[int] = ..., inode: _Optional[int] = ..., size: _Optional[int] = ..., row_start: _Optional[int] = ..., row_stop: _Optional[int] = ..., in_memory: _Optional[bool] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "reason", "text")

@@ -55,6 +55,11 @@ class PoolStub:
                 request_serializer=engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectRequest.SerializeToString,
                 response_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectResponse.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_unary(
+                '/engrampool.v1.Pool/Attach',
+                request_serializer=engrampool__proto_dot_v1_dot_pool__pb2.AttachRequest.SerializeToString,
+                response_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.AttachResponse.FromString,
+                _registered_method=True)
 
 
 class PoolServicer:
@@ -90,6 +95,14 @@ class PoolServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attach(self, request, context):
+        """Lets a caller on the same machine read the tables itself: where they can be mapped, and for how long without asking
+        again (docs/PROTOCOL.md).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +125,11 @@ def add_PoolServicer_to_server(servicer, server):
                     servicer.OpenDirect,
                     request_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectRequest.FromString,
                     response_serializer=engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectResponse.SerializeToString,
+            ),
+            'Attach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.AttachRequest.FromString,
+                    response_serializer=engrampool__proto_dot_v1_dot_pool__pb2.AttachResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +241,33 @@ class Pool:
             '/engrampool.v1.Pool/OpenDirect',
             engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectRequest.SerializeToString,
             engrampool__proto_dot_v1_dot_pool__pb2.OpenDirectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engrampool.v1.Pool/Attach',
+            engrampool__proto_dot_v1_dot_pool__pb2.AttachRequest.SerializeToString,
+            engrampool__proto_dot_v1_dot_pool__pb2.AttachResponse.FromString,
             options,
             channel_credentials,
             insecure,

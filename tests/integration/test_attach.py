@@ -1,0 +1,121 @@
+"""Tables of real server processes, mapped by a client: every worker lets it, and a killed server is outlived."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engrampool_client.attach import AttachLane
+from engrampool_client.exchange import Exchange
+from engrampool_client.grpc_lane import GrpcLane
+from engrampool_client.served import choose
+from engrampool_client.step import Step
+from engrampool_client.testing import serve_process
+from engrampool_proto.v1 import pool_pb2
+from server_fixtures import LIMIT_S, SPEC, eventually, expected, pack, version_of
+
+VALID_MS = 3000
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("attach") / "small")
+
+
+@contextmanager
+def attached(address: str) -> Iterator[AttachLane]:
+    """A lane with shorter leases than the server gives."""
+    grpc_lane = GrpcLane(address)
+    served = choose(grpc_lane.describe(LIMIT_S), None, None)
+
+    def ask(timeout_s: float) -> pool_pb2.AttachResponse:
+        answer = grpc_lane.attach(served.spec.name, served.version, timeout_s)
+        answer.valid_ms = VALID_MS
+        return answer
+
+    lane = AttachLane(ask, served)
+    try:
+        yield lane
+    finally:
+        lane.close()
+        grpc_lane.close()
+
+
+def right(lane: AttachLane) -> bool:
+    """Whether it has every row, and each as it must be."""
+    exchange = Exchange.of_rows(lane._served, {table.layer: np.arange(table.num_rows) for table in SPEC.tables})
+    step = Step(SPEC.layers)
+    if not lane.fetch(exchange, step):
+        return False
+    for table in SPEC.tables:
+        assert step.rows(table.layer).tobytes() == expected(table.layer, np.arange(table.num_rows))
+    return True
+
+
+def test_every_worker_lets_a_client_attach(packed, tmp_path):
+    with serve_process(packed, memory=f"file:{tmp_path}", workers=2) as server:
+
+        def answers() -> list[pool_pb2.AttachResponse]:
+            # The system picks the worker by the connection.
+            lanes = [GrpcLane(server.address) for _ in range(12)]
+            try:
+                return [lane.attach("small", version_of(packed), LIMIT_S) for lane in lanes]
+            finally:
+                for lane in lanes:
+                    lane.close()
+
+        before = answers()
+        assert all(answer == before[0] for answer in before)
+        pids = server.worker_pids()
+        os.kill(pids[0], signal.SIGKILL)  # one that is forked long after loading answers the same
+        eventually(lambda: server.worker_pids()[0] != pids[0], "another worker")
+        os.kill(pids[1], signal.SIGKILL)
+        eventually(lambda: server.worker_pids()[1] != pids[1], "another worker")
+        assert answers() == before
+        with attached(server.address) as lane:
+            assert right(lane)
+
+
+def test_a_server_that_is_killed_is_outlived_for_as_long_as_the_lease(packed, tmp_path):
+    with serve_process(packed, memory=f"file:{tmp_path}", workers=1) as server, attached(server.address) as lane:
+        assert right(lane)
+        server.process.kill()
+        server.process.wait(LIMIT_S)
+        assert right(lane)
+        for path in tmp_path.iterdir():
+            path.unlink()  # as a start for other tables would
+        assert right(lane)
+        eventually(lambda: not lane.attached, "the lease ended")
+        assert not right(lane)
+        with serve_process(packed, memory=f"file:{tmp_path}", workers=1, listen=server.address):
+            eventually(lambda: right(lane), "attached to the next server's tables")
+
+
+def test_a_server_of_another_version_has_nothing_for_this_client(packed, tmp_path):
+    other = pack(tmp_path / "other", change=True)
+    segments = tmp_path / "segments"
+    segments.mkdir()
+    with serve_process(packed, memory=f"file:{segments}", workers=1) as server, attached(server.address) as lane:
+        assert right(lane)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(LIMIT_S)
+        with serve_process(other, memory=f"file:{segments}", workers=1, listen=server.address):
+            eventually(lambda: "is not here" in lane.reason, "refused")
+            assert not right(lane)
+
+
+def test_shm(tmp_path):
+    """In the real /dev/shm, with tables that nobody else has."""
+    packed = pack(tmp_path / "own", replace(SPEC, name=f"test-{os.getpid()}-{time.time_ns()}"))
+    try:
+        with serve_process(packed, memory="shm", workers=1) as server, attached(server.address) as lane:
+            assert right(lane)
+    finally:
+        for layer in SPEC.layers:
+            Path(f"/dev/shm/engrampool-{os.geteuid()}-{version_of(packed)[:16]}-{layer}").unlink(missing_ok=True)
