@@ -1,27 +1,66 @@
-"""The blocking client, for engines that run their steps in threads."""
+"""The client, for engines that run their steps in threads; aio.py has the same for asyncio."""
 
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.attach import AttachLane
+from engrampool_client.breaker import Breaker
+from engrampool_client.cache import HotRows
 from engrampool_client.direct import Direct, DirectLane
-from engrampool_client.errors import EngrampoolError, PoolError, StepCancelledError
-from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, token_batch
+from engrampool_client.errors import (
+    EngrampoolError,
+    FingerprintError,
+    OverloadedError,
+    PoolError,
+    StepCancelledError,
+)
+from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, check_outs, token_batch
 from engrampool_client.grpc_lane import GrpcLane
-from engrampool_client.served import check_fingerprint, choose
-from engrampool_client.settings import SPLIT_ABOVE_BYTES, Retries, check_settings
-from engrampool_client.step import Step
+from engrampool_client.plan import Layout, Plan, Planner
+from engrampool_client.record import Recorder
+from engrampool_client.served import check_fingerprint, check_layout, choose
+from engrampool_client.settings import SPLIT_ABOVE_BYTES, check_settings
+from engrampool_client.speculation import candidates_batch
+from engrampool_client.stats import Stats
+from engrampool_client.step import Step, Valid
+from engrampool_client.workers import Workers
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.malloc import pin_malloc
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.wire import ServerTimes
+
+OnFailure = Literal["raise", "mask"]
+Attach = Literal["auto", "off"]
+
+# Without a cache, smaller batches are asked for as they are: finding their few duplicates costs more than it saves.
+_DEDUPE_TOKENS = 128
+# Batches up to this size are looked for in the cache by the caller of `prefetch` itself: a thread that did it would
+# cost as much again.
+_INLINE_TOKENS = 256
+_PROBE_TIMEOUT_S = 1.0
+
+
+@dataclass(eq=False)
+class _Lookup:
+    """A step and how its rows are had. plan: prepares it. exchange: what is left to be asked for, once prepared."""
+
+    step: Step
+    plan: Callable[[], tuple[Exchange | None, Plan | None]]
+    spin_s: float = 0.0
+    prepared: tuple[Exchange | None, Plan | None] | None = None
+    after: Step | None = None
+    hint_bytes: int = 0
 
 
 class Client:
@@ -30,22 +69,45 @@ class Client:
     target: "host:port" or any gRPC name ("dns:///...", "unix:...").
     model, version: None for the only one that the server holds. The version stays pinned: if the server changes to
         another, lookups fail with UnknownVersionError rather than mix the two.
-    hashing: "local" sends row ids, "server" sends tokens.
     config, tokenizer: this side's config.json and tokenizer.json; if given, the served tables must fit them.
-    timeout_s: bound on each lookup. connect_timeout_s: bound on connecting, a server that is still loading included.
-    retry_s: how long, from the moment a connection broke, lookups go on asking; later ones fail at once until one is
-        answered again. 0 never asks twice.
+
+    What is asked for:
+
+    hashing: "local" sends row ids, "server" sends tokens, of which nothing is deduplicated or cached.
+    heads: (start, stop): only these columns of every table, as a tensor-parallel rank needs; rows then have
+        stop - start heads. None for all.
+    dedupe: ask for the rows of an n-gram once a lookup, however many tokens have it. With a cache that is always so.
+    cache_bytes: keep rows of so many bytes, index included, for later lookups; 0 keeps none.
+    warm: a file that `save_cache` wrote, mapped read-only and shared by all processes of a host that name it.
+    hint_bytes: rows that hints may ask for at once, in bytes; a hint beyond that is dropped.
+
+    When:
+
+    timeout_s: a step's deadline, from `prefetch` on, unless it is given another.
+    on_failure: "raise" what a lookup failed with where its rows are wanted; or "mask": give zeros for tokens whose rows
+        are missing, and say by `Step.valid` which have theirs.
+    breaker_failures: after so many lookups in a row that found the server unreachable or silent, lookups fail at once
+        until a probe in the background is answered; 0 never.
+    retry_s: how long, from the moment a connection broke, lookups go on asking. 0 never asks twice.
+    connect_timeout_s: bound on connecting, a server that is still loading included.
     max_steps: prefetches worked on at once; further ones wait for a place, not their callers.
-    connections: to the server; large lookups by local hashing or by row ids are split over them.
+    max_pending_bytes: rows of prefetches that have not ended; `prefetch` raises OverloadedError beyond.
+
+    How:
+
+    connections: to the server; large lookups by row ids are split over them.
+    attach: "auto" reads the server's memory where it is this host's and the server allows it; "off" never.
     direct: "auto" looks up over plain sockets where the server has a direct lane, and over gRPC where it has none or
         its port cannot be reached; "off" always over gRPC.
     spin_s: over the direct lane, how long `lookup` and `lookup_rows` look for the answer without sleeping, where
         answers come as soon as that: what waking up takes is saved, and a processor is busy meanwhile. 0 never.
     keep_memory: have the C library keep freed memory for the next answer, for this whole process (see
         `engrampool_proto.malloc`); the process stays as large as it was at its peak.
+    record: a file to write the row ids of every lookup to, for `engrampool doctor`. N-grams can be worked out from
+        them: treat it as you would the text.
 
     Raises on construction UnavailableError, UnknownModelError, UnknownVersionError, FingerprintError, SpecError,
-    ProtocolError.
+    ProtocolError, CacheFileError, RecordError.
     """
 
     def __init__(
@@ -54,40 +116,84 @@ class Client:
         model: str | None = None,
         version: str | None = None,
         *,
-        hashing: Hashing = "local",
         config: str | Path | None = None,
         tokenizer: str | Path | None = None,
+        hashing: Hashing = "local",
+        heads: tuple[int, int] | None = None,
+        dedupe: bool = True,
+        cache_bytes: int = 0,
+        warm: str | Path | None = None,
+        hint_bytes: int = 8 << 20,
         timeout_s: float = 10.0,
-        connect_timeout_s: float = 10.0,
+        on_failure: OnFailure = "raise",
+        breaker_failures: int = 3,
         retry_s: float = 1.0,
+        connect_timeout_s: float = 10.0,
         max_steps: int = 4,
+        max_pending_bytes: int = 2 << 30,
         connections: int = 1,
+        attach: Attach = "auto",
         direct: Direct = "auto",
         spin_s: float = 300e-6,
         keep_memory: bool = True,
+        record: str | Path | None = None,
     ) -> None:
-        check_settings(hashing, timeout_s, connect_timeout_s, max_steps, retry_s, connections)
-        if direct not in ("auto", "off"):
-            raise ValueError(f"direct must be 'auto' or 'off', not {direct!r}")
-        if not 0 <= spin_s <= 1:
-            raise ValueError(f"spin_s must be 0 to 1; it is {spin_s}")
+        plain = hashing == "server"
+        check_settings(
+            one_of={
+                "hashing": (hashing, ("local", "server")),
+                "on_failure": (on_failure, ("raise", "mask")),
+                "attach": (attach, ("auto", "off")),
+                "direct": (direct, ("auto", "off")),
+            },
+            positive={
+                "timeout_s": timeout_s,
+                "connect_timeout_s": connect_timeout_s,
+                "max_steps": max_steps,
+                "max_pending_bytes": max_pending_bytes,
+                "connections": connections,
+            },
+            not_negative={
+                "retry_s": retry_s,
+                "spin_s": spin_s,
+                "cache_bytes": cache_bytes,
+                "hint_bytes": hint_bytes,
+                "breaker_failures": breaker_failures,
+            },
+            local_only={"heads": heads, "cache_bytes": cache_bytes, "warm": warm} if plain else {},
+        )
         if keep_memory:
             pin_malloc()
-        self.target, self._hashing, self._timeout_s = target, hashing, timeout_s
-        self._retries = Retries(retry_s)
-        self._spin_s = spin_s
+        self.target, self._hashing, self._timeout_s, self._spin_s = target, hashing, timeout_s, spin_s
+        self._masks = on_failure == "mask"
+        self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes
         self._closing = threading.Event()
         self._lanes = [GrpcLane(target) for _ in range(connections)]
         self._direct: DirectLane | None = None
+        self._attach: AttachLane | None = None
+        self._recorder: Recorder | None = None
         try:
             self.served = choose(self._lanes[0].describe(connect_timeout_s), model, version)
             check_fingerprint(self.served.spec, config, tokenizer)
+            self._layout = Layout(self.served.spec, _columns(self.served.spec, heads))
+            self.cache = HotRows(cache_bytes, self._layout.entry_bytes) if cache_bytes else None
+            opened = None if warm is None else HotRows.open(Path(warm), self.version, self._layout.to_json())
+            self._planner = None
+            if not plain and (dedupe or self.cache or opened):
+                self._planner = Planner(self.served, self._layout, self.cache, opened)
+            if attach == "auto" and self.served.attach:
+                name, version = self.spec.name, self.version
+                self._attach = AttachLane(partial(self._lanes[0].attach, name, version), self.served)
             if direct == "auto" and self.served.direct:
                 self._direct = DirectLane(self._lanes[0].open_direct, target, max_steps * connections)
+            if record is not None:
+                self._recorder = Recorder(Path(record), self.spec, self.version)
         except BaseException:
             self._close_lanes()
             raise
-        self._threads = ThreadPoolExecutor(max_steps, "engrampool")
+        self.stats = Stats(self.spec.layers)
+        self._breaker = Breaker(retry_s, breaker_failures, self._probe, self.stats.opened, target)
+        self._workers = Workers(max_steps, "engrampool")
         # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
         self._parts = ThreadPoolExecutor(max(1, max_steps * (connections - 1)), "engrampool-part")
 
@@ -101,6 +207,23 @@ class Client:
         """The pinned version."""
         return self.served.version
 
+    @property
+    def attached(self) -> bool:
+        """Whether lookups read the server's memory, now."""
+        return self._attach is not None and self._attach.attached
+
+    @property
+    def direct(self) -> bool:
+        """Whether the next lookup that is not read from attached memory finds a connection of the direct lane."""
+        return self._direct is not None and self._direct.open
+
+    @property
+    def breaker_open(self) -> bool:
+        """Whether lookups fail at once, as the server is away."""
+        return self._breaker.is_open
+
+    # --- lookups
+
     def prefetch(
         self,
         tokens: IntArray,
@@ -112,6 +235,7 @@ class Client:
         layers: Sequence[int] | None = None,
         out: Out | None = None,
         timeout_s: float | None = None,
+        ahead: bool = False,
     ) -> Step:
         """Start the lookup of a batch's rows for `layers` (all by default) and return at once.
 
@@ -120,24 +244,37 @@ class Client:
         bool [R, <= n - 1]: tokens outside any n-gram. The arrays are copied.
 
         out: layer -> uint8 [T, heads, row_bytes], C-contiguous and writable (pinned memory, say): the layer's rows are
-        written there, as they come, until the step is done. Layers without one get arrays of the client's.
+        written there, as they come, until the step is done. Or layer -> {segment: uint8 [T, heads, its bytes]}: these
+        segments of the rows (of V4.1 "values" and "scales") are written apart. Layers without any get arrays of the
+        client's.
 
-        Raises BatchError for arrays that do not fit together and SpecError for an unknown layer. What takes longer to
-        find out (a token id out of range, a batch over the server's limits, a failed call) is raised by `Step.rows`.
+        timeout_s: the step's deadline, from now on. ahead: the step is for later, as chunks of a prompt that has just
+        arrived are: steps without it overtake it.
+
+        Raises BatchError for arrays that do not fit together, SpecError for an unknown layer, OverloadedError for more
+        than `max_pending_bytes`. What takes longer to find out (a token id out of range, a batch over the server's
+        limits, a failed call) is raised by `Step.rows`.
         """
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._submit(*self._by_tokens(batch, layers, out), timeout_s)
+        lookup = self._by_tokens(batch, layers, out, timeout_s, bounded=True)
+        return self._submit(lookup, ahead, batch.num_tokens <= _INLINE_TOKENS)
 
     def prefetch_rows(
-        self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
+        self,
+        rows: Mapping[int, npt.NDArray[Any]],
+        *,
+        out: Out | None = None,
+        timeout_s: float | None = None,
+        ahead: bool = False,
     ) -> Step:
         """Start the lookup of rows by id: layer -> integer array of any shape; `Step.rows` gives [*shape, row_bytes].
 
-        For engines that hash themselves. out: as for `prefetch`, of these shapes.
+        For engines that hash themselves. Ids [..., heads], as hashing gives them, are deduplicated and cached.
+        out, timeout_s, ahead: as for `prefetch`; out of these shapes.
         Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
         owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in rows.items()}
-        return self._submit(*self._by_rows(owned, out), timeout_s)
+        return self._submit(self._by_rows(owned, out, timeout_s, bounded=True), ahead, False)
 
     def lookup(
         self,
@@ -153,64 +290,261 @@ class Client:
     ) -> dict[int, Rows]:
         """`prefetch` and wait, in the caller's own thread: layer -> uint8 [T, heads, row_bytes]."""
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._wait_for(*self._by_tokens(batch, layers, out), timeout_s)
+        return self._wait_for(self._by_tokens(batch, layers, out, timeout_s))
 
     def lookup_rows(
         self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
     ) -> dict[int, Rows]:
         """`prefetch_rows` and wait, in the caller's own thread: layer -> uint8 [*ids.shape, row_bytes]."""
-        return self._wait_for(*self._by_rows(rows, out), timeout_s)
+        return self._wait_for(self._by_rows(rows, out, timeout_s))
 
-    def _by_tokens(
-        self, batch: TokenBatch, layers: Sequence[int] | None, out: Out | None
-    ) -> tuple[Step, Callable[[], Exchange]]:
-        wanted = self.spec.layers if layers is None else layers
-        step = Step(sorted({self.spec.table(layer).layer for layer in wanted}))
-        return step, lambda: Exchange.of_tokens(self.served, batch, step.layers, self._hashing, out)
+    def amend(
+        self,
+        step: Step,
+        tokens: IntArray,
+        query_start_loc: IntArray | None = None,
+        lookback: IntArray | None = None,
+        dead: npt.ArrayLike | None = None,
+        lookback_dead: npt.ArrayLike | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        out: Out | None = None,
+        timeout_s: float | None = None,
+    ) -> Step:
+        """Start a step in place of `step`, whose tokens turned out to be others, as when drafts are rejected.
 
-    def _by_rows(self, rows: Mapping[int, npt.NDArray[Any]], out: Out | None) -> tuple[Step, Callable[[], Exchange]]:
-        step = Step(sorted(self.spec.table(layer).layer for layer in rows))
-        return step, lambda: Exchange.of_rows(self.served, rows, out)
+        With a cache, rows of the old step that are on their way are let in first, so that only what changed is asked
+        for. Without one the old step is cancelled. Either way it is not to be used any more, nor are its `out` arrays
+        until the new step is done. Arguments and errors are those of `prefetch`.
+        """
+        batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
+        if self.cache is None or step._working is None:
+            step.cancel()
+        lookup = self._by_tokens(batch, layers, out, timeout_s, bounded=True)
+        lookup.after = step
+        return self._submit(lookup, False, step.done() and batch.num_tokens <= _INLINE_TOKENS)
 
-    def _submit(self, step: Step, build: Callable[[], Exchange], timeout_s: float | None) -> Step:
-        try:
-            self._threads.submit(self._run, step, build, self._deadline(timeout_s), 0.0)
-        except RuntimeError as error:
-            raise PoolError("the client is closed") from error
+    def dummy(self, num_tokens: int, *, layers: Sequence[int] | None = None, out: Out | None = None) -> Step:
+        """A step of `num_tokens` whose rows are zero and whose tokens are not valid; no server is asked.
+
+        For an engine's warm-up, profiling and padding runs. Raises BatchError, SpecError.
+        """
+        wanted = self._layers(layers)
+        shapes = self._shapes(num_tokens, wanted)
+        check_outs(self.spec, out or {}, shapes)
+        step, blank = Step(wanted), self._blank(shapes, out)
+        for layer in wanted:
+            step._rows[layer], step._valid[layer] = blank(layer)
+        step._end(None)
         return step
 
-    def _wait_for(self, step: Step, build: Callable[[], Exchange], timeout_s: float | None) -> dict[int, Rows]:
+    # --- checks for engines that hash themselves
+
+    def verify(
+        self,
+        rows: Mapping[int, npt.NDArray[Any]],
+        tokens: IntArray,
+        query_start_loc: IntArray | None = None,
+        lookback: IntArray | None = None,
+        dead: npt.ArrayLike | None = None,
+        lookback_dead: npt.ArrayLike | None = None,
+    ) -> None:
+        """Compare an engine's row ids, [T, heads] a layer, with those that are hashed here of the same batch.
+
+        Raises FingerprintError naming the first that differs in each layer, BatchError, SpecError.
+        """
+        batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
+        differences = []
+        for layer, ours in self.spec.hash(batch, list(rows)).items():
+            mine, theirs = ours[:, self._layout.columns(self.spec.table(layer))], rows[layer]
+            if theirs.shape != mine.shape:
+                differences.append(f"layer {layer}: row ids {list(mine.shape)} here, {list(theirs.shape)} there")
+                continue
+            where = np.argwhere(mine != theirs)
+            if len(where):
+                token, head = map(int, where[0])
+                differences.append(
+                    f"layer {layer}: {len(where)} of {mine.size} row ids, the first of token {token}, head {head}: "
+                    f"{mine[token, head]} here, {theirs[token, head]} there"
+                )
+        if differences:
+            raise FingerprintError(differences)
+
+    def check_layout(
+        self, head_sizes: Mapping[int, Sequence[int]], row_bytes: int, token_map: npt.ArrayLike | None = None
+    ) -> None:
+        """Refuse a server whose tables are not laid out as the engine's are, before the first lookup.
+
+        head_sizes: layer -> rows of each head, in the order of columns. token_map: int32 [vocabulary], the id that each
+        token is hashed as, None for a model without one. Raises FingerprintError listing what differs.
+        """
+        check_layout(self.spec, head_sizes, row_bytes, token_map)
+
+    def save_cache(self, path: str | Path, max_bytes: int | None = None) -> None:
+        """Write the hottest rows of the cache to a file for `warm`, at most `max_bytes` of it.
+
+        Raises ValueError without a cache, OSError.
+        """
+        if self.cache is None:
+            raise ValueError("this client has no cache to save; make it with cache_bytes")
+        self.cache.save(Path(path), self.version, self._layout.to_json(), max_bytes)
+
+    # --- from batches to lookups
+
+    def _layers(self, layers: Sequence[int] | None) -> list[int]:
+        wanted = self.spec.layers if layers is None else layers
+        return sorted({self.spec.table(layer).layer for layer in wanted})
+
+    def _shapes(self, num_tokens: int, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        shapes: dict[int, tuple[int, ...]] = {}
+        for table in map(self.spec.table, layers):
+            columns = self._layout.columns(table)
+            shapes[table.layer] = (num_tokens, columns.stop - columns.start, table.row_bytes)
+        return shapes
+
+    def _step(
+        self,
+        layers: Sequence[int],
+        shapes: Mapping[int, tuple[int, ...]],
+        out: Out | None,
+        timeout_s: float | None,
+        bounded: bool,
+    ) -> Step:
+        """A step that counts. bounded: it counts among those that `max_pending_bytes` is for."""
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        nbytes = sum(int(np.prod(shape)) for shape in shapes.values())
+        step = Step(layers, deadline, self._blank(shapes, out) if self._masks else None, self.stats, nbytes)
+        if not self.stats.began(nbytes, self._max_pending_bytes if bounded else None):
+            raise OverloadedError(
+                f"{self.stats.pending_bytes} bytes of rows are pending in this client, of max_pending_bytes "
+                f"{self._max_pending_bytes}; wait for steps to end, or cancel some",
+                "client-full",
+            )
+        return step
+
+    def _by_tokens(
+        self,
+        batch: TokenBatch,
+        layers: Sequence[int] | None,
+        out: Out | None,
+        timeout_s: float | None,
+        bounded: bool = False,
+    ) -> _Lookup:
+        wanted = self._layers(layers)
+        shapes = self._shapes(batch.num_tokens, wanted)
+        check_outs(self.spec, out or {}, shapes)
+        step = self._step(wanted, shapes, out, timeout_s, bounded)
+        if self.cache is not None:
+            step._hint = lambda candidates, chain: self._hint(batch, candidates, chain)
+        if self._recorder is not None:
+            self._recorder.tokens(batch, wanted)
+
+        def plan() -> tuple[Exchange | None, Plan | None]:
+            if (planner := self._planner_for(batch.num_tokens)) is not None:
+                planned = planner.of_tokens(step, batch, wanted, out)
+                return planned.exchange, planned
+            heads = self._layout.heads
+            return Exchange.of_tokens(self.served, batch, wanted, self._hashing, out, heads, step._writing), None
+
+        return _Lookup(step, plan)
+
+    def _by_rows(
+        self, rows: Mapping[int, npt.NDArray[Any]], out: Out | None, timeout_s: float | None, bounded: bool = False
+    ) -> _Lookup:
+        wanted = sorted(self.spec.table(layer).layer for layer in rows)
+        # What is no array is refused where the ids are looked at.
+        shapes = {layer: (*np.shape(rows[layer]), self.spec.table(layer).row_bytes) for layer in wanted}
+        check_outs(self.spec, out or {}, shapes)
+        step = self._step(wanted, shapes, out, timeout_s, bounded)
+        if self._recorder is not None:
+            self._recorder.rows(rows)
+
+        def plan() -> tuple[Exchange | None, Plan | None]:
+            num_tokens = max(len(rows[layer]) if np.ndim(rows[layer]) else 0 for layer in wanted)
+            planner = self._planner_for(num_tokens)
+            planned = None if planner is None else planner.of_rows(step, rows, out)
+            if planned is not None:
+                return planned.exchange, planned
+            return Exchange.of_rows(self.served, rows, out, step._writing), None
+
+        return _Lookup(step, plan)
+
+    def _planner_for(self, num_tokens: int) -> Planner | None:
+        """What plans a lookup of that size; None for one that is asked for as it is."""
+        planner = self._planner
+        if planner is None or self.attached:
+            return None
+        return planner if planner.has_cache or num_tokens >= _DEDUPE_TOKENS else None
+
+    def _blank(self, shapes: Mapping[int, tuple[int, ...]], out: Out | None) -> Callable[[int], tuple[Rows, Valid]]:
+        def blank(layer: int) -> tuple[Rows, Valid]:
+            shape, given = shapes[layer], (out or {}).get(layer)
+            if isinstance(given, Mapping):
+                for array in given.values():
+                    array[:] = 0
+            elif given is not None:
+                given[:] = 0
+            rows = given if isinstance(given, np.ndarray) else np.zeros(shape, np.uint8)
+            if rows is not given:
+                rows.flags.writeable = False
+            return rows, np.zeros(shape[:-2] if len(shape) > 2 else shape[:1], np.bool_)
+
+        return blank
+
+    # --- running them
+
+    def _submit(self, lookup: _Lookup, ahead: bool, inline: bool) -> Step:
+        """Have it run in a thread; what the cache holds whole is done at once, if it is a matter of microseconds."""
+        cache = self.cache
+        # Not where the caller might have to wait: for the lock, or for a disk that a warm-up file lies on.
+        at_hand = cache is not None and self._planner is not None and self._planner.warm is None and not self.attached
+        if inline and at_hand and not self._closing.is_set() and cache is not None and not cache.lock.locked():
+            self._run(lookup, inline=True)
+            if lookup.step.done():
+                return lookup.step
+        if not self._workers.submit(lambda: self._run(lookup), ahead):
+            closed = PoolError("the client is closed")
+            lookup.step._end(closed)
+            raise closed
+        return lookup.step
+
+    def _wait_for(self, lookup: _Lookup) -> dict[int, Rows]:
         if self._closing.is_set():
-            raise PoolError("the client is closed")
-        self._run(step, build, self._deadline(timeout_s), self._spin_s)
-        return {layer: step.rows(layer) for layer in step.layers}
+            closed = PoolError("the client is closed")
+            lookup.step._end(closed)
+            raise closed
+        lookup.spin_s = self._spin_s
+        self._run(lookup)
+        return {layer: lookup.step.rows(layer) for layer in lookup.step.layers}
 
-    def _deadline(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+    def _run(self, lookup: _Lookup, inline: bool = False) -> None:
+        """Plan, ask, take the answer in: in a thread of the client's, or in that of a caller who waits.
 
-    def _run(self, step: Step, build: Callable[[], Exchange], deadline: float, spin_s: float) -> None:
-        """Hash, send, take the answer in: in a thread of the pool, or in that of a caller who waits."""
+        inline: only as far as it goes without asking.
+        """
+        step = lookup.step
         try:
             if self._closing.is_set():
                 step.cancel()
-            if step.done():  # cancelled while it waited for a place
+            if step.done():  # cancelled while it waited for a place, or too late
                 return
-            exchange = build()
-            step._arrived(exchange.whole(exchange.empty_layers()))
-            split = exchange.answer_bytes > SPLIT_ABOVE_BYTES
-            parts = exchange.split(len(self._lanes)) if split else [exchange]
-            others = [
-                self._parts.submit(self._fetch, lane, part, deadline, step, 0.0)
-                for lane, part in zip(self._lanes[1:], parts[1:], strict=False)
-            ]
-            try:
-                self._fetch(self._lanes[0], parts[0], deadline, step, spin_s)
-            finally:  # whatever became of the first, nothing is written once the step has ended
-                for other in others:
-                    other.exception()
-            for other in others:
-                other.result()
-            step._end(None, _slowest([part.times for part in parts if part.times is not None]))
+            step._set_working(True)
+            if lookup.after is not None:
+                lookup.after._await_worker(step.deadline)
+            if lookup.prepared is None:
+                lookup.prepared = lookup.plan()
+            exchange, plan = lookup.prepared
+            if exchange is not None:
+                if inline:
+                    self._breaker.check()
+                    return
+                self._ask(exchange, step, lookup.spin_s)
+            if plan is not None:
+                for source, nbytes in plan.sources.items():
+                    self.stats.came(source, nbytes)
+            step._end(None, None if exchange is None else exchange.times)
+            if plan is not None:
+                plan.keep()  # afterwards: nobody need wait for it
         except EngrampoolError as error:
             closed = StepCancelledError("the client was closed")
             step._end(closed if self._closing.is_set() and isinstance(error, PoolError) else error)
@@ -220,37 +554,106 @@ class Client:
                 return
             step._end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise
+        finally:
+            step._set_working(False if step.done() else None)
 
-    def _fetch(self, lane: GrpcLane, exchange: Exchange, deadline: float, step: Step, spin_s: float) -> None:
+    def _ask(self, exchange: Exchange, step: Step, spin_s: float) -> None:
+        """Have every row of the exchange come, over several connections if it is a large one."""
+        step._arrived(exchange.whole(exchange.empty_layers()))
+        split = exchange.answer_bytes > SPLIT_ABOVE_BYTES and not self.attached
+        parts = exchange.split(len(self._lanes)) if split else [exchange]
+        others = [
+            self._parts.submit(self._fetch, lane, part, step, 0.0)
+            for lane, part in zip(self._lanes[1:], parts[1:], strict=False)
+        ]
+        try:
+            self._fetch(self._lanes[0], parts[0], step, spin_s)
+        finally:  # whatever became of the first, nothing is written once the step has ended
+            for other in others:
+                other.exception()
+        for other in others:
+            other.result()
+        if len(parts) > 1:
+            exchange.times = _slowest([part.times for part in parts if part.times is not None])
+
+    def _fetch(self, lane: GrpcLane, exchange: Exchange, step: Step, spin_s: float) -> None:
         """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
+        nbytes = exchange.answer_bytes
         for attempt in count():
             try:
-                if self._direct is None or not self._direct.fetch(exchange, deadline, step, spin_s):
-                    lane.fetch(exchange, max(0.0, deadline - time.monotonic()), step)
-                self._retries.succeeded()
-                return
+                if self._attach is not None and self._attach.fetch(exchange, step):
+                    self.stats.came("attached", nbytes)
+                    return
+                self._breaker.check()
+                if self._direct is None or not self._direct.fetch(exchange, step.deadline, step, spin_s):
+                    lane.fetch(exchange, max(0.0, step.deadline - time.monotonic()), step)
+                break
             except PoolError as error:
-                pause_s = self._retries.pause_s(error, attempt)
-                if pause_s is None or time.monotonic() + pause_s >= deadline or step.given_up():
+                pause_s = self._breaker.pause_s(error, attempt)
+                if pause_s is None or time.monotonic() + pause_s >= step.deadline or step.given_up():
+                    # Whoever waits for a step may have given it up just before the call itself did.
+                    self._breaker.failed(step.error or error)
                     raise
                 if self._closing.wait(pause_s):
                     raise
+                self.stats.retried()
                 exchange.restart()
                 if exchange.complete:  # only the end of the answer was lost
-                    return
+                    break
+        self._breaker.succeeded()
+        self.stats.came("wire", nbytes)
+
+    def _probe(self) -> None:
+        """Ask for one row, over gRPC. Raises PoolError."""
+        layer = self.spec.layers[0]
+        exchange = Exchange.of_rows(self.served, {layer: np.zeros(1, np.uint32)})
+        self._lanes[0].fetch(exchange, _PROBE_TIMEOUT_S, Step([layer]))
+
+    # --- speculation
+
+    def _hint(self, batch: TokenBatch, candidates: npt.ArrayLike, chain: bool) -> bool:
+        """As `Step.hint`."""
+        guessed = candidates_batch(batch, candidates, chain, self.spec)
+        layers = list(self.spec.layers)
+        nbytes = sum(int(np.prod(shape)) for shape in self._shapes(guessed.num_tokens, layers).values())
+        if not self.stats.hint_began(nbytes, self._hint_limit_bytes):
+            return False
+        step = Step(layers, time.monotonic() + self._timeout_s)
+
+        def run() -> None:
+            asked = 0
+            try:
+                assert self._planner is not None
+                plan = self._planner.of_tokens(step, guessed, layers, wanted=False)
+                if plan.exchange is not None:
+                    asked = plan.exchange.answer_bytes
+                    self._ask(plan.exchange, step, 0.0)
+                    plan.keep(hinted=True)
+                step._end(None)
+            except EngrampoolError as error:  # nobody waits for it
+                step._end(error)
+            finally:
+                self.stats.hint_ended(nbytes, asked, step.error is None)
+
+        if self.attached or not guessed.num_tokens or not self._workers.submit(run):
+            self.stats.hint_ended(nbytes, 0, True)
+            return False
+        return True
 
     def close(self) -> None:
         """End the connections; steps under way fail with StepCancelledError or UnavailableError."""
         self._closing.set()
+        self._breaker.close()
         self._close_lanes()
-        self._threads.shutdown(wait=True)
+        self._workers.close()
         self._parts.shutdown(wait=True)
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _close_lanes(self) -> None:
-        if self._direct is not None:
-            self._direct.close()
-        for lane in self._lanes:
-            lane.close()
+        for lane in (self._attach, self._direct, *self._lanes):
+            if lane is not None:
+                lane.close()
 
     def __enter__(self) -> Self:
         return self
@@ -259,6 +662,16 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _columns(spec: ModelSpec, heads: tuple[int, int] | None) -> slice | None:
+    if heads is None:
+        return None
+    start, stop = heads
+    fewest = min(table.heads for table in spec.tables)
+    if not 0 <= start < stop <= fewest:
+        raise ValueError(f"heads must be (start, stop) within 0 .. {fewest}, not empty; it is {heads}")
+    return slice(start, stop)
 
 
 def _slowest(times: Sequence[ServerTimes]) -> ServerTimes | None:

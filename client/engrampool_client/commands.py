@@ -46,7 +46,7 @@ def lookup(
     as_json: bool,
 ) -> None:
     """Fetch the rows of a token sequence: uint8 [T, heads, row_bytes], one array a layer, named layer_L."""
-    ids = _read_tokens(tokens)
+    ids = read_tokens(tokens)
     settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
     with Client(server, name, version, hashing=hashing, **settings) as pool:  # type: ignore[arg-type]
         begin = time.perf_counter()
@@ -85,7 +85,7 @@ def rows(
     else:
         assert directory is not None
         spec = _packed_spec(directory)
-    ids = _read_tokens(tokens)
+    ids = read_tokens(tokens)
     hashed = {f"layer_{layer}": array for layer, array in spec.hash(TokenBatch.of(ids)).items()}
     _write(out, hashed)
     _report({"model": spec.name, "spec_digest": spec.digest, **_shapes(ids, hashed), "out": str(out)}, as_json)
@@ -102,7 +102,8 @@ def _packed_spec(directory: Path) -> ModelSpec:
         raise EngrampoolError(f"{manifest} cannot be read as a packed model's manifest: {error}") from error
 
 
-def _read_tokens(path: Path) -> npt.NDArray[np.int32]:
+def read_tokens(path: Path) -> npt.NDArray[np.int32]:
+    """One sequence of token ids, [T], from a .npy file. Raises BatchError."""
     try:
         tokens = np.load(path, allow_pickle=False)
     except OSError as error:

@@ -54,6 +54,11 @@ class DirectLane:
         self._opener = ThreadPoolExecutor(1, "engrampool-direct")
         self._connect()  # here and now, so that the first lookup finds a connection
 
+    @property
+    def open(self) -> bool:
+        """Whether it has a connection."""
+        return bool(self._open)
+
     def fetch(self, exchange: Exchange, deadline: float, step: Step, spin_s: float = 0.0) -> bool:
         """Ask, and take the whole answer in; `step` is told of layers as they complete.
 

@@ -2,7 +2,8 @@
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,11 +16,14 @@ from engrampool_client.served import ServedModel
 from engrampool_proto import wire
 from engrampool_proto.errors import BatchError, WireError
 from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.spec import ModelSpec, TableSpec
 
 Hashing = Literal["local", "server"]
 IntArray = npt.ArrayLike
 Rows = npt.NDArray[np.uint8]
-Out = Mapping[int, Rows]
+Writing = Callable[[], AbstractContextManager[None]]
+# By layer: an array for its rows, or one for each of some segments of them.
+Out = Mapping[int, Rows | Mapping[str, Rows]]
 
 
 def token_batch(
@@ -59,21 +63,28 @@ class Exchange:
     Not thread-safe: one thread adds, and a layer's rows are read after `add` or `placed` said it is complete.
 
     out: layer -> uint8 array of the layer's shape, C-contiguous and writable, that its rows are written into; a layer
-    without one gets an array of ours. Raises BatchError for an `out` that does not fit.
+    without one gets an array of ours.
+    deliver: makes of a layer's rows, once they are complete, what `rows` gives; by default the rows themselves.
+    Raises RejectedError for more than the server's limits.
     """
 
     def __init__(
-        self, asked: wire.LookupRequest, shapes: Mapping[int, tuple[int, ...]], out: Out | None = None
+        self,
+        served: ServedModel,
+        asked: wire.LookupRequest,
+        shapes: Mapping[int, tuple[int, ...]],
+        out: Mapping[int, Rows] | None = None,
+        deliver: Callable[[int, Rows], Rows] | None = None,
     ) -> None:
-        self._asked = asked
+        _check_limits(served, shapes)
+        self._served, self._asked = served, asked
         self.shapes = dict(shapes)
         self.times: wire.ServerTimes | None = None
         self._sizes = {layer: math.prod(shape) for layer, shape in self.shapes.items()}
         self.answer_bytes = sum(self._sizes.values())
         self._have = dict.fromkeys(self._sizes, 0)
         self._out = dict(out or {})
-        for layer, array in self._out.items():
-            _check_out(layer, array, self.shapes)
+        self._deliver = deliver
         self._rows: dict[int, Rows] = {layer: np.empty(0, np.uint8) for layer in self.empty_layers()}
         self._rows.update({layer: array.reshape(-1) for layer, array in self._out.items()})
         self._whole: _Whole | None = None
@@ -83,6 +94,11 @@ class Exchange:
         """The LookupRequest's bytes."""
         return wire.encode_request(self._asked)
 
+    @property
+    def asked_tables(self) -> tuple[tuple[int, wire.Ids], ...] | None:
+        """(layer, row ids [N]) that are asked for; None if tokens are."""
+        return self._asked.tables if self._asked.tokens is None else None
+
     @classmethod
     def of_tokens(
         cls,
@@ -91,28 +107,62 @@ class Exchange:
         layers: Sequence[int],
         hashing: Hashing,
         out: Out | None = None,
+        heads: slice | None = None,
+        writing: Writing = nullcontext,
     ) -> "Exchange":
-        """Every token's rows: [T, heads, row_bytes] a layer, ascending. Raises BatchError, SpecError, RejectedError."""
+        """Every token's rows: [T, heads, row_bytes] a layer, ascending. heads: only these columns, hashed here.
+
+        writing: within this, segments are written into the caller's arrays.
+        Raises BatchError, SpecError, RejectedError.
+        """
         spec = served.spec
+        if hashing == "local":
+            rows = spec.hash(batch, layers)
+            if heads is not None:
+                rows = {layer: ids[:, heads] for layer, ids in rows.items()}
+            return cls.of_rows(served, rows, out, writing)
         tables = [spec.table(layer) for layer in layers]
         shapes = {table.layer: (batch.num_tokens, table.heads, table.row_bytes) for table in tables}
-        _check_limits(served, shapes)
-        if hashing == "server":
-            batch.check_tokens(spec.vocab_size, spec.lookback)
-            return cls(wire.LookupRequest(spec.name, served.version, (), batch, tuple(layers)), shapes, out)
-        ids = tuple((layer, rows.reshape(-1)) for layer, rows in spec.hash(batch, layers).items())
-        return cls(wire.LookupRequest(spec.name, served.version, ids), shapes, out)
+        batch.check_tokens(spec.vocab_size, spec.lookback)
+        asked = wire.LookupRequest(spec.name, served.version, (), batch, tuple(layers))
+        return cls._plain(served, asked, shapes, out, writing)
 
     @classmethod
-    def of_rows(cls, served: ServedModel, rows: Mapping[int, npt.NDArray[Any]], out: Out | None = None) -> "Exchange":
+    def of_rows(
+        cls,
+        served: ServedModel,
+        rows: Mapping[int, npt.NDArray[Any]],
+        out: Out | None = None,
+        writing: Writing = nullcontext,
+    ) -> "Exchange":
         """Ask for rows by id: [*ids.shape, row_bytes] a layer. Raises BatchError, SpecError, RejectedError."""
         tables, shapes = [], {}
         for layer in sorted(rows):
             table, ids = served.spec.table(layer), rows[layer]
-            tables.append((layer, _row_ids(layer, ids, table.num_rows, table.id_dtype)))
+            tables.append((layer, row_ids(table, ids).reshape(-1)))
             shapes[layer] = (*ids.shape, table.row_bytes)
-        _check_limits(served, shapes)
-        return cls(wire.LookupRequest(served.spec.name, served.version, tuple(tables)), shapes, out)
+        asked = wire.LookupRequest(served.spec.name, served.version, tuple(tables))
+        return cls._plain(served, asked, shapes, out, writing)
+
+    @classmethod
+    def _plain(
+        cls,
+        served: ServedModel,
+        asked: wire.LookupRequest,
+        shapes: Mapping[int, tuple[int, ...]],
+        out: Out | None,
+        writing: Writing,
+    ) -> "Exchange":
+        """What comes is what was asked for, in the caller's arrays where there are some."""
+        out = out or {}
+        check_outs(served.spec, out, shapes)
+
+        def deliver(layer: int, rows: Rows) -> Rows:
+            with writing() if isinstance(out.get(layer), Mapping) else nullcontext():
+                return hand_over(served.spec.table(layer), rows, out.get(layer))
+
+        whole = {layer: array for layer, array in out.items() if isinstance(array, np.ndarray)}
+        return cls(served, asked, shapes, whole, deliver)
 
     def split(self, count: int) -> "list[Exchange]":
         """Cut into at most `count` lookups, each for a run of every layer's rows, all writing into this one's arrays.
@@ -132,7 +182,7 @@ class Exchange:
                 shapes[layer] = (len(ids[cut]), row_bytes)
                 out[layer] = self._array(layer).reshape(-1, row_bytes)[cut]
             asked = wire.LookupRequest(self._asked.model, self._asked.version, tuple(tables))
-            parts.append(Exchange(asked, shapes, out))
+            parts.append(Exchange(self._served, asked, shapes, out))
         whole = _Whole(self, parts)
         for one in parts:
             one._whole = whole
@@ -226,12 +276,11 @@ class Exchange:
             raise ProtocolError(f"the answer ended before the rows of layer {short[0]} were complete")
 
     def rows(self, layer: int) -> Rows:
-        """The layer's rows in their shape: the caller's own array, or one that is read-only. Only once complete."""
-        if layer in self._out:
-            return self._out[layer]
-        rows = self._rows[layer].reshape(self.shapes[layer])
-        rows.flags.writeable = False
-        return rows
+        """The layer's rows in their shape, or what `deliver` makes of them. Only once complete, and once."""
+        rows = self._out.get(layer)
+        if rows is None:
+            rows = self._rows[layer].reshape(self.shapes[layer])
+        return rows if self._deliver is None else self._deliver(layer, rows)
 
     def _array(self, layer: int) -> Rows:
         """The layer's bytes, uint8 [size]."""
@@ -265,26 +314,54 @@ class _Whole:
             return {layer: self._exchange.rows(layer) for layer in complete if not self._missing[layer]}
 
 
-def _check_out(layer: int, array: Any, shapes: Mapping[int, tuple[int, ...]]) -> None:
-    if layer not in shapes:
-        raise BatchError(f"out has an array for layer {layer}, which is not asked for; {list(shapes)} are")
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shapes[layer]:
+def check_outs(spec: ModelSpec, out: Out, shapes: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise BatchError for arrays that the rows of `shapes` cannot be written into."""
+    for layer, given in out.items():
+        if layer not in shapes:
+            raise BatchError(f"out has an array for layer {layer}, which is not asked for; {list(shapes)} are")
+        shape = shapes[layer]
+        if isinstance(given, Mapping):
+            row_format = spec.table(layer).row_format
+            for name, array in given.items():
+                cut = row_format.slice_of(name)
+                _check_out(f"{name} of layer {layer}", array, (*shape[:-1], cut.stop - cut.start))
+        else:
+            _check_out(f"layer {layer}", given, shape)
+
+
+def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shape:
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise BatchError(f"out of layer {layer} must be a uint8 array {list(shapes[layer])}; it is {found}")
+        raise BatchError(f"out of {what} must be a uint8 array {list(shape)}; it is {found}")
     if not array.flags.c_contiguous or not array.flags.writeable:
-        raise BatchError(f"out of layer {layer} must be C-contiguous and writable")
+        raise BatchError(f"out of {what} must be C-contiguous and writable")
 
 
-def _row_ids(layer: int, ids: Any, num_rows: int, dtype: type[np.unsignedinteger[Any]]) -> npt.NDArray[Any]:
+def hand_over(table: TableSpec, rows: Rows, out: Rows | Mapping[str, Rows] | None) -> Rows:
+    """What a caller who gave `out` for a layer gets of its rows: the array itself; else rows that are read-only.
+
+    Where the caller wants segments apart, they are copied to their arrays.
+    """
+    if isinstance(out, Mapping):
+        for name, array in out.items():
+            array[:] = rows[..., table.row_format.slice_of(name)]
+    if not isinstance(out, np.ndarray):
+        rows.flags.writeable = False
+    return rows
+
+
+def row_ids(table: TableSpec, ids: Any) -> npt.NDArray[Any]:
+    """Ids in the table's dtype, checked against its rows. Raises BatchError."""
+    layer = table.layer
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         found = ids.dtype.name if isinstance(ids, np.ndarray) else type(ids).__name__
         raise BatchError(f"row ids of layer {layer} must be an integer array; they are {found}")
     flat = ids.reshape(-1)
     # Seen as unsigned, a negative id is a very large one: one pass finds both.
-    if flat.size and int(flat.view(f"u{flat.itemsize}").max()) >= num_rows:
-        at = int(np.argmax((flat < 0) | (flat >= num_rows)))
-        raise BatchError(f"row id {flat[at]} at position {at} of layer {layer} is not in 0 .. {num_rows - 1}")
-    return flat.astype(dtype, copy=False)
+    if flat.size and int(flat.view(f"u{flat.itemsize}").max()) >= table.num_rows:
+        at = int(np.argmax((flat < 0) | (flat >= table.num_rows)))
+        raise BatchError(f"row id {flat[at]} at position {at} of layer {layer} is not in 0 .. {table.num_rows - 1}")
+    return ids.astype(table.id_dtype, copy=False)
 
 
 def _check_limits(served: ServedModel, shapes: Mapping[int, tuple[int, ...]]) -> None:

@@ -341,7 +341,7 @@ def test_waiting_no_longer_than_asked(packed):
     """The wait for one layer has its own bound, beside the lookup's."""
     with serve_thread(packed) as address, Client(address, max_steps=1) as client:
         blocker = threading.Event()
-        client._threads.submit(blocker.wait)  # the only place is taken, so nothing can come
+        client._workers.submit(blocker.wait)  # the only place is taken, so nothing can come
         step = client.prefetch([1])
         try:
             with pytest.raises(DeadlineError, match=r"not there within 0\.01 s"):

@@ -1,0 +1,110 @@
+"""What a client counts: plain numbers, cheap enough for every step. metrics.py shows them to Prometheus."""
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+
+from engrampool_client.errors import EngrampoolError, StepCancelledError
+
+# Upper bounds in seconds. A wait that matters begins at some tens of microseconds.
+WAIT_BOUNDS_S = (0.0, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.25, 1.0)
+# A wait shorter than this is none: the rows were there, and looking took that long.
+_NO_WAIT_S = 10e-6
+OUTCOMES = ("ok", "masked", "cancelled", "failed")
+# Where the bytes of rows came from: over the network; from this client's cache; from its warm-up file; from the
+# server's memory, attached; not at all, as another token of the step has the same rows.
+SOURCES = ("wire", "cache", "warm", "attached", "duplicate")
+# What became of bytes that were asked for on a hint.
+HINT_FATES = ("asked", "dropped", "failed")
+
+
+class Waits:
+    """A histogram of waits. counts: by WAIT_BOUNDS_S, each bucket's own, and those beyond."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(WAIT_BOUNDS_S) + 1)
+        self.sum_s = 0.0
+
+
+class Stats:
+    """Counters of one client. Thread-safe to write; numbers read at once may be a step apart from each other.
+
+    waits: by layer. masked_tokens: by layer. steps: ended, by outcome. bytes: of rows, by source. hint_bytes: by fate.
+    begun, retries, breaker_opened: since the client was made. pending_bytes: of rows of steps that have not ended;
+    pending_hint_bytes: likewise of hints.
+    """
+
+    def __init__(self, layers: Iterable[int]) -> None:
+        self._lock = threading.Lock()
+        self.waits = {layer: Waits() for layer in layers}
+        self.masked_tokens = dict.fromkeys(self.waits, 0)
+        self.steps: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+        self.bytes: Counter[str] = Counter(dict.fromkeys(SOURCES, 0))
+        self.hint_bytes: Counter[str] = Counter(dict.fromkeys(HINT_FATES, 0))
+        self.begun = self.retries = self.breaker_opened = self.pending_bytes = self.pending_hint_bytes = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Steps begun and not ended."""
+        return self.begun - self.steps.total()
+
+    def began(self, nbytes: int, limit_bytes: int | None = None) -> bool:
+        """Count a step and its rows as pending, unless those would be more than the limit together with others."""
+        with self._lock:
+            if limit_bytes is not None and self.pending_bytes and self.pending_bytes + nbytes > limit_bytes:
+                return False
+            self.begun += 1
+            self.pending_bytes += nbytes
+            return True
+
+    def waited(self, layer: int, seconds: float) -> None:
+        """Count what `Step.rows` took."""
+        with self._lock:
+            waits = self.waits[layer]
+            waits.counts[0 if seconds < _NO_WAIT_S else bisect_left(WAIT_BOUNDS_S, seconds)] += 1
+            waits.sum_s += seconds
+
+    def masked(self, layer: int, tokens: int) -> None:
+        """Count tokens that a layer went without."""
+        with self._lock:
+            self.masked_tokens[layer] += tokens
+
+    def ended(self, error: EngrampoolError | None, complete: bool, nbytes: int) -> None:
+        """Count the end of a step. complete: whether there are rows for every layer, if only masked ones."""
+        outcome = "ok"
+        if error is not None:
+            outcome = "masked" if complete else "cancelled" if isinstance(error, StepCancelledError) else "failed"
+        with self._lock:
+            self.steps[outcome] += 1
+            self.pending_bytes -= nbytes
+
+    def came(self, source: str, nbytes: int) -> None:
+        """Count bytes of rows."""
+        with self._lock:
+            self.bytes[source] += nbytes
+
+    def hint_began(self, nbytes: int, limit_bytes: int) -> bool:
+        """Count the rows of a hint as pending, unless they would be more than the limit with the others."""
+        with self._lock:
+            if self.pending_hint_bytes + nbytes > limit_bytes:
+                self.hint_bytes["dropped"] += nbytes
+                return False
+            self.pending_hint_bytes += nbytes
+            return True
+
+    def hint_ended(self, nbytes: int, asked_bytes: int, good: bool) -> None:
+        """Count the end of a hint of `nbytes`, of which the cache missed `asked_bytes`."""
+        with self._lock:
+            self.pending_hint_bytes -= nbytes
+            self.hint_bytes["asked" if good else "failed"] += asked_bytes
+
+    def retried(self) -> None:
+        """Count a lookup that was asked again."""
+        with self._lock:
+            self.retries += 1
+
+    def opened(self) -> None:
+        """Count that the breaker opened."""
+        with self._lock:
+            self.breaker_opened += 1

@@ -1,0 +1,200 @@
+"""When lookups are tried again, when they fail at once, and what ends that. No test waits for time to pass."""
+
+import threading
+
+import pytest
+
+from engrampool_client import DeadlineError, OverloadedError, PoolError, RejectedError, UnavailableError, breaker
+from engrampool_client.breaker import Breaker
+
+LIMIT_S = 30
+BROKEN = UnavailableError("the connection broke")
+
+
+class Probe:
+    """A server that answers once it is let: each probe waits for one word."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Semaphore(0)
+        self._words: list[PoolError | None] = []
+        self._said = threading.Semaphore(0)
+
+    def __call__(self) -> None:
+        self.asked.release()
+        assert self._said.acquire(timeout=LIMIT_S)
+        word = self._words.pop(0)
+        if word is not None:
+            raise word
+
+    def say(self, word: PoolError | None) -> None:
+        self._words.append(word)
+        self._said.release()
+
+
+class Watched(Breaker):
+    """Says when it has probed for the last time."""
+
+    def _watch(self) -> None:
+        super()._watch()
+        self.watched.set()
+
+
+@pytest.fixture
+def probe() -> Probe:
+    return Probe()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Nobody waits between two probes."""
+    monkeypatch.setattr(breaker, "_FIRST_PROBE_S", 1e-4)
+    monkeypatch.setattr(breaker, "_LONGEST_PROBE_S", 2e-4)
+
+
+def made(probe, failures=3, retry_s=1.0, opened=None) -> Watched:
+    one = Watched(retry_s, failures, probe, opened or (lambda: None), "node:1")
+    one.watched = threading.Event()
+    return one
+
+
+def test_it_opens_after_so_many_failures_in_a_row(probe):
+    opened = []
+    one = made(probe, opened=lambda: opened.append(one.is_open))
+    for error in (BROKEN, DeadlineError("silent")):
+        one.failed(error)
+        one.check()
+        assert not one.is_open
+    one.failed(BROKEN)
+    assert opened == [True]
+    assert one.is_open
+    with pytest.raises(
+        UnavailableError, match="node:1 failed 3 lookups in a row, the last with: the connection"
+    ) as told:
+        one.check()
+    assert told.value.reason == "breaker-open"
+    one.failed(BROKEN)
+    assert opened == [True]
+    probe.say(None)
+    one.close()
+
+
+def test_each_caller_gets_an_error_of_its_own(probe):
+    one = made(probe, failures=1)
+    one.failed(BROKEN)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(UnavailableError) as told:
+            one.check()
+        errors.append(told.value)
+    assert errors[0] is not errors[1]
+    probe.say(None)
+    one.close()
+
+
+def test_a_success_between_sets_the_count_back(probe):
+    one = made(probe, failures=2)
+    for _ in range(5):
+        one.failed(BROKEN)
+        one.succeeded()
+    assert not one.is_open
+    one.failed(BROKEN)
+    one.failed(BROKEN)
+    assert one.is_open
+    probe.say(None)
+    one.close()
+
+
+def test_what_a_server_that_answers_says_does_not_count(probe):
+    one = made(probe, failures=1)
+    for error in (
+        OverloadedError("full", "over"),
+        RejectedError("bad"),
+        UnavailableError("it is open", "breaker-open"),
+        PoolError("else"),
+    ):
+        one.failed(error)
+        assert not one.is_open
+    one.failed(UnavailableError("still loading", "loading"))
+    assert one.is_open
+    probe.say(None)
+    one.close()
+
+
+def test_with_zero_failures_it_never_opens(probe):
+    one = made(probe, failures=0)
+    for _ in range(10):
+        one.failed(BROKEN)
+        one.check()
+    assert not one.is_open
+    one.close()
+
+
+def test_a_probe_that_is_answered_closes_it(probe):
+    one = made(probe, failures=2)
+    one.failed(BROKEN)
+    one.failed(BROKEN)
+    for word in (BROKEN, DeadlineError("silent"), BROKEN):
+        assert probe.asked.acquire(timeout=LIMIT_S)
+        assert one.is_open
+        probe.say(word)
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    probe.say(None)
+    assert one.watched.wait(LIMIT_S)
+    assert not one.is_open
+    one.check()
+    # And it begins to count anew: one failure is not two.
+    one.failed(BROKEN)
+    assert not one.is_open
+    one.failed(BROKEN)
+    assert one.is_open
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    probe.say(None)
+    one.close()
+
+
+def test_pauses_grow_up_to_a_bound_and_end_with_the_time_for_them(probe, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(breaker.time, "monotonic", lambda: now[0])
+    one = made(probe, retry_s=1.0)
+    pauses = [one.pause_s(BROKEN, attempt) for attempt in range(7)]
+    assert pauses == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.2, 0.2])
+    now[0] += 0.85  # what is left would end with the pause
+    assert one.pause_s(BROKEN, 6) is None
+    assert one.pause_s(BROKEN, 0) == pytest.approx(0.01)
+    now[0] += 0.15
+    assert one.pause_s(BROKEN, 0) is None
+    # Since the first failure, whichever lookup it was; a success begins anew.
+    one.succeeded()
+    assert one.pause_s(BROKEN, 0) == pytest.approx(0.01)
+    one.close()
+
+
+@pytest.mark.parametrize(
+    "error", [DeadlineError("late"), RejectedError("bad"), UnavailableError("loading", "loading"), ValueError("other")]
+)
+def test_what_is_no_broken_connection_is_not_tried_again(probe, error):
+    assert made(probe).pause_s(error, 0) is None
+
+
+def test_without_time_to_retry_nothing_is_tried_twice(probe):
+    assert made(probe, retry_s=0).pause_s(BROKEN, 0) is None
+
+
+def test_closing_ends_the_probing(probe):
+    one = made(probe, failures=1)
+    one.failed(BROKEN)
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    closer = threading.Thread(target=one.close)
+    closer.start()
+    probe.say(BROKEN)
+    closer.join(LIMIT_S)
+    assert not closer.is_alive()
+    assert not one._prober.is_alive()
+
+
+def test_once_closed_it_opens_no_more(probe):
+    one = made(probe, failures=1)
+    one.close()
+    one.failed(BROKEN)
+    assert not one.is_open
+    assert one._prober is None

@@ -1,0 +1,102 @@
+"""The client's counters, one by one and from many threads."""
+
+import threading
+
+import pytest
+
+from engrampool_client import DeadlineError, StepCancelledError
+from engrampool_client.stats import OUTCOMES, SOURCES, WAIT_BOUNDS_S, Stats
+
+
+@pytest.fixture
+def stats() -> Stats:
+    return Stats([3, 7])
+
+
+def test_bounds_ascend_and_every_outcome_and_source_is_there_from_the_start(stats):
+    assert list(WAIT_BOUNDS_S) == sorted(set(WAIT_BOUNDS_S))
+    assert WAIT_BOUNDS_S[0] == 0
+    assert dict(stats.steps) == dict.fromkeys(OUTCOMES, 0)
+    assert dict(stats.bytes) == dict.fromkeys(SOURCES, 0)
+    assert stats.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bound"),
+    [(0.0, 0.0), (9e-6, 0.0), (10e-6, 25e-6), (25e-6, 25e-6), (26e-6, 50e-6), (1e-3, 1e-3), (0.9, 1.0), (1.0, 1.0)],
+)
+def test_a_wait_lands_in_the_bucket_whose_bound_it_does_not_exceed(stats, seconds, bound):
+    stats.waited(7, seconds)
+    expected = [0] * (len(WAIT_BOUNDS_S) + 1)
+    expected[WAIT_BOUNDS_S.index(bound)] = 1
+    assert (stats.waits[7].counts, stats.waits[7].sum_s) == (expected, seconds)
+    assert sum(stats.waits[3].counts) == 0
+
+
+def test_a_wait_beyond_the_bounds_is_counted(stats):
+    stats.waited(3, 1.5)
+    assert stats.waits[3].counts[-1] == sum(stats.waits[3].counts) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "complete", "outcome"),
+    [
+        (None, True, "ok"),
+        (DeadlineError("late"), True, "masked"),
+        (DeadlineError("late"), False, "failed"),
+        (StepCancelledError("gone"), False, "cancelled"),
+    ],
+)
+def test_a_step_ends_once_and_its_rows_are_pending_until_then(stats, error, complete, outcome):
+    assert stats.began(100)
+    assert (stats.in_flight, stats.pending_bytes) == (1, 100)
+    stats.ended(error, complete, 100)
+    assert dict(stats.steps) == {**dict.fromkeys(OUTCOMES, 0), outcome: 1}
+    assert (stats.in_flight, stats.pending_bytes) == (0, 0)
+
+
+def test_pending_bytes_have_a_limit_which_one_step_alone_may_exceed(stats):
+    assert stats.began(100, limit_bytes=50)
+    assert not stats.began(1, limit_bytes=50)
+    assert (stats.begun, stats.pending_bytes) == (1, 100)
+    assert stats.began(1)  # not among those that are bounded
+    stats.ended(None, True, 100)
+    assert stats.began(49, limit_bytes=50)
+    assert not stats.began(1, limit_bytes=50)
+
+
+def test_hints_have_a_limit_of_their_own(stats):
+    assert stats.hint_began(30, 50)
+    assert not stats.hint_began(21, 50)
+    assert stats.hint_began(20, 50)
+    assert (stats.pending_hint_bytes, stats.pending_bytes, stats.in_flight) == (50, 0, 0)
+    stats.hint_ended(30, 12, good=True)
+    stats.hint_ended(20, 5, good=False)
+    assert dict(stats.hint_bytes) == {"asked": 12, "dropped": 21, "failed": 5}
+    assert stats.pending_hint_bytes == 0
+
+
+def test_no_count_is_lost_between_threads(stats):
+    threads, times = 4, 2000
+    together = threading.Barrier(threads)
+
+    def count() -> None:
+        together.wait(30)
+        for _ in range(times):
+            stats.began(2)
+            stats.came("wire", 3)
+            stats.masked(3, 5)
+            stats.waited(7, 0.0)
+            stats.retried()
+            stats.opened()
+            stats.ended(None, True, 2)
+
+    workers = [threading.Thread(target=count) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    total = threads * times
+    assert (stats.begun, stats.steps["ok"], stats.in_flight, stats.pending_bytes) == (total, total, 0, 0)
+    assert (stats.bytes["wire"], stats.masked_tokens[3]) == (3 * total, 5 * total)
+    assert (stats.waits[7].counts[0], stats.retries, stats.breaker_opened) == (total, total, total)
