@@ -169,12 +169,16 @@ def is_token_id(value: object) -> bool:
 
 
 def _check(name: str, array: Any, dtype: type[np.generic], shape: tuple[int | None, ...]) -> None:
+    if isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == len(shape):
+        for length, found in zip(shape, array.shape, strict=True):
+            if length is not None and length != found:
+                break
+        else:
+            return
     wanted = f"{np.dtype(dtype).name} [{', '.join('*' if n is None else str(n) for n in shape)}]"
     if not isinstance(array, np.ndarray):
         raise BatchError(f"{name} must be a numpy array, {wanted}; it is a {type(array).__name__}")
-    fits = array.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, array.shape, strict=True))
-    if array.dtype != dtype or not fits:
-        raise BatchError(f"{name} must be {wanted}; it is {array.dtype.name} {list(array.shape)}")
+    raise BatchError(f"{name} must be {wanted}; it is {array.dtype.name} {list(array.shape)}")
 
 
 def _check_ids(name: str, ids: npt.NDArray[Any], low: int, stop: int) -> None:
