@@ -1,19 +1,28 @@
 # make demo   set up, pack a model of about 250 MB, serve it, run real text through it
 # make test   set up, lint, type-check, run every test
+# make test-torch  the tests that need PyTorch, which is installed for them and which the others do without
+# make tiny-lm  train a small Engram model, serve its tables, and compare every logit with tables in the process
 # make bench  measure side by side with peers, about 10 minutes; see bench/RESULTS.md. JSON=FILE writes the records
 # make bench-quick  the same in about 2 minutes, with fewer repeats
 # make stubs  regenerate the protobuf code after a change of pool.proto
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint stubs bench bench-quick clean
+.PHONY: demo test test-torch tiny-lm lint stubs bench bench-quick clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-torch: $(VENV)/torch-installed
+	$(BIN)/python -m pytest tests/client/test_torch.py tests/integration/test_tiny_engram_lm.py
+
+tiny-lm: $(VENV)/torch-installed
+	$(BIN)/python examples/tiny_engram_lm.py
 
 lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .
@@ -35,6 +44,12 @@ stubs: $(VENV)/dev-installed
 $(VENV)/%-installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	touch $@
+
+# On most machines this brings gigabytes of CUDA packages unless pip is told where PyTorch's CPU builds are, by
+# PIP_EXTRA_INDEX_URL say, and TORCH names one.
+$(VENV)/torch-installed: $(VENV)/dev-installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	touch $@
 
 # Peers without a wheel for every machine: one that is not here is listed with the reason.
