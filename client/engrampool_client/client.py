@@ -180,7 +180,7 @@ class Client:
             opened = None if warm is None else HotRows.open(Path(warm), self.version, self._layout.to_json())
             self._planner = None
             if not plain and (dedupe or self.cache or opened):
-                self._planner = Planner(self.served, self._layout, self.cache, opened)
+                self._planner = Planner(self.served, self._layout, self.cache, opened, max_steps)
             if attach == "auto" and self.served.attach:
                 name, version = self.spec.name, self.version
                 self._attach = AttachLane(partial(self._lanes[0].attach, name, version), self.served)
@@ -555,7 +555,12 @@ class Client:
             step._end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise
         finally:
-            step._set_working(False if step.done() else None)
+            if step.done():
+                if lookup.prepared is not None and lookup.prepared[1] is not None:
+                    lookup.prepared[1].close()
+                step._set_working(False)
+            else:
+                step._set_working(None)  # it waits for a thread
 
     def _ask(self, exchange: Exchange, step: Step, spin_s: float) -> None:
         """Have every row of the exchange come, over several connections if it is a large one."""
@@ -621,7 +626,7 @@ class Client:
         step = Step(layers, time.monotonic() + self._timeout_s)
 
         def run() -> None:
-            asked = 0
+            asked, plan = 0, None
             try:
                 assert self._planner is not None
                 plan = self._planner.of_tokens(step, guessed, layers, wanted=False)
@@ -633,6 +638,8 @@ class Client:
             except EngrampoolError as error:  # nobody waits for it
                 step._end(error)
             finally:
+                if plan is not None:
+                    plan.close()
                 self.stats.hint_ended(nbytes, asked, step.error is None)
 
         if self.attached or not guessed.num_tokens or not self._workers.submit(run):

@@ -65,6 +65,7 @@ class Exchange:
     out: layer -> uint8 array of the layer's shape, C-contiguous and writable, that its rows are written into; a layer
     without one gets an array of ours.
     deliver: makes of a layer's rows, once they are complete, what `rows` gives; by default the rows themselves.
+    allocate: gives memory for a layer's rows, by bytes.
     Raises RejectedError for more than the server's limits.
     """
 
@@ -75,6 +76,7 @@ class Exchange:
         shapes: Mapping[int, tuple[int, ...]],
         out: Mapping[int, Rows] | None = None,
         deliver: Callable[[int, Rows], Rows] | None = None,
+        allocate: Callable[[int], Rows] | None = None,
     ) -> None:
         _check_limits(served, shapes)
         self._served, self._asked = served, asked
@@ -84,7 +86,7 @@ class Exchange:
         self.answer_bytes = sum(self._sizes.values())
         self._have = dict.fromkeys(self._sizes, 0)
         self._out = dict(out or {})
-        self._deliver = deliver
+        self._deliver, self._allocate = deliver, allocate
         self._rows: dict[int, Rows] = {layer: np.empty(0, np.uint8) for layer in self.empty_layers()}
         self._rows.update({layer: array.reshape(-1) for layer, array in self._out.items()})
         self._whole: _Whole | None = None
@@ -285,7 +287,8 @@ class Exchange:
     def _array(self, layer: int) -> Rows:
         """The layer's bytes, uint8 [size]."""
         if layer not in self._rows:
-            self._rows[layer] = np.empty(self._sizes[layer], np.uint8)
+            size = self._sizes[layer]
+            self._rows[layer] = np.empty(size, np.uint8) if self._allocate is None else self._allocate(size)
         return self._rows[layer]
 
     def _check_next(self, layer: int, first: int, nbytes: int) -> None:

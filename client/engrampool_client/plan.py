@@ -5,6 +5,7 @@ in an answer. An entry is asked for once a lookup, and not at all if the cache h
 """
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,13 +93,19 @@ class Layout:
 
 
 class Planner:
-    """Plans lookups. cache: rows of earlier lookups, None for none; warm: more of them, which never change."""
+    """Plans lookups. cache: rows of earlier lookups, None for none; warm: more of them, which never change.
 
-    def __init__(self, served: ServedModel, layout: Layout, cache: HotRows | None, warm: HotRows | None) -> None:
+    max_steps: lookups that are worked on at once.
+    """
+
+    def __init__(
+        self, served: ServedModel, layout: Layout, cache: HotRows | None, warm: HotRows | None, max_steps: int
+    ) -> None:
         if (cache or warm) and layout.groups > _MAX_GROUPS:
             raise ValueError(f"the model has {layout.groups} groups of columns; a cache can hold {_MAX_GROUPS}")
         self.served, self.layout, self.cache, self.warm = served, layout, cache, warm
         self.has_cache = cache is not None or warm is not None
+        self.scratch = Scratch(max_steps * len(layout.parts))
 
     def of_tokens(
         self, step: Step, batch: TokenBatch, layers: Sequence[int], out: Out | None = None, *, wanted: bool = True
@@ -145,6 +152,31 @@ class Planner:
                 return None
             keys.append(found)
         return np.stack(keys)
+
+
+class Scratch:
+    """Memory that fetched rows lie in until they are where they belong: fresh pages cost more than the copy does.
+
+    most: buffers that are kept for the next lookups. Thread-safe.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._spare: list[Rows] = []  # the largest last
+
+    def take(self, nbytes: int) -> Rows:
+        """Uint8 [at least nbytes], to be given back."""
+        with self._lock:
+            if self._spare and self._spare[-1].size >= nbytes:
+                return self._spare.pop()
+        return np.empty(nbytes + nbytes // 4, np.uint8)  # the next one is seldom much larger
+
+    def give_back(self, buffer: Rows) -> None:
+        """Have it serve another lookup; nobody may refer to it any more."""
+        with self._lock:
+            self._spare.append(buffer)
+            self._spare.sort(key=len)
+            del self._spare[: -self._most]
 
 
 class _Entries:
@@ -233,6 +265,7 @@ class Plan:
         served, layout = planner.served, planner.layout
         self._planner, self._step, self._out, self._wanted = planner, step, out or {}, wanted
         self.exchange: Exchange | None = None
+        self._scratch: list[Rows] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
         self._rows: dict[int, Rows] = {}
         self._entries: dict[int, list[_Entries]] = {}
@@ -272,7 +305,7 @@ class Plan:
         if tables:
             served = self._planner.served
             asked = wire.LookupRequest(served.spec.name, served.version, tuple(tables))
-            self.exchange = Exchange(served, asked, shapes, deliver=self._deliver)
+            self.exchange = Exchange(served, asked, shapes, deliver=self._deliver, allocate=self._allocate)
         if whole and self._wanted:
             with self._step._writing():
                 rows = {layer: self._finish(layer) for layer in whole}
@@ -290,6 +323,19 @@ class Plan:
             valid &= hit.reshape(len(valid), -1).all(axis=1)
         self._rows[layer].reshape(len(valid), -1)[~valid] = 0
         return self._finish(layer), valid.reshape(shape)
+
+    def close(self) -> None:
+        """Let other lookups have the memory that rows were fetched into; once nobody asks for them any more."""
+        for entries in self._entries.values():
+            for one in entries:
+                one.fetched = None
+        self.exchange = None
+        while self._scratch:
+            self._planner.scratch.give_back(self._scratch.pop())
+
+    def _allocate(self, nbytes: int) -> Rows:
+        self._scratch.append(self._planner.scratch.take(nbytes))
+        return self._scratch[-1][:nbytes]
 
     def keep(self, hinted: bool = False) -> None:
         """Let the cache have what was fetched. hinted: it was asked for on suspicion."""

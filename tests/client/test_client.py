@@ -411,7 +411,7 @@ def test_asyncio_steps(server):
             with pytest.raises(StepCancelledError):
                 await cancelled.rows(1)
             assert cancelled.done()
-            last = client.prefetch([1])
+            last = client.prefetch(tokens_of(8000))
         with pytest.raises(StepCancelledError):
             await last.rows(1)
         with pytest.raises(PoolError, match="the client is closed"):
