@@ -6,9 +6,9 @@ layers after the forward does, and later by what earlier layers waited. Nothing 
 
 - prefill: chunks of 8192 tokens, 200 ms a forward. "ahead": a prompt's next chunk is asked for when the forward of the
   one before begins; "at start": each chunk when its own does.
-- decode: 64 sequences, 12 ms a forward, tokens known when the forward begins. Without a cache; with one that has seen
-  the text before (--cached tokens of other documents); and with hints: the `--candidates` most frequent tokens after
-  the last two, as that other text has them, or "draft": the right token with the probability --accepted, else another.
+- decode: 64 sequences, and 4, 12 ms a forward, tokens known when the forward begins. Without a cache; with one that has
+  seen --cached tokens of other documents; and with hints: the --candidates most frequent tokens after the last two, as
+  those documents have them, or "draft": the right token with the probability --accepted, else another.
 
 Prints a Markdown table: waits at each layer, and for hints how many came true and what became of their bytes.
 """
@@ -30,24 +30,35 @@ from engrampool_client.testing import serve_process
 from workload import Workload
 
 LAYERS, PREFILL_MS, DECODE_MS = 40, 200.0, 12.0
-CHUNK, SEQUENCES, LOOKBACK = 8192, 64, 3
+CHUNK, LOOKBACK = 8192, 3
 _PR_SET_TIMERSLACK = 29
 
 Tokens = npt.NDArray[np.int32]
 
 
 class Forward:
-    """Plays one forward after the other against the clock. waits_ms: layer -> one entry a forward."""
+    """Plays one forward after the other against the clock.
+
+    waits_ms: layer -> one entry a forward. prefetch_ms: what `prefetch` took, in which the forward does not begin.
+    """
 
     def __init__(self, forward_ms: float) -> None:
         self._layer_s = forward_ms / 1e3 / LAYERS
         self.waits_ms: dict[int, list[float]] = defaultdict(list)
+        self.prefetch_ms: list[float] = []
         # The system may wake a sleeper late by this, to save power.
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
 
-    def run(self, step: Any, begin: float) -> None:
-        """One forward that began at `begin`, by time.perf_counter, and reads the rows of `step`."""
-        stalled_s = 0.0
+    def prefetch(self, client: Client, *batch: Any, **how: Any) -> Any:
+        """`Client.prefetch`, timed."""
+        begin = time.perf_counter()
+        step = client.prefetch(*batch, **how)
+        self.prefetch_ms.append((time.perf_counter() - begin) * 1e3)
+        return step
+
+    def run(self, step: Any) -> None:
+        """One forward, from now on, that reads the rows of `step`."""
+        begin, stalled_s = time.perf_counter(), 0.0
         for layer in step.layers:
             sleep_until(begin + layer * self._layer_s + stalled_s)
             asked = time.perf_counter()
@@ -78,12 +89,12 @@ def chunks(corpus: Corpus) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
         yield corpus.tokens[start : start + CHUNK], bounds, lookback
 
 
-def streams(corpus: Corpus, steps: int) -> Tokens:
-    """Sequences as they are decoded: int32 [SEQUENCES, LOOKBACK + steps + 1], each from a document of its own."""
+def streams(corpus: Corpus, count: int, steps: int) -> Tokens:
+    """Sequences as they are decoded: int32 [count, LOOKBACK + steps + 1], each from a document of its own."""
     length = LOOKBACK + steps + 1
     lengths = np.diff(corpus.bounds)
-    starts = corpus.bounds[:-1][lengths >= length][:SEQUENCES]
-    if len(starts) < SEQUENCES:
+    starts = corpus.bounds[:-1][lengths >= length][:count]
+    if len(starts) < count:
         raise SystemExit(f"the text has {len(starts)} documents of {length} tokens; take fewer --steps")
     return corpus.tokens[starts[:, None] + np.arange(length)]
 
@@ -116,16 +127,16 @@ def prefill(address: str, corpus: Corpus, count: int, ahead: bool, options: dict
     out = [{layer: np.zeros((CHUNK, 24, 264), np.uint8) for layer in (1, 14)} for _ in range(2)]
     with Client(address, **options) as client:
         some = [chunk for chunk, _ in zip(chunks(corpus), range(count + 1), strict=False)]
-        client.prefetch(*some[0], out=out[0]).wait()  # connections and memory are there from here on
+        for _ in range(3):
+            client.prefetch(*some[0], out=out[0]).wait()  # connections and memory are there from here on
+        client.stats.bytes.clear()
         coming = client.prefetch(*some[0], out=out[0])
         coming.wait()
         for number in range(1, count + 1):
-            begin = time.perf_counter()
+            step = forward.prefetch(client, *some[number], out=out[number % 2], ahead=ahead)
             if ahead:
-                step, coming = coming, client.prefetch(*some[number], out=out[number % 2], ahead=True)
-            else:
-                step = client.prefetch(*some[number], out=out[number % 2])
-            forward.run(step, begin)
+                step, coming = coming, step
+            forward.run(step)
     return forward, client
 
 
@@ -136,28 +147,28 @@ def decode(
 
     Gives the share of tokens that a hint had named, too.
     """
-    forward, named, tokens = Forward(DECODE_MS), 0, 0
-    bounds = np.arange(SEQUENCES + 1, dtype=np.int32)
+    forward, named, tokens, count = Forward(DECODE_MS), 0, 0, len(sequences)
+    bounds = np.arange(count + 1, dtype=np.int32)
     with Client(address, **options) as client:
         for chunk in () if seen is None else chunks(seen):
             client.lookup(*chunk)
-        out = {layer: np.zeros((SEQUENCES, 24, 264), np.uint8) for layer in (1, 14)}
+        out = {layer: np.zeros((count, 24, 264), np.uint8) for layer in (1, 14)}
+        client.stats.bytes.clear()
         for number in range(LOOKBACK, sequences.shape[1] - 1):
             current, lookback = sequences[:, number], sequences[:, number - LOOKBACK : number][:, ::-1].copy()
-            begin = time.perf_counter()
-            step = client.prefetch(current, bounds, lookback, out=out)
+            step = forward.prefetch(client, current, bounds, lookback, out=out)
             if guess is not None:
                 candidates = guess(number, sequences[:, number - 1 : number + 1])
                 step.hint(candidates)
                 named += int((candidates == sequences[:, number + 1, None]).any(axis=1).sum())
-                tokens += SEQUENCES
-            forward.run(step, begin)
+                tokens += count
+            forward.run(step)
     return forward, client, named / max(1, tokens)
 
 
 def row(name: str, forward: Forward, client: Client, forwards: int, note: str = "") -> str:
     """One line of the table."""
-    cells = [name]
+    cells = [name, f"{np.median(forward.prefetch_ms):.3f}"]
     for layer in sorted(forward.waits_ms):
         waits = np.array(forward.waits_ms[layer])
         p50, p99 = np.percentile(waits, (50, 99))
@@ -182,20 +193,11 @@ def main() -> None:
     middle = corpus.at(len(corpus.tokens) // 2)
     before, after = corpus.part(0, middle), corpus.part(middle, len(corpus))
     seen = before.part(0, before.at(chosen.cached))
-    sequences = streams(after, chosen.steps)
-    random = np.random.default_rng(0)
-    right = random.random(sequences.shape) < chosen.accepted
-    others = random.permutation(sequences.reshape(-1)).reshape(sequences.shape)
     guesses = Guesses(before, chosen.candidates)
-
-    def draft(number: int, _: Tokens) -> Tokens:
-        following = np.where(right[:, number], sequences[:, number + 1], others[:, number])
-        return following[:, None].astype(np.int32)
-
     workload = Workload.make(chosen.data, chosen.vocab_size)
     with serve_process(workload.packed, workers=1) as server:
-        print("| | wait at layer 1, ms: mean / p50 / p99 | at layer 14 | MB a forward | |")
-        print("| --- | --- | --- | --- | --- |")
+        print("| | prefetch, ms | wait at layer 1: mean / p50 / p99 | at layer 14 | MB a forward | |")
+        print("| --- | --- | --- | --- | --- | --- |")
         for name, ahead, options in (
             ("prefill, at start, every row", False, {"dedupe": False}),
             ("prefill, at start", False, {}),
@@ -203,26 +205,39 @@ def main() -> None:
             ("prefill, ahead, cache", True, {"cache_bytes": chosen.cache_bytes}),
         ):
             forward, client = prefill(server.address, after, chosen.chunks, ahead, options)
-            print(row(name, forward, client, chosen.chunks + 2), flush=True)
-        cache = {"cache_bytes": chosen.cache_bytes, "hint_bytes": 32 << 20}
-        for name, options, warm, guess in (
-            ("decode", {}, None, None),
-            ("decode, cache", cache, seen, None),
-            (f"decode, cache, {chosen.candidates} likely tokens", cache, seen, lambda _, last: guesses.after(last)),
-            (f"decode, cache, draft, {chosen.accepted:.0%} right", cache, seen, draft),
-            ("decode, cache, draft, all right", cache, seen, lambda n, _: sequences[:, n + 1, None]),
-        ):
-            forward, client, named = decode(server.address, sequences, options, warm, guess)
-            note = ""
-            if guess is not None:
-                used, wasted = client.cache.hinted_used_bytes, client.cache.hinted_wasted_bytes
-                fates = client.stats.hint_bytes
-                note = (
-                    f"named {named:.0%} of the tokens; hints asked for {fates['asked'] / 1e6 / chosen.steps:.2f} MB a "
-                    f"forward, {used / max(1, fates['asked']):.0%} of it used, {wasted / max(1, fates['asked']):.0%} "
-                    f"gone unused; {fates['dropped'] / 1e6 / chosen.steps:.2f} MB over the budget"
-                )
-            print(row(name, forward, client, chosen.steps, note), flush=True)
+            print(row(name, forward, client, chosen.chunks + 1), flush=True)
+        for count in (64, 4):
+            decodes(server.address, streams(after, count, chosen.steps), seen, guesses, chosen)
+
+
+def decodes(address: str, sequences: Tokens, seen: Corpus, guesses: Guesses, chosen: argparse.Namespace) -> None:
+    """The lines of one number of sequences."""
+    random = np.random.default_rng(0)
+    right = random.random(sequences.shape) < chosen.accepted
+    others = random.permutation(sequences.reshape(-1)).reshape(sequences.shape)
+
+    def draft(number: int, _: Tokens) -> Tokens:
+        following = np.where(right[:, number], sequences[:, number + 1], others[:, number])
+        return following[:, None].astype(np.int32)
+
+    cache = {"cache_bytes": chosen.cache_bytes, "hint_bytes": 32 << 20}
+    for name, options, warm, guess in (
+        ("every row", {}, None, None),
+        ("cache", cache, seen, None),
+        (f"cache, {chosen.candidates} likely tokens", cache, seen, lambda _, last: guesses.after(last)),
+        (f"cache, draft, {chosen.accepted:.0%} right", cache, seen, draft),
+        ("cache, draft, all right", cache, seen, lambda n, _: sequences[:, n + 1, None]),
+    ):
+        forward, client, named = decode(address, sequences, options, warm, guess)
+        note = ""
+        if guess is not None:
+            used, wasted = client.cache.hinted_used_bytes, client.cache.hinted_wasted_bytes
+            asked = client.stats.hint_bytes["asked"]
+            note = (
+                f"named {named:.0%} of the tokens; hints asked for {asked / 1e6 / chosen.steps:.2f} MB a forward, "
+                f"{used / max(1, asked):.0%} of it used, {wasted / max(1, asked):.0%} gone unused"
+            )
+        print(row(f"decode of {len(sequences)}, {name}", forward, client, chosen.steps, note), flush=True)
 
 
 if __name__ == "__main__":

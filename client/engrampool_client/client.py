@@ -45,22 +45,20 @@ Attach = Literal["auto", "off"]
 
 # Without a cache, smaller batches are asked for as they are: finding their few duplicates costs more than it saves.
 _DEDUPE_TOKENS = 128
-# Batches up to this size are looked for in the cache by the caller of `prefetch` itself: a thread that did it would
-# cost as much again.
-_INLINE_TOKENS = 256
 _PROBE_TIMEOUT_S = 1.0
 
 
 @dataclass(eq=False)
 class _Lookup:
-    """A step and how its rows are had. plan: prepares it. exchange: what is left to be asked for, once prepared."""
+    """A step and how its rows are had. plan: gives what is to be asked for, None if nothing is.
+
+    spin_s: see `Client`. after: a step whose rows are let in before this one is planned.
+    """
 
     step: Step
     plan: Callable[[], tuple[Exchange | None, Plan | None]]
     spin_s: float = 0.0
-    prepared: tuple[Exchange | None, Plan | None] | None = None
     after: Step | None = None
-    hint_bytes: int = 0
 
 
 class Client:
@@ -256,8 +254,7 @@ class Client:
         limits, a failed call) is raised by `Step.rows`.
         """
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        lookup = self._by_tokens(batch, layers, out, timeout_s, bounded=True)
-        return self._submit(lookup, ahead, batch.num_tokens <= _INLINE_TOKENS)
+        return self._submit(self._by_tokens(batch, layers, out, timeout_s, bounded=True), ahead)
 
     def prefetch_rows(
         self,
@@ -274,7 +271,7 @@ class Client:
         Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
         owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in rows.items()}
-        return self._submit(self._by_rows(owned, out, timeout_s, bounded=True), ahead, False)
+        return self._submit(self._by_rows(owned, out, timeout_s, bounded=True), ahead)
 
     def lookup(
         self,
@@ -322,7 +319,7 @@ class Client:
             step.cancel()
         lookup = self._by_tokens(batch, layers, out, timeout_s, bounded=True)
         lookup.after = step
-        return self._submit(lookup, False, step.done() and batch.num_tokens <= _INLINE_TOKENS)
+        return self._submit(lookup)
 
     def dummy(self, num_tokens: int, *, layers: Sequence[int] | None = None, out: Out | None = None) -> Step:
         """A step of `num_tokens` whose rows are zero and whose tokens are not valid; no server is asked.
@@ -493,15 +490,7 @@ class Client:
 
     # --- running them
 
-    def _submit(self, lookup: _Lookup, ahead: bool, inline: bool) -> Step:
-        """Have it run in a thread; what the cache holds whole is done at once, if it is a matter of microseconds."""
-        cache = self.cache
-        # Not where the caller might have to wait: for the lock, or for a disk that a warm-up file lies on.
-        at_hand = cache is not None and self._planner is not None and self._planner.warm is None and not self.attached
-        if inline and at_hand and not self._closing.is_set() and cache is not None and not cache.lock.locked():
-            self._run(lookup, inline=True)
-            if lookup.step.done():
-                return lookup.step
+    def _submit(self, lookup: _Lookup, ahead: bool = False) -> Step:
         if not self._workers.submit(lambda: self._run(lookup), ahead):
             closed = PoolError("the client is closed")
             lookup.step._end(closed)
@@ -517,12 +506,9 @@ class Client:
         self._run(lookup)
         return {layer: lookup.step.rows(layer) for layer in lookup.step.layers}
 
-    def _run(self, lookup: _Lookup, inline: bool = False) -> None:
-        """Plan, ask, take the answer in: in a thread of the client's, or in that of a caller who waits.
-
-        inline: only as far as it goes without asking.
-        """
-        step = lookup.step
+    def _run(self, lookup: _Lookup) -> None:
+        """Plan, ask, take the answer in: in a thread of the client's, or in that of a caller who waits."""
+        step, plan = lookup.step, None
         try:
             if self._closing.is_set():
                 step.cancel()
@@ -531,13 +517,8 @@ class Client:
             step._set_working(True)
             if lookup.after is not None:
                 lookup.after._await_worker(step.deadline)
-            if lookup.prepared is None:
-                lookup.prepared = lookup.plan()
-            exchange, plan = lookup.prepared
+            exchange, plan = lookup.plan()
             if exchange is not None:
-                if inline:
-                    self._breaker.check()
-                    return
                 self._ask(exchange, step, lookup.spin_s)
             if plan is not None:
                 for source, nbytes in plan.sources.items():
@@ -555,12 +536,9 @@ class Client:
             step._end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise
         finally:
-            if step.done():
-                if lookup.prepared is not None and lookup.prepared[1] is not None:
-                    lookup.prepared[1].close()
-                step._set_working(False)
-            else:
-                step._set_working(None)  # it waits for a thread
+            if plan is not None:
+                plan.close()
+            step._set_working(False)
 
     def _ask(self, exchange: Exchange, step: Step, spin_s: float) -> None:
         """Have every row of the exchange come, over several connections if it is a large one."""
