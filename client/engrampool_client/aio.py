@@ -27,7 +27,7 @@ class AsyncStep:
 
     def __init__(self, step: Step) -> None:
         self.step, self.layers = step, step.layers
-        self.wait_s = dict.fromkeys(self.layers, 0.0)
+        self.wait_s = step.wait_s
         self._loop = loop = asyncio.get_running_loop()
         self._settled: dict[int, asyncio.Future[None]] = {layer: loop.create_future() for layer in self.layers}
         step.add_callback(self._tell)
@@ -56,10 +56,9 @@ class AsyncStep:
             if limit_s == timeout_s:
                 raise DeadlineError(f"the rows of layer {layer} were not there within {timeout_s} s") from error
         finally:
-            waited_s = time.perf_counter() - begin
-            self.wait_s[layer] += waited_s
+            self.step._waited(layer, time.perf_counter() - begin)
         # Settled, or at its deadline, where this settles it.
-        return self.step.rows(layer)
+        return self.step._get(layer)
 
     async def valid(self, layer: int, timeout_s: float | None = None) -> Valid:
         """Which tokens have their rows of a layer, as `Step.valid` says."""

@@ -17,9 +17,9 @@ class Breaker:
     """Lets lookups through while it is closed. Thread-safe.
 
     A lookup whose connection broke may be asked again for `retry_s` from the first failure on, until one succeeds; so a
-    restarted worker costs a lookup a moment. After `failures` lookups in a row that found the server unreachable or
-    silent it opens: then every lookup fails at once, while a thread of its own probes the server, and closes it again
-    once that answers. 0 failures: it never opens.
+    restarted worker costs a lookup a moment. After `failures` lookups in a row that found the server unreachable,
+    loading or silent it opens: then every lookup fails at once, while a thread of its own probes the server, and closes
+    it again once that answers. 0 failures: it never opens.
 
     probe: asks the server for something small; raises EngrampoolError as long as it does not answer.
     opened: told when it opens.

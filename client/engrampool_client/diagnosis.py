@@ -3,6 +3,7 @@
 Nothing here prints; doctor.py does.
 """
 
+import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,10 @@ WORTH = 0.1
 _NEARLY = 0.9
 # How the time given is shared out: among phases as they are, the cache's simulation, and what is tried.
 _AS_IS, _SIMULATION = 0.4, 0.15
+_WARM_UP = 0.6  # of a measurement, at most
 _ROUND_TRIPS = 30
+# Page faults of a lookup that is about as fast as later ones will be, and of how many in a row.
+_WARM_FAULTS, _WARM_UP_ROUND = 32, 3
 
 
 # --- judging: no clock, no network
@@ -56,8 +60,11 @@ def judge(played: Play, percentile: float) -> list[Verdict]:
     verdicts = []
     for layer, start_s in sorted(played.starts_s.items()):
         forwards = [one for one in played.forwards if layer in one.margin_s]
-        margins = [one.margin_s[layer] for one in forwards]
-        median, at = (float(np.percentile(margins, 100 - q, method="lower")) for q in (50, percentile))
+        margins = sorted(one.margin_s[layer] for one in forwards)
+        # So many forwards may be late; rounded, as 100 - 99.9 is not quite 0.1.
+        median, at = (
+            margins[min(int(round(len(margins) * (100 - q) / 100, 6)), len(margins) - 1)] for q in (50, percentile)
+        )
         verdicts.append(Verdict(layer, start_s, median, at, sum(one.masked[layer] for one in forwards)))
     return verdicts
 
@@ -118,27 +125,25 @@ def simulate(
     caches = [HotRows(nbytes // ways_bytes * 8 * (1 + 16), 1) for nbytes in sizes]
     asked = dict.fromkeys(phases, 0)
     saved = {name: [0] * len(sizes) for name in phases}
+    distinct, hits = 0, [0] * len(sizes)
     for name, forwards in phases.items():
         until = time.monotonic() + seconds / len(phases)
         for forward in forwards:
             entries = _entries(spec, layout, forward)
-            if entries is None:
-                continue
-            keys, groups, nbytes = entries
-            asked[name] += int(nbytes.sum())
+            asked[name] += sum(one.nbytes for one in entries)
+            distinct += sum(len(one.keys) for one in entries)
             for at, cache in enumerate(caches):
-                found = cache.find(keys, groups) >= 0
-                saved[name][at] += int(nbytes[found].sum())
-                missing = ~found
-                cache.put(keys[missing], groups[missing], np.zeros((int(missing.sum()), 1), np.uint8))
+                nbytes, count = _ask(cache, entries)
+                saved[name][at] += nbytes
+                hits[at] += count
             if time.monotonic() > until:
                 break
     results: list[CacheSize] = []
     for at, (size, cache) in enumerate(zip(sizes, caches, strict=True)):
-        if not cache.hits + cache.misses or (results and not results[-1].evicted):
+        if not distinct or (results and not results[-1].evicted):
             break
         shares = {name: saved[name][at] / asked[name] for name in phases if asked[name]}
-        results.append(CacheSize(size, cache.hits / (cache.hits + cache.misses), shares, cache.evicted))
+        results.append(CacheSize(size, hits[at] / distinct, shares, cache.evicted))
     return results
 
 
@@ -150,20 +155,57 @@ def best_size(sizes: Sequence[CacheSize], phase: str) -> int | None:
     return next(size.nbytes for size in sizes if size.saved.get(phase, 0.0) >= _NEARLY * most)
 
 
-def _entries(spec: ModelSpec, layout: Layout, forward: Forward) -> tuple[Ids, Ids, Ids] | None:
-    """Keys, groups and bytes of the distinct entries of one lookup: each [N]. None for ids that have no keys."""
-    keys: list[Ids] = []
-    groups: list[Ids] = []
-    nbytes: list[Ids] = []
-    for part, of_part in _keys(spec, layout, forward):
-        if of_part is None:
-            return None
-        for at, row in enumerate(of_part):
-            distinct = np.unique(row)
-            keys.append(distinct)
-            groups.append(np.full(len(distinct), part.number + at, np.uint8))
-            nbytes.append(np.full(len(distinct), part.entry_bytes))
-    return (np.concatenate(keys), np.concatenate(groups), np.concatenate(nbytes)) if keys else None
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """Those of one part in one lookup.
+
+    every: keys [T, groups]. keys, groups: of the distinct ones, [N]. at: where one of each is in `every`.
+    """
+
+    part: Part
+    every: Ids
+    keys: Ids
+    groups: Ids
+    at: Ids
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct entries' rows."""
+        return len(self.keys) * self.part.entry_bytes
+
+
+def _entries(spec: ModelSpec, layout: Layout, forward: Forward) -> list[_Entries]:
+    """By part. Nothing for ids that have no keys."""
+    entries = []
+    for part, keys in _keys(spec, layout, forward):
+        if keys is None:
+            return []
+        found = [np.unique(row, return_index=True) for row in keys]
+        groups = np.repeat(np.arange(part.number, part.number + len(keys), dtype=np.uint8), [len(f[0]) for f in found])
+        at = np.concatenate([tokens * len(keys) + group for group, (_, tokens) in enumerate(found)])
+        entries.append(_Entries(part, keys.T, np.concatenate([f[0] for f in found]), groups, at))
+    return entries
+
+
+def _ask(cache: HotRows, entries: Sequence[_Entries]) -> tuple[int, int]:
+    """Ask as a lookup does: for every token's, then put what was missing. Gives bytes and number of what it had."""
+    if not entries:
+        return 0, 0
+    of_all = [
+        (one.every.reshape(-1), np.tile(np.arange(one.part.number, one.part.number + n, dtype=np.uint8), tokens))
+        for one in entries
+        for tokens, n in (one.every.shape,)
+    ]
+    found = cache.find(np.concatenate([keys for keys, _ in of_all]), np.concatenate([of for _, of in of_all])) >= 0
+    nbytes = count = start = 0
+    for one in entries:
+        had = found[start : start + one.every.size][one.at]
+        start += one.every.size
+        nbytes += int(had.sum()) * one.part.entry_bytes
+        count += int(had.sum())
+        missing = one.keys[~had]
+        cache.put(missing, one.groups[~had], np.zeros((len(missing), 1), np.uint8))
+    return nbytes, count
 
 
 def _keys(spec: ModelSpec, layout: Layout, forward: Forward) -> Iterable[tuple[Part, Ids | None]]:
@@ -208,16 +250,23 @@ class Trial:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase as measured. client_cpu_s: processor time of the client's process for a lookup, on average."""
+    """One phase as measured.
+
+    first, forwards: the first that was played of the stream's, and how many. num_tokens, forward_s: of the largest.
+    split: as the function. client_cpu_s: processor time of this process for a lookup, on average, playing apart.
+    bytes: of a lookup's rows, on average, by source. settled: whether lookups before it touched hardly any new memory.
+    """
 
     name: str
+    first: int
     forwards: int
     num_tokens: int
     forward_s: float
     verdicts: list[Verdict]
     split: Mapping[str, tuple[float, float]]
     client_cpu_s: float
-    bytes: Mapping[str, int]
+    bytes: Mapping[str, float]
+    settled: bool
 
     @property
     def hidden(self) -> bool:
@@ -274,6 +323,7 @@ class Report:
     @staticmethod
     def _complete(phase: Phase, plain: dict[str, Any]) -> None:
         plain["hidden"] = phase.hidden
+        plain["split"] = {name: list(seconds) for name, seconds in phase.split.items()}
         for verdict, one in zip(phase.verdicts, plain["verdicts"], strict=True):
             one["hidden"] = verdict.hidden
 
@@ -320,19 +370,22 @@ class Doctor:
 
     def _measure(self, client: Client, name: str, seconds: float, *, ahead: bool = False) -> Phase:
         forwards, clock = self._phases[name], self._clocks[name]
-        # The first lookup of its size finds no memory that fits, and no connection that has carried as much.
-        forwards[0].start(client).wait()
-        played = play(client, forwards[1:] if len(forwards) > 3 else forwards, clock, seconds, ahead=ahead)
+        until = time.monotonic() + seconds
+        first, settled = _warm_up(client, forwards, clock, _WARM_UP * seconds, ahead)
+        stream = (forwards[at] for at in range(first, len(forwards)))
+        played = play(client, stream, clock, until - time.monotonic(), ahead=ahead)
         num_tokens = max(one.num_tokens for one in played.forwards)
         return Phase(
             name,
+            first,
             len(played.forwards),
             num_tokens,
             clock.starts(num_tokens)[-1],
             judge(played, self._percentile),
             split(played, self._percentile),
-            played.cpu_s / len(played.forwards),
-            played.bytes,
+            played.cpu_s / played.lookups,
+            {source: nbytes / played.lookups for source, nbytes in played.bytes.items()},
+            settled,
         )
 
     def _trials(
@@ -352,10 +405,9 @@ class Doctor:
             trials.append(Trial('direct="auto"', {"direct": "auto"}))
         if not settings.get("dedupe", True):
             trials.append(Trial("dedupe=True", {"dedupe": True}))
-        wire_bytes = phase.bytes["wire"] / phase.forwards
-        if settings.get("connections", 1) == 1 and wire_bytes > SPLIT_ABOVE_BYTES:
+        if settings.get("connections", 1) == 1 and phase.bytes["wire"] > SPLIT_ABOVE_BYTES:
             trials.append(Trial("connections=2", {"connections": 2}))
-        if phase.name == "prefill" and len(self._phases[phase.name]) > 3:
+        if phase.name == "prefill" and len(self._phases[phase.name]) > 4:
             trials.append(Trial("prefetch(..., ahead=True) of the next chunk as one starts", ahead=True))
         return trials
 
@@ -374,8 +426,30 @@ class Doctor:
     def _others(self, phase: Phase) -> Iterable[Forward]:
         """Forwards of the stream that were not played in this phase."""
         for name, forwards in self._phases.items():
-            for at in range(1 + phase.forwards if name == phase.name else 0, len(forwards)):
+            for at in range(phase.first + phase.forwards if name == phase.name else 0, len(forwards)):
                 yield forwards[at]
+
+
+def _warm_up(
+    client: Client, forwards: Sequence[Forward], clock: Clock, seconds: float, ahead: bool
+) -> tuple[int, bool]:
+    """Play forwards without their layers' times until they touch hardly any new memory.
+
+    The first lookups of a size make the process as large as it will be, which may cost many times what they cost later.
+    Gives how many forwards are used up by that, at most half of them, and whether it came to an end.
+    """
+    at_once = Clock((0.0,) * len(clock.layer_s), clock.num_tokens, clock.scales)
+    until = time.monotonic() + seconds
+    at, most = 0, len(forwards) // 2
+    while True:
+        some = forwards[at : at + _WARM_UP_ROUND] if at < most else forwards[:1]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        play(client, some, at_once, 0.0, ahead=ahead)
+        touched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        at = min(at + len(some), most)
+        settled = touched < _WARM_FAULTS * len(some)
+        if settled or at == most or time.monotonic() > until:
+            return at, settled
 
 
 def round_trip(client: Client) -> float | None:

@@ -21,8 +21,6 @@ from engrampool_proto.wire import ServerTimes
 Tokens = npt.NDArray[np.int32]
 # Sleeping ends late by some tens of microseconds; the rest of a wait is looked at without.
 _SPIN_S = 0.3e-3
-# A wait shorter than this is none: the rows were there, and looking took that long.
-_NO_WAIT_S = 10e-6
 # What is kept in memory of a recording.
 _MAX_RECORDED_BYTES = 1 << 30
 
@@ -202,20 +200,23 @@ class Played:
 class Play:
     """A phase that was played. starts_s: layer -> from a forward's start to the layer's, of the largest forward.
 
-    cpu_s: processor time of the client, all its threads, of all forwards. bytes: of rows, by source.
+    lookups: those that were started. cpu_s: processor time of the client, all its threads, for them. bytes: of their
+    rows, by source.
     """
 
     forwards: list[Played] = field(default_factory=list)
     starts_s: dict[int, float] = field(default_factory=dict)
     cpu_s: float = 0.0
     bytes: dict[str, int] = field(default_factory=dict)
+    lookups: int = 0
 
 
 def play(client: Client, forwards: Iterable[Forward], clock: Clock, seconds: float, *, ahead: bool = False) -> Play:
     """Run forwards one after the other against the clock for so long, three at least.
 
     Each layer starts when those before it have taken their time, and waited for their rows. ahead: the next forward's
-    rows are prefetched as a forward starts, rather than when it starts itself.
+    rows are prefetched as a forward starts, rather than when it starts itself; the first, which none can be ahead of,
+    is left out.
     Raises what a lookup failed with, unless the client masks it.
     """
     played = Play()
@@ -234,6 +235,7 @@ def play(client: Client, forwards: Iterable[Forward], clock: Clock, seconds: flo
         step = forward.start(client, later)
         inside += time.thread_time() - cpu_at
         started.append((forward, step, at, time.perf_counter() - at))
+        played.lookups += 1
 
     while len(played.forwards) < 3 or time.perf_counter() < begin + seconds:
         if not started:
@@ -242,7 +244,8 @@ def play(client: Client, forwards: Iterable[Forward], clock: Clock, seconds: flo
             break
         forward, step, asked_at, call_s = started.pop(0)
         # One that was prefetched ahead starts now, any other one did when it was asked for.
-        start_at = time.perf_counter() if ahead and played.forwards else asked_at
+        start_at = time.perf_counter() if ahead else asked_at
+        first = ahead and played.lookups == 1
         if ahead:
             start(True)
         starts = clock.starts(forward.num_tokens)
@@ -250,21 +253,22 @@ def play(client: Client, forwards: Iterable[Forward], clock: Clock, seconds: flo
         for layer in step.layers:
             due = start_at + starts[layer] + late
             _wait_until(due)
-            cpu_at = time.thread_time()
+            cpu_at, called = time.thread_time(), time.perf_counter()
             step.rows(layer)
             back = time.perf_counter()
             inside += time.thread_time() - cpu_at
             masked[layer] = int(np.count_nonzero(~step.valid(layer))) if step.given_up() else 0
             # Asked for a little before the step's own clock began: what copying the batch takes.
             arrived = asked_at + step.arrived_s.get(layer, inf)
-            ready = arrived if step.wait_s[layer] < _NO_WAIT_S and arrived < inf else back
+            ready = arrived if arrived <= called else back
             margins[layer] = due - ready
             late += max(0.0, ready - due)
         _wait_until(start_at + starts[-1] + late)
         step.wait()  # the last rows are handed over a moment before the step knows its times
-        played.forwards.append(Played(forward.num_tokens, call_s, margins, masked, step.elapsed_s, step.times))
-    for _, step, *_ in started:
-        step.cancel()
+        if not first:
+            played.forwards.append(Played(forward.num_tokens, call_s, margins, masked, step.elapsed_s, step.times))
+    for _, unplayed, *_ in started:
+        unplayed.cancel()
     starts = clock.starts(max((one.num_tokens for one in played.forwards), default=0))
     played.starts_s = {layer: starts[layer] for one in played.forwards for layer in one.margin_s}
     played.cpu_s = time.process_time() - time.thread_time() - cpu + inside

@@ -85,13 +85,13 @@ class Step:
             raise BatchError(f"layer {layer} was not asked for in this step; {list(self.layers)} were")
         begin = time.perf_counter()
         try:
-            settled = self._wait_for(lambda: layer in self._rows or self._done, timeout_s)
+            return self._get(layer, timeout_s)
         finally:
-            waited_s = time.perf_counter() - begin
-            with self._changed:
-                self.wait_s[layer] += waited_s
-            if self._stats is not None:
-                self._stats.waited(layer, waited_s)
+            self._waited(layer, time.perf_counter() - begin)
+
+    def _get(self, layer: int, timeout_s: float | None = None) -> Rows:
+        """As `rows`, uncounted."""
+        settled = self._wait_for(lambda: layer in self._rows or self._done, timeout_s)
         rows = self._rows.get(layer)
         if rows is not None:
             return rows
@@ -99,6 +99,12 @@ class Step:
             raise DeadlineError(f"the rows of layer {layer} were not there within {timeout_s} s")
         assert self.error is not None
         raise self.error
+
+    def _waited(self, layer: int, seconds: float) -> None:
+        with self._changed:
+            self.wait_s[layer] += seconds
+        if self._stats is not None:
+            self._stats.waited(layer, seconds)
 
     def valid(self, layer: int, timeout_s: float | None = None) -> Valid:
         """Which tokens have their rows of a layer: bool [T], read-only; waits and raises as `rows` does.

@@ -259,5 +259,7 @@ def test_asyncio_has_the_same(server):
             assert (await amended.rows(14)).shape == (4, 24, ROW)
             assert amended.done()
             assert client.client.stats.steps["ok"] == 2
+            assert sum(client.client.stats.waits[1].counts) == 1  # `valid` waited, and was counted once
+            assert step.wait_s[1] == client.client.stats.waits[1].sum_s > 0
 
     asyncio.run(run())

@@ -1,6 +1,9 @@
 """A small packed model, a real server that holds it, and lookups of every kind that the dashboard shows."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -61,3 +64,27 @@ def round_of_lookups(server) -> Iterator[Callable[[], None]]:
                 stub.Lookup(pool_pb2.LookupRequest(model="nobody-packed-this"), timeout=10)
 
         yield lookups
+
+
+@dataclass
+class ClientProcess:
+    """A process that looks rows up, as a model's does. metrics_address: where it shows its metrics."""
+
+    process: "subprocess.Popen[str]"
+    metrics_address: str
+
+    def lookups(self) -> None:
+        """Have it do some: new n-grams and known ones, and hints that come true."""
+        print(file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+
+@pytest.fixture(scope="session")
+def client_process(server) -> Iterator[ClientProcess]:
+    command = [sys.executable, str(Path(__file__).with_name("client_process.py")), server.address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        port = process.stdout.readline().strip()
+        assert port, "the client's process ended"
+        yield ClientProcess(process, f"127.0.0.1:{port}")
+        process.stdin.close()  # it ends with its input
+        assert process.wait(30) == 0

@@ -1,4 +1,4 @@
-"""The dashboard's expressions, asked of a real Prometheus that scraped a real server as the project's config says."""
+"""The dashboards' expressions, asked of a real Prometheus that scraped a real server and a real client's process."""
 
 import json
 import math
@@ -20,21 +20,32 @@ import promql_parser
 import pytest
 import yaml
 
+from engrampool_client.metrics import ClientCollector
 from engrampool_server.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 SCRAPE_CONFIG = ROOT / "deploy/prometheus/prometheus.yml"
-DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/overview.json").read_text())
-PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+DASHBOARDS = {
+    name: json.loads((ROOT / f"deploy/grafana/dashboards/{name}.json").read_text()) for name in ("overview", "client")
+}
+EACH = pytest.mark.parametrize("dashboard", DASHBOARDS)
 TARGETS = [
-    pytest.param(panel, target, id=f"{panel['title']}-{target['refId']}")
-    for panel in PANELS
-    for target in panel["targets"]
+    pytest.param(name, panel, target, id=f"{name}-{panel['title']}-{target['refId']}")
+    for name, dashboard in DASHBOARDS.items()
+    for panel in dashboard["panels"]
+    for target in panel.get("targets", [])
 ]
-VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 # Prometheus itself writes this one for each target.
 OF_PROMETHEUS = {"up"}
 RATE_INTERVAL = "1m"
+
+
+def panels(dashboard: str) -> list[dict[str, Any]]:
+    return [panel for panel in DASHBOARDS[dashboard]["panels"] if panel["type"] != "row"]
+
+
+def variables_of(dashboard: str) -> dict[str, dict[str, Any]]:
+    return {variable["name"]: variable for variable in DASHBOARDS[dashboard]["templating"]["list"]}
 
 
 def substitute(text: str, **values: str) -> str:
@@ -87,14 +98,14 @@ def require(program: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def prometheus(server, tmp_path_factory) -> Iterator[Prometheus]:
-    """With the project's scrape config, pointed at the server and hurried."""
+def prometheus(server, client_process, tmp_path_factory) -> Iterator[Prometheus]:
+    """With the project's scrape config, pointed at the server and the client, and hurried."""
     program = require("prometheus")
     directory = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load(SCRAPE_CONFIG.read_text())
     config["global"] |= {"scrape_interval": "250ms", "scrape_timeout": "250ms"}
     (job,) = config["scrape_configs"]
-    job["static_configs"] = [{"targets": [server.metrics_address]}]
+    job["static_configs"] = [{"targets": [server.metrics_address, client_process.metrics_address]}]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     log = directory / "log"
     command = [
@@ -118,29 +129,45 @@ def prometheus(server, tmp_path_factory) -> Iterator[Prometheus]:
 
 
 @pytest.fixture(scope="module")
-def scraped(prometheus, round_of_lookups) -> Prometheus:
-    """Lookups in one message, streamed, over the direct lane, and refused, have all risen between two scrapes."""
+def scraped(prometheus, round_of_lookups, client_process) -> Prometheus:
+    """Lookups in one message, streamed, over the direct lane, and refused, have all risen between two scrapes.
+
+    So have a client's hits, and hints that were used.
+    """
     risen = f"rate(grpc_server_handled_total{{grpc_method=~'Lookup.*'}}[{RATE_INTERVAL}]) > 0"
 
     def enough() -> bool:
         round_of_lookups()
+        client_process.lookups()
         series = prometheus.query(risen)
         direct = prometheus.query(f"rate(engrampool_direct_lookups_total[{RATE_INTERVAL}]) > 0")
-        return direct and {(s["metric"]["grpc_method"], s["metric"]["grpc_code"]) for s in series} == {
-            ("Lookup", "OK"),
-            ("Lookup", "NOT_FOUND"),
-            ("LookupStream", "OK"),
-        }
+        hits = prometheus.query(f"rate(engrampool_client_cache_hits_total[{RATE_INTERVAL}]) > 0")
+        used = prometheus.query(f"rate(engrampool_client_hint_bytes_total{{fate='used'}}[{RATE_INTERVAL}]) > 0")
+        return (
+            direct
+            and hits
+            and used
+            and {(s["metric"]["grpc_method"], s["metric"]["grpc_code"]) for s in series}
+            == {
+                ("Lookup", "OK"),
+                ("Lookup", "NOT_FOUND"),
+                ("LookupStream", "OK"),
+            }
+        )
 
     until(enough, "two scrapes with lookups between them")
     return prometheus
 
 
 @pytest.fixture(scope="module")
-def variables(scraped) -> dict[str, str]:
-    """What Grafana offers for each variable, as it stands in a regular expression when all are chosen."""
+def variables(scraped) -> dict[str, dict[str, str]]:
+    """By dashboard: what Grafana offers for each variable, as it stands in a regular expression when all are chosen."""
+    return {name: chosen(scraped, name) for name in DASHBOARDS}
+
+
+def chosen(scraped: Prometheus, dashboard: str) -> dict[str, str]:
     values: dict[str, str] = {}
-    for name, variable in VARIABLES.items():
+    for name, variable in variables_of(dashboard).items():
         if variable["type"] != "query":
             continue
         match = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
@@ -152,17 +179,17 @@ def variables(scraped) -> dict[str, str]:
     return values
 
 
-def exposed_names() -> set[str]:
+def exposed_names(dashboard: str) -> set[str]:
     names = set()
-    for family in Metrics().registry.collect():
+    for family in Metrics().registry.collect() if dashboard == "overview" else ClientCollector().describe():
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
         names |= {family.name + ending for ending in endings}
     return names
 
 
-@pytest.mark.parametrize(("panel", "target"), TARGETS)
-def test_an_expression_answers(scraped, variables, panel, target):
-    expr = substitute(target["expr"], **variables)
+@pytest.mark.parametrize(("dashboard", "panel", "target"), TARGETS)
+def test_an_expression_answers(scraped, variables, dashboard, panel, target):
+    expr = substitute(target["expr"], **variables[dashboard])
     assert target["instant"] != target["range"]
     series = scraped.query(expr) if target["instant"] else scraped.query_range(expr)
 
@@ -176,8 +203,8 @@ def test_an_expression_answers(scraped, variables, panel, target):
         assert shown <= one["metric"].keys(), f"{panel['title']}: a label shown is not in the answer of {expr}"
 
 
-@pytest.mark.parametrize(("panel", "target"), TARGETS)
-def test_an_expression_names_metrics_of_the_registry(panel, target):
+@pytest.mark.parametrize(("dashboard", "panel", "target"), TARGETS)
+def test_an_expression_names_metrics_of_the_registry(dashboard, panel, target):
     parsed = promql_parser.parse(substitute(target["expr"], instance="i", model="m"))
     named: list[str | None] = []
 
@@ -187,11 +214,12 @@ def test_an_expression_names_metrics_of_the_registry(panel, target):
 
     promql_parser.walk(parsed, visit)
     assert named
-    assert set(named) <= exposed_names() | OF_PROMETHEUS
+    assert set(named) <= exposed_names(dashboard) | OF_PROMETHEUS
 
 
-def test_panels_explain_themselves():
-    for panel in PANELS:
+@EACH
+def test_panels_explain_themselves(dashboard):
+    for panel in panels(dashboard):
         assert panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         assert len(panel["description"]) > 60, f"{panel['title']}: what to do when it looks bad?"
@@ -200,13 +228,14 @@ def test_panels_explain_themselves():
         for override in panel["fieldConfig"]["overrides"]:
             pattern = override["matcher"]["options"].strip("/")
             assert any(re.search(pattern, target["legendFormat"]) for target in panel["targets"]), panel["title"]
-    titles = [panel["title"] for panel in DASHBOARD["panels"]]
+    titles = [panel["title"] for panel in DASHBOARDS[dashboard]["panels"]]
     assert len(set(titles)) == len(titles)
 
 
-def test_panels_fill_the_grid_without_overlap():
+@EACH
+def test_panels_fill_the_grid_without_overlap(dashboard):
     cells: dict[tuple[int, int], str] = {}
-    for panel in DASHBOARD["panels"]:
+    for panel in DASHBOARDS[dashboard]["panels"]:
         at = panel["gridPos"]
         for x in range(at["x"], at["x"] + at["w"]):
             for y in range(at["y"], at["y"] + at["h"]):
@@ -216,13 +245,19 @@ def test_panels_fill_the_grid_without_overlap():
     assert cells.keys() == {(x, y) for x in range(24) for y in range(height)}
 
 
-def test_the_dashboard_can_be_provisioned():
-    assert DASHBOARD["uid"] == "engrampool-overview"
-    assert DASHBOARD["schemaVersion"] >= 39
-    assert "id" not in DASHBOARD  # Grafana's own, of one installation
-    assert VARIABLES.keys() == {"datasource", "instance", "model"}
-    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+@EACH
+def test_a_dashboard_can_be_provisioned(dashboard):
+    document = DASHBOARDS[dashboard]
+    assert document["uid"] == f"engrampool-{dashboard}"
+    assert document["schemaVersion"] >= 39
+    assert "id" not in document  # Grafana's own, of one installation
+    assert variables_of(dashboard).keys() == {"datasource", "instance", "model"}
+    ids = [panel["id"] for panel in document["panels"]]
     assert len(set(ids)) == len(ids)
+
+
+def test_the_dashboards_of_the_folder_are_those_tested():
+    assert {path.stem for path in (ROOT / "deploy/grafana/dashboards").iterdir()} == set(DASHBOARDS)
 
 
 def test_promtool_accepts_the_scrape_config():

@@ -32,11 +32,20 @@ def test_the_client_example_runs_as_written(packed):
     assert re.match(r"\(4, 24, 264\) layer 1 waited \d+\.\d\d ms, the server took ServerTimes\(", done.stdout)
 
 
+def test_the_client_pages_step_runs_as_written(packed):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "CLIENT.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    with serve_process(packed) as server:
+        example = example.replace("127.0.0.1:50051", server.address)
+        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ServerTimes(" in done.stdout
+
+
 def test_every_command_and_option_shown_exists():
     shown = re.findall(
         r"engrampool (\w+)((?: +[^\s#`]+)*)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
     )
-    assert {name for name, _ in shown} == {"pack", "inspect", "verify", "serve", "rows", "lookup"}
+    assert {name for name, _ in shown} == {"pack", "inspect", "verify", "serve", "rows", "lookup", "doctor"}
     for name, arguments in shown:
         text = subprocess.run(
             [sys.executable, "-m", "engrampool_proto", name, "--help"], capture_output=True, text=True, check=True

@@ -1,0 +1,128 @@
+"""A client's counters for Prometheus. Needs engrampool[metrics]; docs/CLIENT.md lists the metrics.
+
+collector = register(client)    # beside the process's other metrics, wherever those are exposed
+...
+REGISTRY.unregister(collector)  # before client.close(), or the last values are shown for ever
+
+`prometheus_client`'s multiprocess mode, which vLLM and SGLang turn on, collects no custom collectors: there give the
+client a registry and a port of its own, `register(client, registry=own); start_http_server(port, registry=own)`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import TypeVar
+
+from prometheus_client import REGISTRY, CollectorRegistry, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from engrampool_client.client import Client
+from engrampool_client.stats import WAIT_BOUNDS_S, Waits
+from engrampool_proto import __version__
+
+_PREFIX = "engrampool_client_"
+_Family = TypeVar("_Family", bound=Metric)
+# Upper bounds as Prometheus writes them.
+_LE = [*map(floatToGoString, WAIT_BOUNDS_S), "+Inf"]
+
+
+class ClientCollector(Collector):
+    """What `Client.stats`, the cache and the breaker of clients say at each scrape; costs nothing between two.
+
+    clients: of different models; the label `model` tells them apart. Raises ValueError for two of one model.
+    """
+
+    def __init__(self, *clients: Client) -> None:
+        names = [client.spec.name for client in clients]
+        if len(set(names)) != len(names):
+            raise ValueError(f"clients of one collector must be of different models; these are of {', '.join(names)}")
+        self._clients = clients
+
+    def describe(self) -> Iterable[Metric]:
+        """Of every metric that there may be: names must not be taken twice in a registry."""
+        return _Families().all.values()
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics that have samples, with the values as they are now."""
+        families = _Families()
+        for client in self._clients:
+            families.add(client)
+        return (family for family in families.all.values() if family.samples)
+
+
+def register(*clients: Client, registry: CollectorRegistry = REGISTRY) -> ClientCollector:
+    """Have `registry` show these clients; gives what `registry.unregister` takes.
+
+    Raises ValueError for two of one model, or if the registry shows clients already: give those to one collector.
+    """
+    collector = ClientCollector(*clients)
+    registry.register(collector)
+    return collector
+
+
+class _Families:
+    """One scrape's metrics, by name."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, Metric] = {}
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        self._info = self._new(gauge, "info", "Always 1.", "version", "spec_digest", "client_version")
+        self._waits = self._new(HistogramMetricFamily, "wait_seconds", "What a layer waited for its rows.", "layer")
+        self._steps = self._new(counter, "steps", "Steps that ended.", "outcome")
+        self._in_flight = self._new(gauge, "in_flight_steps", "Steps that have not ended.")
+        self._pending = self._new(gauge, "pending_bytes", "Rows of steps that have not ended.")
+        self._rows = self._new(counter, "rows_bytes", "Bytes of rows, by where they came from.", "source")
+        self._masked = self._new(counter, "masked_tokens", "Tokens that a layer went without.", "layer")
+        self._retries = self._new(counter, "retries", "Lookups asked again, as their connection broke.")
+        self._open = self._new(gauge, "breaker_open", "1 while lookups fail at once, else 0.")
+        self._opened = self._new(counter, "breaker_opened", "How often it opened.")
+        self._attached = self._new(gauge, "attached", "1 while rows are read from the server's memory, else 0.")
+        self._hits = self._new(counter, "cache_hits", "N-grams that the cache had.")
+        self._misses = self._new(counter, "cache_misses", "N-grams that the cache had not.")
+        self._evicted = self._new(counter, "cache_evicted", "N-grams that made room for others.")
+        self._cache = self._new(gauge, "cache_bytes", "Memory that the cache has filled.")
+        self._capacity = self._new(gauge, "cache_capacity_bytes", "Memory that the cache may fill.")
+        self._hints = self._new(counter, "hint_bytes", "Bytes of rows of hints, by what became of them.", "fate")
+        self._hinting = self._new(gauge, "pending_hint_bytes", "Rows of hints that have not ended.")
+
+    def _new(self, kind: Callable[..., _Family], name: str, text: str, *labels: str) -> _Family:
+        family = kind(_PREFIX + name, text, labels=["model", *labels])
+        self.all[name] = family
+        return family
+
+    def add(self, client: Client) -> None:
+        """Add a client's samples."""
+        model, stats, cache = client.spec.name, client.stats, client.cache
+        self._put(self._info, 1, model, client.version, client.spec.digest, __version__)
+        for layer, waits in stats.waits.items():
+            self._put_waits(waits, model, str(layer))
+            self._put(self._masked, stats.masked_tokens[layer], model, str(layer))
+        for outcome, count in stats.steps.items():
+            self._put(self._steps, count, model, outcome)
+        for source, nbytes in stats.bytes.items():
+            self._put(self._rows, nbytes, model, source)
+        self._put(self._in_flight, stats.in_flight, model)
+        self._put(self._pending, stats.pending_bytes, model)
+        self._put(self._retries, stats.retries, model)
+        self._put(self._open, client.breaker_open, model)
+        self._put(self._opened, stats.breaker_opened, model)
+        self._put(self._attached, client.attached, model)
+        if cache is None:
+            return
+        self._put(self._hits, cache.hits, model)
+        self._put(self._misses, cache.misses, model)
+        self._put(self._evicted, cache.evicted, model)
+        self._put(self._cache, cache.nbytes, model)
+        self._put(self._capacity, cache.nbytes + (len(cache.rows) - cache.filled) * cache.entry_bytes, model)
+        self._put(self._hinting, stats.pending_hint_bytes, model)
+        fates = {**stats.hint_bytes, "used": cache.hinted_used_bytes, "wasted": cache.hinted_wasted_bytes}
+        for fate, nbytes in fates.items():
+            self._put(self._hints, nbytes, model, fate)
+
+    @staticmethod
+    def _put(family: GaugeMetricFamily | CounterMetricFamily, value: float, *labels: str) -> None:
+        family.add_metric(labels, value)
+
+    def _put_waits(self, waits: Waits, *labels: str) -> None:
+        self._waits.add_metric(labels, list(zip(_LE, accumulate(waits.counts), strict=True)), waits.sum_s)

@@ -1,0 +1,190 @@
+"""What Prometheus is told of a client, against what happened."""
+
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from engrampool_client import Client
+from engrampool_client.metrics import ClientCollector, register
+from engrampool_client.stats import WAIT_BOUNDS_S
+from engrampool_client.testing import serve_thread
+
+ROW = 24 * 264  # bytes of one token's rows of one layer
+
+
+def samples(registry) -> dict[tuple[str, frozenset], float]:
+    """(name without its prefix, labels) -> value."""
+    return {
+        (sample.name.removeprefix("engrampool_client_"), frozenset(sample.labels.items())): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+    }
+
+
+def value(registry, name, **labels) -> float:
+    return samples(registry)[name, frozenset(labels.items())]
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+def test_lookups_are_counted(server, spec, registry):
+    tokens = np.arange(200, dtype=np.int32)
+    with Client(server, cache_bytes=16 << 20, attach="off") as client:
+        collector = register(client, registry=registry)
+        client.lookup(tokens)
+        client.lookup(tokens)
+        client.prefetch(tokens[:2], layers=[14]).wait()  # nobody takes the rows of this one
+        model = {"model": spec.name}
+        assert value(registry, "steps_total", **model, outcome="ok") == 3
+        assert value(registry, "in_flight_steps", **model) == 0
+        assert value(registry, "pending_bytes", **model) == 0
+        wire, cache, duplicate = (
+            value(registry, "rows_bytes_total", **model, source=source) for source in ("wire", "cache", "duplicate")
+        )
+        assert wire + cache + duplicate == 2 * 2 * 200 * ROW + 2 * ROW
+        assert cache >= 2 * 200 * ROW
+        assert wire > 0
+        hits, misses = (value(registry, f"cache_{name}_total", **model) for name in ("hits", "misses"))
+        assert (hits, misses) == (client.cache.hits, client.cache.misses)
+        assert hits > misses > 0
+        held = value(registry, "cache_bytes", **model)
+        assert client.cache.filled * client.cache.entry_bytes < held
+        assert held < value(registry, "cache_capacity_bytes", **model) <= 16 << 20
+        assert value(registry, "attached", **model) == 0
+        assert value(registry, "breaker_open", **model) == 0
+        assert value(registry, "masked_tokens_total", **model, layer="1") == 0
+        info = {"version": client.version, "spec_digest": spec.digest}
+        (found,) = [labels for name, labels in samples(registry) if name == "info"]
+        assert info.items() <= dict(found).items()
+        # What is registered stays as it is when the client is closed, until it is taken out.
+    assert value(registry, "steps_total", **model, outcome="ok") == 3
+    registry.unregister(collector)
+    assert samples(registry) == {}
+
+
+def test_waits_are_a_cumulative_histogram_of_each_layer(server, spec, registry):
+    with Client(server) as client:
+        register(client, registry=registry)
+        for seconds in (0.0, 30e-6, 30e-6, 0.07, 5.0):
+            client.stats.waited(14, seconds)
+        found = samples(registry)
+        buckets = {
+            dict(labels)["le"]: count
+            for (name, labels), count in found.items()
+            if name == "wait_seconds_bucket" and ("layer", "14") in labels
+        }
+        bounds = [float(le) for le in buckets]
+        assert bounds == [*WAIT_BOUNDS_S, float("inf")]
+        assert list(buckets.values()) == [
+            1 if bound < 50e-6 else 3 if bound < 0.1 else 4 if bound < float("inf") else 5 for bound in bounds
+        ]
+        assert value(registry, "wait_seconds_count", model=spec.name, layer="14") == 5
+        assert value(registry, "wait_seconds_sum", model=spec.name, layer="14") == pytest.approx(5.07006)
+        assert value(registry, "wait_seconds_count", model=spec.name, layer="1") == 0
+
+
+def test_failures_hints_and_masked_tokens_are_counted(packed, spec, registry):
+    failing = {"on_failure": "mask", "breaker_failures": 1, "retry_s": 0, "attach": "off", "direct": "off"}
+    model = {"model": spec.name}
+
+    def hinted() -> dict[str, float]:
+        fates = ("asked", "dropped", "failed", "used", "wasted")
+        return {fate: value(registry, "hint_bytes_total", **model, fate=fate) for fate in fates}
+
+    with serve_thread(packed) as address:
+        # One thread: what comes after the hint comes after its end.
+        client = Client(address, **failing, cache_bytes=1 << 20, max_steps=1)
+        register(client, registry=registry)
+        assert client.prefetch(np.arange(5, dtype=np.int32)).hint([[7, 8]])
+        client.prefetch(np.arange(50, 55, dtype=np.int32)).wait()
+        assert hinted() == {"asked": 2 * 2 * ROW, "dropped": 0, "failed": 0, "used": 0, "wasted": 0}
+        client.prefetch([7], None, [[4, 3, 2]]).wait()
+        assert hinted()["used"] == 2 * ROW
+        assert value(registry, "pending_hint_bytes", **model) == 0
+        assert value(registry, "breaker_open", **model) == 0
+    with client:
+        step = client.prefetch(np.arange(100, 107, dtype=np.int32), layers=[14])
+        assert not step.valid(14).any()
+        assert value(registry, "steps_total", **model, outcome="masked") == 1
+        assert value(registry, "masked_tokens_total", **model, layer="14") == 7
+        assert value(registry, "masked_tokens_total", **model, layer="1") == 0
+        assert value(registry, "breaker_opened_total", **model) == 1
+        assert value(registry, "breaker_open", **model) == 1
+        assert value(registry, "retries_total", **model) == 0
+        client.stats.retried()
+        assert value(registry, "retries_total", **model) == 1
+
+
+def test_a_client_without_a_cache_shows_none(server, registry):
+    with Client(server) as client:
+        register(client, registry=registry)
+        names = {name for name, _ in samples(registry)}
+    assert not [name for name in names if "cache" in name or "hint" in name]
+    assert "steps_total" in names
+
+
+def test_two_models_share_a_collector_and_a_name_is_taken_once(server, other_packed, registry):
+    with serve_thread(other_packed) as other, Client(server) as one, Client(other) as two, Client(server) as again:
+        register(one, two, registry=registry)
+        two.lookup([1, 2])
+        assert value(registry, "steps_total", model=one.spec.name, outcome="ok") == 0
+        assert value(registry, "steps_total", model=two.spec.name, outcome="ok") == 1
+        with pytest.raises(ValueError, match="Duplicated timeseries"):
+            register(again, registry=registry)
+        with pytest.raises(ValueError, match="must be of different models"):
+            ClientCollector(one, again)
+
+
+def test_what_is_exposed_is_read_by_both_parsers(server, registry):
+    with Client(server, cache_bytes=1 << 20) as client:
+        register(client, registry=registry)
+        client.lookup([1, 2, 3])
+        running, thread = start_http_server(0, "127.0.0.1", registry=registry)
+        try:
+            url = f"http://127.0.0.1:{running.server_port}/metrics"
+            with urllib.request.urlopen(url, timeout=10) as response:
+                plain = {family.name for family in text_string_to_metric_families(response.read().decode())}
+            accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+            with urllib.request.urlopen(urllib.request.Request(url, headers=accept), timeout=10) as response:
+                strict = {family.name for family in open_metrics(response.read().decode())}
+        finally:
+            running.shutdown()
+            running.server_close()
+            thread.join()
+    assert plain == strict
+    assert all(name.startswith("engrampool_client_") for name in plain)
+    assert len(plain) == 18
+
+
+def test_the_client_itself_does_without_prometheus():
+    code = "import sys, engrampool_client; sys.exit('prometheus_client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_page_lists_every_metric_with_its_type_and_labels():
+    lines = (Path(__file__).parents[2] / "docs/CLIENT.md").read_text().splitlines()
+    begin = lines.index("| metric | type | labels | meaning |") + 2
+    listed = {}
+    for line in lines[begin:]:
+        if not line.startswith("|"):
+            break
+        name, kind, labels, meaning = (cell.strip() for cell in line.strip("|").split("|"))
+        assert meaning
+        listed[name.strip("`")] = (kind, tuple(re.findall(r"`(\w+)`", labels)))
+    families = ClientCollector().describe()
+    exposed = {
+        family.name + ("_total" if family.type == "counter" else ""): (family.type, family._labelnames)
+        for family in families
+    }
+    assert listed == exposed
