@@ -4,7 +4,10 @@ An entry is all rows of one n-gram of one order in one layer. It has an exact ke
 group (which layer and order), so that what is found is what the server would have sent.
 """
 
+import ctypes
+import errno
 import json
+import mmap
 import os
 import struct
 import threading
@@ -41,6 +44,9 @@ _MAX_HEADER = 1 << 20
 _PAGE = 4096
 _AGAIN = "delete it, and save it again from a cache that is in use"
 _OLD = "Delete it, and save one from a client of this version"
+_MADV_POPULATE_WRITE = 23
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _SAVE_BYTES = 8 << 20  # copied while the lock is held
 _SALTS = np.arange(1, 257, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
@@ -108,7 +114,7 @@ class _Index:
 class HotRows:
     """A bounded set of entries under exact keys, set-associative; the least used of a full set make room.
 
-    nbytes: the most that it takes, rows and index together; memory is taken as entries come.
+    nbytes: the most that it takes, rows and index together; all of that memory is taken at once.
     entry_bytes: of one entry.
 
     lock: the caller's to hold over `find` and the copying of what it found, and over `put`: rows move at any `put`.
@@ -117,7 +123,7 @@ class HotRows:
     hinted_bytes: put with `hinted`, that is fetched before anybody asked; of them hinted_used_bytes were found at least
         once, and hinted_wasted_bytes went before that or were not kept at all. The rest is held and may yet be used.
 
-    Several threads may use it with the lock held. Raises ValueError where `nbytes` does not hold one set.
+    Several threads may use it with the lock held. Raises ValueError where `nbytes` does not hold one set, MemoryError.
     """
 
     def __init__(self, nbytes: int, entry_bytes: int) -> None:
@@ -129,7 +135,9 @@ class HotRows:
             raise ValueError(
                 f"a cache of entries of {entry_bytes} bytes takes {slot_bytes * _WAYS} bytes at least, not {nbytes}"
             )
-        self._begin(_Index.empty(sets), np.empty((sets * _WAYS, entry_bytes), np.uint8), read_only=False)
+        rows = np.empty((sets * _WAYS, entry_bytes), np.uint8)
+        _populate(rows)
+        self._begin(_Index.empty(sets), rows, read_only=False)
 
     def _begin(self, index: _Index, rows: Bytes, read_only: bool) -> None:
         self.lock = threading.Lock()
@@ -150,7 +158,7 @@ class HotRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: the index, and the rows that are filled."""
+        """Bytes that hold something: the index, and the rows that are filled."""
         return len(self._index.keys) * _Index.SLOT_BYTES + 2 * len(self._ages) + self.filled * self.entry_bytes
 
     def find(self, keys: Keys, groups: Groups) -> Keys:
@@ -325,6 +333,17 @@ class HotRows:
         cache._begin(index, whole[rows_at:].reshape(header["entries"], header["entry_bytes"]), read_only=True)
         cache.filled = int(np.count_nonzero(index.groups != _NOBODY))
         return cache
+
+
+def _populate(rows: Bytes) -> None:
+    """Have the memory of `rows` now: had page by page as entries come, it would hold up every thread of the process.
+
+    A kernel before Linux 5.14 knows no such call; there it is had as entries come.
+    """
+    start = -(-rows.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (rows.ctypes.data + rows.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0 and _LIBC.madvise(start, length, _MADV_POPULATE_WRITE) and ctypes.get_errno() == errno.ENOMEM:
+        raise MemoryError(f"no memory is left for a cache of {rows.nbytes} bytes")
 
 
 def _index_bytes(header: dict[str, Any]) -> int:

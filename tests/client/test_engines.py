@@ -257,6 +257,7 @@ def test_asyncio_has_the_same(server):
             await asyncio.to_thread(wait_for_hints, client.client)
             amended = client.amend(step, [1, 2, 3, 4])
             assert (await amended.rows(14)).shape == (4, 24, ROW)
+            await asyncio.to_thread(amended.step.wait)
             assert amended.done()
             assert client.client.stats.steps["ok"] == 2
             assert sum(client.client.stats.waits[1].counts) == 1  # `valid` waited, and was counted once
