@@ -62,8 +62,7 @@ class AsyncStep:
 
     async def valid(self, layer: int, timeout_s: float | None = None) -> Valid:
         """Which tokens have their rows of a layer, as `Step.valid` says."""
-        await self.rows(layer, timeout_s)
-        return self.step.valid(layer)
+        return self.step._valid_of(layer, await self.rows(layer, timeout_s))
 
     def hint(self, candidates: npt.ArrayLike, *, chain: bool = False) -> bool:
         """As `Step.hint`."""

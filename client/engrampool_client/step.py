@@ -111,7 +111,9 @@ class Step:
 
         All of them, except where failures are masked: a gate that is shut for the others passes them through untouched.
         """
-        rows = self.rows(layer, timeout_s)
+        return self._valid_of(layer, self.rows(layer, timeout_s))
+
+    def _valid_of(self, layer: int, rows: Rows) -> Valid:
         with self._changed:
             if layer not in self._valid:
                 valid = np.ones(rows.shape[:-2] if rows.ndim > 2 else rows.shape[:1], np.bool_)
