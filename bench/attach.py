@@ -38,8 +38,11 @@ def main() -> None:
             Client(server.address, timeout_s=60) as attached,
             Client(server.address, timeout_s=60, attach="off", direct="off", dedupe=False) as over_grpc,
         ):
-            assert attached.attached, attached._attach and attached._attach.reason
-            tables = {layer: table.rows for layer, table in attached._attach._lease.tables.items()}
+            assert attached.attached, "not attached"
+            tables = {
+                layer: table.rows
+                for layer, table in attached._shards._sets[0].replicas[0]._attach._lease.tables.items()
+            }
             for table in tables.values():  # every page is in this process's page table from here on
                 np.add.reduce(table[:: 4096 // ROW_BYTES, 0])
             print("| tokens | np.take ms | attached ms | gRPC ms | attached / np.take | gRPC / attached |")

@@ -1,6 +1,8 @@
 """A small model with unequal tables, servers in this process, raw calls, and what must come back."""
 
 import asyncio
+import logging
+import os
 import threading
 import time
 import urllib.request
@@ -196,6 +198,28 @@ def eventually(condition: Callable[[], Any], what: str = "") -> Any:
             return value
         assert time.monotonic() < end, f"never so: {what or condition}"
         time.sleep(0.005)
+
+
+class Events(logging.Handler):
+    """What was logged, as (event, fields)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, dict]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.getMessage(), record.fields))
+
+    def of(self, name: str) -> list[dict]:
+        return [fields for event, fields in self.lines if event == name]
+
+
+def change_byte(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
 
 
 class GatherGate:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -95,7 +95,9 @@ class AsyncClient:
         self.client = client
 
     @classmethod
-    async def connect(cls, target: str, model: str | None = None, version: str | None = None, **settings: Any) -> Self:
+    async def connect(
+        cls, target: str | Sequence[str], model: str | None = None, version: str | None = None, **settings: Any
+    ) -> Self:
         """Connect and read what is served. Settings and errors are those of `Client`; max_steps is 16 by default."""
         settings = {"max_steps": _MAX_STEPS, **settings}
         return cls(await asyncio.to_thread(Client, target, model, version, **settings))

@@ -216,9 +216,8 @@ def _map(offer: pool_pb2.MappedTable, served: ServedModel) -> _Table:
         spec = served.spec.table(offer.layer)
         if not offer.row_start < offer.row_stop <= spec.num_rows:
             raise _NotHereError(f"layer {offer.layer} has no rows {offer.row_start} .. {offer.row_stop}")
-        wanted = Identity(
-            served.spec.name, served.version, offer.layer, offer.row_stop - offer.row_start, spec.row_bytes
-        )
+        count = offer.row_stop - offer.row_start
+        wanted = Identity(served.spec.name, served.version, offer.layer, count, spec.row_bytes, offer.row_start)
         # Looked at before it is opened, too: to open some things is to use them.
         _check_file(os.lstat(offer.path), offer)
         descriptor = os.open(offer.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

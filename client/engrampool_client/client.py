@@ -3,10 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,10 +11,9 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_client.attach import AttachLane
-from engrampool_client.breaker import Breaker
 from engrampool_client.cache import HotRows
-from engrampool_client.direct import Direct, DirectLane
+from engrampool_client.direct import Direct
+from engrampool_client.endpoint import Attach, Ways
 from engrampool_client.errors import (
     EngrampoolError,
     FingerprintError,
@@ -26,11 +22,11 @@ from engrampool_client.errors import (
     StepCancelledError,
 )
 from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, check_outs, token_batch
-from engrampool_client.grpc_lane import GrpcLane
 from engrampool_client.plan import Layout, Plan, Planner
 from engrampool_client.record import Recorder
-from engrampool_client.served import check_fingerprint, check_layout, choose
-from engrampool_client.settings import SPLIT_ABOVE_BYTES, check_settings
+from engrampool_client.served import check_fingerprint, check_layout
+from engrampool_client.settings import check_settings
+from engrampool_client.shards import Shards
 from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
 from engrampool_client.step import Step, Valid
@@ -38,14 +34,11 @@ from engrampool_client.workers import Workers
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.malloc import pin_malloc
 from engrampool_proto.spec import ModelSpec
-from engrampool_proto.wire import ServerTimes
 
 OnFailure = Literal["raise", "mask"]
-Attach = Literal["auto", "off"]
 
 # Without a cache, smaller batches are asked for as they are: finding their few duplicates costs more than it saves.
 _DEDUPE_TOKENS = 128
-_PROBE_TIMEOUT_S = 1.0
 
 
 @dataclass(eq=False)
@@ -62,9 +55,11 @@ class _Lookup:
 
 
 class Client:
-    """Connections to one server for one version of one model. Thread-safe; close it, or use it in `with`.
+    """Connections to the servers of one version of one model. Thread-safe; close it, or use it in `with`.
 
-    target: "host:port" or any gRPC name ("dns:///...", "unix:...").
+    target: "host:port" or any gRPC name, or several of them: shards, which hold every row together, and replicas of
+        them, which take turns and stand in for each other. "dns:///name:port" stands for every address that the name
+        has. Servers that are away, and new addresses of names, are looked for in the background.
     model, version: None for the only one that the server holds. The version stays pinned: if the server changes to
         another, lookups fail with UnknownVersionError rather than mix the two.
     config, tokenizer: this side's config.json and tokenizer.json; if given, the served tables must fit them.
@@ -110,7 +105,7 @@ class Client:
 
     def __init__(
         self,
-        target: str,
+        target: str | Sequence[str],
         model: str | None = None,
         version: str | None = None,
         *,
@@ -162,38 +157,36 @@ class Client:
         )
         if keep_memory:
             pin_malloc()
-        self.target, self._hashing, self._timeout_s, self._spin_s = target, hashing, timeout_s, spin_s
+        targets = [target] if isinstance(target, str) else list(target)
+        if not targets:
+            raise ValueError("target must name a server at least")
+        self.target, self._hashing, self._timeout_s, self._spin_s = ",".join(targets), hashing, timeout_s, spin_s
         self._masks = on_failure == "mask"
         self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes
         self._closing = threading.Event()
-        self._lanes = [GrpcLane(target) for _ in range(connections)]
-        self._direct: DirectLane | None = None
-        self._attach: AttachLane | None = None
+        ways = Ways(connections, attach, direct, retry_s, breaker_failures, max_steps)
+        self._shards = Shards(targets, ways, self._closing)
         self._recorder: Recorder | None = None
         try:
-            self.served = choose(self._lanes[0].describe(connect_timeout_s), model, version)
+            self.served = self._shards.connect(model, version, connect_timeout_s)
             check_fingerprint(self.served.spec, config, tokenizer)
-            self._layout = Layout(self.served.spec, _columns(self.served.spec, heads))
+            self.stats = Stats(self.spec.layers)
+            self._shards.open(self.stats)
+            if plain and self._shards.sharded:
+                raise ValueError("hashing='server' needs a server that holds all rows; these are shards")
+            self._layout = Layout(self.spec, _columns(self.spec, heads), self._shards.cuts())
             self.cache = HotRows(cache_bytes, self._layout.entry_bytes) if cache_bytes else None
             opened = None if warm is None else HotRows.open(Path(warm), self.version, self._layout.to_json())
             self._planner = None
-            if not plain and (dedupe or self.cache or opened):
+            if not plain and (dedupe or self.cache or opened or self._shards.sharded):
                 self._planner = Planner(self.served, self._layout, self.cache, opened, max_steps)
-            if attach == "auto" and self.served.attach:
-                name, version = self.spec.name, self.version
-                self._attach = AttachLane(partial(self._lanes[0].attach, name, version), self.served)
-            if direct == "auto" and self.served.direct:
-                self._direct = DirectLane(self._lanes[0].open_direct, target, max_steps * connections)
             if record is not None:
                 self._recorder = Recorder(Path(record), self.spec, self.version)
         except BaseException:
-            self._close_lanes()
+            self._closing.set()
+            self._shards.close()
             raise
-        self.stats = Stats(self.spec.layers)
-        self._breaker = Breaker(retry_s, breaker_failures, self._probe, self.stats.opened, target)
         self._workers = Workers(max_steps, "engrampool")
-        # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
-        self._parts = ThreadPoolExecutor(max(1, max_steps * (connections - 1)), "engrampool-part")
 
     @property
     def spec(self) -> ModelSpec:
@@ -208,17 +201,17 @@ class Client:
     @property
     def attached(self) -> bool:
         """Whether lookups read the server's memory, now."""
-        return self._attach is not None and self._attach.attached
+        return self._shards.attached
 
     @property
     def direct(self) -> bool:
         """Whether the next lookup that is not read from attached memory finds a connection of the direct lane."""
-        return self._direct is not None and self._direct.open
+        return self._shards.direct
 
     @property
     def breaker_open(self) -> bool:
-        """Whether lookups fail at once, as the server is away."""
-        return self._breaker.is_open
+        """Whether lookups fail at once, as a server that they need is away."""
+        return self._shards.breaker_open
 
     # --- lookups
 
@@ -519,7 +512,7 @@ class Client:
                 lookup.after._await_worker(step.deadline)
             exchange, plan = lookup.plan()
             if exchange is not None:
-                self._ask(exchange, step, lookup.spin_s)
+                self._shards.ask(exchange, step, lookup.spin_s)
             if plan is not None:
                 for source, nbytes in plan.sources.items():
                     self.stats.came(source, nbytes)
@@ -540,58 +533,6 @@ class Client:
                 plan.close()
             step._set_working(False)
 
-    def _ask(self, exchange: Exchange, step: Step, spin_s: float) -> None:
-        """Have every row of the exchange come, over several connections if it is a large one."""
-        step._arrived(exchange.whole(exchange.empty_layers()))
-        split = exchange.answer_bytes > SPLIT_ABOVE_BYTES and not self.attached
-        parts = exchange.split(len(self._lanes)) if split else [exchange]
-        others = [
-            self._parts.submit(self._fetch, lane, part, step, 0.0)
-            for lane, part in zip(self._lanes[1:], parts[1:], strict=False)
-        ]
-        try:
-            self._fetch(self._lanes[0], parts[0], step, spin_s)
-        finally:  # whatever became of the first, nothing is written once the step has ended
-            for other in others:
-                other.exception()
-        for other in others:
-            other.result()
-        if len(parts) > 1:
-            exchange.times = _slowest([part.times for part in parts if part.times is not None])
-
-    def _fetch(self, lane: GrpcLane, exchange: Exchange, step: Step, spin_s: float) -> None:
-        """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
-        nbytes = exchange.answer_bytes
-        for attempt in count():
-            try:
-                if self._attach is not None and self._attach.fetch(exchange, step):
-                    self.stats.came("attached", nbytes)
-                    return
-                self._breaker.check()
-                if self._direct is None or not self._direct.fetch(exchange, step.deadline, step, spin_s):
-                    lane.fetch(exchange, max(0.0, step.deadline - time.monotonic()), step)
-                break
-            except PoolError as error:
-                pause_s = self._breaker.pause_s(error, attempt)
-                if pause_s is None or time.monotonic() + pause_s >= step.deadline or step.given_up():
-                    # Whoever waits for a step may have given it up just before the call itself did.
-                    self._breaker.failed(step.error or error)
-                    raise
-                if self._closing.wait(pause_s):
-                    raise
-                self.stats.retried()
-                exchange.restart()
-                if exchange.complete:  # only the end of the answer was lost
-                    break
-        self._breaker.succeeded()
-        self.stats.came("wire", nbytes)
-
-    def _probe(self) -> None:
-        """Ask for one row, over gRPC. Raises PoolError."""
-        layer = self.spec.layers[0]
-        exchange = Exchange.of_rows(self.served, {layer: np.zeros(1, np.uint32)})
-        self._lanes[0].fetch(exchange, _PROBE_TIMEOUT_S, Step([layer]))
-
     # --- speculation
 
     def _hint(self, batch: TokenBatch, candidates: npt.ArrayLike, chain: bool) -> bool:
@@ -610,7 +551,7 @@ class Client:
                 plan = self._planner.of_tokens(step, guessed, layers, wanted=False)
                 if plan.exchange is not None:
                     asked = plan.exchange.answer_bytes
-                    self._ask(plan.exchange, step, 0.0)
+                    self._shards.ask(plan.exchange, step, 0.0)
                     plan.keep(hinted=True)
                 step._end(None)
             except EngrampoolError as error:  # nobody waits for it
@@ -628,17 +569,10 @@ class Client:
     def close(self) -> None:
         """End the connections; steps under way fail with StepCancelledError or UnavailableError."""
         self._closing.set()
-        self._breaker.close()
-        self._close_lanes()
+        self._shards.close()
         self._workers.close()
-        self._parts.shutdown(wait=True)
         if self._recorder is not None:
             self._recorder.close()
-
-    def _close_lanes(self) -> None:
-        for lane in (self._attach, self._direct, *self._lanes):
-            if lane is not None:
-                lane.close()
 
     def __enter__(self) -> Self:
         return self
@@ -657,13 +591,6 @@ def _columns(spec: ModelSpec, heads: tuple[int, int] | None) -> slice | None:
     if not 0 <= start < stop <= fewest:
         raise ValueError(f"heads must be (start, stop) within 0 .. {fewest}, not empty; it is {heads}")
     return slice(start, stop)
-
-
-def _slowest(times: Sequence[ServerTimes]) -> ServerTimes | None:
-    """The server's times of a lookup in parts that ran side by side."""
-    if not times:
-        return None
-    return ServerTimes(*(max(getattr(one, name) for one in times) for name in ("queue_us", "gather_us", "total_us")))
 
 
 __all__ = ["Client", "Step"]

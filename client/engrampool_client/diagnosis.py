@@ -216,7 +216,7 @@ def _keys(spec: ModelSpec, layout: Layout, forward: Forward) -> Iterable[tuple[P
         for table in spec.tables:
             found = table.hash.keys(windows)
             for part in layout.parts[table.layer]:
-                yield part, found[part.groups[0] : part.groups[-1] + 1]
+                yield part, part.pick(found)
         return
     for layer, ids in asked.items():
         table = spec.table(layer)

@@ -47,8 +47,8 @@ class DirectLane:
     def __init__(self, open_direct: Callable[[float], pool_pb2.OpenDirectResponse], target: str, most: int) -> None:
         self._open_direct, self._target, self._most = open_direct, target, most
         self._lock = threading.Lock()
-        self._idle: list[_Connection] = []
-        self._open: set[_Connection] = set()
+        self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
         self._opening = self._closed = False
         self._not_before, self._pause_s = 0.0, _FIRST_PAUSE_S
         self._opener = ThreadPoolExecutor(1, "engrampool-direct")
@@ -59,20 +59,43 @@ class DirectLane:
         """Whether it has a connection."""
         return bool(self._open)
 
-    def fetch(self, exchange: Exchange, deadline: float, step: Step, spin_s: float = 0.0) -> bool:
-        """Ask, and take the whole answer in; `step` is told of layers as they complete.
+    def begin(self, exchange: Exchange, deadline: float) -> "Connection | None":
+        """Only ask; `fetch` is to take the answer in, or `abandon` to give it up. None if that cannot be done now."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            self._want_one()
+            return None
+        try:
+            connection.send(exchange, deadline)
+        except OSError:  # it broke, or takes nothing
+            self._drop(connection)
+            return None
+        return connection
+
+    def abandon(self, begun: "Connection") -> None:
+        """Do without the answer; the connection it is on cannot serve another."""
+        self._drop(begun)
+
+    def fetch(
+        self,
+        exchange: Exchange,
+        deadline: float,
+        step: Step,
+        spin_s: float = 0.0,
+        begun: "Connection | None" = None,
+    ) -> bool:
+        """Ask, unless that has `begun`, and take the whole answer in; `step` is told of layers as they complete.
 
         deadline: by time.monotonic. spin_s: how long to look for the answer without sleeping.
         False if the lane has no connection, or one that broke meanwhile: what is missing is to be asked for over gRPC.
         Raises PoolErrors: refusals, DeadlineError, ProtocolError, StepCancelledError.
         """
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            self._want_one()
+        connection = begun or self.begin(exchange, deadline)
+        if connection is None:
             return False
         try:
-            connection.fetch(exchange, deadline, step, spin_s)
+            connection.receive(exchange, deadline, step, spin_s)
         except _RefusedError as refused:
             self._put(connection)
             raise refused.error from None
@@ -101,7 +124,7 @@ class DirectLane:
         self._drop_idle()
         self._opener.shutdown(wait=True)
 
-    def _put(self, connection: "_Connection") -> None:
+    def _put(self, connection: "Connection") -> None:
         self._idle.append(connection)
         if self._closed:
             self._drop_idle()
@@ -113,7 +136,7 @@ class DirectLane:
             except IndexError:
                 return
 
-    def _drop(self, connection: "_Connection") -> None:
+    def _drop(self, connection: "Connection") -> None:
         with self._lock:
             self._open.discard(connection)
         connection.close()
@@ -129,7 +152,7 @@ class DirectLane:
 
     def _connect(self) -> None:
         try:
-            connection = _Connection(self._open_direct(_OPEN_TIMEOUT_S), self._target)
+            connection = Connection(self._open_direct(_OPEN_TIMEOUT_S), self._target)
         except (PoolError, OSError, WireError):
             with self._lock:
                 self._opening = False
@@ -150,7 +173,7 @@ class _RefusedError(Exception):
         self.error = error
 
 
-class _Connection:
+class Connection:
     """One socket that the server has let in. One lookup at a time; only `shut` may be called meanwhile."""
 
     def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str) -> None:
@@ -176,9 +199,12 @@ class _Connection:
             self._socket.close()
             raise
 
-    def fetch(self, exchange: Exchange, deadline: float, step: Step, spin_s: float) -> None:
-        """As `DirectLane.fetch`. Raises OSError if the connection broke, TimeoutError, _RefusedError, PoolErrors."""
+    def send(self, exchange: Exchange, deadline: float) -> None:
+        """Ask. Raises OSError if the connection broke, TimeoutError."""
         self._send(exchange.request, deadline)
+
+    def receive(self, exchange: Exchange, deadline: float, step: Step, spin_s: float) -> None:
+        """Take the answer in. Raises OSError if the connection broke, TimeoutError, _RefusedError, PoolErrors."""
         if exchange.answer_bytes <= _SCRATCH_BYTES // 2:
             # It is short: a step that is given up meanwhile does not wait for it.
             at_once = _SCRATCH_BYTES

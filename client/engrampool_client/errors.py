@@ -106,6 +106,8 @@ def from_status(code: grpc.StatusCode, reason: str | None, text: str | None, tar
     kind = _BY_CODE.get(code, PoolError)
     if kind is OverloadedError and reason is None:
         kind = RejectedError  # gRPC's own: the message is larger than the server takes, and always will be
+    if kind is UnknownVersionError and reason not in (None, "unknown-version"):
+        kind = RejectedError  # such as "partial-model": the version is there, what is asked for is not
     return kind(f"{target}: {text} ({code.name})", reason)
 
 

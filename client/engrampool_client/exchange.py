@@ -4,8 +4,9 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -190,10 +191,51 @@ class Exchange:
             one._whole = whole
         return parts
 
+    def spread(self, routes: Mapping[int, "Route"], writing: Writing) -> "dict[int, Exchange]":
+        """Cut into one lookup a shard, by the rows that each holds, all writing into this one's arrays.
+
+        routes: by layer. writing: as for `of_tokens`. Returns lookups by the shard's number. Of no use once rows came.
+        """
+        asked: dict[int, list[tuple[int, wire.Ids, slice | npt.NDArray[np.int64]]]] = {}
+        for layer, ids in self._asked.tables:
+            for shard, where in routes[layer].of(ids):
+                asked.setdefault(shard, []).append((layer, ids[where], where))
+        if len(asked) <= 1:
+            return dict.fromkeys(asked, self)
+        parts = {shard: self._part_of(tables, writing) for shard, tables in asked.items()}
+        whole = _Whole(self, list(parts.values()))
+        for one in parts.values():
+            one._whole = whole
+        return parts
+
+    def _part_of(
+        self, tables: "Sequence[tuple[int, wire.Ids, slice | npt.NDArray[np.int64]]]", writing: Writing
+    ) -> "Exchange":
+        """tables: (layer, ids, where they stand among this one's)."""
+        shapes, out, scattered = {}, {}, {}
+        for layer, ids, where in tables:
+            row_bytes = self.shapes[layer][-1]
+            shapes[layer] = (len(ids), row_bytes)
+            if isinstance(where, slice):
+                out[layer] = self._array(layer).reshape(-1, row_bytes)[where]
+            else:
+                scattered[layer] = where
+
+        def deliver(layer: int, rows: Rows) -> Rows:
+            if layer in scattered:
+                with writing():
+                    self._array(layer).reshape(-1, rows.shape[1])[scattered[layer]] = rows
+            return rows
+
+        request = wire.LookupRequest(self._asked.model, self._asked.version, tuple(table[:2] for table in tables))
+        return Exchange(self._served, request, shapes, out, deliver)
+
     def whole(self, complete: Sequence[int]) -> dict[int, Rows]:
         """Rows of the layers that are `complete` here, and so are in every part of what was split: once each."""
         if self._whole is None:
             return {layer: self.rows(layer) for layer in complete}
+        for layer in complete:
+            self.rows(layer)
         return self._whole.rows(complete)
 
     def empty_layers(self) -> list[int]:
@@ -308,13 +350,43 @@ class _Whole:
 
     def __init__(self, exchange: Exchange, parts: Sequence[Exchange]) -> None:
         self._exchange, self._lock = exchange, threading.Lock()
-        self._missing = {layer: sum(part._sizes[layer] > 0 for part in parts) for layer in exchange.shapes}
+        self._missing = {layer: sum(part._sizes.get(layer, 0) > 0 for part in parts) for layer in exchange.shapes}
 
     def rows(self, complete: Sequence[int]) -> dict[int, Rows]:
         with self._lock:
             for layer in complete:
                 self._missing[layer] -= 1
             return {layer: self._exchange.rows(layer) for layer in complete if not self._missing[layer]}
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Which shard holds which rows of a table. starts: uint64 [ranges], ascending from 0. shards: int64 [ranges]."""
+
+    starts: npt.NDArray[np.uint64]
+    shards: npt.NDArray[np.int64]
+
+    def of(self, ids: wire.Ids) -> "list[tuple[int, slice | npt.NDArray[np.int64]]]":
+        """Where the ids of each shard stand among `ids` [N]: a slice if they stand together, else their positions."""
+        if not len(ids):
+            return []
+        if len(self.starts) == 1:
+            return [(int(self.shards[0]), slice(0, len(ids)))]
+        shards = self.shards[np.searchsorted(self.starts, ids, side="right") - 1]
+        cuts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(ids)]
+        runs = [(int(shards[start]), slice(start, stop)) for start, stop in pairwise(cuts)]
+        if len({shard for shard, _ in runs}) == len(runs):
+            return list(runs)
+        return [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
+
+
+def slowest(parts: Sequence[Exchange]) -> wire.ServerTimes | None:
+    """The servers' times of a lookup in parts that ran side by side."""
+    times = [part.times for part in parts if part.times is not None]
+    if not times:
+        return None
+    names = ("queue_us", "gather_us", "total_us")
+    return wire.ServerTimes(*(max(getattr(one, name) for one in times) for name in names))
 
 
 def check_outs(spec: ModelSpec, out: Out, shapes: Mapping[int, tuple[int, ...]]) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,12 @@ class Part:
     first: int
     number: int
 
+    def pick(self, keys: Keys) -> Keys:
+        """The keys of its groups, int64 [groups, T], of those of all groups of the family."""
+        first, last = self.groups[0], self.groups[-1]
+        # A group that is cut between shards stands in `groups` more than once.
+        return keys[first : last + 1] if last - first + 1 == len(self.groups) else keys[list(self.groups)]
+
     @property
     def width(self) -> int:
         """Columns of one group."""
@@ -60,19 +66,26 @@ class Part:
 
 
 class Layout:
-    """How the rows of a client's columns are made of entries. heads: those asked for, of every table; None for all."""
+    """How the rows of a client's columns are made of entries.
 
-    def __init__(self, spec: ModelSpec, heads: slice | None) -> None:
+    heads: those asked for, of every table; None for all. cuts: layer -> rows at which another shard begins; where that
+    is a head's first row, no entry is of two shards.
+    """
+
+    def __init__(self, spec: ModelSpec, heads: slice | None, cuts: Mapping[int, Sequence[int]] | None = None) -> None:
         self.heads = heads
         self.parts: dict[int, list[Part]] = {}
         number = 0
         for table in spec.tables:
             wanted = heads or slice(0, table.heads)
             cut = []
+            rows = np.array((cuts or {}).get(table.layer, ()), np.uint64)
+            edges = set(np.flatnonzero(np.isin(table.head_offsets, rows)).tolist())
             for group, columns in enumerate(table.hash.groups()):
-                inside = slice(max(columns.start, wanted.start), min(columns.stop, wanted.stop))
-                if inside.start < inside.stop:
-                    cut.append((group, inside))
+                start, stop = max(columns.start, wanted.start), min(columns.stop, wanted.stop)
+                if start < stop:
+                    inside = [start, *sorted(edge for edge in edges if start < edge < stop), stop]
+                    cut += [(group, slice(*two)) for two in pairwise(inside)]
             parts = self.parts[table.layer] = []
             for _, run in groupby(cut, lambda one: one[1].stop - one[1].start):
                 groups, columns_of = zip(*run, strict=True)
@@ -120,7 +133,7 @@ class Planner:
         keys = {}
         for layer in layers:
             found = spec.table(layer).hash.keys(windows)
-            keys[layer] = [found[part.groups[0] : part.groups[-1] + 1] for part in self.layout.parts[layer]]
+            keys[layer] = [part.pick(found) for part in self.layout.parts[layer]]
         return Plan(self, step, keys, dict.fromkeys(layers, (batch.num_tokens,)), out if wanted else None, wanted)
 
     def of_rows(self, step: Step, rows: Mapping[int, Any], out: Out | None = None) -> "Plan | None":
@@ -403,7 +416,7 @@ class Plan:
         with self._step._writing():
             for one in self._entries[layer]:
                 start = one.came(fetched, start)
-                to, write_back = _entries_of(self._rows[layer], one.part)
+                to, write_back = _entries_of(self._rows[layer], one.part, whole=one.hit is None)
                 one.put(to)
                 write_back()
             return self._finish(layer)
@@ -413,13 +426,16 @@ class Plan:
         return hand_over(self._planner.served.spec.table(layer), self._rows[layer], self._out.get(layer))
 
 
-def _entries_of(rows: Rows, part: Part) -> tuple[Rows, Callable[[], None]]:
-    """The part's entries in a layer's rows, uint8 [T * groups, entry_bytes], and what to call when they are written."""
+def _entries_of(rows: Rows, part: Part, whole: bool = False) -> tuple[Rows, Callable[[], None]]:
+    """The part's entries in a layer's rows, uint8 [T * groups, entry_bytes], and what to call when they are written.
+
+    whole: all of them will be, so that it does not matter what they are now.
+    """
     heads, row_bytes = rows.shape[-2:]
     if part.stop - part.first == heads:
         return rows.reshape(-1, part.entry_bytes), _nothing
     piece = rows.reshape(-1, heads, row_bytes)[:, part.first : part.stop]
-    entries = np.ascontiguousarray(piece)
+    entries = np.empty_like(piece, order="C") if whole else np.ascontiguousarray(piece)
     return entries.reshape(-1, part.entry_bytes), lambda: np.copyto(piece, entries)
 
 

@@ -1,8 +1,8 @@
 """What a server holds, read once at connect: which model, which version, its specification and the server's limits."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ class ServedModel:
 
     max_rows, max_answer_bytes: the server's limits on a request. direct: whether it has a direct lane.
     attach: whether it has tables that a client on the same machine can map.
+    parts: layer -> (first row, one past the last) that the server holds; not those of which it holds none.
     """
 
     spec: ModelSpec
@@ -33,6 +34,7 @@ class ServedModel:
     server_version: str
     direct: bool = False
     attach: bool = False
+    parts: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel:
@@ -75,6 +77,27 @@ def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel
         response.server_version,
         response.direct,
         response.attach,
+        {table.layer: (table.row_start, table.row_stop) for table in held.tables if table.row_start < table.row_stop},
+    )
+
+
+def merged(served: Iterable[ServedModel]) -> ServedModel:
+    """What several servers hold of one version together. Raises SpecError if it is not one version."""
+    first, *others = served
+    for other in others:
+        if (other.spec.name, other.version) != (first.spec.name, first.version):
+            raise SpecError(
+                f"servers hold {first.spec.name} {first.version} and {other.spec.name} {other.version}: name one"
+            )
+    if not others:
+        return first
+    every = (first, *others)
+    # Of a request to all of them; each has its own limits, which its part of the request is held to.
+    return replace(
+        first,
+        max_rows=sum(one.max_rows for one in every),
+        max_answer_bytes=sum(one.max_answer_bytes for one in every),
+        parts={},
     )
 
 

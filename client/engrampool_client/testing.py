@@ -79,11 +79,11 @@ class ServerProcess:
 
 @contextmanager
 def serve_process(
-    *models: Path, environ: Mapping[str, str] | None = None, ready: bool = True, **settings: Any
+    *models: Path | str, environ: Mapping[str, str] | None = None, ready: bool = True, **settings: Any
 ) -> Iterator[ServerProcess]:
     """A server in a child process, on free ports of 127.0.0.1, stopped by SIGTERM (by SIGKILL if that takes too long).
 
-    models: packed directories. settings: flags of `engrampool serve`, such as gather_threads=2.
+    models: packed directories, or URLs of them. settings: flags of `engrampool serve`, such as gather_threads=2.
     ready: wait until it serves; else only until it runs. Raises ServerStartError.
     """
     flags = {"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", **settings}

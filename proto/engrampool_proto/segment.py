@@ -1,4 +1,4 @@
-"""What server and client must agree on about a segment, which is a file that holds the rows of one table.
+"""What server and client must agree on about a segment, which is a file that holds rows of one table.
 
 The rows lie from byte 0 on, and in the file's last 4096 bytes a trailer says what they are: xxh3-128 of the text that
 follows, 32 hexadecimal digits; a line feed; the text, canonical JSON; zeros.
@@ -14,18 +14,24 @@ import xxhash
 from engrampool_proto.spec import canonical_json
 
 TRAILER_BYTES = 4096
-_FORMAT = {"format": "engrampool-segment", "format_version": 1, "whole": True}
+_FORMAT = {"format": "engrampool-segment", "format_version": 2, "whole": True}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a segment holds: the rows of one table."""
+    """What a segment holds: the rows [row_start, row_start + num_rows) of one table."""
 
     model: str
     version: str
     layer: int
     num_rows: int
     row_bytes: int
+    row_start: int = 0
+
+    @property
+    def row_stop(self) -> int:
+        """One past the last row."""
+        return self.row_start + self.num_rows
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,6 +11,7 @@ from engrampool_server.pack import pack as pack_checkpoint
 from engrampool_server.preflight import format_bytes
 from engrampool_server.progress import byte_progress
 from engrampool_server.segments import find_backing, free, survey
+from engrampool_server.sources import Location, parse_location, redact
 from engrampool_server.synth import CONFIGS
 from engrampool_server.synth import synth as write_synthetic
 from engrampool_server.synth_checkpoint import synth_checkpoint
@@ -18,6 +20,19 @@ from engrampool_server.table_writer import FILE_BYTES
 from engrampool_server.verify import damaged_blocks, summary, summary_text
 
 _PATH = click.Path(path_type=Path)
+
+
+class _LocationType(click.ParamType):  # type: ignore[type-arg]  # not generic in every version
+    name = "directory or URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Location:
+        try:
+            return parse_location(value)
+        except ValueError as error:
+            self.fail(f"{redact(repr(value))} is {error}", param, context)
+
+
+_packed = click.argument("directory", type=_LocationType(), metavar="DIR|URL")
 
 _out = click.option("--out", type=_PATH, required=True, help="Directory to write; must not exist.")
 _name = click.option("--name", help="The model's name; its family's by default.")
@@ -95,19 +110,19 @@ def synth(
 
 
 @click.command()
-@click.argument("directory", type=_PATH)
+@_packed
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-def inspect(directory: Path, as_json: bool) -> None:
-    """Say what the packed model in DIRECTORY is. Checks manifest and files, reads no rows."""
+def inspect(directory: Location, as_json: bool) -> None:
+    """Say what the packed model at a directory or URL is. Checks manifest and files, reads no rows."""
     with PackedModel.open(directory) as model:
         click.echo(json.dumps(summary(model)) if as_json else summary_text(model))
 
 
 @click.command()
-@click.argument("directory", type=_PATH)
+@_packed
 @_quiet
-def verify(directory: Path, quiet: bool) -> None:
-    """Read every block of the packed model in DIRECTORY and check it; names each that is damaged."""
+def verify(directory: Location, quiet: bool) -> None:
+    """Read every block of the packed model at a directory or URL and check it; names each that is damaged."""
     with PackedModel.open(directory) as model:
         with byte_progress("verifying", model.spec.nbytes, quiet=quiet) as bar:
             errors = damaged_blocks(model, bar.update)
@@ -137,6 +152,7 @@ def segments(kinds: tuple[str, ...], free_unused: bool) -> None:
         for found in survey(backing) if backing else ():
             freed = backing is not None and free_unused and not found.in_use and free(backing, found, "asked for")
             state = "freed" if freed else "in use" if found.in_use else "unused"
-            what = f"{found.identity.model} layer {found.identity.layer}" if found.identity else "partial"
-            version = found.identity.version if found.identity else "-"
+            one = found.identity
+            what = f"{one.model} layer {one.layer} rows {one.row_start} .. {one.row_stop - 1}" if one else "partial"
+            version = one.version if one else "-"
             click.echo(f"{found.path}  {format_bytes(found.nbytes, up=True)}  {state}  {what}  version {version}")

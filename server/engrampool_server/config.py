@@ -1,6 +1,5 @@
 """The server's settings, and where each came from: default < TOML file < environment < command-line flags."""
 
-import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import click
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.sharding import ShardBy, is_shard_name
 from engrampool_server.machine import usable_cores
 from engrampool_server.setting_kinds import (
     GIB,
@@ -24,14 +24,17 @@ from engrampool_server.setting_kinds import (
     ChoiceOrFile,
     Direct,
     Directories,
+    FileOrOff,
     Integer,
     Kind,
     Listen,
     Seconds,
+    Shard,
     Size,
     format_size,
     split_address,
 )
+from engrampool_server.sources import Location, redact, split_locations
 
 __all__ = ["ConfigError", "ResolvedConfig", "ServerConfig", "load_config", "render", "serve_options", "split_address"]
 
@@ -73,8 +76,10 @@ class ServerConfig:
     Raises ConfigError for a value out of its range or settings that contradict each other.
     """
 
-    models: tuple[Path, ...] = field(
-        metadata=_about(Directories(), "Directory of a packed model or a checkpoint; repeat for more.", flag="--model")
+    models: tuple[Location, ...] = field(
+        metadata=_about(
+            Directories(), "Directory or URL of a packed model, or directory of a checkpoint; repeat.", flag="--model"
+        )
     )
     listen: str = field(
         default="127.0.0.1:50051",
@@ -91,6 +96,24 @@ class ServerConfig:
             "Where the direct lane listens: lookups over plain sockets, for clients that gRPC let in. auto is any free"
             " port of the host of `listen`.",
         ),
+    )
+    shard: str = field(
+        default="all",
+        metadata=_about(
+            Shard(),
+            "Which part of each model is held: the I-th, from 0, of N of about equal bytes, or one by its name.",
+        ),
+    )
+    shard_by: ShardBy = field(
+        default="head",
+        metadata=_about(
+            Choice(get_args(ShardBy)),
+            "Where models are cut for I/N: between heads, at any row, between layers. One for all servers of a model.",
+        ),
+    )
+    placement: str = field(
+        default="off",
+        metadata=_about(FileOrOff(), "JSON file that says which rows each named shard holds, instead of I/N."),
     )
     workers: int = field(
         default_factory=usable_cores,
@@ -172,6 +195,13 @@ class ServerConfig:
                 f"{format_size(self.max_answer_bytes)}, so the largest answer could never be sent; "
                 "raise the one or lower the other"
             )
+        named = is_shard_name(self.shard)
+        if named and self.placement == "off":
+            raise ConfigError(
+                f"shard: {self.shard!r} is the name of a part in a placement; give --placement FILE, or I/N"
+            )
+        if not named and self.placement != "off":
+            raise ConfigError(f"shard: {self.shard!r} is no name of a shard in {self.placement} (placement); give one")
 
 
 _SETTINGS: Mapping[str, Field[Any]] = {setting.name: setting for setting in fields(ServerConfig)}
@@ -255,8 +285,8 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, st
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if _VARIABLES.get(name) != variable:
-            raise _unknown(f"environment variable {variable}={value!r}", name, _VARIABLES)
-        yield name, value.split(os.pathsep) if name == "models" else value, f"environment {variable}"
+            raise _unknown(f"environment variable {variable}={redact(repr(value))}", name, _VARIABLES)
+        yield name, split_locations(value) if name == "models" else value, f"environment {variable}"
 
 
 def _from_flags(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -273,7 +303,8 @@ def _parse(setting: Field[Any], value: Any, origin: str = "") -> Any:
         return setting.metadata["kind"].parse(value)
     except ValueError as error:
         allowed = setting.metadata["allowed"]
-        raise ConfigError(f"{setting.name}: {value!r}{origin} is not allowed; allowed: {allowed}") from error
+        given = redact(repr(value))
+        raise ConfigError(f"{setting.name}: {given}{origin} is not allowed; allowed: {allowed}") from error
 
 
 def _unknown(what: str, name: str, known: Mapping[str, str]) -> ConfigError:

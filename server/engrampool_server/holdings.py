@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.sharding import Part, part_nbytes
 from engrampool_server import log
 from engrampool_server.config import ServerConfig
 from engrampool_server.machine import Machine
@@ -12,10 +13,15 @@ from engrampool_server.metrics import Metrics
 from engrampool_server.preflight import Need, Report, check, raise_soft_limits
 from engrampool_server.raw_model import RawModel
 from engrampool_server.segments import file_name, find_backing, free, sweep
+from engrampool_server.shards import part_of
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import HeldModel, identities, load
 
 _PROGRESS_S = 5.0
+_READS_ALL = (
+    "{} is a checkpoint, of which all is read at every start, though this server holds a shard: its version is known "
+    "only then; pack it (`engrampool pack`) to have only the shard's part read"
+)
 _NO_HUGETLBFS = (
     "no hugetlbfs of the default page size is mounted where this user may write, so tables will be read again by the "
     "next start: mount -t hugetlbfs none /dev/hugepages"
@@ -23,33 +29,54 @@ _NO_HUGETLBFS = (
 
 
 class Holdings:
-    """Packed models on their way into memory; says in log and metrics how far they are. To be closed."""
+    """Models, or the parts of them to be held here, on their way into memory. To be closed.
+
+    Says in log and metrics how far they are.
+    """
 
     def __init__(self, config: ServerConfig, metrics: Metrics, workers: int = 1) -> None:
         self._config, self._metrics, self._workers = config, metrics, workers
         self._packed: list[PackedModel | RawModel] = []
+        self._parts: list[Part] = []
 
     def open(self) -> None:
-        """Open every model and check the machine. Raises TableFileError, CheckpointError, PreflightError."""
+        """Open every model and check the machine.
+
+        Raises TableFileError, CheckpointError, PreflightError; ShardError, SpecError if there is no such shard.
+        """
+        shard = self._config.shard
         for directory in self._config.models:
             packed = RawModel(directory) if RawModel.lies_in(directory) else PackedModel.open(directory)
             self._packed.append(packed)
-            log.event("opened", model=packed.spec.name, version=packed.version, table_bytes=packed.spec.nbytes)
+            part = part_of(packed.spec, self._config)
+            self._parts.append(part)
+            nbytes = part_nbytes(packed.spec, part)
+            log.event("opened", model=packed.spec.name, version=packed.version, shard=shard, table_bytes=nbytes)
+            if isinstance(packed, RawModel) and nbytes < packed.spec.nbytes:
+                log.event("preflight", level="warning", warning=_READS_ALL.format(directory))
         _refuse_duplicates(self._packed)
         self._preflight()
 
+    @property
+    def _held(self) -> list[tuple[PackedModel | RawModel, Part]]:
+        return list(zip(self._packed, self._parts, strict=True))
+
+    @property
+    def _nbytes(self) -> int:
+        return sum(part_nbytes(packed.spec, part) for packed, part in self._held)
+
     def _preflight(self) -> None:
         config = self._config
-        table_bytes = sum(packed.spec.nbytes for packed in self._packed)
+        table_bytes = self._nbytes
         backing = find_backing(config.memory)
-        wanted = [identity for packed in self._packed for identity in identities(packed)]
+        wanted = [identity for packed, part in self._held for identity in identities(packed, part)]
         others = [] if backing is None else sweep(backing, wanted)
         # One that is in use and partial is being made by another server, which will share it.
         names = {found.path.name for found in others if found.identity in wanted or found.in_use}
         need = Need(
             table_bytes,
             files=sum(len(packed.files) for packed in self._packed),
-            tables=sum(len(packed.spec.tables) for packed in self._packed),
+            tables=sum(map(len, self._parts)),
             answer_bytes=config.max_in_flight_bytes,
             workers=self._workers,
             present_bytes=sum(identity.nbytes for identity in wanted if file_name(identity) in names),
@@ -78,7 +105,7 @@ class Holdings:
     def load(self, cancel: threading.Event) -> Iterator[HeldModel]:
         """Read one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`."""
         config, metrics = self._config, self._metrics
-        total = sum(packed.spec.nbytes for packed in self._packed)
+        total = self._nbytes
         begin = reported = time.monotonic()
         done = 0
         lock = threading.Lock()
@@ -95,9 +122,18 @@ class Holdings:
                 eta_s = (total - done) * (now - begin) / done
             log.event("loading", bytes=done, of_bytes=total, eta_s=round(eta_s, 1))
 
-        for packed in self._packed:
+        for packed, part in self._held:
             model_begin = time.monotonic()
-            held = load(packed, config.memory, config.lock_memory, config.load_threads, cancel, progress, config.attach)
+            held = load(
+                packed,
+                config.memory,
+                config.lock_memory,
+                config.load_threads,
+                cancel,
+                progress,
+                config.attach,
+                part,
+            )
             # What version a checkpoint is, is known only now.
             _refuse_duplicates(self._packed)
             packed.close()

@@ -205,7 +205,8 @@ class Lookups:
             layers = request.layers or model.spec.layers
             if any(a >= b for a, b in pairwise(layers)):
                 raise invalid(f"layers must ascend without repeats; they are {_brief(layers)}")
-            counts = [request.tokens.num_tokens * self._table(model, layer).spec.heads for layer in layers]
+            tables = [self._whole(model, layer) for layer in layers]
+            counts = [request.tokens.num_tokens * table.spec.heads for table in tables]
         else:
             if request.layers:
                 raise invalid("'layers' goes with 'tokens'; 'tables' names its own")
@@ -214,8 +215,8 @@ class Lookups:
                 raise invalid("a lookup names rows by 'tables' or by 'tokens'; this has neither")
             if len(set(layers)) != len(layers):
                 raise invalid(f"a layer is asked for twice: {_brief(layers)}")
+            tables = [self._table(model, layer) for layer in layers]
             counts = [len(ids) for _, ids in request.tables]
-        tables = [self._table(model, layer) for layer in layers]
         if sum(counts) > self.limits.max_rows_per_request:
             text = f"{sum(counts)} rows asked for, at most {self.limits.max_rows_per_request} in one request; split it"
             raise invalid(text, "too-many-rows")
@@ -236,9 +237,26 @@ class Lookups:
 
     def _table(self, model: HeldModel, layer: int) -> HeldTable:
         if layer not in model.tables:
-            text = f"model {model.spec.name} has no layer {layer}; it has {', '.join(map(str, model.tables))}"
+            layers = model.spec.layers
+            text = f"model {model.spec.name} has no layer {layer}; it has {', '.join(map(str, layers))}"
+            if layer in layers:
+                text = f"this server holds no rows of layer {layer} of {model.spec.name}; it holds {_held(model)}"
             raise invalid(text, "unknown-layer")
         return model.tables[layer]
+
+    def _whole(self, model: HeldModel, layer: int) -> HeldTable:
+        """The table of a layer, for rows that nobody knows yet."""
+        table = model.tables.get(layer)
+        if table is not None and table.is_whole:
+            return table
+        if layer not in model.spec.layers:
+            return self._table(model, layer)
+        text = (
+            f"this server holds a part of {model.spec.name} only ({_held(model)}), and rows of tokens may be any of "
+            f"layer {layer}: hash the tokens and ask for rows by id where they are held, as our client does, or name "
+            "only layers that are whole here"
+        )
+        raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "partial-model", text)
 
 
 def cut(resolved: Iterable[Piece], nbytes: int) -> list[Piece]:
@@ -272,6 +290,14 @@ def server_times(arrived: float, begin: float, gathered_s: float) -> wire.Server
     """arrived, begin: of the request and of work on it, by time.perf_counter. gathered_s: spent on hashing and rows."""
     total_s = time.perf_counter() - arrived
     return wire.ServerTimes(round((begin - arrived) * 1e6), round(gathered_s * 1e6), round(total_s * 1e6))
+
+
+def _held(model: HeldModel) -> str:
+    rows = [
+        f"{'all' if table.is_whole else f'rows {table.row_start} .. {table.row_stop - 1}'} of layer {layer}"
+        for layer, table in model.tables.items()
+    ]
+    return ", ".join(rows[:8]) + (", ..." if len(rows) > 8 else "")
 
 
 def _brief(layers: Sequence[int]) -> str:

@@ -67,6 +67,11 @@ class Need:
         return (self.workers + 1) * (self.table_bytes // 512)
 
     @property
+    def memory_bytes(self) -> int:
+        """Of a machine that has nothing of it yet, and small pages."""
+        return self.table_bytes + self.working_bytes + self.page_table_bytes
+
+    @property
     def descriptors(self) -> int:
         """Descriptors to be open at one time in one process; that which starts the workers has a pipe to each."""
         return self.files + CONNECTIONS + DESCRIPTOR_MARGIN + self.workers - 1

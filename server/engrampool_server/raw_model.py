@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ import xxhash
 
 from engrampool_server.checkpoint import Checkpoint
 from engrampool_server.manifest import MANIFEST_NAME, Manifest, ManifestTable
+from engrampool_server.sources import Location
 from engrampool_server.table_files import Block
 from engrampool_server.table_writer import BLOCK_BYTES
 
@@ -16,8 +18,10 @@ from engrampool_server.table_writer import BLOCK_BYTES
 class RawModel:
     """An open checkpoint, read as `PackedModel` is. Its checksums are what was read: there is nothing to compare with.
 
-    directory: where it lies. files: names of those with tensors that are read.
+    directory: where it lies. files: names of those with tensors that are read. reads_per_thread: as of `PackedModel`.
     """
+
+    reads_per_thread = 1
 
     def __init__(self, directory: Path, block_bytes: int = BLOCK_BYTES) -> None:
         """Read config, tokenizer and headers; no rows. Raises CheckpointError."""
@@ -29,8 +33,10 @@ class RawModel:
         self._checksums = {layer: [""] * len(self.blocks(layer)) for layer in self.spec.layers}
 
     @staticmethod
-    def lies_in(directory: Path) -> bool:
-        """Whether `directory` holds a checkpoint, and no packed model."""
+    def lies_in(directory: Location) -> TypeGuard[Path]:
+        """Whether `directory` holds a checkpoint, and no packed model. One in an object store is to be packed first."""
+        if not isinstance(directory, Path):
+            return False
         return (directory / "config.json").is_file() and not (directory / MANIFEST_NAME).exists()
 
     @property

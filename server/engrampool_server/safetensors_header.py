@@ -5,7 +5,7 @@ Reading takes any file that the `safetensors` library takes and refuses what it 
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -45,8 +45,13 @@ def read_header(file: int) -> dict[str, Tensor]:
     Raises HeaderError unless the header is well formed and its tensors cover the rest of the file without gap or
     overlap; OSError if the file cannot be read.
     """
-    size = os.fstat(file).st_size
-    length = int.from_bytes(os.pread(file, _LENGTH_BYTES, 0), "little")
+    return header_of(os.fstat(file).st_size, lambda nbytes: os.pread(file, nbytes, 0))
+
+
+def header_of(size: int, read: Callable[[int], bytes]) -> dict[str, Tensor]:
+    """The tensors of a file of `size` bytes, as `read_header`. read: its first so many bytes; may raise."""
+    head = read(min(size, DATA_ALIGNMENT))  # as a rule this is all of it, in one request
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if size < _LENGTH_BYTES:
         raise HeaderError(f"is {size} bytes long, too short for a safetensors file")
     if length > MAX_HEADER_BYTES:
@@ -54,7 +59,7 @@ def read_header(file: int) -> dict[str, Tensor]:
     data_start = _LENGTH_BYTES + length
     if data_start > size:
         raise HeaderError(f"is {size} bytes long, its header alone ends at byte {data_start}: it is truncated")
-    raw = os.pread(file, length, _LENGTH_BYTES)
+    raw = (head if data_start <= len(head) else read(data_start))[_LENGTH_BYTES:data_start]
     try:
         document = json.loads(raw.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
 """Tables in named segments of memory, which outlive the server that loaded them: the next start adopts them.
 
-A segment is one file in /dev/shm, in a hugetlbfs or in any directory: the rows of one table, and a trailer that says
-what they are (engrampool_proto/segment.py), written when every block was verified and is stored. Without that it is
-partial, and nobody adopts it.
+A segment is one file in /dev/shm, in a hugetlbfs or in any directory: the rows of one table, all or a shard's, and a
+trailer that says what they are (engrampool_proto/segment.py), written when every block was verified and is stored.
+Without that it is partial, and nobody adopts it.
 
 Whoever uses a segment holds a lock on it (flock, shared; exclusive while it is made or freed), on a descriptor that
 forks inherit. So the kernel itself lets go of it with the last process of a server, however that ended. A lock counts
@@ -78,7 +78,7 @@ class Found:
 
 def file_name(identity: Identity) -> str:
     """Of this user's segment."""
-    return f"{_prefix()}{identity.version[:16]}-{identity.layer}"
+    return f"{_prefix()}{identity.version[:16]}-{identity.layer}-{identity.row_start}-{identity.row_stop}"
 
 
 def find_backing(memory: str, mounts: Path = Path("/proc/mounts"), attach: str = "off") -> Backing | None:
@@ -245,12 +245,17 @@ def free(backing: Backing, found: Found, reason: str) -> bool:
 
 
 def sweep(backing: Backing, wanted: Collection[Identity]) -> list[Found]:
-    """Free what is of no use to anyone: partial segments, other versions of the models `wanted`. Returns the rest."""
+    """Free what is of no use to anyone: partial segments, other versions of the models `wanted`. Returns the rest.
+
+    Other rows of a version that is wanted are of use to the server of another shard.
+    """
     models = {identity.model for identity in wanted}
+    versions = {(identity.model, identity.version) for identity in wanted}
     rest = []
     for found in survey(backing):
-        stale = found.identity is not None and found.identity not in wanted and found.identity.model in models
-        reason = "partial" if found.identity is None else "other version" if stale else ""
+        one = found.identity
+        stale = one is not None and one.model in models and (one.model, one.version) not in versions
+        reason = "partial" if one is None else "other version" if stale else ""
         if not (reason and free(backing, found, reason)):
             rest.append(found)
     return rest
@@ -341,7 +346,8 @@ def _prefix() -> str:
 
 
 def _is_name(path: Path) -> bool:
-    return re.fullmatch(rf"{_prefix()}[0-9a-f]{{16}}-[0-9]+", path.name) is not None
+    # Before there were shards, a name had no rows in it; what is left from then is to be freed.
+    return re.fullmatch(rf"{_prefix()}[0-9a-f]{{16}}-[0-9]+(-[0-9]+-[0-9]+)?", path.name) is not None
 
 
 def _file_bytes(identity: Identity, backing: Backing) -> int:

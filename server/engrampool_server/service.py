@@ -204,19 +204,18 @@ def _mapped(table: HeldTable, place: Place) -> pool_pb2.MappedTable:
 
 def _describe(held: HeldModel, include_spec: bool) -> pool_pb2.Model:
     tables = []
-    for table in held.tables.values():
-        segments = [
-            pool_pb2.Segment(name=s.name, dtype=s.dtype, length=s.length) for s in table.spec.row_format.segments
-        ]
+    for spec in held.spec.tables:
+        segments = [pool_pb2.Segment(name=s.name, dtype=s.dtype, length=s.length) for s in spec.row_format.segments]
+        table = held.tables.get(spec.layer)
         tables.append(
             pool_pb2.Table(
-                layer=table.spec.layer,
-                num_rows=table.spec.num_rows,
-                row_bytes=table.spec.row_bytes,
-                heads=table.spec.heads,
+                layer=spec.layer,
+                num_rows=spec.num_rows,
+                row_bytes=spec.row_bytes,
+                heads=spec.heads,
                 segments=segments,
-                row_start=table.row_start,
-                row_stop=table.row_stop,
+                row_start=0 if table is None else table.row_start,
+                row_stop=0 if table is None else table.row_stop,
             )
         )
     return pool_pb2.Model(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from engrampool_proto.sharding import MAX_SHARDS, is_shard_name, parse_shard
+from engrampool_server.sources import SCHEMES, Location, Url, parse_location
+
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 _UNITS = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
@@ -239,23 +242,61 @@ class Direct:
 
 
 @dataclass(frozen=True)
-class Directories:
-    """At least one directory, none twice. Whether they exist is for their reader to find out."""
+class Shard:
+    """Which part of each model is held: "all", "I/N", or the name of a part in a placement."""
 
-    allowed = "one or more different directories"
+    allowed = f'"all", I/N with I from 0 to N - 1 and N up to {MAX_SHARDS}, or a name in `placement`'
     unit = ""
-    metavar = "DIR"
+    metavar = "I/N"
 
-    def parse(self, value: Any) -> tuple[Path, ...]:
-        """From a list of paths or texts."""
+    def parse(self, value: Any) -> str:
+        """From text only. Whether a placement has the name is for its reader to find out."""
+        if not isinstance(value, str):
+            raise ValueError
+        if value != "all" and not is_shard_name(value):
+            parse_shard(value)
+        return value
+
+    def toml(self, value: str) -> str:
+        """A string."""
+        return _quote(value)
+
+
+@dataclass(frozen=True)
+class FileOrOff:
+    """The path of a file, or "off"."""
+
+    allowed = 'the path of a file, or "off"'
+    unit = ""
+    metavar = "FILE"
+
+    def parse(self, value: Any) -> str:
+        """From text or a path. Whether the file exists is for its reader to find out."""
+        return str(_path(value))
+
+    def toml(self, value: str) -> str:
+        """A string."""
+        return _quote(value)
+
+
+@dataclass(frozen=True)
+class Directories:
+    """At least one directory, here or by URL, none twice. Whether they exist is for their reader to find out."""
+
+    allowed = f"one or more different directories, or URLs ({', '.join(SCHEMES)}) without user, password and query"
+    unit = ""
+    metavar = "DIR|URL"
+
+    def parse(self, value: Any) -> tuple[Location, ...]:
+        """From a list of paths, URLs or texts."""
         if not isinstance(value, list | tuple):
             raise ValueError
-        paths = tuple(_path(item) for item in value)
+        paths = tuple(item if isinstance(item, Url) else parse_location(_path_text(item)) for item in value)
         if not paths or len(set(paths)) != len(paths):
             raise ValueError
         return paths
 
-    def toml(self, value: tuple[Path, ...]) -> str:
+    def toml(self, value: tuple[Location, ...]) -> str:
         """A list of strings."""
         return f"[{', '.join(_quote(str(path)) for path in value)}]"
 
@@ -287,11 +328,15 @@ def _within(number: _Number, low: _Number, high: _Number) -> _Number:
 
 
 def _path(item: Any) -> Path:
+    return Path(_path_text(item))
+
+
+def _path_text(item: Any) -> str:
     # Path("") would be the working directory: nobody means that by an empty entry.
     if not isinstance(item, str | Path) or not str(item) or "\0" in str(item):
         raise ValueError
     str(item).encode()  # UnicodeEncodeError is a ValueError: TOML could not hold a name that is not UTF-8
-    return Path(item)
+    return str(item)
 
 
 def _quote(text: str) -> str:

@@ -13,6 +13,7 @@ import xxhash
 
 from engrampool_proto.errors import BatchError, EngrampoolError
 from engrampool_proto.segment import Identity
+from engrampool_proto.sharding import Part, part_nbytes, whole
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 from engrampool_server.gather import first_outside, gather
 from engrampool_server.hasher import Hasher
@@ -48,6 +49,11 @@ class HeldTable:
         """One past the last row held."""
         return self.row_start + len(self.rows)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row of the table is held."""
+        return len(self.rows) == self.spec.num_rows
+
     def check(self, ids: RowIds) -> None:
         """Raise BatchError naming the first id that is not held."""
         self._refuse(ids, first_outside(ids, self.row_start, self.row_stop))
@@ -71,7 +77,10 @@ class HeldTable:
 
 @dataclass(frozen=True, eq=False)
 class HeldModel:
-    """One version of a model, in memory. tables: by layer, ascending. hasher: from its tokens to its rows."""
+    """One version of a model, in memory.
+
+    tables: those of which rows are held, by layer, ascending. hasher: from its tokens to its rows.
+    """
 
     spec: ModelSpec
     version: str
@@ -90,10 +99,13 @@ def load(
     stop: threading.Event,
     progress: Callable[[int], None],
     attach: str = "off",
+    part: Part | None = None,
 ) -> HeldModel:
     """Hold every table in memory of the kind `memory` (a setting): adopted where it lies there already, else read.
 
-    Every block that is read is checked against its checksum; of an adopted table a few are. The memory is read-only.
+    part: the rows to hold; all if it is None. Only blocks with such rows are read; of a checkpoint all are.
+    Every block that is read is checked against its checksum, one that the part cuts in scratch memory; of an adopted
+    table a few are. The memory is read-only.
     Where files and tables do not both fit in memory, the page cache is rid of each block once it is read: all of it
     could not stay for the next start anyway, and other things would have to go for it.
     A checkpoint's tables are always read: what version they are is known only afterwards.
@@ -102,63 +114,75 @@ def load(
     Raises TableFileError for damage, CheckpointError, OutOfMemoryError, SegmentError, and LoadCancelledError once
     `stop` is set.
     """
+    part = whole(packed.spec) if part is None else part
     backing = find_backing(memory, attach=attach)
-    drop_cache = Machine.read().available_bytes < 2 * packed.spec.nbytes
+    drop_cache = Machine.read().available_bytes < 2 * part_nbytes(packed.spec, part)
     tables = {}
     for spec in packed.spec.tables:
         if stop.is_set():
             raise LoadCancelledError("loading was cancelled")
+        held = part.get(spec.layer, range(0))
+        blocks = packed.blocks(spec.layer)
+        # A checkpoint's version is that of all its rows, whichever are held.
+        if not isinstance(packed, RawModel):
+            blocks = [block for block in blocks if block.start < held.stop and block.stop > held.start]
 
-        def fill(rows: npt.NDArray[np.uint8], layer: int = spec.layer) -> None:
-            if lock:
+        def fill(rows: npt.NDArray[np.uint8], blocks: Sequence[Block] = blocks, first: int = held.start) -> None:
+            if lock and rows.size:
                 lock_pages(rows, present=False)
-            _read_blocks(packed, packed.blocks(layer), rows, threads, stop, progress, drop_cache)
+            _read_blocks(packed, blocks, rows, first, threads, stop, progress, drop_cache)
 
-        if backing is None or isinstance(packed, RawModel):
-            flat = allocate(spec.nbytes, memory) if backing is None else nameless(backing, spec.nbytes)
-            rows = flat.reshape(spec.num_rows, spec.row_bytes)
+        if not held:
+            fill(np.empty((0, spec.row_bytes), np.uint8))
+        elif backing is None or isinstance(packed, RawModel):
+            nbytes = len(held) * spec.row_bytes
+            flat = allocate(nbytes, memory) if backing is None else nameless(backing, nbytes)
+            rows = flat.reshape(len(held), spec.row_bytes)
             fill(rows)
             protect(rows, huge_page_bytes() if memory == "hugetlb" else mmap.PAGESIZE)
-            tables[spec.layer] = HeldTable(spec, rows)
+            tables[spec.layer] = HeldTable(spec, rows, held.start)
         else:
-            segment = _segment(packed, spec, backing, lock, stop, progress, fill)
-            tables[spec.layer] = HeldTable(spec, segment.rows, place=segment.place)
+            identity = _identity(packed, spec, held)
+            segment = _segment(packed, identity, blocks, backing, lock, stop, progress, fill)
+            tables[spec.layer] = HeldTable(spec, segment.rows, held.start, segment.place)
     version = packed.version
     assert version is not None
     return HeldModel(packed.spec, version, tables)
 
 
-def identities(packed: PackedModel | RawModel) -> list[Identity]:
-    """What the segments of a model's tables are, in order of layers; none of a checkpoint."""
+def identities(packed: PackedModel | RawModel, part: Part | None = None) -> list[Identity]:
+    """What the segments of a model's part are (None: of all of it), in order of layers; none of a checkpoint."""
     if isinstance(packed, RawModel):
         return []
-    return [
-        Identity(packed.spec.name, packed.version, spec.layer, spec.num_rows, spec.row_bytes)
-        for spec in packed.spec.tables
-    ]
+    part = whole(packed.spec) if part is None else part
+    return [_identity(packed, packed.spec.table(layer), rows) for layer, rows in part.items()]
+
+
+def _identity(packed: PackedModel, spec: TableSpec, held: range) -> Identity:
+    return Identity(packed.spec.name, packed.version, spec.layer, len(held), spec.row_bytes, held.start)
 
 
 def _segment(
     packed: PackedModel,
-    spec: TableSpec,
+    identity: Identity,
+    blocks: Sequence[Block],
     backing: Backing,
     lock: bool,
     stop: threading.Event,
     progress: Callable[[int], None],
     fill: Callable[[npt.NDArray[np.uint8]], None],
 ) -> Segment:
-    """The table's segment, adopted or filled."""
+    """The segment, adopted or filled. blocks: those with rows of it."""
 
     def wait() -> None:
         if stop.wait(_POLL_S):
             raise LoadCancelledError("loading was cancelled")
 
-    (identity,) = (one for one in identities(packed) if one.layer == spec.layer)
-    segment = take(backing, identity, lambda rows: _spot_check(packed.blocks(spec.layer), rows), wait)
+    segment = take(backing, identity, lambda rows: _spot_check(packed, blocks, rows, identity.row_start), wait)
     if segment.adopted:
         if lock:
             lock_pages(segment.rows, present=True)
-        progress(spec.nbytes)
+        progress(identity.nbytes)
         return segment
     try:
         fill(segment.rows)
@@ -169,18 +193,39 @@ def _segment(
     return segment
 
 
-def _spot_check(blocks: Sequence[Block], rows: npt.NDArray[np.uint8]) -> bool:
-    """Whether the first block, the last and some at random are as the manifest says."""
+def _spot_check(packed: PackedModel, blocks: Sequence[Block], rows: npt.NDArray[np.uint8], row_start: int) -> bool:
+    """Whether the first block, the last and some at random are as the manifest says. rows: from `row_start` on."""
     picked = {0, len(blocks) - 1, *map(int, np.random.default_rng().integers(0, len(blocks), _SPOT_CHECKS))}
-    return all(
-        xxhash.xxh3_64_hexdigest(rows[blocks[at].start : blocks[at].stop].data) == blocks[at].checksum for at in picked
-    )
+    return all(_is_right(packed, blocks[at], rows, row_start) for at in picked)
+
+
+def _is_right(packed: PackedModel, block: Block, rows: npt.NDArray[np.uint8], row_start: int) -> bool:
+    held = _held_of(block, rows, row_start)
+    if len(held) == block.stop - block.start:
+        return bool(xxhash.xxh3_64_hexdigest(held.data) == block.checksum)
+    # Its checksum is of rows that are not here; of a table there are two such blocks at most.
+    return np.array_equal(held, _read_cut(packed, block, held, row_start))
+
+
+def _held_of(block: Block, rows: npt.NDArray[np.uint8], row_start: int) -> npt.NDArray[np.uint8]:
+    """Those of `rows`, which are from `row_start` on, that are of the block; maybe none."""
+    return rows[max(block.start - row_start, 0) : max(block.stop - row_start, 0)]
+
+
+def _read_cut(
+    packed: PackedModel | RawModel, block: Block, held: npt.NDArray[np.uint8], row_start: int
+) -> npt.NDArray[np.uint8]:
+    """Read all of a block, which checks it; gives what belongs in `held`, its rows from `row_start` on."""
+    everything = np.empty((block.stop - block.start, held.shape[1]), np.uint8)
+    packed.read_block(block, everything)
+    return everything[max(row_start - block.start, 0) :][: len(held)]
 
 
 def _read_blocks(
     packed: PackedModel | RawModel,
     blocks: Iterable[Block],
     rows: npt.NDArray[np.uint8],
+    row_start: int,
     threads: int,
     stop: threading.Event,
     progress: Callable[[int], None],
@@ -193,18 +238,23 @@ def _read_blocks(
             raise LoadCancelledError("loading was cancelled")
         if failed.is_set():
             return
-        out = rows[block.start : block.stop]
+        held = _held_of(block, rows, row_start)
         try:
-            populate(out)
-            packed.read_block(block, out)
+            if held.size:
+                populate(held)
+            if len(held) == block.stop - block.start:
+                packed.read_block(block, held)
+            else:
+                held[:] = _read_cut(packed, block, held, row_start)
             if drop_cache and isinstance(packed, PackedModel):
                 packed.drop_cached(block)
         except BaseException:
             failed.set()
             raise
-        progress(out.nbytes)
+        if held.size:
+            progress(held.nbytes)
 
-    with ThreadPoolExecutor(threads, "load") as pool:
+    with ThreadPoolExecutor(threads * packed.reads_per_thread, "load") as pool:
         futures = deque(pool.submit(read, block) for block in blocks)
     while futures:
         # Taken out: an error that refers to this frame, and the frame to it, would keep the memory of a failed load.

@@ -15,7 +15,7 @@ from engrampool_server.table_files import Block, PackedModel, TableFileError
 def damaged_blocks(
     model: PackedModel, progress: Callable[[int], object], threads: int | None = None
 ) -> list[TableFileError]:
-    """Read every block, `threads` at a time (one a CPU by default); returns one error for each that is damaged.
+    """Read every block, on `threads` (one a CPU by default); returns one error for each that is damaged.
 
     progress: called with the bytes of each block, from the calling thread.
     """
@@ -34,7 +34,8 @@ def damaged_blocks(
 
     errors = []
     blocks = [block for layer in model.spec.layers for block in model.blocks(layer)]
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+    threads = threads or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads * model.reads_per_thread) as pool:
         for block, error in zip(blocks, pool.map(read, blocks), strict=True):
             progress((block.stop - block.start) * model.spec.table(block.layer).row_bytes)
             if error is not None:

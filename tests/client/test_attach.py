@@ -86,7 +86,8 @@ def segment(
     spec = SPEC.table(layer)
     stop = spec.num_rows if stop is None else stop
     rows = synthetic_rows(spec, np.arange(start, stop, dtype=np.uint64)) ^ np.uint8(flip)
-    says = {"model": SPEC.name, "version": VERSION, "layer": layer, "num_rows": stop - start} | trailer
+    says = {"model": SPEC.name, "version": VERSION, "layer": layer, "num_rows": stop - start, "row_start": start}
+    says |= trailer
     path = directory / f"segment-{layer}-{start}-{flip}"
     path.write_bytes(rows.tobytes() + write_trailer(Identity(**{"row_bytes": spec.row_bytes} | says)))
     return offer(path, layer, start, stop)
@@ -748,7 +749,7 @@ def test_a_client_that_is_refused_asks_as_it_would_have(tmp_path):
         (held,) = run.server._lookups.held()
         for table in held.tables.values():
             object.__setattr__(table, "place", None)
-        client._attach._ask()  # as its keeper does before long
+        client._shards._sets[0].replicas[0]._attach._ask()  # as its keeper does before long
         assert not client.attached
         assert client.lookup_rows({2: np.array([5])})[2].tobytes() == expected(2, [5])
         eventually(lambda: looked_up(run) == 1, "asked once")

@@ -38,7 +38,7 @@ def wanted(client: Client, tokens=TOKENS) -> dict[int, np.ndarray]:
 
 def wait_until_closed(client: Client) -> None:
     """Until the breaker's own probe was answered."""
-    prober = client._breaker._prober
+    prober = client._shards._sets[0].replicas[0].breaker._prober
     assert prober is not None
     prober.join(60)
     assert not client.breaker_open

@@ -165,7 +165,7 @@ def test_an_amended_step_has_the_rows_of_its_own_tokens(server, cache_bytes, let
 
 def test_a_dummy_step_asks_nobody(server):
     with Client(server, heads=(0, 12)) as client:
-        client._lanes[0].close()
+        client._shards._sets[0].replicas[0]._lanes[0].close()
         out = {14: np.full((7, 12, ROW), 7, np.uint8)}
         step = client.dummy(7, out=out)
         assert step.done()

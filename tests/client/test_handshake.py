@@ -180,6 +180,8 @@ def test_a_server_that_is_still_loading_is_waited_for(spec):
     answers = []
     model = pool_pb2.Model(name=spec.name, version="1" * 32, spec_digest=spec.digest)
     model.spec_json = json.dumps(spec.to_json()).encode()
+    for table in spec.tables:
+        model.tables.add(layer=table.layer, row_start=0, row_stop=table.num_rows)
 
     def describe(request, context):
         answers.append(request)

@@ -137,5 +137,6 @@ def test_reflection_states_the_contract(found):
     assert {"engrampool.v1.Pool", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"} == set(
         found["services"]
     )
-    assert found["methods"] == [["Describe", False], ["Lookup", False], ["LookupStream", True], ["OpenDirect", False]]
+    streams = {"Describe": False, "Lookup": False, "LookupStream": True, "OpenDirect": False, "Attach": False}
+    assert found["methods"] == [[name, stream] for name, stream in streams.items()]
     assert found["same_contract"]

@@ -78,7 +78,9 @@ def test_segments_in_shm(tmp_path):
     """The kind itself, in the real /dev/shm, with tables that nobody else has."""
     spec = replace(SPEC, name=f"test-{os.getpid()}-{time.time_ns()}")
     packed = pack(tmp_path / "own", spec)
-    names = [f"engrampool-{os.geteuid()}-{version_of(packed)[:16]}-{layer}" for layer in (2, 9)]
+    names = [
+        f"engrampool-{os.geteuid()}-{version_of(packed)[:16]}-{table.layer}-0-{table.num_rows}" for table in spec.tables
+    ]
     paths = [Path("/dev/shm") / name for name in names]
     try:
         for adopted in (0, 2):

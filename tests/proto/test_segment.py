@@ -10,13 +10,20 @@ from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, read_trai
 IDENTITY = Identity("small", "0123456789abcdef" * 2, 14, 6500, 264)
 
 
-@given(st.text(max_size=200), st.integers(0, 2**32 - 1), st.integers(1, 2**63), st.integers(1, 2**32 - 1))
-def test_what_was_written_is_read(model, layer, num_rows, row_bytes):
-    identity = Identity(model, IDENTITY.version, layer, num_rows, row_bytes)
+@given(
+    st.text(max_size=200),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 2**63),
+    st.integers(1, 2**32 - 1),
+    st.integers(0, 2**63),
+)
+def test_what_was_written_is_read(model, layer, num_rows, row_bytes, row_start):
+    identity = Identity(model, IDENTITY.version, layer, num_rows, row_bytes, row_start)
     trailer = write_trailer(identity)
     assert len(trailer) == TRAILER_BYTES
     assert read_trailer(trailer) == identity
     assert identity.nbytes == num_rows * row_bytes
+    assert identity.row_stop == row_start + num_rows
 
 
 @given(st.integers(0, TRAILER_BYTES - 1), st.integers(1, 255))
@@ -35,8 +42,8 @@ def test_the_layout_is_as_documented():
     trailer = write_trailer(IDENTITY)
     assert trailer[32:33] == b"\n"
     assert trailer[33:].rstrip(b"\0") == (
-        b'{"format":"engrampool-segment","format_version":1,"layer":14,"model":"small","num_rows":6500,'
-        b'"row_bytes":264,"version":"0123456789abcdef0123456789abcdef","whole":true}'
+        b'{"format":"engrampool-segment","format_version":2,"layer":14,"model":"small","num_rows":6500,'
+        b'"row_bytes":264,"row_start":0,"version":"0123456789abcdef0123456789abcdef","whole":true}'
     )
 
 

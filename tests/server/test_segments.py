@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,34 +31,9 @@ from engrampool_server.segments import (
 )
 from engrampool_server.table_files import PackedModel, TableFileError
 from engrampool_server.tables import HeldModel, LoadCancelledError, identities, load
-from server_fixtures import SPEC, eventually, expected, pack
+from server_fixtures import SPEC, Events, change_byte, eventually, expected, pack
 
-NAME = "engrampool-{uid}-{version}-{layer}"
-
-
-class Events(logging.Handler):
-    """What was logged, as (event, fields)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[str, dict]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append((record.getMessage(), record.fields))
-
-    def of(self, name: str) -> list[dict]:
-        return [fields for event, fields in self.lines if event == name]
-
-
-@pytest.fixture
-def events() -> Iterator[Events]:
-    logger, handler = logging.getLogger("engrampool"), Events()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel("INFO")
-    yield handler
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+NAME = "engrampool-{uid}-{version}-{layer}-0-{rows}"
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +86,9 @@ def test_a_second_load_adopts_what_the_first_left(packed, tmp_path, events):
     held = load_into(tmp_path, packed)
     assert events.lines == []
     version = held.version[:16]
-    names = {NAME.format(uid=os.geteuid(), version=version, layer=layer) for layer in (2, 9)}
+    names = {
+        NAME.format(uid=os.geteuid(), version=version, layer=table.layer, rows=table.num_rows) for table in SPEC.tables
+    }
     before = inodes(tmp_path)
     assert set(before) == names
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in tmp_path.iterdir())
@@ -160,14 +136,6 @@ def test_a_segment_stays_in_use_until_the_last_view_goes(packed, tmp_path):
     del view
     gc.collect()
     assert not any(found.in_use for found in survey(backing(tmp_path)))
-
-
-def change_byte(path: Path, at: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
-        byte = file.read(1)[0]
-        file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
-        file.write(bytes([byte ^ 1]))
 
 
 def drop_trailer(path: Path) -> None:
@@ -239,10 +207,10 @@ def test_a_damaged_segment_that_a_server_uses_is_an_error_that_says_so(packed, t
 
 
 def test_a_sweep_frees_leftovers_and_old_versions_that_nobody_uses(packed, other, tmp_path, events):
-    partial = tmp_path / NAME.format(uid=os.geteuid(), version="0" * 16, layer=3)
+    partial = tmp_path / NAME.format(uid=os.geteuid(), version="0" * 16, layer=3, rows=7)
     partial.write_bytes(b"x" * 100_000)
     (tmp_path / "engrampool-notes.txt").write_text("not a segment")
-    (tmp_path / NAME.format(uid=os.geteuid(), version="not-a-version", layer=3)).write_text("not one either")
+    (tmp_path / NAME.format(uid=os.geteuid(), version="not-a-version", layer=3, rows=7)).write_text("not one either")
     load_into(tmp_path, packed)
     held = load_into(tmp_path, other)
     gc.collect()
@@ -518,7 +486,7 @@ with PackedModel.open(Path(sys.argv[1])) as model:
         load(model, sys.argv[4], False, 2, threading.Event(), lambda _: None)
     except Exception as error:
         print(type(error).__name__, error)
-print(sorted(name.rpartition("-")[2] for name in os.listdir(sys.argv[2])))
+print(sorted(name.split("-")[3] for name in os.listdir(sys.argv[2])))
 print(os.statvfs(sys.argv[2]).f_bfree > 0 and "free again")
 """
 
@@ -579,11 +547,11 @@ def test_the_command_lists_and_frees(packed, other, tmp_path):
     held = load_into(tmp_path, packed)
     load_into(tmp_path, other)
     gc.collect()
-    (tmp_path / NAME.format(uid=os.geteuid(), version="0" * 16, layer=3)).write_bytes(b"x")
+    (tmp_path / NAME.format(uid=os.geteuid(), version="0" * 16, layer=3, rows=7)).write_bytes(b"x")
     lines = run()
     assert len(lines) == 5
     assert sum("unused  small layer" in line for line in lines) == 2
-    assert sum(f"in use  small layer 9  version {held.version}" in line for line in lines) == 1
+    assert sum(f"in use  small layer 9 rows 0 .. 4099  version {held.version}" in line for line in lines) == 1
     assert sum("unused  partial" in line for line in lines) == 1
     assert sum("  freed  " in line for line in run("--free")) == 3
     assert len(run()) == len(run("--free")) == 2

@@ -158,7 +158,7 @@ def test_a_passed_deadline_is_refused_as_such(packed, ids, stream):
     async def ask():
         metrics, context = Metrics(), LateContext()
         lookups = Lookups(Limits(10_000, MIB, MIB), InFlight(MIB), metrics, 1)
-        service = PoolService(lookups, None)
+        service = PoolService(lookups, None, attach=False)
         with PackedModel.open(packed) as model:
             lookups.add(load(model, "anon", False, 1, threading.Event(), lambda _: None))
         lookups.ready = True

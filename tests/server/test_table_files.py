@@ -292,7 +292,7 @@ def test_what_is_no_packed_model_is_said(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(TableFileError, match=f"{victim.name}, with layer_1, cannot be opened: No such file"):
         PackedModel.open(tmp_path / "copy")
     os.mkfifo(victim)
-    with pytest.raises(TableFileError, match=f"{victim.name} is not a regular file"):
+    with pytest.raises(TableFileError, match=f"{victim.name}, with layer_1, cannot be opened: not a regular file"):
         PackedModel.open(tmp_path / "copy")
 
 

@@ -1,0 +1,176 @@
+"""One server: the ways to it, and whether it is asked at all."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Literal
+
+import numpy as np
+
+from engrampool_client.attach import AttachLane
+from engrampool_client.breaker import Breaker
+from engrampool_client.direct import Connection, Direct, DirectLane
+from engrampool_client.errors import PoolError
+from engrampool_client.exchange import Exchange, slowest
+from engrampool_client.grpc_lane import GrpcLane
+from engrampool_client.served import ServedModel
+from engrampool_client.settings import SPLIT_ABOVE_BYTES
+from engrampool_client.stats import Stats
+from engrampool_client.step import Step
+
+Attach = Literal["auto", "off"]
+_PROBE_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Which ways to a server are taken, and how often it is tried; see `Client`."""
+
+    connections: int
+    attach: Attach
+    direct: Direct
+    retry_s: float
+    breaker_failures: int
+    max_steps: int
+
+
+class Endpoint:
+    """The lanes to the server at `target`, of which a lookup takes the best that there is. Thread-safe.
+
+    To be used in this order: `describe`, `open`, `ask`; `close` at any time. served: what it was opened for.
+    """
+
+    def __init__(self, target: str, ways: Ways, closing: threading.Event) -> None:
+        """closing: set when the client closes, so that nobody waits to ask again."""
+        self.target, self._ways, self._closing = target, ways, closing
+        self._lanes = [GrpcLane(target) for _ in range(ways.connections)]
+        self._attach: AttachLane | None = None
+        self._direct: DirectLane | None = None
+        self._opened = False
+        # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
+        self._parts = ThreadPoolExecutor(max(1, ways.max_steps * (ways.connections - 1)), "engrampool-part")
+
+    def describe(self, timeout_s: float) -> bytes:
+        """The bytes of a DescribeResponse; see `GrpcLane.describe`."""
+        return self._lanes[0].describe(timeout_s)
+
+    def open(self, served: ServedModel, stats: Stats) -> None:
+        """Make ready for lookups in what `describe` said is served."""
+        ways, lane = self._ways, self._lanes[0]
+        self.served, self._stats, self._opened = served, stats, True
+        self.breaker = Breaker(ways.retry_s, ways.breaker_failures, self._probe, stats.opened, self.target)
+        if ways.attach == "auto" and served.attach:
+            self._attach = AttachLane(partial(lane.attach, served.spec.name, served.version), served)
+        if ways.direct == "auto" and served.direct:
+            self._direct = DirectLane(lane.open_direct, self.target, ways.max_steps * ways.connections)
+
+    @property
+    def attached(self) -> bool:
+        """Whether lookups read the server's memory, now."""
+        return self._attach is not None and self._attach.attached
+
+    @property
+    def direct(self) -> bool:
+        """Whether the next lookup that is not read from attached memory finds a connection of the direct lane."""
+        return self._direct is not None and self._direct.open
+
+    def begin(self, exchange: Exchange, deadline: float) -> Connection | None:
+        """Only send the request, if that takes but a moment: `ask` or `abandon` is to follow. None if it does not."""
+        if self._direct is None or len(self._lanes) > 1 or self.breaker.is_open or self.attached:
+            return None
+        return self._direct.begin(exchange, deadline)
+
+    def abandon(self, begun: Connection) -> None:
+        """Do without the answer of what has begun."""
+        assert self._direct is not None
+        self._direct.abandon(begun)
+
+    def ask(
+        self,
+        exchange: Exchange,
+        step: Step,
+        spin_s: float,
+        deadline: float,
+        begun: Connection | None = None,
+        *,
+        patient: bool = True,
+    ) -> None:
+        """Have every row of the exchange come, over several connections if it is a large one.
+
+        deadline: by time.monotonic, the step's or an earlier one. begun: what `begin` gave. patient: ask again where
+        the connection breaks, instead of leaving it to others. Raises PoolError.
+        """
+        if len(self._lanes) == 1:
+            self._fetch(self._lanes[0], exchange, step, spin_s, deadline, patient, begun)
+            return
+        split = exchange.answer_bytes > SPLIT_ABOVE_BYTES and not self.attached
+        parts = exchange.split(len(self._lanes)) if split else [exchange]
+        others = [
+            self._parts.submit(self._fetch, lane, part, step, 0.0, deadline, patient)
+            for lane, part in zip(self._lanes[1:], parts[1:], strict=False)
+        ]
+        try:
+            self._fetch(self._lanes[0], parts[0], step, spin_s, deadline, patient)
+        finally:  # whatever became of the first, nothing is written once the step has ended
+            for other in others:
+                other.exception()
+        for other in others:
+            other.result()
+        if len(parts) > 1:
+            exchange.times = slowest(parts)
+
+    def _fetch(
+        self,
+        lane: GrpcLane,
+        exchange: Exchange,
+        step: Step,
+        spin_s: float,
+        deadline: float,
+        patient: bool,
+        begun: Connection | None = None,
+    ) -> None:
+        """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
+        nbytes = exchange.answer_bytes
+        for attempt in count():
+            try:
+                if begun is None and self._attach is not None and self._attach.fetch(exchange, step):
+                    self._stats.came("attached", nbytes)
+                    return
+                if begun is None:
+                    self.breaker.check()
+                asked, begun = begun, None
+                if self._direct is None or not self._direct.fetch(exchange, deadline, step, spin_s, asked):
+                    lane.fetch(exchange, max(0.0, deadline - time.monotonic()), step)
+                break
+            except PoolError as error:
+                pause_s = self.breaker.pause_s(error, attempt) if patient else None
+                if pause_s is None or time.monotonic() + pause_s >= deadline or step.given_up():
+                    # Whoever waits for a step may have given it up just before the call itself did.
+                    self.breaker.failed(step.error or error)
+                    raise
+                if self._closing.wait(pause_s):
+                    raise
+                self._stats.retried()
+                exchange.restart()
+                if exchange.complete:  # only the end of the answer was lost
+                    break
+        self.breaker.succeeded()
+        self._stats.came("wire", nbytes)
+
+    def _probe(self) -> None:
+        """Ask for one row that it holds, over gRPC. Raises PoolError."""
+        layer, (start, _) = next(iter(self.served.parts.items()))
+        exchange = Exchange.of_rows(self.served, {layer: np.full(1, start, np.uint64)})
+        self._lanes[0].fetch(exchange, _PROBE_TIMEOUT_S, Step([layer]))
+
+    def close(self) -> None:
+        """End the connections, and every lookup on one."""
+        if self._opened:
+            self.breaker.close()
+        for lane in (self._attach, self._direct, *self._lanes):
+            if lane is not None:
+                lane.close()
+        self._parts.shutdown(wait=False)

@@ -1,0 +1,255 @@
+"""Lookups over several servers: the same bytes, whoever holds which rows, and whoever is away."""
+
+import os
+import signal
+import socket
+import threading
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engrampool_client import Client, SpecError, UnavailableError
+from engrampool_client.exchange import Exchange, Route
+from engrampool_client.served import ServedModel
+from engrampool_client.shards import resolve
+from engrampool_client.step import Step
+from engrampool_client.testing import serve_process
+from engrampool_proto.hashing import Identity, TokenBatch
+from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
+from engrampool_proto.synthetic import synthetic_rows
+
+TOKENS = np.arange(700, dtype=np.int32) % 300
+ROWS = RowFormat((Segment("values", "uint8", 3),))
+SPEC = ModelSpec("m", 60, tuple(TableSpec(layer, 60, ROWS, Identity(60)) for layer in (2, 9)))
+SERVED = ServedModel(SPEC, "v", max_rows=10_000, max_answer_bytes=100_000, server_version="")
+
+
+def wanted(client: Client, tokens=TOKENS) -> dict[int, np.ndarray]:
+    heads = client._layout.heads or slice(None)
+    ids = client.spec.hash(TokenBatch.of(tokens))
+    return {n: synthetic_rows(client.spec.table(n), rows[:, heads]) for n, rows in ids.items()}
+
+
+def assert_same(found, expected) -> None:
+    assert list(found) == list(expected)
+    for layer, rows in expected.items():
+        assert np.array_equal(found[layer], rows)
+
+
+# --- without a server
+
+
+@st.composite
+def routes(draw) -> Route:
+    starts = [0, *sorted(draw(st.sets(st.integers(1, 59), max_size=5)))]
+    shards = draw(st.permutations(range(len(starts))))
+    return Route(np.array(starts, np.uint64), np.array(shards, np.int64))
+
+
+@given(st.data(), st.booleans(), st.booleans())
+def test_a_lookup_is_spread_and_comes_together_again(data, ascending, given_out):
+    by_layer = {layer: data.draw(routes()) for layer in (2, 9)}
+    ids = {}
+    for layer in (2, 9):
+        some = data.draw(st.lists(st.integers(0, 59), max_size=30))
+        ids[layer] = np.array(sorted(some) if ascending else some, np.uint32)
+    out = {9: np.zeros((len(ids[9]), 3), np.uint8)} if given_out else None
+    step = Step([2, 9])
+    exchange = Exchange.of_rows(SERVED, ids, out, step._writing)
+    complete = exchange.whole(exchange.empty_layers())
+    parts = exchange.spread(by_layer, step._writing)
+    for shard, part in data.draw(st.permutations(list(parts.items()))):
+        for layer, asked in part.asked_tables:
+            if not len(asked):
+                continue
+            route = by_layer[layer]
+            assert (route.shards[np.searchsorted(route.starts, asked, side="right") - 1] == shard).all()
+            rows = np.repeat(asked.astype(np.uint8), 3) + layer
+            part.place(layer, 0, rows.size)[:] = rows.data
+            if part.placed(layer, rows.size):
+                complete.update(part.whole([layer]))
+    assert sorted(complete) == [2, 9]
+    for layer, rows in complete.items():
+        assert np.array_equal(rows, np.repeat(ids[layer].astype(np.uint8) + layer, 3).reshape(-1, 3))
+    if given_out:
+        assert complete[9] is out[9]
+    assert sum(len(asked) for part in parts.values() for _, asked in part.asked_tables) == len(ids[2]) + len(ids[9])
+
+
+def test_names_stand_for_all_their_addresses():
+    assert [resolve(target) for target in ("a:1", "unix:/b")] == [["a:1"], ["unix:/b"]]
+    assert "127.0.0.1:7" in resolve("dns:///localhost:7")
+    assert [resolve(target) for target in ("dns:///no.such.name.invalid:7", "dns:///localhost")] == [None, None]
+
+
+# --- with servers
+
+
+@pytest.fixture(scope="module", params=["head", "row", "layer"])
+def shards(request, packed):
+    """Addresses of the servers of all rows: by head, by row (which cuts heads in two), by layer."""
+    count = 2 if request.param == "layer" else 3
+    with ExitStack() as stack:
+        settings = {"shard_by": request.param, "workers": 1}
+        servers = [serve_process(packed, shard=f"{at}/{count}", **settings) for at in range(count)]
+        yield [stack.enter_context(server).address for server in servers]
+
+
+SETTINGS = {
+    "grpc": {"direct": "off"},
+    "direct": {},
+    "cache": {"cache_bytes": 8 << 20},
+    "tensor-parallel": {"heads": (5, 19)},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+def test_shards_give_what_one_server_gives(shards, settings):
+    with Client(shards[::-1], **settings) as client:
+        expected = wanted(client)
+        for _ in range(2):
+            assert_same(client.lookup(TOKENS), expected)
+        assert_same(client.lookup(TOKENS[:3]), wanted(client, TOKENS[:3]))
+        assert_same(client.lookup([], layers=[14]), {14: np.empty((0, *expected[14].shape[1:]), np.uint8)})
+        out = {layer: np.zeros(rows.shape, np.uint8) for layer, rows in expected.items()}
+        step = client.prefetch(TOKENS, out=out)
+        assert_same({layer: step.rows(layer) for layer in step.layers}, expected)
+        step.wait()
+        assert step.rows(1) is out[1]
+        assert step.times is not None or client.cache is not None
+        # Ids of no n-gram, in any order and shape.
+        table = client.spec.table(14)
+        ids = np.random.default_rng(0).integers(0, table.num_rows, (50, 3))
+        assert_same(client.lookup_rows({14: ids}), {14: synthetic_rows(table, ids.astype(np.uint64))})
+        out = {14: np.zeros((50, 3, 264), np.uint8)}
+        assert_same(client.lookup_rows({14: ids}, out=out), {14: out[14]})
+        assert np.array_equal(out[14], synthetic_rows(table, ids.astype(np.uint64)))
+
+
+def test_requests_do_not_grow_with_shards(shards):
+    with Client(shards) as client:
+        ids = {n: rows.reshape(-1) for n, rows in client.spec.hash(TokenBatch.of(TOKENS)).items()}
+        exchange = Exchange.of_rows(client.served, ids)
+        whole = len(exchange.request)
+        parts = exchange.spread(client._shards._routes, Step([1, 14])._writing)
+        assert len(parts) == len(shards)
+        assert sum(len(part.request) for part in parts.values()) < whole + 200 * len(shards)
+
+
+def test_missing_rows_are_named(shards):
+    with pytest.raises(SpecError, match=r"layer_\d+: no server holds rows"), Client(shards[1:]):
+        pass
+    with pytest.raises(SpecError, match=r"layer_\d+: no server holds rows"), Client(shards[0]):
+        pass
+    with pytest.raises(ValueError, match="needs a server that holds all rows"), Client(shards, hashing="server"):
+        pass
+
+
+def test_shards_that_disagree_are_refused(packed, shards):
+    with (
+        serve_process(packed, shard="0/2", shard_by="row") as other,
+        pytest.raises(SpecError, match=r"overlap|no server holds"),
+        Client([*shards[1:], other.address]),
+    ):
+        pass
+
+
+def test_two_versions_never_mix(packed, other_packed, shards):
+    with serve_process(other_packed) as other, Client([*shards, other.address], "deepseek-v4.1") as client:
+        assert_same(client.lookup(TOKENS), wanted(client))
+        assert list(client._shards._away) == [other.address]
+        assert "deepseek-v4.1" in client._shards.troubles[other.address]
+
+
+@pytest.mark.parametrize("direct", ["off", "auto"])
+def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed, direct):
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(serve_process(packed, shard=f"{at}/2", workers=1)) for at in (0, 1) for _ in range(2)
+        ]
+        addresses = [server.address for server in servers]
+        client = stack.enter_context(Client(addresses, direct=direct, attach="off", retry_s=0.1))
+        expected = wanted(client)
+        for _ in range(4):
+            assert_same(client.lookup(TOKENS), expected)
+        servers[0].process.kill()
+        servers[0].process.wait()
+        silent = [servers[3].process.pid, *servers[3].worker_pids().values()]
+        for pid in silent:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            for _ in range(10):
+                assert_same(client.lookup(TOKENS), expected)
+        finally:
+            for pid in silent:
+                os.kill(pid, signal.SIGCONT)
+        assert not client.breaker_open
+        servers[1].process.kill()
+        servers[1].process.wait()
+        with pytest.raises(UnavailableError):
+            client.lookup(TOKENS)
+
+
+def test_a_server_that_comes_later_is_found(packed):
+    with socket.socket() as reserved:  # the port that the second server takes over
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{reserved.getsockname()[1]}"
+    with serve_process(packed, workers=1) as first, Client([listen, first.address], attach="off", retry_s=0) as client:
+        assert list(client._shards._away) == [listen]
+        with serve_process(packed, listen=listen, workers=1):
+            pause = threading.Event()
+            while client._shards._away:
+                pause.wait(0.01)
+            first.process.kill()
+            first.process.wait()
+            for _ in range(4):
+                assert_same(client.lookup(TOKENS), wanted(client))
+
+
+def wait_for(condition) -> None:
+    pause = threading.Event()
+    while not condition():
+        pause.wait(0.01)
+
+
+def test_a_server_that_holds_other_rows_by_now_is_left_aside(packed, other_packed):
+    with ExitStack() as stack:
+        first = stack.enter_context(serve_process(packed, workers=1))
+        second = ExitStack()
+        replica = second.enter_context(serve_process(packed, workers=1))
+        client = stack.enter_context(Client([first.address, replica.address], attach="off"))
+        expected = wanted(client)
+        second.close()
+        for model, settings in ((other_packed, {}), (packed, {"shard": "1/2"})):
+            with serve_process(model, listen=replica.address, workers=1, **settings):
+                # Its connections come back by themselves, to a server that is another one.
+                while list(client._shards._away) != [replica.address]:
+                    assert_same(client.lookup(TOKENS), expected)
+                assert_same(client.lookup(TOKENS), expected)
+        with serve_process(packed, listen=replica.address, workers=1):
+            wait_for(lambda: not client._shards._away)
+            for _ in range(4):
+                assert_same(client.lookup(TOKENS), expected)
+
+
+def test_addresses_that_a_name_has_no_more_are_forgotten(packed, monkeypatch):
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serve_process(packed, workers=1)) for _ in range(2)]
+        known = [server.address for server in servers]
+        monkeypatch.setattr("engrampool_client.shards.resolve", lambda target: list(known) if known else None)
+        client = stack.enter_context(Client("dns:///pool:1", attach="off", retry_s=0, breaker_failures=1))
+        expected = wanted(client)
+        gone = known.pop()
+        left, known[:] = list(known), []  # for now the name cannot be looked up at all
+        servers[1].process.kill()
+        servers[1].process.wait()
+        for _ in range(4):
+            assert_same(client.lookup(TOKENS), expected)
+        assert gone in client._shards._open
+        known[:] = left
+        wait_for(lambda: gone not in client._shards._open)
+        assert_same(client.lookup(TOKENS), expected)

@@ -1,0 +1,110 @@
+"""The alert rules: fired by promtool, about metrics that there are, and explained."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import promql_parser
+import pytest
+import yaml
+
+from engrampool_client.metrics import ClientCollector
+from engrampool_server.metrics import Metrics
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy/prometheus/alerts.yml"
+CASES = Path(__file__).with_name("alerts.test.yml")
+GROUPS = yaml.safe_load(RULES.read_text())["groups"]
+ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"]}
+EACH = pytest.mark.parametrize("alert", ALERTS)
+
+
+@pytest.fixture(scope="module")
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        missing = "promtool is not installed (Debian: apt-get install prometheus)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return found
+
+
+def run(*command: str | Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_promtool_knows_the_rules(promtool):
+    done = run(promtool, "check", "rules", "--lint=all", "--lint-fatal", RULES)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alerts_fire_when_they_should(promtool):
+    done = run(promtool, "test", "rules", CASES)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@EACH
+def test_an_alert_was_seen_to_fire_and_not_to(alert):
+    cases = [
+        bool(case.get("exp_alerts"))
+        for group in yaml.safe_load(CASES.read_text())["tests"]
+        for case in group["alert_rule_test"]
+        if case["alertname"] == alert
+    ]
+    assert set(cases) == {True, False}
+
+
+@EACH
+def test_promtool_misses_an_alert_that_never_fires(alert, promtool, tmp_path):
+    """So the cases do hold each of them."""
+    rules = yaml.safe_load(RULES.read_text())
+    for group in rules["groups"]:
+        for rule in group["rules"]:
+            if rule["alert"] == alert:
+                rule["expr"] = "vector(1) > 2"
+    cases = yaml.safe_load(CASES.read_text()) | {"rule_files": ["rules.yml"]}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    (tmp_path / "cases.yml").write_text(yaml.safe_dump(cases))
+    done = run(promtool, "test", "rules", tmp_path / "cases.yml")
+    assert done.returncode == 1
+    assert f"alertname: {alert}" in done.stdout + done.stderr
+
+
+@EACH
+def test_an_alert_asks_for_metrics_that_there_are(alert):
+    expr = ALERTS[alert]["expr"]
+    promql_parser.parse(expr)
+    names = {"up"}
+    for family in [*Metrics().registry.collect(), *ClientCollector().describe()]:
+        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+        names |= {family.name + ending for ending in endings}
+    asked = set(re.findall(r"\b(engrampool_\w+|up)\b", expr))
+    assert asked
+    assert asked <= names
+
+
+@EACH
+def test_an_alert_has_a_runbook(alert):
+    rule = ALERTS[alert]
+    assert rule["labels"]["severity"] in {"critical", "warning"}
+    page, _, anchor = rule["annotations"]["runbook"].partition("#")
+    text = (ROOT / page).read_text()
+    # As GitHub makes anchors.
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert anchor == alert.lower()
+    section = text.split(f"### {alert}\n")[1].split("\n#")[0]
+    assert len(section.split()) > 15
+
+
+def test_every_alert_section_is_about_an_alert():
+    headings = re.findall(r"^### (Engrampool\w+)$", (ROOT / "docs/OPERATIONS.md").read_text(), re.MULTILINE)
+    assert headings == list(ALERTS)
+
+
+def test_kubernetes_has_the_same_rules():
+    rule = yaml.safe_load((ROOT / "deploy/kubernetes/components/monitoring/prometheus-rule.yaml").read_text())
+    assert rule["spec"]["groups"] == GROUPS
