@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import os
+import random
+import socket
 import threading
 import time
 import urllib.request
@@ -244,3 +246,20 @@ class GatherGate:
 
     def wait_begun(self, count: int) -> None:
         eventually(lambda: self.begun >= count, f"{count} gathers begun")
+
+
+def lasting_address() -> str:
+    """An address of this machine for a server that others may take the place of, free now.
+
+    Not a port that the system gives to who connects: a client that asks again and again while nobody listens would be
+    given the very port that it asks.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(10_000, lowest), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return f"127.0.0.1:{port}"
+    raise AssertionError("no port is free")

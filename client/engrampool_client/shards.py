@@ -1,5 +1,6 @@
 """The servers of one model: which holds which rows, and a lookup's way to them."""
 
+import logging
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import numpy as np
 from engrampool_client.direct import Connection
 from engrampool_client.endpoint import Endpoint, Ways
 from engrampool_client.errors import (
+    DeadlineError,
     EngrampoolError,
     PoolError,
     RejectedError,
@@ -35,6 +37,7 @@ _LOOK_S, _LOOK_TIMEOUT_S = 1.0, 1.0
 # Where there are other replicas, one may take so long, and so long for each byte: far more than one that is well does.
 _PATIENCE_S, _PATIENCE_S_PER_BYTE = 0.1, 1e-8
 _DNS = "dns:///"
+_log = logging.getLogger("engrampool")
 
 
 class ReplicaSet:
@@ -60,22 +63,30 @@ class ReplicaSet:
         """Have the rows come from one replica, or another if that one cannot. Raises PoolError."""
         replicas = self._in_order() if begun is None else begun.replicas
         sent = None if begun is None else begun.sent
-        for at, endpoint in enumerate(replicas):
-            others = len(replicas) - at - 1
+        if not replicas:
+            raise UnavailableError("no server is known that holds these rows", "no-replica")
+        # First each for a moment; if none could, those that were only slow, or all, for as long as the step has.
+        waiting, slow = list(replicas), []
+        patient = len(replicas) == 1
+        while True:
+            endpoint = waiting.pop(0)
+            deadline = step.deadline if patient else _deadline(exchange, step, len(replicas) - 1)
             try:
                 asked, sent = sent, None
-                endpoint.ask(exchange, step, spin_s, _deadline(exchange, step, others), asked, patient=not others)
-            except PoolError as error:
-                if not others or step.given_up() or time.monotonic() >= step.deadline:
-                    raise
-                if isinstance(error, RejectedError | UnknownModelError | UnknownVersionError):
-                    self._suspects.add(endpoint)
-                exchange.restart()
-                if exchange.complete:  # only the end of the answer was lost
-                    return
-            else:
+                endpoint.ask(exchange, step, spin_s, deadline, asked, patient=patient)
                 return
-        raise UnavailableError("no server is known that holds these rows", "no-replica")
+            except PoolError as error:
+                if step.given_up() or time.monotonic() >= step.deadline or (patient and not waiting):
+                    raise
+                if isinstance(error, DeadlineError):
+                    slow.append(endpoint)
+                elif isinstance(error, RejectedError | UnknownModelError | UnknownVersionError):
+                    self._suspects.add(endpoint)
+            exchange.restart()
+            if exchange.complete:  # only the end of the answer was lost
+                return
+            if not waiting:
+                waiting, patient = slow or list(replicas), True
 
     def _in_order(self) -> Sequence[Endpoint]:
         """Attached ones first, those that are known to be away last; the others take turns."""
@@ -280,7 +291,9 @@ class Shards:
                 self._forget(addresses)
             self._suspects.update(endpoint for endpoint in self._open.values() if endpoint.breaker.is_open)
             while self._suspects:
-                self._examine(self._suspects.pop())
+                endpoint = self._suspects.pop()
+                if self._open.get(endpoint.target) is endpoint:  # else it was let go of meanwhile
+                    self._examine(endpoint)
             for address, endpoint in list(self._away.items()):
                 if self._closing.is_set():
                     return
@@ -296,9 +309,10 @@ class Shards:
             self.troubles[endpoint.target] = f"it holds rows {dict(served.parts)}, which are no shard of this client's"
         except EngrampoolError as error:
             self.troubles[endpoint.target] = str(error)
-        except Exception:
-            if not self._closing.is_set():  # gRPC has its own ways to say that a channel is closed
-                raise
+        except Exception as error:  # looking must go on; and gRPC has its own ways to say that a channel is closed
+            if not self._closing.is_set():
+                self.troubles[endpoint.target] = repr(error)
+                _log.exception("looking for %s failed", endpoint.target)
         return None
 
     def _examine(self, endpoint: Endpoint) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 from contextlib import ExitStack
 
@@ -20,6 +19,7 @@ from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import lasting_address
 
 TOKENS = np.arange(700, dtype=np.int32) % 300
 ROWS = RowFormat((Segment("values", "uint8", 3),))
@@ -194,20 +194,17 @@ def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed, direct):
 
 
 def test_a_server_that_comes_later_is_found(packed):
-    with socket.socket() as reserved:  # the port that the second server takes over
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(("127.0.0.1", 0))
-        listen = f"127.0.0.1:{reserved.getsockname()[1]}"
-    with serve_process(packed, workers=1) as first, Client([listen, first.address], attach="off", retry_s=0) as client:
+    with ExitStack() as stack:
+        listen = lasting_address()
+        first = stack.enter_context(serve_process(packed, workers=1))
+        client = stack.enter_context(Client([listen, first.address], attach="off", retry_s=0))
         assert list(client._shards._away) == [listen]
-        with serve_process(packed, listen=listen, workers=1):
-            pause = threading.Event()
-            while client._shards._away:
-                pause.wait(0.01)
-            first.process.kill()
-            first.process.wait()
-            for _ in range(4):
-                assert_same(client.lookup(TOKENS), wanted(client))
+        stack.enter_context(serve_process(packed, listen=listen, workers=1))
+        wait_for(lambda: not client._shards._away)
+        first.process.kill()
+        first.process.wait()
+        for _ in range(4):
+            assert_same(client.lookup(TOKENS), wanted(client))
 
 
 def wait_for(condition) -> None:
@@ -220,7 +217,7 @@ def test_a_server_that_holds_other_rows_by_now_is_left_aside(packed, other_packe
     with ExitStack() as stack:
         first = stack.enter_context(serve_process(packed, workers=1))
         second = ExitStack()
-        replica = second.enter_context(serve_process(packed, workers=1))
+        replica = second.enter_context(serve_process(packed, listen=lasting_address(), workers=1))
         client = stack.enter_context(Client([first.address, replica.address], attach="off"))
         expected = wanted(client)
         second.close()
@@ -253,3 +250,18 @@ def test_addresses_that_a_name_has_no_more_are_forgotten(packed, monkeypatch):
         known[:] = left
         wait_for(lambda: gone not in client._shards._open)
         assert_same(client.lookup(TOKENS), expected)
+
+
+@pytest.mark.parametrize("direct", ["off", "auto"])
+def test_replicas_that_are_only_slow_are_waited_for(packed, direct, monkeypatch):
+    """Whatever a moment is: none of them answers within it, and one is away."""
+    monkeypatch.setattr("engrampool_client.shards._PATIENCE_S", 1e-6)
+    monkeypatch.setattr("engrampool_client.shards._PATIENCE_S_PER_BYTE", 0.0)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serve_process(packed, workers=1)) for _ in range(3)]
+        addresses = [server.address for server in servers]
+        client = stack.enter_context(Client(addresses, direct=direct, attach="off"))
+        servers[1].process.kill()
+        servers[1].process.wait()
+        for _ in range(6):
+            assert_same(client.lookup(TOKENS), wanted(client))

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import pytest
 
 from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.builders import blueprint
+from server_fixtures import lasting_address
 from small_model import CONFIG, TOKENIZER, write_model
 
 SHARDS, REPLICAS = 4, 2
@@ -80,7 +80,7 @@ def test_no_step_fails_and_no_byte_is_wrong_while_one_replica_of_each_shard_is_u
     with ExitStack() as stack:
         servers: dict[str, tuple[ServerProcess, int]] = {}
 
-        def start(shard: int, listen: str = "127.0.0.1:0") -> str:
+        def start(shard: int, listen: str) -> str:
             settings = {"shard": f"{shard}/{SHARDS}", "listen": listen, "workers": 1, "metrics": "off"}
             server = stack.enter_context(serve_process(packed, **settings))
             servers[server.address] = server, shard
@@ -88,10 +88,7 @@ def test_no_step_fails_and_no_byte_is_wrong_while_one_replica_of_each_shard_is_u
 
         for shard in range(SHARDS):
             for _ in range(REPLICAS):
-                with socket.socket() as reserved:  # a port that its successor takes over
-                    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    reserved.bind(("127.0.0.1", 0))
-                    start(shard, f"127.0.0.1:{reserved.getsockname()[1]}")
+                start(shard, lasting_address())
         addresses = list(servers)
         running = stack.enter_context(loads(addresses))
         for load in running:
