@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import Client, SpecError, UnavailableError
+from engrampool_client.discovery import resolve
 from engrampool_client.exchange import Exchange, Route
 from engrampool_client.served import ServedModel
-from engrampool_client.shards import resolve
 from engrampool_client.step import Step
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import Identity, TokenBatch
@@ -255,8 +255,8 @@ def test_addresses_that_a_name_has_no_more_are_forgotten(packed, monkeypatch):
 @pytest.mark.parametrize("direct", ["off", "auto"])
 def test_replicas_that_are_only_slow_are_waited_for(packed, direct, monkeypatch):
     """Whatever a moment is: none of them answers within it, and one is away."""
-    monkeypatch.setattr("engrampool_client.shards._PATIENCE_S", 1e-6)
-    monkeypatch.setattr("engrampool_client.shards._PATIENCE_S_PER_BYTE", 0.0)
+    monkeypatch.setattr("engrampool_client.replicas._PATIENCE_S", 1e-6)
+    monkeypatch.setattr("engrampool_client.replicas._PATIENCE_S_PER_BYTE", 0.0)
     with ExitStack() as stack:
         servers = [stack.enter_context(serve_process(packed, workers=1)) for _ in range(3)]
         addresses = [server.address for server in servers]
