@@ -1,0 +1,90 @@
+"""A real etcd on loopback, which can be stopped and started again where it was."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engrampool_proto.registry import Registry
+from server_fixtures import eventually, lasting_address
+
+
+class EtcdProcess:
+    """One etcd. address: where it answers, whenever it runs. host, prefix: see `running_etcd`."""
+
+    def __init__(self, program: str, directory: Path, host: str, prefix: Sequence[str]) -> None:
+        self.address = f"{host}:{_free_port()}"
+        self._log = directory / "etcd.log"
+        peers = f"http://{host}:{_free_port()}"
+        self._command = [
+            *prefix,
+            program,
+            f"--data-dir={directory / 'data'}",
+            f"--listen-client-urls=http://{self.address}",
+            f"--advertise-client-urls=http://{self.address}",
+            f"--listen-peer-urls={peers}",
+            f"--initial-advertise-peer-urls={peers}",
+            f"--initial-cluster=default={peers}",
+            # Alone, it waits so long for others before it leads itself.
+            "--election-timeout=200",
+            "--heartbeat-interval=20",
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def url(self, prefix: str = "") -> str:
+        return f"etcd://{self.address}" + (prefix and f"/{prefix}")
+
+    def registry(self, prefix: str = "") -> Registry:
+        return Registry(self.url(prefix))
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            before = log.tell()
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+        eventually(lambda: self._answers(before), f"etcd answers at {self.address}")
+
+    def _answers(self, before: int) -> bool:
+        """Whether it says so in its log, from that byte on."""
+        assert self._process is not None
+        said = self._log.read_bytes()
+        assert self._process.poll() is None, said.decode()
+        return b"client requests on" in said[before:]
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """Kill it; what it was told is on disk."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def running_etcd(directory: Path, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[EtcdProcess]:
+    """A started etcd with its data in `directory`; skips the test without one, or fails it where CI is set.
+
+    host: its address. prefix: words before its command, of a program that becomes etcd, as `nsenter` does.
+    """
+    program = shutil.which("etcd")
+    if program is None:
+        missing = "etcd is not installed (Debian: apt-get install etcd-server)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    etcd = EtcdProcess(program, directory, host, prefix)
+    try:
+        etcd.start()
+        yield etcd
+    finally:
+        etcd.stop()
+
+
+def _free_port() -> str:
+    return lasting_address().rpartition(":")[2]

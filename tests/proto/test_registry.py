@@ -1,0 +1,504 @@
+"""The registry against a real etcd: leases, following through its failures, and what may become active."""
+
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from etcd3gw.client import Etcd3Client
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engrampool_proto import registry as module
+from engrampool_proto.pool_state import UnreadableRecordError
+from engrampool_proto.registry import (
+    Active,
+    Held,
+    Member,
+    NotHeldError,
+    Published,
+    Registry,
+    RegistryError,
+    State,
+    VersionError,
+)
+from engrampool_proto.spec import canonical_json
+from etcd_process import EtcdProcess, running_etcd
+from server_fixtures import LIMIT_S, eventually, lasting_address
+
+A, B, C = ("a" * 32, "b" * 32, "c" * 32)
+PAGE = Path(__file__).parents[2] / "docs/VERSIONS.md"
+ROWS = {2: 100, 9: 40}
+
+
+def published(version: str, **changed: object) -> Published:
+    return Published(**{"model": "m", "version": version, "location": f"/models/{version[0]}", "base": None}
+                     | {"spec_digest": "d", "rows": ROWS} | changed)  # fmt: skip
+
+
+def member(address: str, *versions: str, rows: tuple[int, int] = (0, 100)) -> Member:
+    """A server with these rows of layer 2, and layer 9 if it has the last of them."""
+    parts = {2: rows, 9: (0, 40)} if rows[1] == 100 else {2: rows}
+    return Member(address, tuple(Held("m", version, parts) for version in versions))
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory) -> Iterator[EtcdProcess]:
+    with running_etcd(tmp_path_factory.mktemp("etcd")) as running:
+        yield running
+
+
+@pytest.fixture
+def pool(etcd, request) -> Callable[[], Registry]:
+    """Makes registries of a pool that this test has for itself; those that joined leave at its end."""
+    made: list[Registry] = []
+
+    def make() -> Registry:
+        made.append(etcd.registry(f"tests/{request.node.name.partition('[')[0]}"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.leave()
+
+
+@contextmanager
+def following(registry: Registry) -> Iterator[list[State]]:
+    """What a follower was told, the newest last."""
+    states: list[State] = []
+    stop = threading.Event()
+    thread = threading.Thread(target=registry.follow, args=(states.append, stop))
+    thread.start()
+    try:
+        eventually(lambda: states, "the first state")
+        yield states
+    finally:
+        stop.set()
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+
+
+def sees(states: list[State], condition: Callable[[State], object]) -> None:
+    eventually(lambda: condition(states[-1]))
+
+
+def write(etcd: EtcdProcess, key: str, value: str | bytes) -> None:
+    host, _, port = etcd.address.partition(":")
+    Etcd3Client(host, int(port), api_path="/v3/", timeout=LIMIT_S).put(key, value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "etcd://",
+        "etcd:///engrampool",
+        "http://h:1",
+        "etcd://h",
+        "etcd://h:0",
+        "etcd://h:70000",
+        "etcd://h:1,",
+        "etcd://h:1/a//b",
+        "etcd://h:1/a?b",
+        "etcd://u@h:1",
+        "etcd://::1:2379",
+    ],
+)
+def test_what_is_no_url(url):
+    with pytest.raises(ValueError, match="not etcd://HOST:PORT"):
+        Registry(url)
+
+
+def test_nobody_listens(etcd):
+    nobody, other = lasting_address(), lasting_address()
+    registry = Registry(f"etcd://{nobody},{other}/p")
+    for call in (registry.read, lambda: registry.join(member("h:1", A)), lambda: registry.publish(published(A))):
+        with pytest.raises(RegistryError, match=f"etcd://{nobody},{other}/p .*{nobody} takes no.*{other} takes no"):
+            call()
+    registry.leave()
+    assert registry.age_s == float("inf")
+    registry = Registry(f"etcd://{nobody},{etcd.address}/p")
+    assert registry.read().members == {}
+    assert registry.age_s < LIMIT_S
+
+
+def test_who_answered_last_is_asked_first(etcd):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        mute.settimeout(0)
+        registry = Registry(f"etcd://127.0.0.1:{mute.getsockname()[1]},{etcd.address}", timeout_s=0.2)
+        for _ in range(3):
+            registry.read()
+        mute.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            mute.accept()
+
+
+def test_without_etcd3gw(monkeypatch):
+    monkeypatch.setitem(sys.modules, "etcd3gw.client", None)
+    registry = Registry("etcd://127.0.0.1:1")
+    for call in (registry.read, lambda: registry.follow(print, threading.Event())):
+        with pytest.raises(RegistryError, match=r"pip install 'engrampool\[etcd\]'"):
+            call()
+
+
+def test_another_server_listens():
+    bodies = [b"", b"<html>", b"[]", b"{}", b'{"header": 1}', b'{"header": {"revision": "1"}, "kvs": [{"key": "?"}]}']
+
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(bodies[0])))
+            self.end_headers()
+            self.wfile.write(bodies[0])
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            registry = Registry(f"etcd://127.0.0.1:{server.server_port}")
+            while bodies:
+                with pytest.raises(RegistryError, match="answers otherwise than etcd"):
+                    registry.read()
+                bodies.pop(0)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_member_joins_is_replaced_and_leaves(pool):
+    server = pool()
+    with following(pool()) as states:
+        assert states[-1].members == {}
+        server.keep()  # nothing to keep yet
+        server.join(member("h:1"))
+        sees(states, lambda state: state.members == {"h:1": member("h:1")})
+        failed = Member("h:1", member("h:1", A).held, {B: "no such \udcff directory"})
+        server.join(failed)
+        sees(states, lambda state: state.members["h:1"].failed == {B: "no such ? directory"})
+        assert states[-1].members["h:1"].held == failed.held
+        server.leave()
+        sees(states, lambda state: not state.members)
+    server.keep()
+    assert pool().read().members == {}
+
+
+def test_a_lease_that_nobody_keeps_ends_and_comes_back(pool):
+    lost, kept = pool(), pool()
+    stop = threading.Event()
+
+    def keep() -> None:
+        while not stop.wait(0.3):
+            kept.keep()
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    with following(pool()) as states:
+        try:
+            kept.join(member("h:1", A), 1)
+            lost.join(member("h:2", A), 1)
+            sees(states, lambda state: len(state.members) == 2)
+            sees(states, lambda state: list(state.members) == ["h:1"])
+            lost.keep()
+            sees(states, lambda state: len(state.members) == 2)
+        finally:
+            stop.set()
+            keeper.join()
+
+
+def test_following_survives_the_registry(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_PROBE_S", 0.2)
+    with running_etcd(tmp_path) as etcd:
+        server = etcd.registry()
+        follower = Registry(etcd.url(), timeout_s=0.3)
+        with following(follower) as states:
+            server.join(member("h:1", A), 60)
+            server.publish(published(A))
+            server.activate("m", A)
+            sees(states, lambda state: state.active)
+            # Alive for the kernel, which goes on taking connections, and mute.
+            etcd.signal(signal.SIGSTOP)
+            eventually(lambda: follower.age_s > 1)
+            assert states[-1].active == {"m": Active("m", A)}
+            etcd.signal(signal.SIGCONT)
+            eventually(lambda: follower.age_s < 0.5)
+            etcd.stop()
+            eventually(lambda: follower.age_s > 1)
+            with pytest.raises(RegistryError):
+                server.keep()
+            server.leave()
+            assert states[-1].active == {"m": Active("m", A)}
+            etcd.start()
+            server.publish(published(B))
+            eventually(lambda: follower.age_s < 0.5)
+            sees(states, lambda state: [one.version for one in state.published] == [A, B])
+            # Its lease outlived the crash.
+            assert list(states[-1].members) == ["h:1"]
+    lines = [record.levelname for record in caplog.records if record.name == "engrampool"]
+    assert 0 < lines.count("WARNING") < 10  # not one for each try
+
+
+def test_a_watch_that_is_silent_hides_nothing(pool, monkeypatch):
+    monkeypatch.setattr(module._Watch, "wait", lambda self, stop: stop.wait(0.05))
+    server = pool()
+    with following(pool()) as states:
+        server.join(member("h:1", A))
+        sees(states, lambda state: state.members)
+        told = len(states)
+        server.leave()
+        sees(states, lambda state: not state.members)
+        assert len(states) == told + 1
+
+
+def test_what_was_compacted_while_a_follower_was_busy(etcd, pool):
+    server, told, go_on, stop = pool(), [], threading.Event(), threading.Event()
+
+    def slow(state: State) -> None:
+        told.append(state)
+        assert go_on.wait(LIMIT_S)
+
+    thread = threading.Thread(target=pool().follow, args=(slow, stop))
+    thread.start()
+    try:
+        eventually(lambda: told)
+        for version in (A, B, C):
+            server.publish(published(version))
+        server.retire("m", A)
+        host, _, port = etcd.address.partition(":")
+        client = Etcd3Client(host, int(port), api_path="/v3/", timeout=LIMIT_S)
+        client.post(client.get_url("/kv/compaction"), json={"revision": server.read().revision, "physical": True})
+        go_on.set()
+        eventually(lambda: [one.version for one in told[-1].published] == [B, C])
+    finally:
+        stop.set()
+        go_on.set()
+        thread.join()
+
+
+def test_publishing(pool):
+    registry = pool()
+    registry.publish(published(A))
+    before = registry.read()
+    registry.publish(published(A))
+    assert registry.read().published == before.published == (published(A),)
+    assert before.active == {}
+    for other in (published(A, location="/elsewhere"), published(A, spec_digest="e"), published(A, rows={2: 1})):
+        with pytest.raises(VersionError, match="published already"):
+            registry.publish(other)
+    with pytest.raises(VersionError, match="publish that first"):
+        registry.publish(published(B, base=C))
+    with pytest.raises(UnreadableRecordError, match="not a name"):
+        registry.publish(published("a/b"))
+    registry.publish(published(B, base=A))
+    with pytest.raises(VersionError, match=f"base of the patch {B}"):
+        registry.retire("m", A)
+    registry.retire("m", B)
+    registry.retire("m", A)
+    assert registry.read().published == ()
+    with pytest.raises(VersionError, match="not published"):
+        registry.retire("m", A)
+
+
+def test_what_may_be_active(pool):
+    registry = pool()
+    servers = [pool() for _ in range(3)]
+    with pytest.raises(VersionError, match="not published") as refused:
+        registry.activate("m", A)
+    assert not isinstance(refused.value, NotHeldError)
+    registry.publish(published(A))
+    with pytest.raises(NotHeldError, match=r"no server holds rows 0\.\.99 of layer 2, rows 0\.\.39 of layer 9"):
+        registry.activate("m", A)
+    servers[0].join(member("h:1", A, rows=(0, 60)))
+    with pytest.raises(NotHeldError, match=r"rows 60\.\.99 of layer 2"):
+        registry.activate("m", A, partial=True)
+    servers[1].join(member("h:2", A, rows=(50, 100)))
+    # Holds rows of the model, though of no version that is active.
+    servers[2].join(member("h:3", C, rows=(0, 60)))
+    with pytest.raises(NotHeldError, match=r"still to load it: h:3$"):
+        registry.activate("m", A)
+    servers[2].join(member("h:3", A, rows=(0, 60)))
+    assert registry.activate("m", A) == Active("m", A)
+    revision = registry.read().revision
+    assert registry.activate("m", A) == Active("m", A)
+    assert registry.read().revision == revision
+    with pytest.raises(VersionError, match="no previous version"):
+        registry.rollback("m")
+
+    registry.publish(published(B))
+    servers[0].join(member("h:1", A, B, rows=(0, 60)))
+    servers[1].join(member("h:2", A, B, rows=(50, 100)))
+    with pytest.raises(NotHeldError, match=r"still to load it: h:3$"):
+        registry.activate("m", B)
+    assert registry.activate("m", B, partial=True) == Active("m", B, A)
+    with pytest.raises(VersionError, match="is active"):
+        registry.retire("m", B)
+    assert registry.rollback("m") == Active("m", A, B)
+    assert registry.rollback("m") == Active("m", B, A)
+    servers[1].join(member("h:2", B, rows=(50, 100)))
+    with pytest.raises(NotHeldError, match=r"rows 60\.\.99"):
+        registry.rollback("m")
+    registry.retire("m", A)
+    assert registry.read().active == {"m": Active("m", B)}
+
+    registry.publish(published(C, spec_digest="other"))
+    with pytest.raises(VersionError, match="another model name"):
+        registry.activate("m", C)
+
+
+def test_two_that_activate_at_once_agree_on_an_order(pool):
+    pool().join(member("h:1", A, B))
+    registries = {version: pool() for version in (A, B)}
+    for version, registry in registries.items():
+        registry.publish(published(version))
+    barrier, done = threading.Barrier(2), {}
+
+    def activate(version: str) -> None:
+        barrier.wait(LIMIT_S)
+        done[version] = registries[version].activate("m", version)
+
+    threads = [threading.Thread(target=activate, args=(version,)) for version in registries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, last = sorted(done.values(), key=lambda active: active.previous is not None)
+    assert (first.previous, last.previous) == (None, first.version)
+    assert registries[A].read().active == {"m": last}
+
+
+def before_commit(monkeypatch, *actions: Callable[[], object]) -> list[bool]:
+    """Do the next of `actions` before each transaction. Returns the list of what these came to."""
+    left, outcomes, commit = list(actions), [], Registry._commit
+
+    def interrupted(registry, compare, writes):
+        if left:
+            left.pop(0)()
+        outcomes.append(commit(registry, compare, writes))
+        return outcomes[-1]
+
+    monkeypatch.setattr(Registry, "_commit", interrupted)
+    return outcomes
+
+
+def test_what_changes_between_look_and_transaction(pool, monkeypatch):
+    registry, one, other = pool(), pool(), pool()
+    for version in (A, B, C):
+        registry.publish(published(version))
+    one.join(member("h:1", A, B, C))
+    other.join(member("h:2", A, B, C))
+    registry.activate("m", A)
+
+    # A holder changed and still holds it: looked at anew.
+    outcomes = before_commit(monkeypatch, lambda: one.join(Member("h:1", member("h:1", A, B, C).held, {"d": "no"})))
+    assert registry.activate("m", B) == Active("m", B, A)
+    assert outcomes == [False, True]
+    # It gave the version up, or its lease ended: refused.
+    before_commit(monkeypatch, lambda: one.join(member("h:1", A, B)))
+    with pytest.raises(NotHeldError, match="h:1"):
+        registry.activate("m", C)
+    one.join(member("h:1", A, B, C))
+    before_commit(monkeypatch, one.leave)
+    assert registry.activate("m", C) == Active("m", C, B)
+    # Another version was made active meanwhile: one goes back from what was seen, or not at all.
+    before_commit(monkeypatch, lambda: pool().activate("m", A))
+    with pytest.raises(VersionError, match="was replaced meanwhile"):
+        registry.rollback("m")
+    # A patch of what is to be retired was published meanwhile.
+    patch = published("d" * 32, base=B)
+    before_commit(monkeypatch, lambda: pool().publish(patch))
+    with pytest.raises(VersionError, match="base of the patch"):
+        registry.retire("m", B)
+    # What was to be retired is gone already, as if the answer of a first try had been lost.
+    before_commit(monkeypatch, lambda: pool().retire("m", C))
+    registry.retire("m", C)
+    registry.retire("m", patch.version)
+    # The base of what is to be published was retired meanwhile.
+    before_commit(monkeypatch, lambda: pool().retire("m", B))
+    with pytest.raises(VersionError, match="publish that first"):
+        registry.publish(patch)
+
+
+def test_what_cannot_be_read_is_left_out(etcd, pool, caplog):
+    registry, root = pool(), "/tests/test_what_cannot_be_read_is_left_out"
+    for key in (
+        "servers/h:9",
+        f"published/m/{B}",
+        "published/m",
+        "active/m",
+        "active/",
+        "servers/",
+        "other",
+        "servers/x/y",
+    ):
+        write(etcd, f"{root}/{key}", b"\xff\x00{")
+    write(etcd, f"{root}/servers/\xff", member("h:1").to_json())
+    write(etcd, f"{root}/servers/h:8", member("h:7").to_json())
+    pool().join(member("h:1", A))
+    registry.publish(published(A))
+    state = registry.read()
+    assert (list(state.members), state.published, state.active) == (["h:1"], (published(A),), {})
+    assert f"published/m/{B}" in caplog.text
+    # Each can be put right.
+    assert registry.activate("m", A) == Active("m", A)
+    registry.retire("m", B)
+    assert registry.read().active == {"m": Active("m", A)}
+    registry.publish(published(B))
+    write(etcd, f"{root}/published/m/{A}", "{}")
+    with pytest.raises(VersionError, match="missing or damaged"):
+        registry.activate("m", B)
+    registry.publish(published(A))
+    assert len(registry.read().published) == 2
+
+
+def test_the_page_shows_records(etcd):
+    lines = [line[4:] for line in PAGE.read_text().splitlines() if line.startswith("    ")]
+    shown = dict(zip(lines[::2], lines[1::2], strict=True))
+    for key, value in shown.items():
+        write(etcd, key, value)
+    state = etcd.registry().read()
+    [address], [version], [active] = state.members, state.published, state.active.values()
+    records = {
+        f"/engrampool/servers/{address}": state.members[address],
+        f"/engrampool/published/v41/{version.version}": version,
+        "/engrampool/active/v41": active,
+    }
+    assert {key: record.to_json().decode() for key, record in records.items()} == shown
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+MEMBER = member("h:1", A)
+READERS = {
+    MEMBER.to_json(): lambda raw: Member.from_json("h:1", raw),
+    published(B, base=A).to_json(): lambda raw: Published.from_json("m", B, raw),
+    Active("m", A, B).to_json(): lambda raw: Active.from_json("m", raw),
+}
+
+
+@pytest.mark.parametrize("whole", READERS)
+@given(data=st.data())
+def test_any_bytes_are_a_record_or_refused(whole, data):
+    document = module.json.loads(whole)
+    name = data.draw(st.sampled_from(sorted(document)))
+    other = data.draw(JSON)
+    nested = [{"model": "m", "version": A, "parts": {"2": other}}, {"2": other}, {A: other}, {str(other): [0, 1]}]
+    damaged = [canonical_json(document | {name: value}) for value in (other, [other], *nested, [nested[0]])]
+    cut = data.draw(st.integers(0, len(whole)))
+    for raw in [*damaged, whole[:cut], whole[:cut] + data.draw(st.binary(max_size=4)) + whole[cut:], b"[" * 10_000]:
+        try:
+            record = READERS[whole](raw)
+        except UnreadableRecordError as error:
+            str(error).encode()
+        else:
+            assert READERS[whole](record.to_json()) == record
+    assert READERS[whole](whole).to_json() == whole
