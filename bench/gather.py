@@ -1,6 +1,7 @@
 """The kernels beside the numpy forms that they must equal: `python bench/gather.py`.
 
 - gather   rows of uniform random ids, from a table in huge pages into a warm buffer; `np.take` is the reference
+- overlay  the same with a row in a hundred changed; the kernel without changes is the reference
 - hashing  token batches of DeepSeek-V4.1's layout, both layers; `ModelSpec.hash` is the reference
 
 Cases take turns within a repeat, so that a change of the machine's speed meets all of them. Medians, in the processor
@@ -23,12 +24,14 @@ from engrampool_proto.token_map import TokenMap
 from engrampool_server.gather import gather
 from engrampool_server.hasher import Hasher
 from engrampool_server.memory import allocate
+from engrampool_server.overlay import Overlay
 
 SIZES_GB = (1, 2, 4, 8, 12)
 # 264 is V4.1's; the others are odd, tiny and large.
 WIDTHS = (264, 1, 42, 100, 512, 1000, 8191)
 GATHER_BYTES = 26_000_000  # one repeat: 98304 rows of 264 bytes, about
 MARGIN_BYTES = 1 << 30
+CHANGED = 100  # one row in so many
 VOCAB, MAPPED = 129280, 99092
 PRIMES_FROM = 16_000_000
 
@@ -62,6 +65,17 @@ def main() -> None:
         print(f"| {which} | {width} | {found['kernel']:.1f} | {found['np.take']:.1f} | {ratio:.2f} | {growth} |")
         records.append({"case": "gather", "table_gb": size, "row_bytes": width, "stride": stride, "ns_per_row": found})
     print()
+    print("| table GB | plain ns/row | overlaid ns/row | overlaid / plain |")
+    print("| ---: | ---: | ---: | ---: |")
+    for size in options.sizes:
+        nbytes = int(size * 1e9) // 264 * 264
+        if nbytes + MARGIN_BYTES > available_bytes():
+            continue
+        found = measure_overlay(nbytes, options.repeats)
+        ratio = found["overlaid"] / found["plain"]
+        print(f"| {size:g} | {found['plain']:.1f} | {found['overlaid']:.1f} | {ratio:.2f} |")
+        records.append({"case": "overlay", "table_gb": size, "ns_per_row": found})
+    print()
     print("| tokens | kernel us | numpy us | numpy / kernel |")
     print("| ---: | ---: | ---: | ---: |")
     for tokens in (1, 64, 8192):
@@ -74,15 +88,9 @@ def main() -> None:
 
 def measure_gather(nbytes: int, width: int, stride: int, repeats: int) -> dict[str, float]:
     """Ns a row of either way, medians; the ids are multiples of `stride`."""
-    table = allocate(nbytes, "anon")
-    pattern = np.random.default_rng(width).integers(0, 256, (1 << 24) + 3, np.uint8)
-    for start in range(0, nbytes, len(pattern)):
-        part = table[start : start + len(pattern)]
-        part[:] = pattern[: len(part)]
-    rows = table.reshape(-1, width)
-    count = min(GATHER_BYTES // width, 1 << 20)
-    drawn = (np.random.default_rng(at).integers(0, len(rows) // stride, count) for at in range(repeats))
-    batches = [(ids * stride).astype(np.uint32 if len(rows) < 2**32 else np.uint64) for ids in drawn]
+    rows = filled_table(nbytes, width)
+    batches = drawn_batches(rows, stride, repeats)
+    count = len(batches[0])
     taken, out = np.zeros((count, width), np.uint8), np.zeros(count * width, np.uint8)
     cases: dict[str, Callable[[np.ndarray], object]] = {
         "kernel": lambda ids: gather(rows, ids, 0, out),
@@ -93,6 +101,44 @@ def measure_gather(nbytes: int, width: int, stride: int, repeats: int) -> dict[s
     assert np.array_equal(out, taken.reshape(-1))
     medians = in_turn(cases, batches)
     return {name: 1e9 * seconds / count for name, seconds in medians.items()}
+
+
+def measure_overlay(nbytes: int, repeats: int) -> dict[str, float]:
+    """Ns a row of 264 bytes with a row in CHANGED changed and with none, medians."""
+    rows = filled_table(nbytes, 264)
+    batches = drawn_batches(rows, 1, repeats)
+    out = np.zeros(len(batches[0]) * 264, np.uint8)
+    changed = np.sort(np.random.default_rng(0).choice(len(rows), len(rows) // CHANGED, replace=False).astype(np.uint64))
+    over = Overlay.of(changed, filled_table(len(changed) * 264, 264), range(len(rows)))
+    cases: dict[str, Callable[[np.ndarray], object]] = {
+        "plain": lambda ids: gather(rows, ids, 0, out),
+        "overlaid": lambda ids: (gather(rows, ids, 0, out), over.copy(ids, 0, out)),
+    }
+    cases["overlaid"](batches[0])
+    among = np.searchsorted(changed, batches[0]).clip(max=len(changed) - 1)
+    is_changed = changed[among] == batches[0]
+    expected = np.where(is_changed[:, None], over.rows[among], rows[batches[0]])
+    assert is_changed.any()
+    assert np.array_equal(out, expected.reshape(-1))
+    medians = in_turn(cases, batches)
+    return {name: 1e9 * seconds / len(batches[0]) for name, seconds in medians.items()}
+
+
+def filled_table(nbytes: int, width: int) -> np.ndarray:
+    """Rows of random bytes, in huge pages."""
+    table = allocate(nbytes, "anon")
+    pattern = np.random.default_rng(width).integers(0, 256, (1 << 24) + 3, np.uint8)
+    for start in range(0, nbytes, len(pattern)):
+        part = table[start : start + len(pattern)]
+        part[:] = pattern[: len(part)]
+    return table.reshape(-1, width)
+
+
+def drawn_batches(rows: np.ndarray, stride: int, repeats: int) -> list[np.ndarray]:
+    """Random ids, multiples of `stride`, of GATHER_BYTES of rows."""
+    count = min(GATHER_BYTES // rows.shape[1], 1 << 20)
+    drawn = (np.random.default_rng(at).integers(0, len(rows) // stride, count) for at in range(repeats))
+    return [(ids * stride).astype(np.uint32 if len(rows) < 2**32 else np.uint64) for ids in drawn]
 
 
 def measure_hashing(tokens: int, repeats: int) -> dict[str, float]:

@@ -8,6 +8,8 @@ import click
 
 from engrampool_server.config import ServerConfig
 from engrampool_server.pack import pack as pack_checkpoint
+from engrampool_server.patch import patch as make_patch
+from engrampool_server.patch_files import open_any
 from engrampool_server.preflight import format_bytes
 from engrampool_server.progress import byte_progress
 from engrampool_server.segments import find_backing, free, survey
@@ -15,7 +17,7 @@ from engrampool_server.sources import Location, parse_location, redact
 from engrampool_server.synth import CONFIGS
 from engrampool_server.synth import synth as write_synthetic
 from engrampool_server.synth_checkpoint import synth_checkpoint
-from engrampool_server.table_files import PackedModel, TableFileError
+from engrampool_server.table_files import TableFileError
 from engrampool_server.table_writer import FILE_BYTES
 from engrampool_server.verify import damaged_blocks, summary, summary_text
 
@@ -110,11 +112,25 @@ def synth(
 
 
 @click.command()
+@click.argument("base", type=_LocationType())
+@click.argument("new", type=_LocationType())
+@_out
+@_quiet
+def patch(base: Location, new: Location, out: Path, quiet: bool) -> None:
+    """Write the rows of the packed model NEW that differ from BASE, both directories or URLs, as a patch of BASE.
+
+    A server that holds BASE serves NEW's rows by it in little more memory; `publish` it to a registry.
+    """
+    version = make_patch(base, new, out, quiet=quiet)
+    click.echo(f"wrote {out}, version {version}")
+
+
+@click.command()
 @_packed
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def inspect(directory: Location, as_json: bool) -> None:
-    """Say what the packed model at a directory or URL is. Checks manifest and files, reads no rows."""
-    with PackedModel.open(directory) as model:
+    """Say what the packed model or patch at a directory or URL is. Checks manifest and files, reads no rows."""
+    with open_any(directory) as model:
         click.echo(json.dumps(summary(model)) if as_json else summary_text(model))
 
 
@@ -122,13 +138,13 @@ def inspect(directory: Location, as_json: bool) -> None:
 @_packed
 @_quiet
 def verify(directory: Location, quiet: bool) -> None:
-    """Read every block of the packed model at a directory or URL and check it; names each that is damaged."""
-    with PackedModel.open(directory) as model:
-        with byte_progress("verifying", model.spec.nbytes, quiet=quiet) as bar:
+    """Read every block of the packed model or patch at a directory or URL and check it; names each that is damaged."""
+    with open_any(directory) as model:
+        with byte_progress("verifying", model.nbytes, quiet=quiet) as bar:
             errors = damaged_blocks(model, bar.update)
         for error in errors:
             click.echo(str(error), err=True)
-        blocks = sum(len(model.blocks(layer)) for layer in model.spec.layers)
+        blocks = len(model.checks())
         if errors:
             raise TableFileError(f"{directory}: {len(errors)} of {blocks} blocks are damaged; do not serve it")
         click.echo(f"{directory} is whole: {blocks} blocks, version {model.version}")

@@ -5,7 +5,7 @@ docs/FORMAT.md describes the fields.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,7 +16,8 @@ from engrampool_proto.spec import ModelSpec, TableSpec, canonical_json, digest
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "engrampool-tables"
-FORMAT_VERSION = 1
+PATCH_FORMAT = "engrampool-patch"
+FORMAT_VERSION = 1  # of either
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_BLOCK_BYTES = 64 << 20  # what a reader must be ready to buffer
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
@@ -25,7 +26,11 @@ _KEYS = {"format", "format_version", "version", "spec", "tables"}
 
 
 class TableFileError(EngrampoolError):
-    """A packed model is damaged, incomplete or not one; the text names the file, the block and what to do."""
+    """A packed model or patch is damaged, incomplete or not one; the text names the file, the block and what to do."""
+
+
+class IsPatchError(TableFileError):
+    """A packed model was wanted, and this is a patch, which is nothing without its base."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Manifest:
     @cached_property
     def version(self) -> str:
         """xxh3-128 of specification and checksums, 32 hexadecimal digits: equal versions hold equal rows."""
-        return _version(self.spec.to_json(), [table.digested() for table in self.tables])
+        return digest({"spec": self.spec.to_json(), "tables": [table.digested() for table in self.tables]})
 
     def encode(self) -> bytes:
         """The bytes of manifest.json."""
@@ -84,30 +89,9 @@ class Manifest:
     @classmethod
     def decode(cls, raw: bytes) -> "Manifest":
         """Inverse of `encode`. Raises TableFileError for anything else, without the directory's name."""
-        if len(raw) > MAX_MANIFEST_BYTES:
-            raise TableFileError(f"is {len(raw)} bytes long; the limit is {MAX_MANIFEST_BYTES}")
-        try:
-            document = json.loads(raw.decode())
-        except (ValueError, RecursionError) as error:
-            raise TableFileError(f"is not JSON: {error}") from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise TableFileError(f"is not the manifest of a packed model: it has no format {FORMAT!r}")
-        if document.get("format_version") != FORMAT_VERSION:
-            found = document.get("format_version")
-            raise TableFileError(f"has format version {found!r}; this program reads version {FORMAT_VERSION}")
-        if document.keys() != _KEYS or not isinstance(document["tables"], list):
-            raise TableFileError(f"must have {', '.join(sorted(_KEYS))}; it has {', '.join(sorted(document))}")
-        try:
-            manifest = cls(
-                spec=ModelSpec.from_json(document["spec"]),
-                tables=tuple(_table_from_json(table) for table in document["tables"]),
-            )
-            # A value that was read as another (10.0 as 10) would pass here unseen and differ in the version.
-            faithful = canonical_json(manifest.spec.to_json()) == canonical_json(document["spec"])
-        except (SpecError, OverflowError, ValueError, RecursionError) as error:
-            raise TableFileError(f"holds no valid specification: {error}") from error
-        if not faithful or manifest.version != document["version"]:
-            raise TableFileError(f"is damaged: its contents digest to {manifest.version}, not {document['version']!r}")
+        document = decode_document(raw, FORMAT, _KEYS)
+        manifest = cls(decode_spec(document["spec"]), tuple(_table_from_json(table) for table in document["tables"]))
+        check_version(manifest.version, document)
         if [table.layer for table in manifest.tables] != list(manifest.spec.layers):
             raise TableFileError(f"must list the files of layers {list(manifest.spec.layers)}, in this order")
         for table, spec in zip(manifest.tables, manifest.spec.tables, strict=True):
@@ -118,8 +102,53 @@ class Manifest:
         return manifest
 
 
-def _version(spec: Mapping[str, Any], tables: list[dict[str, Any]]) -> str:
-    return digest({"spec": spec, "tables": tables})
+def decode_document(raw: bytes, wanted: str, keys: Set[str]) -> dict[str, Any]:
+    """The object that a manifest of the format `wanted` is, with these keys; `tables` is a list.
+
+    Raises TableFileError, IsPatchError for a patch that was not wanted, without the directory's name.
+    """
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise TableFileError(f"is {len(raw)} bytes long; the limit is {MAX_MANIFEST_BYTES}")
+    try:
+        document = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise TableFileError(f"is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        document = {}
+    found = document.get("format")
+    if found == PATCH_FORMAT != wanted:
+        raise IsPatchError(
+            f"is a patch of version {document.get('base')!r}, not a packed model; it is served only together with that "
+            f"version, by servers that share a registry: `engrampool publish` it there"
+        )
+    if found != wanted:
+        what = "patch" if wanted == PATCH_FORMAT else "packed model"
+        raise TableFileError(f"is not the manifest of a {what}: it has no format {wanted!r}")
+    if document.get("format_version") != FORMAT_VERSION:
+        version = document.get("format_version")
+        raise TableFileError(f"has format version {version!r}; this program reads version {FORMAT_VERSION}")
+    if document.keys() != keys or not isinstance(document["tables"], list):
+        raise TableFileError(f"must have {', '.join(sorted(keys))}; it has {', '.join(sorted(document))}")
+    return document
+
+
+def decode_spec(document: Any) -> ModelSpec:
+    """The specification in a manifest. Raises TableFileError."""
+    try:
+        spec = ModelSpec.from_json(document)
+        # A value that was read as another (10.0 as 10) would pass unseen and differ in the version.
+        faithful = canonical_json(spec.to_json()) == canonical_json(document)
+    except (SpecError, OverflowError, ValueError, RecursionError) as error:
+        raise TableFileError(f"holds no valid specification: {error}") from error
+    if not faithful:
+        raise TableFileError("holds no valid specification: it has values that would be written otherwise")
+    return spec
+
+
+def check_version(found: str, document: Mapping[str, Any]) -> None:
+    """Raise TableFileError unless the document claims the version that its contents digest to."""
+    if found != document["version"]:
+        raise TableFileError(f"is damaged: its contents digest to {found}, not {document['version']!r}")
 
 
 def _table_from_json(document: Any) -> ManifestTable:
@@ -129,16 +158,21 @@ def _table_from_json(document: Any) -> ManifestTable:
     except (TypeError, KeyError) as error:
         raise TableFileError(f"describes a table without layer, block_rows, checksums and files: {error!r}") from error
     numbers = [table.layer, table.block_rows, *(n for f in files for n in (f.start, f.stop, f.data_offset))]
-    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise TableFileError(f"describes table {table.layer!r} with numbers that are no row or byte counts")
-    for checksum in table.checksums:
-        if not isinstance(checksum, str) or not _CHECKSUM.fullmatch(checksum):
-            raise TableFileError(f"has a checksum in layer {table.layer} that is not 16 hexadecimal digits")
-    for file in files:
-        # A name is a name, never a way out of the directory.
-        if not isinstance(file.name, str) or not _FILE_NAME.fullmatch(file.name):
-            raise TableFileError(f"names a file {file.name!r}, which cannot be one of a packed model")
+    check_values(table.layer, numbers, table.checksums, [file.name for file in files])
     return table
+
+
+def check_values(layer: Any, numbers: Iterable[Any], checksums: Iterable[Any], names: Iterable[Any]) -> None:
+    """Raise TableFileError unless these values of a layer's table have the types and forms that they must have."""
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise TableFileError(f"describes table {layer!r} with numbers that are no row or byte counts")
+    for checksum in checksums:
+        if not isinstance(checksum, str) or not _CHECKSUM.fullmatch(checksum):
+            raise TableFileError(f"has a checksum in layer {layer} that is not 16 hexadecimal digits")
+    for name in names:
+        # A name is a name, never a way out of the directory.
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise TableFileError(f"names a file {name!r}, which cannot be one of a packed model")
 
 
 def _check_table(table: ManifestTable, spec: TableSpec) -> None:

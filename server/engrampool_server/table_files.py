@@ -1,27 +1,21 @@
 """Reads a packed model: a directory of manifest.json and safetensors files, every block under a checksum."""
 
 from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from engrampool_proto.spec import ModelSpec, TableSpec
-from engrampool_server.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TableFile, TableFileError
-from engrampool_server.safetensors_header import HeaderError, Tensor, header_of
-from engrampool_server.sources import File, Location, NotThereError, ReadError, Source, open_source
-from engrampool_server.staging import JOURNAL_NAME, PARTIAL_SUFFIX
+from engrampool_server.manifest import Manifest, TableFile, TableFileError
+from engrampool_server.model_files import Check, ModelFiles, Wanted, open_files, open_manifest
+from engrampool_server.safetensors_header import Tensor
+from engrampool_server.sources import File, Location, Source
 
 __all__ = ["ROWS_TENSOR", "Block", "PackedModel", "TableFileError"]
 
 ROWS_TENSOR = "rows"  # U8 [rows of the file, row_bytes]
-_ADVICE = "copy it again from where it was packed, or pack the model again"
-_REPLACED = f"{MANIFEST_NAME} was replaced since it was read, so another model is being put in its place; start again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +35,18 @@ class Block:
     checksum: str
 
 
-class PackedModel:
-    """An open packed model. Reading is safe from several threads; `close` it (or leave its `with`) after the last.
+class PackedModel(ModelFiles):
+    """An open packed model.
 
-    directory: where it lies, here or in an object store.
     spec, version: what it is; the version is a digest over specification and all block checksums.
-    reads_per_thread: how many blocks each thread should read at a time, more than one where that takes waiting.
     """
 
     def __init__(
         self, directory: Location, manifest: Manifest, source: Source, stamp: Hashable, opened: dict[str, File]
     ) -> None:
-        self.directory = directory
+        super().__init__(directory, source, stamp, opened)
         self.spec: ModelSpec = manifest.spec
         self.version = manifest.version
-        self.reads_per_thread = source.reads_per_thread
-        self._source, self._stamp, self._opened = source, stamp, opened
         self._files = tuple(file for table in manifest.tables for file in table.files)
         self._blocks = {
             table.layer: tuple(_blocks(spec, table.block_rows, table.checksums, table.files))
@@ -64,48 +54,21 @@ class PackedModel:
         }
 
     @classmethod
-    def open(cls, directory: Location) -> "PackedModel":
+    def open(cls, directory: Location) -> Self:
         """Open the files and check everything but the rows: manifest, version, each file's size and header.
 
-        Raises TableFileError naming the file and what is wrong with it, SourceError for a URL that cannot be used.
+        Raises TableFileError naming the file and what is wrong with it, IsPatchError if it is a patch, SourceError for
+        a URL that cannot be used.
         """
-        source = open_source(directory)
-        # The journal goes only after the rename: until then even a directory with its manifest is unfinished.
-        if directory.name.endswith(PARTIAL_SUFFIX):
-            with suppress(NotThereError):
-                source.open(JOURNAL_NAME).close()
-                raise TableFileError(f"{directory} was not finished; run the command that began it again")
-        path = directory / MANIFEST_NAME
-        try:
-            with closing(source.open(MANIFEST_NAME)) as manifest_file:
-                stamp, raw = manifest_file.stamp, _read_head(manifest_file, MAX_MANIFEST_BYTES + 1)
-        except NotThereError as error:
-            raise TableFileError(
-                f"{directory} is no packed model: there is no {MANIFEST_NAME} in it ({error}); see `engrampool pack`"
-            ) from error
-        except ReadError as error:
-            raise TableFileError(f"{path} cannot be read: {error}") from error
-        try:
-            manifest = Manifest.decode(raw)
-        except TableFileError as error:
-            raise TableFileError(f"{path} {error}; {_ADVICE}") from error
+        source, stamp, manifest = open_manifest(directory, Manifest.decode)
         tables = zip(manifest.tables, manifest.spec.tables, strict=True)
-        wanted = [(file, spec) for table, spec in tables for file in table.files]
-        opened: dict[str, File] = {}
+        wanted = [_wanted(file, spec) for table, spec in tables for file in table.files]
+        return cls(directory, manifest, source, stamp, open_files(source, directory, wanted))
 
-        def open_one(one: tuple[TableFile, TableSpec]) -> File:
-            return _open(source, directory, *one)
-
-        try:
-            with ThreadPoolExecutor(source.reads_per_thread, "open") as pool:
-                # Where each takes a round trip or two, not one after the other.
-                files = (map if source.reads_per_thread == 1 else pool.map)(open_one, wanted)
-                for (table_file, _), file in zip(wanted, files, strict=True):
-                    opened[table_file.name] = file
-        except BaseException:
-            _close(opened)
-            raise
-        return cls(directory, manifest, source, stamp, opened)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.spec.nbytes
 
     @property
     def files(self) -> Sequence[TableFile]:
@@ -125,55 +88,20 @@ class PackedModel:
         shape = (block.stop - block.start, self.spec.table(block.layer).row_bytes)
         if out.dtype != np.uint8 or out.shape != shape or not out.flags.c_contiguous:
             raise ValueError(f"out must be C-contiguous uint8 {list(shape)}; it is {out.dtype} {list(out.shape)}")
-        file = self._opened.get(block.file)
-        if file is None:
-            raise TableFileError(f"{self.directory} was closed before {_describe(block)} was read")
-        view = out.data.cast("B")
-        found = self._read(file, block, view)
-        if found != block.checksum and not isinstance(self.directory, Path):
-            found = self._read(file, block, view)  # it may have been damaged on its way, or by a proxy
-        if found != block.checksum:
-            raise self._damaged(block, f"has checksum {found}, the manifest says {block.checksum}")
+        self._fill(block.file, [(block.offset, out.data.cast("B"))], block.checksum, _describe(block))
 
-    def _read(self, file: File, block: Block, view: memoryview) -> str:
-        """The checksum of what was read."""
-        try:
-            missing = len(view) - file.read(block.offset, view)
-        except ReadError as error:
-            raise self._damaged(block, f"cannot be read ({error})") from error
-        if missing:
-            raise self._damaged(block, f"ends {missing} bytes too early")
-        return xxhash.xxh3_64_hexdigest(view)
+    def checks(self) -> Sequence[tuple[int, Check]]:
+        """As of `ModelFiles`, in order of layer and row."""
+        return [self._check(block) for layer in self.spec.layers for block in self.blocks(layer)]
+
+    def _check(self, block: Block) -> tuple[int, Check]:
+        shape = (block.stop - block.start, self.spec.table(block.layer).row_bytes)
+        return shape[0] * shape[1], lambda scratch: self.read_block(block, scratch.reshape(shape))
 
     def drop_cached(self, block: Block) -> None:
         """Have the page cache forget what `read_block` read."""
         length = (block.stop - block.start) * self.spec.table(block.layer).row_bytes
         self._opened[block.file].drop_cached(block.offset, length)
-
-    def _damaged(self, block: Block, problem: str) -> TableFileError:
-        advice = _REPLACED if self._replaced() else _ADVICE
-        return TableFileError(f"{self.directory / block.file}: {_describe(block)} {problem}; {advice}")
-
-    def _replaced(self) -> bool:
-        """Whether the manifest is another by now, as far as can be found out."""
-        try:
-            with closing(self._source.open(MANIFEST_NAME)) as file:
-                return file.stamp != self._stamp
-        except ReadError as error:
-            return isinstance(error, NotThereError)
-
-    def close(self) -> None:
-        """Close the files; no read may be under way. A second call does nothing."""
-        _close(self._opened)
-        self._source.close()
-
-    def __enter__(self) -> "PackedModel":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _describe(block: Block) -> str:
@@ -188,30 +116,6 @@ def _blocks(spec: TableSpec, block_rows: int, checksums: Sequence[str], files: S
             yield Block(spec.layer, index, start, stop, file.name, offset, checksums[index])
 
 
-def _open(source: Source, directory: Location, expected: TableFile, spec: TableSpec) -> File:
-    path = directory / expected.name
-    try:
-        file = source.open(expected.name)
-    except ReadError as error:
-        raise TableFileError(f"{path}, with {spec.name}, cannot be opened: {error}; {_ADVICE}") from error
-
-    try:
-        rows = (expected.stop - expected.start, spec.row_bytes)
-        wanted = Tensor(ROWS_TENSOR, "U8", rows, expected.data_offset, rows[0] * rows[1])
-        found = header_of(file.size, lambda nbytes: _read_head(file, nbytes))
-        if found != {ROWS_TENSOR: wanted}:
-            raise HeaderError(f"holds {list(found.values())}, the manifest says {wanted}")
-    except (HeaderError, ReadError) as error:
-        file.close()
-        raise TableFileError(f"{path} {error}; {_ADVICE}") from error
-    return file
-
-
-def _read_head(file: File, nbytes: int) -> bytes:
-    raw = bytearray(min(file.size, nbytes))
-    return bytes(raw[: file.read(0, memoryview(raw))])
-
-
-def _close(opened: dict[str, File]) -> None:
-    while opened:
-        opened.popitem()[1].close()
+def _wanted(file: TableFile, spec: TableSpec) -> Wanted:
+    rows = (file.stop - file.start, spec.row_bytes)
+    return Wanted(file.name, spec.name, [Tensor(ROWS_TENSOR, "U8", rows, file.data_offset, rows[0] * rows[1])])

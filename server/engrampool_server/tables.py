@@ -1,11 +1,12 @@
-"""Tables held in memory: loading them from packed files, and copying rows out."""
+"""Tables held in memory: loading them from packed files and patches, and copying rows out."""
 
 import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +20,16 @@ from engrampool_server.gather import first_outside, gather
 from engrampool_server.hasher import Hasher
 from engrampool_server.machine import Machine
 from engrampool_server.memory import allocate, huge_page_bytes, lock_pages, populate, protect
+from engrampool_server.overlay import Overlay
+from engrampool_server.patch_files import PatchBlock, PatchFiles
 from engrampool_server.raw_model import RawModel
 from engrampool_server.segments import Backing, Place, Segment, find_backing, nameless, take
-from engrampool_server.table_files import Block, PackedModel
+from engrampool_server.table_files import Block, PackedModel, TableFileError
 
 # While another server makes the same segment.
 _POLL_S = 0.1
 _SPOT_CHECKS = 6
+_Block = TypeVar("_Block", Block, PatchBlock)
 
 
 class LoadCancelledError(EngrampoolError):
@@ -37,12 +41,14 @@ class HeldTable:
     """Rows [row_start, row_start + len(rows)) of a table. rows: uint8 [n, row_bytes], read-only.
 
     place: where others can map them, None where they cannot.
+    overlay: rows that a patch gives in the place of some of `rows`, which then are not the table's.
     """
 
     spec: TableSpec
     rows: npt.NDArray[np.uint8]
     row_start: int = 0
     place: Place | None = None
+    overlay: Overlay | None = None
 
     @property
     def row_stop(self) -> int:
@@ -66,6 +72,8 @@ class HeldTable:
         if out.size != len(ids) * self.spec.row_bytes:
             raise ValueError(f"{len(ids)} rows of {self.spec.row_bytes} bytes do not fill {out.size} bytes exactly")
         self._refuse(ids, gather(self.rows, ids, self.row_start, out))
+        if self.overlay is not None:
+            self.overlay.copy(ids, self.row_start, out)
 
     def _refuse(self, ids: RowIds, at: int) -> None:
         if at >= 0:
@@ -150,6 +158,73 @@ def load(
     return HeldModel(packed.spec, version, tables)
 
 
+def load_patched(
+    patch: PatchFiles,
+    base: HeldModel,
+    threads: int,
+    stop: threading.Event,
+    progress: Callable[[int], None],
+    lock: bool = False,
+) -> HeldModel:
+    """Hold the version that `patch` makes of `base`: the same rows in the same memory, and the changed ones beside it.
+
+    Of each table only blocks with changed rows that are held are read, and all of these checked. Their memory is
+    read-only, of this process and its forks; none of the version can be mapped by others.
+    progress: called with the bytes of each block read, from any thread. lock: keep changed rows in RAM.
+    Raises TableFileError for damage or if this is not the patch's base, OutOfMemoryError, and LoadCancelledError once
+    `stop` is set.
+    """
+    if base.version != patch.base_version or base.spec.digest != patch.spec.digest:
+        raise TableFileError(
+            f"{patch.directory} is a patch of version {patch.base_version}, and cannot be laid over {base.spec.name} "
+            f"of version {base.version}; patch that one anew"
+        )
+    if any(table.overlay for table in base.tables.values()):
+        raise TableFileError(
+            f"{patch.directory} is a patch of version {base.version}, which is a patch; patch its base"
+        )
+    tables = {}
+    for layer, table in base.tables.items():
+        overlay = _overlay(patch, table, threads, stop, progress, lock)
+        # Who maps a table finds the base's version in it, changed or not.
+        tables[layer] = replace(table, place=None, overlay=overlay)
+    return HeldModel(patch.spec, patch.version, tables)
+
+
+def _overlay(
+    patch: PatchFiles,
+    table: HeldTable,
+    threads: int,
+    stop: threading.Event,
+    progress: Callable[[int], None],
+    lock: bool,
+) -> Overlay | None:
+    blocks = patch.blocks(table.spec.layer)
+    blocks = [block for block in blocks if block.first_id < table.row_stop and block.last_id >= table.row_start]
+    if not blocks:
+        return None
+    first, count = blocks[0].start, blocks[-1].stop - blocks[0].start
+    ids = np.empty(count, np.uint64)
+    flat = allocate(count * table.spec.row_bytes, "anon")
+    rows = flat.reshape(count, table.spec.row_bytes)
+    if lock:
+        lock_pages(rows, present=False)
+
+    def read(block: PatchBlock) -> None:
+        part = slice(block.start - first, block.stop - first)
+        populate(rows[part])
+        patch.read_block(block, ids[part], rows[part])
+        progress(ids[part].nbytes + rows[part].nbytes)
+
+    _each(blocks, read, threads * patch.reads_per_thread, stop)
+    protect(rows)
+    # The first block and the last may have rows of other servers.
+    begin, end = np.searchsorted(ids, np.array([table.row_start, table.row_stop], np.uint64))
+    if begin == end:
+        return None
+    return Overlay.of(ids[begin:end], rows[begin:end], range(table.row_start, table.row_stop))
+
+
 def identities(packed: PackedModel | RawModel, part: Part | None = None) -> list[Identity]:
     """What the segments of a model's part are (None: of all of it), in order of layers; none of a checkpoint."""
     if isinstance(packed, RawModel):
@@ -231,31 +306,39 @@ def _read_blocks(
     progress: Callable[[int], None],
     drop_cache: bool,
 ) -> None:
+    def read(block: Block) -> None:
+        held = _held_of(block, rows, row_start)
+        if held.size:
+            populate(held)
+        if len(held) == block.stop - block.start:
+            packed.read_block(block, held)
+        else:
+            held[:] = _read_cut(packed, block, held, row_start)
+        if drop_cache and isinstance(packed, PackedModel):
+            packed.drop_cached(block)
+        if held.size:
+            progress(held.nbytes)
+
+    _each(blocks, read, threads * packed.reads_per_thread, stop)
+
+
+def _each(blocks: Iterable[_Block], read: Callable[[_Block], None], threads: int, stop: threading.Event) -> None:
+    """Read the blocks, in order; none any more after one that failed, whose error is raised, or once `stop` is set."""
     failed = threading.Event()
 
-    def read(block: Block) -> None:
+    def read_one(block: _Block) -> None:
         if stop.is_set():
             raise LoadCancelledError("loading was cancelled")
         if failed.is_set():
             return
-        held = _held_of(block, rows, row_start)
         try:
-            if held.size:
-                populate(held)
-            if len(held) == block.stop - block.start:
-                packed.read_block(block, held)
-            else:
-                held[:] = _read_cut(packed, block, held, row_start)
-            if drop_cache and isinstance(packed, PackedModel):
-                packed.drop_cached(block)
+            read(block)
         except BaseException:
             failed.set()
             raise
-        if held.size:
-            progress(held.nbytes)
 
-    with ThreadPoolExecutor(threads * packed.reads_per_thread, "load") as pool:
-        futures = deque(pool.submit(read, block) for block in blocks)
+    with ThreadPoolExecutor(threads, "load") as pool:
+        futures = deque(pool.submit(read_one, block) for block in blocks)
     while futures:
         # Taken out: an error that refers to this frame, and the frame to it, would keep the memory of a failed load.
         futures.popleft().result()

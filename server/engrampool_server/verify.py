@@ -1,4 +1,4 @@
-"""`engrampool verify` and `inspect`: what a packed model is, and whether every block is what it was."""
+"""`engrampool verify` and `inspect`: what a packed model or patch is, and whether every block is what it was."""
 
 import os
 import threading
@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_server.table_files import Block, PackedModel, TableFileError
+from engrampool_server.manifest import TableFileError
+from engrampool_server.model_files import Check, ModelFiles
+from engrampool_server.patch_files import PatchFiles
+from engrampool_server.table_files import PackedModel
 
 
 def damaged_blocks(
-    model: PackedModel, progress: Callable[[int], object], threads: int | None = None
+    model: ModelFiles, progress: Callable[[int], object], threads: int | None = None
 ) -> list[TableFileError]:
     """Read every block, on `threads` (one a CPU by default); returns one error for each that is damaged.
 
@@ -21,30 +24,54 @@ def damaged_blocks(
     """
     buffers = threading.local()
 
-    def read(block: Block) -> TableFileError | None:
-        shape = (block.stop - block.start, model.spec.table(block.layer).row_bytes)
+    def read(one: tuple[int, Check]) -> TableFileError | None:
+        nbytes, check = one
         buffer: npt.NDArray[np.uint8] | None = getattr(buffers, "block", None)
-        if buffer is None or buffer.size < shape[0] * shape[1]:
-            buffer = buffers.block = np.empty(shape[0] * shape[1], np.uint8)
+        if buffer is None or buffer.size < nbytes:
+            buffer = buffers.block = np.empty(nbytes, np.uint8)
         try:
-            model.read_block(block, buffer[: shape[0] * shape[1]].reshape(shape))
+            check(buffer[:nbytes])
         except TableFileError as error:
             return error
         return None
 
     errors = []
-    blocks = [block for layer in model.spec.layers for block in model.blocks(layer)]
+    checks = model.checks()
     threads = threads or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads * model.reads_per_thread) as pool:
-        for block, error in zip(blocks, pool.map(read, blocks), strict=True):
-            progress((block.stop - block.start) * model.spec.table(block.layer).row_bytes)
+        for (nbytes, _), error in zip(checks, pool.map(read, checks), strict=True):
+            progress(nbytes)
             if error is not None:
                 errors.append(error)
     return errors
 
 
-def summary(model: PackedModel) -> dict[str, Any]:
-    """What the model is, as JSON types, without the long lists (token map, head sizes, checksums)."""
+def summary(model: PackedModel | PatchFiles) -> dict[str, Any]:
+    """What the model or patch is, as JSON types, without the long lists (token map, head sizes, checksums)."""
+    return _summary_of_patch(model) if isinstance(model, PatchFiles) else _summary(model)
+
+
+def _summary_of_patch(patch: PatchFiles) -> dict[str, Any]:
+    return {
+        "name": patch.spec.name,
+        "version": patch.version,
+        "base": patch.base_version,
+        "nbytes": patch.nbytes,
+        "tables": [
+            {
+                "layer": layer,
+                "num_rows": patch.spec.table(layer).num_rows,
+                "num_changed": patch.num_changed(layer),
+                "row_bytes": patch.spec.table(layer).row_bytes,
+                "num_blocks": len(patch.blocks(layer)),
+                "file": patch.blocks(layer)[0].file,
+            }
+            for layer in patch.layers
+        ],
+    }
+
+
+def _summary(model: PackedModel) -> dict[str, Any]:
     token_map = model.spec.token_map
     return {
         "name": model.spec.name,
@@ -72,9 +99,20 @@ def summary(model: PackedModel) -> dict[str, Any]:
     }
 
 
-def summary_text(model: PackedModel) -> str:
+def summary_text(model: PackedModel | PatchFiles) -> str:
     """The same, for people."""
     facts = summary(model)
+    if isinstance(model, PatchFiles):
+        lines = [
+            f"patch    of {facts['name']}",
+            f"version  {facts['version']}",
+            f"base     {facts['base']}",
+            f"changes  {_bytes(facts['nbytes'])}",
+        ]
+        for table in facts["tables"]:
+            part = f"{table['num_changed']} of {table['num_rows']} rows, {table['num_blocks']} blocks"
+            lines.append(f"layer {table['layer']}: {part}")
+        return "\n".join(lines)
     token_map = facts["token_map"]
     mapped = f", mapped to {token_map['size']} (digest {token_map['digest']})" if token_map else ", hashed as they are"
     lines = [

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
 
 from engrampool_proto.hashing import TokenBatch, XorMix
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.token_map import TokenMap
+from engrampool_server.patch import write_patch
 from engrampool_server.synth import fill_rows
+from engrampool_server.table_files import PackedModel
 from engrampool_server.table_writer import write_tables
 
 PAGE = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
@@ -41,6 +44,19 @@ def test_the_example_is_what_is_written(example: Path) -> None:
     assert raw[:4096] == (bytes.fromhex(length) + header.encode()).ljust(4096)
     rows = [raw[4096:4105], raw[4105:]]
     assert "```\n" + "\n".join(row.hex() for row in rows) + "\n```" in PAGE
+
+
+def test_the_patch_is_what_is_written(example: Path, tmp_path: Path) -> None:
+    with PackedModel.open(example) as base:
+        rows = np.full((2, 9), [[1], [2]], np.uint8)
+        write_patch(base, {1: (np.array([3, 10], np.uint64), rows)}, tmp_path / "patch")
+    document = json.loads((tmp_path / "patch" / "manifest.json").read_text())
+    assert document.pop("spec") == EXAMPLE.to_json()
+    assert document == json.loads(block("jsonc"))
+    data = (tmp_path / "patch" / "layer_1-changed.safetensors").read_bytes()[4096:]
+    assert data == bytes([3, *bytes(7), 10, *bytes(7), *rows.reshape(-1)])
+    (checksum,) = document["tables"][0]["checksums"]
+    assert checksum == xxhash.xxh3_64_hexdigest(data)
 
 
 def test_the_example_hashes_as_said() -> None:
