@@ -10,7 +10,7 @@ COPY proto proto
 COPY server server
 COPY client client
 RUN /opt/pip/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
-RUN /opt/pip/bin/pip --python /opt/engrampool/bin/python install --no-cache-dir "$(echo /dist/*.whl)[server,sources]"
+RUN /opt/pip/bin/pip --python /opt/engrampool/bin/python install --no-cache-dir "$(echo /dist/*.whl)[server,sources,etcd]"
 COPY deploy/healthcheck.py /opt/engrampool/healthcheck.py
 # The kernels are compiled here rather than at each start: for any processor of the architecture, since the image runs on
 # others than this one, and from files changed at a whole second, since layers keep no fractions and numba compares.

@@ -19,6 +19,7 @@ from engrampool_server.setting_kinds import (
     KIB,
     MIB,
     TIB,
+    Advertise,
     Boolean,
     Choice,
     ChoiceOrFile,
@@ -28,6 +29,7 @@ from engrampool_server.setting_kinds import (
     Integer,
     Kind,
     Listen,
+    RegistryOrOff,
     Seconds,
     Shard,
     Size,
@@ -43,6 +45,9 @@ ENVIRONMENT_PREFIX = "ENGRAMPOOL_"
 LogLevel = Literal["debug", "info", "warning", "error"]
 EventLoop = Literal["uvloop", "asyncio"]
 Attach = Literal["off", "user", "group", "all"]
+
+# Who listens on these answers on every address of the machine, and nobody can be told them.
+_WILDCARDS = ("0.0.0.0", "[::]")  # noqa: S104
 
 # Kubernetes gives every container variables for each Service of its namespace. Those of a Service called `engrampool`
 # or `engrampool-...` have our prefix, and nobody set them, so they must not stop the server as unknown settings.
@@ -77,9 +82,12 @@ class ServerConfig:
     """
 
     models: tuple[Location, ...] = field(
+        default=(),
         metadata=_about(
-            Directories(), "Directory or URL of a packed model, or directory of a checkpoint; repeat.", flag="--model"
-        )
+            Directories(),
+            "Directory or URL of a packed model, or directory of a checkpoint; repeat. None is needed with a registry.",
+            flag="--model",
+        ),
     )
     listen: str = field(
         default="127.0.0.1:50051",
@@ -95,6 +103,25 @@ class ServerConfig:
             Direct(),
             "Where the direct lane listens: lookups over plain sockets, for clients that gRPC let in. auto is any free"
             " port of the host of `listen`.",
+        ),
+    )
+    registry: str = field(
+        default="off",
+        metadata=_about(
+            RegistryOrOff(),
+            "etcd that says which versions of which models are held here, besides `models`, as they come and go.",
+        ),
+    )
+    advertise: str = field(
+        default="auto",
+        metadata=_about(
+            Advertise(), "Address at which the registry's clients reach this server; auto is that of `listen`."
+        ),
+    )
+    registry_cache: str = field(
+        default="off",
+        metadata=_about(
+            FileOrOff(), "File that keeps what the registry said last, for a start while the registry is away."
         ),
     )
     shard: str = field(
@@ -195,6 +222,13 @@ class ServerConfig:
                 f"{format_size(self.max_answer_bytes)}, so the largest answer could never be sent; "
                 "raise the one or lower the other"
             )
+        if self.registry != "off":
+            self._check_registry()
+        elif not self.models:
+            raise ConfigError(
+                f"models: none given; use --model DIR, {ENVIRONMENT_PREFIX}MODELS, or `models` in the file; or say by "
+                "--registry URL where they are published"
+            )
         named = is_shard_name(self.shard)
         if named and self.placement == "off":
             raise ConfigError(
@@ -202,6 +236,20 @@ class ServerConfig:
             )
         if not named and self.placement != "off":
             raise ConfigError(f"shard: {self.shard!r} is no name of a shard in {self.placement} (placement); give one")
+
+    def _check_registry(self) -> None:
+        if self.memory == "anon":
+            raise ConfigError(
+                "memory: 'anon' is private, and with a registry another process loads a version while this one serves; "
+                "set shm, hugetlb or file:DIR"
+            )
+        name = "listen" if self.advertise == "auto" else "advertise"
+        address: str = getattr(self, name)
+        if split_address(address)[0] in _WILDCARDS:
+            raise ConfigError(
+                f"{name}: nobody can reach a server at {address}; set --advertise HOST:PORT, the address that clients "
+                "of the registry are to be given"
+            )
 
 
 _SETTINGS: Mapping[str, Field[Any]] = {setting.name: setting for setting in fields(ServerConfig)}
@@ -225,15 +273,13 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path
     file: TOML, one top-level key a field. Relative directories start at the working directory, as in flags.
 
     Raises ConfigError for an unknown name or a wrong value in any source, overridden or not, for settings that
-    contradict each other, for no models, and for a file that cannot be read.
+    contradict each other, for neither models nor a registry, and for a file that cannot be read.
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(_SETTINGS, "default")
     for name, value, source in chain(_from_file(file), _from_environment(environ), _from_flags(flags)):
         values[name] = _parse(_SETTINGS[name], value, f" from {source}")
         sources[name] = source
-    if "models" not in values:
-        raise ConfigError(f"models: none given; use --model DIR, {ENVIRONMENT_PREFIX}MODELS, or `models` in the file")
     return ResolvedConfig(ServerConfig(**values), sources)
 
 
@@ -321,4 +367,4 @@ def _negative(flag: str) -> str:
 
 def _default_text(setting: Field[Any]) -> str:
     default = setting.default_factory() if setting.default_factory is not MISSING else setting.default
-    return "" if default is MISSING else f"; default: {setting.metadata['kind'].toml(default)}"
+    return f"; default: {setting.metadata['kind'].toml(default)}"

@@ -13,6 +13,8 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from engrampool_server.metrics import MODEL_INFO
+
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -51,10 +53,14 @@ class _Files(Collector):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def collect(self) -> Iterable[Metric]:
+    def collect(self) -> Iterator[Metric]:
         """The sums of all files. One that was only just made is empty still, and not for prometheus_client to read."""
         files = [str(path) for path in self._directory.glob("*.db") if _size(path)]
-        return MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call, no-any-return]
+        merged: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        for metric in merged:
+            if metric.name == MODEL_INFO:  # files keep every series for ever, that of a version withdrawn as 0
+                metric.samples = [sample for sample in metric.samples if sample.value]
+            yield metric
 
 
 def _size(path: Path) -> int:

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.sharding import Part, part_nbytes
@@ -10,7 +11,7 @@ from engrampool_server import log
 from engrampool_server.config import ServerConfig
 from engrampool_server.machine import Machine
 from engrampool_server.metrics import Metrics
-from engrampool_server.preflight import Need, Report, check, raise_soft_limits
+from engrampool_server.preflight import Need, PreflightError, Report, check, raise_soft_limits
 from engrampool_server.raw_model import RawModel
 from engrampool_server.segments import file_name, find_backing, free, sweep
 from engrampool_server.shards import part_of
@@ -23,8 +24,8 @@ _READS_ALL = (
     "only then; pack it (`engrampool pack`) to have only the shard's part read"
 )
 _NO_HUGETLBFS = (
-    "no hugetlbfs of the default page size is mounted where this user may write, so tables will be read again by the "
-    "next start: mount -t hugetlbfs none /dev/hugepages"
+    "no hugetlbfs of the default page size is mounted where this user may write, so tables {}: "
+    "mount -t hugetlbfs none /dev/hugepages"
 )
 
 
@@ -32,10 +33,20 @@ class Holdings:
     """Models, or the parts of them to be held here, on their way into memory. To be closed.
 
     Says in log and metrics how far they are.
+
+    others: (model, version) of what is held here beside them, or to be; None if that is not known yet.
+    loaded_bytes: of their rows, those that are in memory by now.
     """
 
-    def __init__(self, config: ServerConfig, metrics: Metrics, workers: int = 1) -> None:
-        self._config, self._metrics, self._workers = config, metrics, workers
+    def __init__(
+        self,
+        config: ServerConfig,
+        metrics: Metrics,
+        workers: int = 1,
+        others: Collection[tuple[str, str]] | None = (),
+    ) -> None:
+        self._config, self._metrics, self._workers, self._others = config, metrics, workers, others
+        self.loaded_bytes = 0
         self._packed: list[PackedModel | RawModel] = []
         self._parts: list[Part] = []
 
@@ -62,17 +73,19 @@ class Holdings:
         return list(zip(self._packed, self._parts, strict=True))
 
     @property
-    def _nbytes(self) -> int:
+    def nbytes(self) -> int:
+        """Of all their rows that are to be held, once they are open."""
         return sum(part_nbytes(packed.spec, part) for packed, part in self._held)
 
     def _preflight(self) -> None:
         config = self._config
-        table_bytes = self._nbytes
+        table_bytes = self.nbytes
         backing = find_backing(config.memory)
         wanted = [identity for packed, part in self._held for identity in identities(packed, part)]
-        others = [] if backing is None else sweep(backing, wanted)
+        others = self._others or ()
+        present = [] if backing is None else sweep(backing, () if self._others is None else wanted, others)
         # One that is in use and partial is being made by another server, which will share it.
-        names = {found.path.name for found in others if found.identity in wanted or found.in_use}
+        names = {found.path.name for found in present if found.identity in wanted or found.in_use}
         need = Need(
             table_bytes,
             files=sum(len(packed.files) for packed in self._packed),
@@ -88,7 +101,13 @@ class Holdings:
             return check(need, config.memory, config.lock_memory, Machine.read(directory=directory))
 
         report = compare()
-        unused = [found for found in others if not found.in_use and found.identity not in wanted]
+        unused = [
+            found
+            for found in present
+            if not found.in_use
+            and found.identity not in wanted
+            and (found.identity is None or (found.identity.model, found.identity.version) not in others)
+        ]
         if backing is not None and report.short_bytes <= sum(found.nbytes for found in unused):
             for found in unused:
                 if report.ok:
@@ -96,7 +115,9 @@ class Holdings:
                 free(backing, found, "room")
                 report = compare()
         if backing is None and config.memory == "hugetlb":
-            log.event("preflight", level="warning", warning=_NO_HUGETLBFS)
+            log.event(
+                "preflight", level="warning", warning=_NO_HUGETLBFS.format("will be read again by the next start")
+            )
         for line in report.warnings:
             log.event("preflight", level="warning", warning=line)
         report.raise_if_short()
@@ -105,20 +126,19 @@ class Holdings:
     def load(self, cancel: threading.Event) -> Iterator[HeldModel]:
         """Read one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`."""
         config, metrics = self._config, self._metrics
-        total = self._nbytes
+        total = self.nbytes
         begin = reported = time.monotonic()
-        done = 0
         lock = threading.Lock()
 
         def progress(nbytes: int) -> None:
-            nonlocal done, reported
+            nonlocal reported
             with lock:
-                done += nbytes
+                self.loaded_bytes += nbytes
                 metrics.loaded_bytes.inc(nbytes)
                 now = time.monotonic()
                 if now - reported < _PROGRESS_S:
                     return
-                reported = now
+                reported, done = now, self.loaded_bytes
                 eta_s = (total - done) * (now - begin) / done
             log.event("loading", bytes=done, of_bytes=total, eta_s=round(eta_s, 1))
 
@@ -137,20 +157,40 @@ class Holdings:
             # What version a checkpoint is, is known only now.
             _refuse_duplicates(self._packed)
             packed.close()
-            name, seconds = held.spec.name, time.monotonic() - model_begin
-            # Gauges add up: two versions of one model share its name.
-            metrics.load_seconds.labels(name).inc(seconds)
-            metrics.model_info.labels(name, held.version, held.spec.digest).set(1)
-            for table in held.tables.values():
-                metrics.table_bytes.labels(name, str(table.spec.layer)).inc(table.rows.nbytes)
-                metrics.table_rows.labels(name, str(table.spec.layer)).inc(len(table.rows))
-            log.event("loaded", model=name, version=held.version, seconds=round(seconds, 3))
+            seconds = time.monotonic() - model_begin
+            show(metrics, held, seconds)
+            log.event("loaded", model=held.spec.name, version=held.version, seconds=round(seconds, 3))
             yield held
 
     def close(self) -> None:
         """Close the files. Twice is once."""
         for packed in self._packed:
             packed.close()
+
+
+def require_segments(memory: str) -> None:
+    """Raise PreflightError where `memory` (a setting) cannot be loaded by one process and served by others."""
+    if find_backing(memory) is None:
+        raise PreflightError(_NO_HUGETLBFS.format("cannot come and go by a registry"))
+
+
+def show(
+    metrics: Metrics, held: HeldModel, seconds: float, *, is_patch: bool = False, sign: Literal[1, -1] = 1
+) -> None:
+    """Have Prometheus see that a model is held, which took `seconds` to load; sign -1: that it is held no more.
+
+    is_patch: of its rows, only those that the patch changes are its own.
+    """
+    name = held.spec.name
+    # Gauges add up: two versions of one model share its name.
+    metrics.load_seconds.labels(name).inc(sign * seconds)
+    metrics.model_info.labels(name, held.version, held.spec.digest).set(max(sign, 0))
+    for layer, table in held.tables.items():
+        rows = table.rows
+        if is_patch:
+            rows = table.overlay.rows if table.overlay else rows[:0]
+        metrics.table_bytes.labels(name, str(layer)).inc(sign * rows.nbytes)
+        metrics.table_rows.labels(name, str(layer)).inc(sign * len(rows))
 
 
 def _refuse_duplicates(models: Sequence[PackedModel | RawModel]) -> None:

@@ -15,7 +15,8 @@ class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage(), **_PROCESS}
-        line.update(getattr(record, "fields", {}))
+        # What the contract's package says, which is of registries, is no event of ours.
+        line.update(getattr(record, "fields", {"event": "registry", "message": record.getMessage()}))
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -23,6 +23,7 @@ _SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3,
 # A `_created` series beside every counter and bucket set doubles a scrape and is read by nobody.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _CALL = ("grpc_type", "grpc_service", "grpc_method")
+MODEL_INFO = "engrampool_model_info"
 
 
 class Metrics:
@@ -65,7 +66,7 @@ class Metrics:
         self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
         self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))
         self.loaded_bytes = Counter("engrampool_loaded_bytes", "Bytes of tables read so far.", registry=registry)
-        self.to_load_bytes = self._gauge("engrampool_to_load_bytes", "Bytes of all tables to hold.")
+        self.to_load_bytes = self._gauge("engrampool_to_load_bytes", "Bytes of all tables to be read so far.")
         self.serving = self._gauge("engrampool_serving", "1 while health says SERVING, else 0.")
         self.workers = self._gauge("engrampool_workers", "Processes that answer lookups.")
         self.worker_restarts = Counter(
@@ -73,9 +74,9 @@ class Metrics:
         )
         self._answered: dict[tuple[str, str], tuple[Histogram, Histogram, Histogram]] = {}
         self._tables: dict[tuple[str, int], tuple[Counter, Counter]] = {}
-        self.model_info = self._gauge(
-            "engrampool_model_info", "Models held; always 1.", ("model", "version", "spec_digest")
-        )
+        self.model_info = self._gauge(MODEL_INFO, "Models held; always 1.", ("model", "version", "spec_digest"))
+        self.versions = self._gauge("engrampool_versions", "Versions of models, by what became of them.", ("state",))
+        self.registry_age = self._gauge("engrampool_registry_age_seconds", "Since the registry last answered.")
         build = ("version", "python_version", "grpc_version")
         self._gauge("engrampool_build_info", "Always 1.", build).labels(
             __version__, platform.python_version(), grpc.__version__

@@ -16,7 +16,7 @@ OVERHEAD_BYTES = 512 << 20
 WORKER_BYTES = 64 << 20
 # The files of one process's metrics, which lie in /dev/shm.
 METRICS_BYTES = 1 << 20
-# Beside the workers, at most: supervisor, lobby, exporter, and a worker on its way in or out.
+# Beside the workers, at most: supervisor, exporter, registrar, and the lobby or a worker on its way in or out.
 OTHER_PROCESSES = 4
 CONNECTIONS = 64
 # Beside models and connections: standard streams, event loops, listening sockets, the log, libraries.

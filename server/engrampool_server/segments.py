@@ -244,13 +244,14 @@ def free(backing: Backing, found: Found, reason: str) -> bool:
     return False
 
 
-def sweep(backing: Backing, wanted: Collection[Identity]) -> list[Found]:
+def sweep(backing: Backing, wanted: Collection[Identity], others: Collection[tuple[str, str]] = ()) -> list[Found]:
     """Free what is of no use to anyone: partial segments, other versions of the models `wanted`. Returns the rest.
 
     Other rows of a version that is wanted are of use to the server of another shard.
+    others: (model, version) of what is of use as well.
     """
     models = {identity.model for identity in wanted}
-    versions = {(identity.model, identity.version) for identity in wanted}
+    versions = {*others, *((identity.model, identity.version) for identity in wanted)}
     rest = []
     for found in survey(backing):
         one = found.identity

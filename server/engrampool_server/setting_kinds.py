@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from engrampool_proto.registry import Registry
 from engrampool_proto.sharding import MAX_SHARDS, is_shard_name, parse_shard
 from engrampool_server.sources import SCHEMES, Location, Url, parse_location
 
@@ -242,6 +243,49 @@ class Direct:
 
 
 @dataclass(frozen=True)
+class Advertise:
+    """The address that clients are given for this server, or "auto"."""
+
+    allowed = 'HOST:PORT, IPv6 in brackets, port 1..65535, or "auto"'
+    unit = ""
+    metavar = "HOST:PORT"
+
+    def parse(self, value: Any) -> str:
+        """From text only. Resolves no names."""
+        if value == "auto":
+            return "auto"
+        address = Listen().parse(value)
+        if split_address(address)[1] == 0:
+            raise ValueError
+        return address
+
+    def toml(self, value: str) -> str:
+        """A string."""
+        return _quote(value)
+
+
+@dataclass(frozen=True)
+class RegistryOrOff:
+    """The URL of a registry, or "off"."""
+
+    allowed = 'etcd://HOST:PORT[,HOST:PORT...][/PREFIX], or "off"'
+    unit = ""
+    metavar = "URL"
+
+    def parse(self, value: Any) -> str:
+        """From text only. Connects to nothing."""
+        if not isinstance(value, str):
+            raise ValueError
+        if value != "off":
+            Registry(value)
+        return value
+
+    def toml(self, value: str) -> str:
+        """A string."""
+        return _quote(value)
+
+
+@dataclass(frozen=True)
 class Shard:
     """Which part of each model is held: "all", "I/N", or the name of a part in a placement."""
 
@@ -281,9 +325,9 @@ class FileOrOff:
 
 @dataclass(frozen=True)
 class Directories:
-    """At least one directory, here or by URL, none twice. Whether they exist is for their reader to find out."""
+    """Directories, here or by URL, none twice. Whether they exist is for their reader to find out."""
 
-    allowed = f"one or more different directories, or URLs ({', '.join(SCHEMES)}) without user, password and query"
+    allowed = f"different directories, or URLs ({', '.join(SCHEMES)}) without user, password and query"
     unit = ""
     metavar = "DIR|URL"
 
@@ -292,7 +336,7 @@ class Directories:
         if not isinstance(value, list | tuple):
             raise ValueError
         paths = tuple(item if isinstance(item, Url) else parse_location(_path_text(item)) for item in value)
-        if not paths or len(set(paths)) != len(paths):
+        if len(set(paths)) != len(paths):
             raise ValueError
         return paths
 

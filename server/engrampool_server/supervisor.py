@@ -6,6 +6,11 @@ the tables, which stay one copy because nobody writes to them. It starts
 - the exporter, which answers Prometheus, and the lobby, which answers that tables are still loading;
 - once they are loaded, the workers, in whose favour the lobby leaves.
 
+With a registry, versions of models come and go while it runs. The registrar says which are wanted. A loader, one at a
+time, fills the segments of the next, which are adopted here; then the workers are replaced, one after the other, as
+each has what was there when it was forked. The registry is told that a version is held after that, and that it is not
+before it goes.
+
 Each child has a pipe on which it gives signs of life. One that ended or fell silent is replaced.
 """
 
@@ -24,21 +29,27 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.registry import Held, Member, Published
 from engrampool_server import jit, log
 from engrampool_server.config import ServerConfig
 from engrampool_server.entrance import Entrance
 from engrampool_server.exporter import Processes, export, resident_memory
-from engrampool_server.holdings import Holdings
+from engrampool_server.holdings import Holdings, require_segments, show
+from engrampool_server.loader import LoadError, adopt, become_loader, discard
 from engrampool_server.metrics import Metrics
 from engrampool_server.metrics_files import MetricsDirectory, become
 from engrampool_server.ports import listen_on, reserve
 from engrampool_server.preflight import OTHER_PROCESSES
+from engrampool_server.registrar import Cache, register, require_etcd3gw
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import InFlight, Shared, free_slot, int64s
+from engrampool_server.tables import HeldModel
+from engrampool_server.versions_held import Key, VersionsHeld
 from engrampool_server.worker import Link, answer
 
 _BEAT_S = 1.0
@@ -48,14 +59,19 @@ _START_TIMEOUT_S = 60.0
 _STOP_MARGIN_S = 5.0
 _LONGEST_WAIT_S = 3600.0
 _LOBBY_DRAIN_S = 1.0
+# For the registry to be told that this server leaves, before it does.
+_LEAVE_S = 2.5
+# Of why a version could not be loaded, for the registry.
+_REASON_CHARS = 500
 # A worker that ends soon after its start, again and again, is started less and less often.
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.1, 10.0
 _SETTLED_S = 30.0
 # In place of a worker's number.
-_EXPORTER = -1
+_EXPORTER, _REGISTRAR, _LOADER = -1, -2, -3
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_T = TypeVar("_T")
 
 
 class WorkerError(EngrampoolError):
@@ -64,10 +80,12 @@ class WorkerError(EngrampoolError):
 
 @dataclass(eq=False)
 class _Child:
-    """role: "worker", "lobby" or "exporter". index: which worker. slot: see Shared. report: its pipe, to read.
+    """role: "worker", "lobby", "exporter", "registrar" or "loader". index: which worker. slot: see Shared.
 
+    report: its pipe, to read. generation: of the models that it has.
     heard_s, ready_s: when it was last heard of (at first, forked), and ready. kill_s: once it was told to end, when
     waiting for that is over. hung: it was killed because it was silent. failure: why it ended, as it said itself.
+    status: how it ended. loaded_bytes, of_bytes: of a loader, how far it is.
     """
 
     role: str
@@ -75,11 +93,15 @@ class _Child:
     slot: int
     pid: int
     report: int
+    generation: int
     heard_s: float
     ready_s: float | None = None
     kill_s: float | None = None
     hung: bool = False
     failure: str = ""
+    status: str = ""
+    loaded_bytes: int = 0
+    of_bytes: int = 0
     unread: bytes = b""
 
     @property
@@ -91,7 +113,8 @@ class _Child:
 def supervise(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain and stop. SIGHUP replaces every worker, one after the other.
 
-    Raises ListenError, PreflightError, TableFileError, OutOfMemoryError, WorkerError; nothing is left running then.
+    Raises ListenError, PreflightError, TableFileError, OutOfMemoryError, WorkerError, RegistryError; nothing is left
+    running then.
     """
     log.event("starting", version=__version__, models=[str(path) for path in config.models])
     reason = jit.not_kept()
@@ -117,7 +140,7 @@ class _Supervisor:
         self._pids, self._inherited = int64s(slots), int64s(slots)
         self._children: dict[int, _Child] = {}
         self._workers: dict[int, _Child] = {}
-        # By worker, -1 for the exporter: when the next is started, and how long the last one had to wait for that.
+        # By worker, exporter or registrar: when the next is started, and how long the last one had to wait for that.
         self._due_s: dict[int, float] = {}
         self._delay_s: dict[int, float] = {}
         # Of a rolling restart: those still to be replaced, the one that is to take over next, the one that leaves.
@@ -127,6 +150,12 @@ class _Supervisor:
         self._rolling = self._roll_again = False
         self._roll_begun_s = self._stop_begun_s = 0.0
         self._turned_s = time.monotonic()
+        # Another with every change of the models that the next worker will have.
+        self._generation = 0
+        self._versions = VersionsHeld()
+        # Of each version that came by the registry, how long loading it took, and whether it is a patch.
+        self._loads: dict[Key, tuple[float, bool]] = {}
+        self._orders: socket.socket | None = None
         self._metrics_listener: socket.socket | None = None
         self._loading = self._serving = self._stopping = False
         self._selector = selectors.DefaultSelector()
@@ -155,7 +184,13 @@ class _Supervisor:
 
     def _serve(self) -> None:
         """From the first look at the models until a signal to stop."""
-        holdings = Holdings(self._config, self._metrics, self._config.workers)
+        config = self._config
+        others: tuple[Key, ...] | None = ()
+        if config.registry != "off":
+            require_etcd3gw(config.registry)
+            require_segments(config.memory)
+            others = None
+        holdings = Holdings(config, self._metrics, config.workers, others)
         try:
             holdings.open()
             metrics = self._listen()
@@ -164,17 +199,22 @@ class _Supervisor:
             if self._stopping:
                 return
             log.event("listening", listen=self._config.listen, metrics=metrics)
-            self._load(holdings)
+            self._shared.models.extend(self._on_thread(lambda cancel: list(holdings.load(cancel))) or ())
         finally:
             holdings.close()
+        self._versions = VersionsHeld([_key(model) for model in self._shared.models])
+        self._register()
+        if config.registry != "off" and not self._stopping:
+            self._start(_REGISTRAR)
+            if not self._shared.models:  # else there is something to serve, whatever the registry says
+                # What only has to be loaded is not to be refused as unknown.
+                self._follow(lambda: bool(self._shared.models) and self._versions.is_settled(time.monotonic()))
         if self._stopping:
             return
-        # Collections in the children then leave what they inherit alone, and so shared.
-        gc.collect()
-        gc.freeze()
-        for index in range(self._config.workers):
+        self._freeze()
+        for index in range(config.workers):
             self._start(index)
-        self._turn_until(lambda: self._stopping or self._ready_workers() == self._config.workers)
+        self._turn_until(lambda: self._stopping or self._ready_workers() == config.workers)
         self._stop(lobby, _LOBBY_DRAIN_S)
         self._turn_until(lambda: self._stopping or lobby.pid not in self._children)
         if self._stopping:
@@ -182,7 +222,14 @@ class _Supervisor:
         self._serving = True
         self._metrics.serving.set(1)
         log.event("serving", listen=self._config.listen, metrics=metrics)
-        self._turn_until(lambda: self._stopping)
+        self._register()
+        self._follow(lambda: False)
+
+    def _freeze(self) -> None:
+        """Have collections in the children leave what they inherit alone, and so shared."""
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     def _listen(self) -> str:
         """Take all ports, and start the exporter. Returns the address of metrics."""
@@ -198,21 +245,29 @@ class _Supervisor:
         self._start(_EXPORTER)
         return f"{split_address(self._config.metrics)[0]}:{self._metrics_listener.getsockname()[1]}"
 
-    def _load(self, holdings: Holdings) -> None:
-        """Read the tables on a thread, so that children and signals are looked after meanwhile."""
+    def _on_thread(self, work: Callable[[threading.Event], _T]) -> _T | None:
+        """What `work` gives, while children and signals are looked after; None if the server is to stop.
+
+        `work` is told so by the event. Raises what it raises.
+        """
+        # A roll forks.
+        self._turn_until(lambda: self._stopping or not self._rolling)
+        if self._stopping:
+            return None
         cancel, finished = threading.Event(), threading.Event()
+        results: list[_T] = []
         failures: list[BaseException] = []
 
-        def load() -> None:
+        def run() -> None:
             try:
-                self._shared.models.extend(holdings.load(cancel))
+                results.append(work(cancel))
             except BaseException as error:
                 failures.append(error)
             finally:
                 finished.set()
                 os.write(self._wake_writer, b"\0")
 
-        thread = threading.Thread(target=load, name="load")
+        thread = threading.Thread(target=run, name="load")
         self._loading = True
         thread.start()
         self._turn_until(lambda: self._stopping or finished.is_set())
@@ -220,16 +275,21 @@ class _Supervisor:
         thread.join()
         self._loading = False
         if self._stopping:
-            return
+            return None
+        if self._roll_again:
+            self._roll_again = False
+            self._roll()
         if failures:
-            raise failures[0]
+            # Taken out: see tables.py of what an error keeps in memory.
+            raise failures.pop()
+        return results.pop()
 
     # --- the loop
 
-    def _turn_until(self, done: Callable[[], bool]) -> None:
-        """Look after signals and children until `done`, which is asked again after each of them."""
-        while not done():
-            due_s = min(self._deadlines(), default=inf)
+    def _turn_until(self, done: Callable[[], bool], until_s: float = inf) -> None:
+        """Look after signals and children until `done`, which is asked again after each of them, or until a time."""
+        while not done() and time.monotonic() < until_s:
+            due_s = min(until_s, *self._deadlines())
             wait_s = max(0.0, min(due_s - time.monotonic(), _LONGEST_WAIT_S))
             for key, _ in self._selector.select(wait_s):
                 if key.data is None:
@@ -289,10 +349,12 @@ class _Supervisor:
     # --- children
 
     def _start(self, index: int) -> None:
-        """Start a worker, or the exporter."""
+        """Start a worker, the exporter or the registrar."""
         try:
             if index == _EXPORTER:
                 self._fork("exporter", index, self._export)
+            elif index == _REGISTRAR:
+                self._start_registrar()
             else:
                 self._workers[index] = self._fork("worker", index, lambda link: self._answer(link, serving=True))
         except OSError as error:
@@ -315,6 +377,25 @@ class _Supervisor:
         link.ready()
         export(self._metrics_listener, self._directory.path, processes, link.beat, link.beat_s)
 
+    def _start_registrar(self) -> None:
+        config = self._config
+        cache = None if config.registry_cache == "off" else Cache(Path(config.registry_cache), config.registry)
+        is_first = not self._versions.is_known
+        if self._orders is not None:
+            self._orders.close()
+        # Each message is taken as a whole, or not at all.
+        self._orders, orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._orders.setblocking(False)
+        with orders:
+            self._fork(
+                "registrar",
+                _REGISTRAR,
+                lambda link: register(
+                    config.registry, cache, self._address, orders, self._metrics, link, is_first=is_first
+                ),
+            )
+        self._register()
+
     def _fork(self, role: str, index: int, work: Callable[[Link], None]) -> _Child:
         slot = free_slot([child.slot for child in self._children.values()])
         reader, writer = os.pipe()
@@ -334,7 +415,7 @@ class _Supervisor:
             os.close(writer)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         now = time.monotonic()
-        child = _Child(role, index, slot, pid, reader, now)
+        child = _Child(role, index, slot, pid, reader, self._generation, now)
         self._children[pid] = child
         self._inherited[slot] = resident_memory()[1]
         self._pids[slot] = pid
@@ -363,8 +444,13 @@ class _Supervisor:
             self._directory.leave()
             become(str(slot))
             self._shared.in_flight.slot = slot
+            if self._orders is not None:
+                self._orders.close()
             if role == "worker":
                 log.of_worker(index)
+            else:
+                # Nothing that is withdrawn may stay in memory because of a process that has no use for it.
+                self._shared.models.clear()
             work(link)
             code = 0
         except EngrampoolError as error:
@@ -394,6 +480,12 @@ class _Supervisor:
             child.failure = report.get("failed", "")
             if "ready" in report:
                 self._ready(child)
+            if "loaded" in report:
+                self._metrics.loaded_bytes.inc(report["loaded"] - child.loaded_bytes)
+                self._metrics.to_load_bytes.inc(report["of"] - child.of_bytes)
+                child.loaded_bytes, child.of_bytes = report["loaded"], report["of"]
+            if "published" in report:
+                self._want(report["published"], report["revision"])
 
     def _ready(self, child: _Child) -> None:
         child.ready_s = time.monotonic()
@@ -430,6 +522,14 @@ class _Supervisor:
         self._metrics.serving.set(0)
         self._due_s.clear()
         self._to_roll.clear()
+        registrar = next((child for child in self._children.values() if child.role == "registrar"), None)
+        if registrar is None:
+            self._drain()
+        elif registrar.kill_s is None:  # clients are to go elsewhere before they are refused
+            registrar.kill_s = now + _LEAVE_S
+            os.kill(registrar.pid, signal.SIGTERM)
+
+    def _drain(self) -> None:
         for child in self._children.values():
             if child.role != "exporter":
                 self._stop(child, self._config.drain_s)
@@ -450,21 +550,25 @@ class _Supervisor:
         if current := self._workers.get(child.index) is child:
             del self._workers[child.index]
             self._metrics.workers.set(self._ready_workers())
-        if child.kill_s is None or child.hung:
-            status = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        child.status = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if child.role != "loader" and (child.kill_s is None or child.hung):
             log.event(
-                "worker-died", level="error", worker=child.name, pid=child.pid, status=status, error=child.failure
+                "worker-died", level="error", worker=child.name, pid=child.pid, status=child.status, error=child.failure
             )
             if child.ready_s is None and not (self._serving or self._stopping):
-                raise WorkerError(child.failure or f"{child.role} {child.pid} ended before it was ready: {status}")
-        if self._stopping:
+                raise WorkerError(
+                    child.failure or f"{child.role} {child.pid} ended before it was ready: {child.status}"
+                )
+        if self._stopping and child.role == "registrar":
+            self._drain()
+        elif self._stopping:
             self._let_exporter_go()
         elif child is self._leaving:
             self._leaving = None
             self._roll_next()
         elif child is self._successor:
             self._roll_failed(child)
-        elif child.role == "exporter" or (current and not self._is_coming(child.index)):
+        elif child.role in ("exporter", "registrar") or (current and not self._is_coming(child.index)):
             self._replace(child)
 
     def _is_coming(self, index: int) -> bool:
@@ -481,12 +585,157 @@ class _Supervisor:
             self._delay_s[index] = min(max(2 * self._delay_s[index], _FIRST_DELAY_S), _MAX_DELAY_S)
         self._due_s[index] = now + self._delay_s[index]
 
+    # --- versions
+
+    @property
+    def _address(self) -> str:
+        """Where clients reach this server."""
+        return self._config.listen if self._config.advertise == "auto" else self._config.advertise
+
+    def _want(self, records: list[tuple[str, str, str]], revision: int) -> None:
+        """Take note of what is published now, as the registrar has it."""
+        published = [Published.from_json(model, version, raw.encode()) for model, version, raw in records]
+        if self._versions.want(published, revision):
+            log.event("published", versions=[f"{one.model} {one.version}" for one in published])
+            self._register()
+
+    def _follow(self, done: Callable[[], bool]) -> None:
+        """Hold what is wanted, one step after the other, until `done` or a signal to stop."""
+        versions = self._versions
+
+        def has_step() -> bool:
+            return bool(versions.to_drop()) or versions.to_load(time.monotonic()) is not None
+
+        while not (self._stopping or done()):
+            coming = versions.to_load(time.monotonic())
+            if gone := versions.to_drop():
+                self._withdraw(gone)
+            elif coming is not None:
+                self._add(coming)
+            else:
+                self._turn_until(lambda: self._stopping or done() or has_step(), versions.due_s())
+
+    def _add(self, published: Published) -> None:
+        """Hold a version, and tell of it once every worker does. If it cannot be held, everything else goes on."""
+        key = (published.model, published.version)
+        begin_s = time.monotonic()
+        try:
+            held = self._load(published)
+        except WorkerError:
+            raise
+        except Exception as error:
+            why = str(error) if isinstance(error, EngrampoolError) else repr(error)
+            log.event("version-failed", level="error", model=key[0], version=key[1], error=why)
+            self._versions.could_not_load(key, why, time.monotonic())
+            held = None
+            self._discard([])
+        if held is not None:
+            seconds = time.monotonic() - begin_s
+            self._loads[key] = (seconds, published.base is not None)
+            show(self._metrics, held, seconds, is_patch=published.base is not None)
+            self._shared.models.append(held)
+            self._renew()
+            self._versions.loaded(key)
+            log.event("version-held", model=key[0], version=key[1], seconds=round(time.monotonic() - begin_s, 3))
+        self._register()
+
+    def _load(self, published: Published) -> HeldModel | None:
+        """A version in memory; None if the server is to stop, or the version is wanted no more."""
+        if published.base is not None:
+            return self._on_thread(lambda cancel: self._adopt(published, cancel))
+        others = {*self._versions.published, *map(_key, self._shared.models)}
+        loader = self._fork("loader", _LOADER, lambda link: become_loader(published, self._config, others, link))
+
+        def is_alive() -> bool:
+            return loader.pid in self._children
+
+        def is_wanted() -> bool:
+            return not self._stopping and self._versions.wants(published)
+
+        try:
+            self._turn_until(lambda: not is_wanted() or loader.ready_s is not None or not is_alive())
+            if not is_wanted():
+                return None
+            if loader.ready_s is None:
+                raise LoadError(loader.failure or f"its loader {loader.pid} ended: {loader.status}")
+            return self._on_thread(lambda cancel: self._adopt(published, cancel))
+        finally:
+            if loader.ready_s is None:  # what it did not come to is not to be loaded any more
+                self._metrics.to_load_bytes.dec(loader.of_bytes - loader.loaded_bytes)
+            if is_alive():
+                loader.kill_s = inf
+                os.kill(loader.pid, signal.SIGKILL)
+            self._turn_until(lambda: not is_alive())
+
+    def _adopt(self, published: Published, cancel: threading.Event) -> HeldModel:
+        def progress(nbytes: int) -> None:
+            self._metrics.to_load_bytes.inc(nbytes)
+            self._metrics.loaded_bytes.inc(nbytes)
+
+        return adopt(published, self._config, self._shared.models, cancel, progress)
+
+    def _withdraw(self, gone: list[Key]) -> None:
+        """Hold these versions no more: tell of it, have workers without them, and free their memory."""
+        self._versions.dropped(gone)
+        self._register()
+        for model in self._shared.models:
+            if _key(model) in gone:
+                seconds, is_patch = self._loads.pop(_key(model))
+                show(self._metrics, model, seconds, is_patch=is_patch, sign=-1)
+        del model  # or its memory would stay
+        self._shared.models[:] = [model for model in self._shared.models if _key(model) not in gone]
+        self._renew()
+        self._discard(gone)
+        log.event("version-withdrawn", versions=[f"{model} {version}" for model, version in gone])
+
+    def _renew(self) -> None:
+        """Replace every worker that was forked before the models changed, until none of them is left."""
+        self._generation += 1
+        self._freeze()
+
+        def is_done() -> bool:
+            workers = (child for child in self._children.values() if child.role == "worker")
+            return self._stopping or all(child.generation == self._generation for child in workers)
+
+        while not is_done():
+            self._roll()
+            self._turn_until(lambda: self._stopping or not self._rolling)
+            self._turn_until(is_done, time.monotonic() + _MAX_DELAY_S)
+
+    def _discard(self, versions: list[Key]) -> None:
+        """Free the segments of what is held no more, and of loads that came to nothing."""
+        try:
+            self._on_thread(lambda _: discard(self._config.memory, versions))
+        except (EngrampoolError, OSError) as error:
+            log.event("not-freed", level="warning", error=str(error))
+
+    def _register(self) -> None:
+        """Have metrics, and the registry once this server serves, say what is held."""
+        versions = self._versions
+        counts = {"published": versions.published, "held": versions.held, "failed": versions.failed}
+        for state, of_state in counts.items():
+            self._metrics.versions.labels(state).set(len(of_state))
+        if self._orders is None or not self._serving:
+            return
+        held = tuple(
+            Held(*_key(model), {layer: (table.row_start, table.row_stop) for layer, table in model.tables.items()})
+            for model in self._shared.models
+            if _key(model) in versions.held
+        )
+        failed = {version: why[:_REASON_CHARS] for (_, version), why in versions.failed.items()}
+        try:
+            self._orders.send(Member(self._address, held, failed).to_json())
+        except ConnectionError:
+            pass  # it ended, and the next one is told at its start
+        except OSError as error:
+            log.event("not-registered", level="error", error=error.strerror)
+
     # --- rolling restart
 
     def _roll(self) -> None:
         if not self._serving:
             log.event("roll-ignored", reason="stopping" if self._stopping else "not serving yet")
-        elif self._rolling:
+        elif self._rolling or self._loading:
             self._roll_again = True
             log.event("roll-queued")
         else:
@@ -523,3 +772,7 @@ class _Supervisor:
         if self._roll_again:
             self._roll_again = False
             self._roll()
+
+
+def _key(model: HeldModel) -> Key:
+    return model.spec.name, model.version

@@ -4,12 +4,13 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import uvloop
 
+from engrampool_proto.registry import Published
 from engrampool_server.config import ServerConfig
 from engrampool_server.server import Server
 from engrampool_server.shared import Shared
@@ -40,10 +41,20 @@ class Link:
         """Say why this process ends."""
         self._say(json.dumps({"failed": why[:2000]}).encode() + b"\n")
 
+    def loaded(self, nbytes: int, of_bytes: int) -> None:
+        """Say how many bytes of tables are in memory, of those that are to be."""
+        self._say(json.dumps({"loaded": nbytes, "of": of_bytes}).encode() + b"\n")
+
+    def published(self, published: Sequence[Published], revision: int) -> None:
+        """Say what is published, and at which revision of the registry."""
+        records = [[one.model, one.version, one.to_json().decode()] for one in published]
+        self._say(json.dumps({"published": records, "revision": revision}).encode() + b"\n")
+
     def _say(self, line: bytes) -> None:
         # A full pipe is one that nobody reads, as while the supervisor is held by a debugger.
         with suppress(BlockingIOError):
-            os.write(self.report, line)
+            while line:
+                line = line[os.write(self.report, line) :]
 
 
 def answer(config: ServerConfig, shared: Shared, link: Link, *, serving: bool) -> None:

@@ -27,7 +27,10 @@ VALUES = {
     "listen": addresses,
     "metrics": addresses | st.just("off"),
     "direct": addresses | st.sampled_from(["auto", "off"]) | directory_names.map(lambda name: f"unix:/{name}"),
-    # Named shards want a placement: see below.
+    # A registry has demands on other settings, and named shards want a placement: see below.
+    "registry": st.just("off"),
+    "advertise": addresses.filter(lambda text: not text.endswith(":0")) | st.just("auto"),
+    "registry_cache": directory_names.map(lambda name: f"/{name}") | st.just("off"),
     "shard": st.sampled_from(["all", "0/1", "3/4", "65535/65536"]),
     "shard_by": st.sampled_from(["head", "row", "layer"]),
     "placement": st.just("off"),
@@ -51,7 +54,7 @@ VALUES = {
 some_settings = st.fixed_dictionaries({}, optional=VALUES)
 # name: values that no source may give. Integers and floats stand for TOML's, text for any source's.
 BAD = {
-    "models": [[], [""], ["/a", ""], ["/a", "/a"], [1], "/a", ["/a\0b"], ["/\udcff"]],
+    "models": [[""], ["/a", ""], ["/a", "/a"], [1], "/a", ["/a\0b"], ["/\udcff"]],
     "listen": [
         "",
         "host",
@@ -68,6 +71,9 @@ BAD = {
     ],
     "metrics": ["", "on", "localhost", "host:-1", "[::1:9464", False],
     "direct": ["", "on", "localhost", "host:-1", "unix:", "unix:a\0b", "unix:\udcff", False],
+    "registry": ["", "on", "etcd://", "etcd://host", "etcd://host:0", "http://host:2379", "etcd://h:1/a b", False],
+    "advertise": ["", "off", "host", "host:0", "[::1]:65536", 1],
+    "registry_cache": ["", "a\0b", "\udcff", 1, True],
     "shard": ["", "4/4", "-1/4", "01/4", "1/", "0/0", "0/65537", "1 / 4", "a/b", "a b", "-a", "a" * 65, 1, True],
     "shard_by": ["", "heads", "Row", "rendezvous", 1],
     "placement": ["", "a\0b", "\udcff", 1, True],
@@ -226,7 +232,7 @@ def test_answers_in_flight_must_hold_the_largest_answer():
     assert load_config(equal, {}, None).config.max_in_flight_bytes == 3 * GIB
 
 
-@pytest.mark.parametrize("flags", [{}, {"models": None}, {"models": ()}])
+@pytest.mark.parametrize("flags", [{}, {"models": None}, {"models": ()}, {"models": []}])
 def test_no_models(flags):
     with pytest.raises(ConfigError, match=r"models: none given; use --model DIR, ENGRAMPOOL_MODELS"):
         load_config(flags, {}, None)
@@ -310,9 +316,7 @@ def test_render_states_source_and_range(file):
     assert f"load_threads = 3  # from file {file}; allowed: 1..64 threads" in lines
     assert "drain_s = 2.0  # from environment ENGRAMPOOL_DRAIN_S; allowed: 0..3600 seconds" in lines
     assert "lock_memory = false  # from flag --no-lock-memory; allowed: true, false" in lines
-    assert any(
-        line.startswith('models = ["/m"]  # from flag --model; allowed: one or more different') for line in lines
-    )
+    assert any(line.startswith('models = ["/m"]  # from flag --model; allowed: different') for line in lines)
     assert 'memory = "anon"  # from default; allowed: anon, shm, hugetlb, file:DIR' in lines
 
 
@@ -325,6 +329,26 @@ def test_a_named_shard_and_a_placement_go_together():
     for shard in ("all", "1/4"):
         with pytest.raises(ConfigError, match=f"'{shard}' is no name of a shard in /p.json"):
             ServerConfig(models=models, shard=shard, placement="/p.json")
+
+
+def test_with_a_registry_models_need_not_be_given(file):
+    given = {"registry": "etcd://10.0.0.5:2379/pool", "memory": "shm"}
+    resolved = load_config(given, {}, None)
+    assert resolved.config.models == ()
+    file.write_text(render(resolved))
+    assert load_config({}, {}, file).config == resolved.config
+    assert load_config({**given, "models": ["/m"]}, {}, None).config.models == (Path("/m"),)
+
+
+def test_a_registry_needs_memory_that_processes_share_and_an_address_to_give_away():
+    settings = {"registry": "etcd://localhost:2379", "memory": "shm", "listen": "0.0.0.0:50051"}
+    assert ServerConfig(**settings, advertise="node-1:50051").advertise == "node-1:50051"
+    with pytest.raises(ConfigError, match=r"memory: 'anon' is private, .* set shm, hugetlb or file:DIR"):
+        ServerConfig(**{**settings, "memory": "anon"})
+    with pytest.raises(ConfigError, match=r"listen: .* at 0\.0\.0\.0:50051; set --advertise HOST:PORT"):
+        ServerConfig(**settings)
+    with pytest.raises(ConfigError, match=r"advertise: .* at \[::\]:1; set --advertise HOST:PORT"):
+        ServerConfig(**settings, advertise="[0::0]:1")
 
 
 def test_a_pods_index_makes_a_shard():

@@ -1,0 +1,84 @@
+"""The registrar by itself: what it does where the registry is silent, and its file of what was published last."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engrampool_proto.registry import Published
+from engrampool_server.registrar import Cache
+from server_fixtures import Events, lasting_address
+
+URL = "etcd://127.0.0.1:2379"
+PUBLISHED = [
+    Published("m", "a", "/models/ä", None, "d", {1: 10}),
+    Published("m", "b", "s3://bucket/b", "a", "d", {1: 10}),
+]
+
+
+@pytest.fixture
+def events():
+    events = Events()
+    logger = logging.getLogger("engrampool")
+    logger.addHandler(events)
+    yield events
+    logger.removeHandler(events)
+
+
+def test_the_cache_gives_back_what_was_written_last_for_the_same_registry(tmp_path, events):
+    cache = Cache(tmp_path / "published.json", URL)
+    assert cache.read() is None
+    for published in (PUBLISHED, [], PUBLISHED[:1]):
+        cache.write(published)
+        assert cache.read() == published
+    assert [path.name for path in tmp_path.iterdir()] == ["published.json"]
+    assert Cache(tmp_path / "published.json", "etcd://other:2379").read() is None
+    assert events.lines == []
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"[]", b"\xff", b'{"registry": "%s", "published": [["m", "a", "{}"]]}' % URL.encode()]
+)
+def test_a_cache_that_is_of_no_use_is_logged(tmp_path, events, damage):
+    path = tmp_path / "published.json"
+    path.write_bytes(damage)
+    assert Cache(path, URL).read() is None
+    assert [fields["path"] for fields in events.of("registry-cache")] == [str(path)]
+
+
+def test_a_cache_that_cannot_be_written_is_logged(tmp_path, events):
+    Cache(tmp_path / "missing" / "published.json", URL).write(PUBLISHED)
+    assert "cannot be written" in events.of("registry-cache")[0]["error"]
+
+
+REGISTRAR = """
+import socket, sys
+from pathlib import Path
+from engrampool_server import registrar
+from engrampool_server.metrics import Metrics
+from engrampool_server.worker import Link
+registrar.PATIENCE_S = 0.2
+url, path, is_first = sys.argv[1:]
+theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+cache, link = registrar.Cache(Path(path), url), Link(-1, 1, 0.05)
+registrar.register(url, cache, "127.0.0.1:1", ours, Metrics(), link, is_first=is_first == "first")
+"""
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_only_a_start_goes_by_the_cache_and_only_once_the_registry_was_silent(tmp_path: Path, is_first: bool):
+    url, path = f"etcd://{lasting_address()}", tmp_path / "published.json"
+    Cache(path, url).write(PUBLISHED)
+    command = [sys.executable, "-c", REGISTRAR, url, str(path), "first" if is_first else "again"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert json.loads(process.stdout.readline()) == {"ready": True}
+        # Signs of life for longer than its patience.
+        said = [line for line in (process.stdout.readline() for _ in range(10)) if line.strip()]
+        records = [[one.model, one.version, one.to_json().decode()] for one in PUBLISHED]
+        assert [json.loads(line) for line in said] == [{"published": records, "revision": 0}] * is_first
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
