@@ -4,11 +4,12 @@ docs/PROTOCOL.md has the frames. gRPC is always there beside it: whatever is wro
 lookup is to go over gRPC, and the lane is tried again later, on a thread of its own.
 """
 
+import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -31,6 +32,8 @@ _OPEN_TIMEOUT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 # Answers up to half this size are read whole into memory of ours, and copied from there.
 _SCRATCH_BYTES = 256 << 10
+# Requests up to this size fit into what the system buffers for a connection.
+_MAY_BLOCK_BYTES = 64 << 10
 _TIMEVAL = struct.Struct("@ll")
 _HEADER_BYTES = frames.HEADER.size
 # The header of the last frame, as servers of ours write it.
@@ -59,15 +62,18 @@ class DirectLane:
         """Whether it has a connection."""
         return bool(self._open)
 
-    def begin(self, exchange: Exchange, deadline: float) -> "Connection | None":
-        """Only ask; `fetch` is to take the answer in, or `abandon` to give it up. None if that cannot be done now."""
+    def begin(self, exchange: Exchange, deadline: float, send_by: float | None = None) -> "Connection | None":
+        """Only ask; `fetch` is to take the answer in, or `abandon` to give it up. None if that cannot be done now.
+
+        send_by: when to stop trying to send what the system does not take at once, by time.monotonic.
+        """
         try:
             connection = self._idle.pop()
         except IndexError:
             self._want_one()
             return None
         try:
-            connection.send(exchange, deadline)
+            connection.send(exchange, deadline, send_by)
         except OSError:  # it broke, or takes nothing
             self._drop(connection)
             return None
@@ -76,6 +82,7 @@ class DirectLane:
     def abandon(self, begun: "Connection") -> None:
         """Do without the answer; the connection it is on cannot serve another."""
         self._drop(begun)
+        self._want_one()
 
     def fetch(
         self,
@@ -184,6 +191,8 @@ class Connection:
         self._turn = 0  # counts lookups, so that one that is over cannot be given up; -1 once one was
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._end = 0  # what was received into it, and not looked at yet
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
         self._quick = True  # whether it may pay to look for the next answer without sleeping
         self._limit_s = 0.0  # of a wait, as the system knows it
         try:
@@ -199,23 +208,60 @@ class Connection:
             self._socket.close()
             raise
 
-    def send(self, exchange: Exchange, deadline: float) -> None:
-        """Ask. Raises OSError if the connection broke, TimeoutError."""
-        self._send(exchange.request, deadline)
+    def send(self, exchange: Exchange, deadline: float, send_by: float | None = None) -> None:
+        """Ask. Raises OSError if the connection broke, TimeoutError at the deadline or, of a large request, `send_by`.
+
+        Half of a request on its way is of no use: what is not sent in time ends the connection.
+        """
+        self._start = self._end = 0
+        request = exchange.request
+        large = len(request) > _MAY_BLOCK_BYTES and send_by is not None
+        self._send(request, deadline, send_by if large else None)
+
+    def begins(self, exchange: Exchange, step: Step, until: float, spin_s: float) -> bool:
+        """Whether the answer to what was sent, or the end of the connection, comes by `until` (time.monotonic).
+
+        `receive` is to follow, or the end. spin_s: how long to look for it without sleeping.
+        """
+        begin = time.perf_counter()
+        place = self._scratch[: self._listen(exchange, step)]
+        spin_s = spin_s if self._quick else 0.0
+        try:
+            while True:
+                try:
+                    self._end = self._socket.recv_into(place, 0, socket.MSG_DONTWAIT)
+                    break
+                except BlockingIOError:
+                    if time.perf_counter() - begin < spin_s and time.monotonic() < until:
+                        continue
+                    # Not by the socket's own timeouts: the system keeps those to a few milliseconds only.
+                    if not self._poll.poll(max(0.0, until - time.monotonic()) * 1e3):
+                        self._quick = False
+                        return False
+        except OSError:  # which `receive` will find, too
+            return True
+        self._quick = time.perf_counter() - begin < 2 * spin_s
+        return True
+
+    def promises(self) -> bool:
+        """Of a connection that can be read: whether the answer that begins is no refusal, nor is this the end."""
+        try:
+            header = self._socket.recv(_HEADER_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        return bool(header) and (len(header) < _HEADER_BYTES or frames.HEADER.unpack(header)[2] != frames.REFUSED)
+
+    def fileno(self) -> int:
+        """Its number, as the system knows it."""
+        return self._socket.fileno()
 
     def receive(self, exchange: Exchange, deadline: float, step: Step, spin_s: float) -> None:
         """Take the answer in. Raises OSError if the connection broke, TimeoutError, _RefusedError, PoolErrors."""
-        if exchange.answer_bytes <= _SCRATCH_BYTES // 2:
-            # It is short: a step that is given up meanwhile does not wait for it.
-            at_once = _SCRATCH_BYTES
+        at_once = self._listen(exchange, step)
+        if not self._end:
             self._await(deadline, at_once, spin_s)
-            if self._all_at_once(exchange, step):
-                return
-        else:
-            turn = self._turn
-            step._on_cancel(lambda: self._give_up(turn))
-            at_once = _HEADER_BYTES  # and not a byte of what belongs elsewhere
-            self._await(deadline, at_once, spin_s)
+        if at_once > _HEADER_BYTES and self._all_at_once(exchange, step):
+            return
         while True:
             length, head, kind = self._header(deadline, at_once)
             if kind == frames.ROWS:
@@ -233,6 +279,17 @@ class Connection:
         exchange.times = _times(self._head(head, deadline))
         exchange.finish()
         self._over()
+
+    def _listen(self, exchange: Exchange, step: Step) -> int:
+        """Have the step's end be the answer's, if it is a long one; once more does no harm.
+
+        Gives how many bytes to ask the system for while the next frame is not known.
+        """
+        if exchange.answer_bytes <= _SCRATCH_BYTES // 2:
+            return _SCRATCH_BYTES  # it is short: a step that is given up meanwhile does not wait for it
+        turn = self._turn
+        step._on_cancel(lambda: self._give_up(turn))
+        return _HEADER_BYTES  # and not a byte of what belongs elsewhere
 
     def _all_at_once(self, exchange: Exchange, step: Step) -> bool:
         """Take a small answer in, if it came as such answers do: whole, in one frame a layer. Else nothing is taken."""
@@ -280,12 +337,14 @@ class Connection:
                 self._turn = -1
                 self.shut()
 
-    def _send(self, request: bytes, deadline: float) -> None:
+    def _send(self, request: bytes, deadline: float, send_by: float | None) -> None:
         timeout_us = max(1, int(self._allow(deadline) * 1e6))
         start = frames.request_start(timeout_us, len(request))
+        if send_by is not None:
+            self._allow(send_by)
         sent = self._socket.sendmsg((start, request)) - len(start)
         while sent < len(request):  # a large one, or a server that is busy
-            self._allow(deadline)
+            self._allow(deadline if send_by is None else send_by)
             sent += self._socket.send(memoryview(request)[sent:])
 
     # --- receiving
@@ -297,7 +356,6 @@ class Connection:
         goes to sleep as well.
         """
         begin = time.perf_counter()
-        self._start = self._end = 0
         if self._quick:
             place = self._scratch[:at_once]
             while not self._end and time.perf_counter() - begin < spin_s:
@@ -403,6 +461,25 @@ class Connection:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, rest))
         return remaining
+
+
+def first_to_answer(asked: Sequence[Connection], exchange: Exchange, step: Step, deadline: float) -> Connection | None:
+    """Wait for whichever of those that were asked the same begins to answer; None if none does by the deadline.
+
+    One that refuses, or whose connection ends, is only chosen as the last that is left.
+    """
+    waiting = {connection.fileno(): connection for connection in asked}
+    poll = select.poll()
+    for fileno, connection in waiting.items():
+        connection._listen(exchange, step)
+        poll.register(fileno, select.POLLIN)
+    while ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+        for fileno, _ in ready:
+            if len(waiting) == 1 or waiting[fileno].promises():
+                return waiting[fileno]
+            poll.unregister(fileno)
+            del waiting[fileno]
+    return None
 
 
 def _writing(exchange: Exchange, step: Step) -> AbstractContextManager[None]:

@@ -13,9 +13,10 @@ import numpy as np
 from engrampool_client.attach import AttachLane
 from engrampool_client.breaker import Breaker
 from engrampool_client.direct import Connection, Direct, DirectLane
-from engrampool_client.errors import PoolError
+from engrampool_client.errors import DeadlineError, PoolError
 from engrampool_client.exchange import Exchange, slowest
 from engrampool_client.grpc_lane import GrpcLane
+from engrampool_client.latency import Latency
 from engrampool_client.served import ServedModel
 from engrampool_client.settings import SPLIT_ABOVE_BYTES
 from engrampool_client.stats import Stats
@@ -41,11 +42,13 @@ class Endpoint:
     """The lanes to the server at `target`, of which a lookup takes the best that there is. Thread-safe.
 
     To be used in this order: `describe`, `open`, `ask`; `close` at any time. served: what it was opened for.
+    latency: for whoever asks to keep, and to compare with that of other servers.
     """
 
     def __init__(self, target: str, ways: Ways, closing: threading.Event) -> None:
         """closing: set when the client closes, so that nobody waits to ask again."""
         self.target, self._ways, self._closing = target, ways, closing
+        self.latency = Latency()
         self._lanes = [GrpcLane(target) for _ in range(ways.connections)]
         self._attach: AttachLane | None = None
         self._direct: DirectLane | None = None
@@ -77,11 +80,14 @@ class Endpoint:
         """Whether the next lookup that is not read from attached memory finds a connection of the direct lane."""
         return self._direct is not None and self._direct.open
 
-    def begin(self, exchange: Exchange, deadline: float) -> Connection | None:
-        """Only send the request, if that takes but a moment: `ask` or `abandon` is to follow. None if it does not."""
-        if self._direct is None or len(self._lanes) > 1 or self.breaker.is_open or self.attached:
+    def begin(self, exchange: Exchange, deadline: float, send_by: float | None = None) -> Connection | None:
+        """Only send the request, if that takes but a moment: `ask` or `abandon` is to follow. None if it does not.
+
+        send_by: when to stop trying, by time.monotonic.
+        """
+        if self._direct is None or self._splits(exchange) or self.breaker.is_open or self.attached:
             return None
-        return self._direct.begin(exchange, deadline)
+        return self._direct.begin(exchange, deadline, send_by)
 
     def abandon(self, begun: Connection) -> None:
         """Do without the answer of what has begun."""
@@ -97,30 +103,34 @@ class Endpoint:
         begun: Connection | None = None,
         *,
         patient: bool = True,
+        early: bool = False,
     ) -> None:
         """Have every row of the exchange come, over several connections if it is a large one.
 
         deadline: by time.monotonic, the step's or an earlier one. begun: what `begin` gave. patient: ask again where
-        the connection breaks, instead of leaving it to others. Raises PoolError.
+        the connection breaks, instead of leaving it to others. early: a deadline that is missed says nothing against
+        the server. Raises PoolError.
         """
-        if len(self._lanes) == 1:
-            self._fetch(self._lanes[0], exchange, step, spin_s, deadline, patient, begun)
+        parts = exchange.split(len(self._lanes)) if begun is None and self._splits(exchange) else [exchange]
+        if len(parts) == 1:
+            self._fetch(self._lanes[0], exchange, step, spin_s, deadline, patient, early, begun)
             return
-        split = exchange.answer_bytes > SPLIT_ABOVE_BYTES and not self.attached
-        parts = exchange.split(len(self._lanes)) if split else [exchange]
         others = [
-            self._parts.submit(self._fetch, lane, part, step, 0.0, deadline, patient)
+            self._parts.submit(self._fetch, lane, part, step, 0.0, deadline, patient, early)
             for lane, part in zip(self._lanes[1:], parts[1:], strict=False)
         ]
         try:
-            self._fetch(self._lanes[0], parts[0], step, spin_s, deadline, patient)
+            self._fetch(self._lanes[0], parts[0], step, spin_s, deadline, patient, early)
         finally:  # whatever became of the first, nothing is written once the step has ended
             for other in others:
                 other.exception()
         for other in others:
             other.result()
-        if len(parts) > 1:
-            exchange.times = slowest(parts)
+        exchange.times = slowest(parts)
+
+    def _splits(self, exchange: Exchange) -> bool:
+        """Whether it is large enough for several connections."""
+        return len(self._lanes) > 1 and exchange.answer_bytes > SPLIT_ABOVE_BYTES and not self.attached
 
     def _fetch(
         self,
@@ -130,6 +140,7 @@ class Endpoint:
         spin_s: float,
         deadline: float,
         patient: bool,
+        early: bool,
         begun: Connection | None = None,
     ) -> None:
         """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
@@ -148,8 +159,9 @@ class Endpoint:
             except PoolError as error:
                 pause_s = self.breaker.pause_s(error, attempt) if patient else None
                 if pause_s is None or time.monotonic() + pause_s >= deadline or step.given_up():
-                    # Whoever waits for a step may have given it up just before the call itself did.
-                    self.breaker.failed(step.error or error)
+                    if not (early and isinstance(error, DeadlineError)):
+                        # Whoever waits for a step may have given it up just before the call itself did.
+                        self.breaker.failed(step.error or error)
                     raise
                 if self._closing.wait(pause_s):
                     raise

@@ -232,11 +232,8 @@ class Exchange:
 
     def whole(self, complete: Sequence[int]) -> dict[int, Rows]:
         """Rows of the layers that are `complete` here, and so are in every part of what was split: once each."""
-        if self._whole is None:
-            return {layer: self.rows(layer) for layer in complete}
-        for layer in complete:
-            self.rows(layer)
-        return self._whole.rows(complete)
+        rows = {layer: self.rows(layer) for layer in complete}
+        return rows if self._whole is None else self._whole.rows(complete)
 
     def empty_layers(self) -> list[int]:
         """Layers that no rows will come for (a batch of no tokens); they are complete from the start."""
@@ -356,7 +353,10 @@ class _Whole:
         with self._lock:
             for layer in complete:
                 self._missing[layer] -= 1
-            return {layer: self._exchange.rows(layer) for layer in complete if not self._missing[layer]}
+            whole = [layer for layer in complete if not self._missing[layer]]
+            for layer in whole:  # not to be asked for again, whatever becomes of the other layers
+                self._exchange._have[layer] = self._exchange._sizes[layer]
+            return self._exchange.whole(whole)
 
 
 @dataclass(frozen=True, eq=False)

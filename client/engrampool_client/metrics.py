@@ -75,9 +75,13 @@ class _Families:
         self._rows = self._new(counter, "rows_bytes", "Bytes of rows, by where they came from.", "source")
         self._masked = self._new(counter, "masked_tokens", "Tokens that a layer went without.", "layer")
         self._retries = self._new(counter, "retries", "Lookups asked again, as their connection broke.")
+        self._hedges = self._new(counter, "hedges", "Lookups that a second server was asked for, as one was late.")
+        self._hedges_won = self._new(counter, "hedges_won", "Those of them that the second answered.")
         self._open = self._new(gauge, "breaker_open", "1 while lookups fail at once, else 0.")
         self._opened = self._new(counter, "breaker_opened", "How often it opened.")
         self._attached = self._new(gauge, "attached", "1 while rows are read from the server's memory, else 0.")
+        self._age = self._new(gauge, "registry_age_seconds", "Since the registry was last known to answer.")
+        self._changes = self._new(counter, "version_changes", "Versions made active, by what became of it.", "outcome")
         self._hits = self._new(counter, "cache_hits", "N-grams that the cache had.")
         self._misses = self._new(counter, "cache_misses", "N-grams that the cache had not.")
         self._evicted = self._new(counter, "cache_evicted", "N-grams that made room for others.")
@@ -105,9 +109,15 @@ class _Families:
         self._put(self._in_flight, stats.in_flight, model)
         self._put(self._pending, stats.pending_bytes, model)
         self._put(self._retries, stats.retries, model)
+        self._put(self._hedges, stats.hedges, model)
+        self._put(self._hedges_won, stats.hedges_won, model)
         self._put(self._open, client.breaker_open, model)
         self._put(self._opened, stats.breaker_opened, model)
         self._put(self._attached, client.attached, model)
+        if client.registry_age_s is not None:
+            self._put(self._age, client.registry_age_s, model)
+            for outcome, count in client.version_changes.items():
+                self._put(self._changes, count, model, outcome)
         if cache is None:
             return
         self._put(self._hits, cache.hits, model)

@@ -1,11 +1,12 @@
-"""Servers that hold the same rows, and which of them a lookup asks."""
+"""Servers that hold the same rows: which of them a lookup asks, and when it asks another as well."""
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
+from math import inf
+from typing import NamedTuple
 
-from engrampool_client.direct import Connection
+from engrampool_client.direct import Connection, first_to_answer
 from engrampool_client.endpoint import Endpoint
 from engrampool_client.errors import (
     DeadlineError,
@@ -16,52 +17,88 @@ from engrampool_client.errors import (
     UnknownVersionError,
 )
 from engrampool_client.exchange import Exchange
+from engrampool_client.latency import HedgeBudget
+from engrampool_client.stats import Stats
 from engrampool_client.step import Step
 
 # Where there are other replicas, one may take so long, and so long for each byte: far more than one that is well does.
 _PATIENCE_S, _PATIENCE_S_PER_BYTE = 0.1, 1e-8
+# A server is slow that takes so many times as long as the best, or as this.
+_SLOW, _FAST_S = 3.0, 100e-6
+# No answer is late before this.
+_LEAST_LATE_S = 1e-3
+# What is given up to be asked for elsewhere is lost, so it is given more time than what is asked for twice.
+_CANCEL_AFTER = 2.0
 
 
 class ReplicaSet:
     """Servers that hold the same rows. parts: layer -> (first row, one past the last).
 
+    They take turns, but for those that are slow: they are only tried now and then. Where the answer of one is late, the
+    next is asked as well and the first that answers is listened to (a hedge), as far as a budget allows. Over gRPC, or
+    split over connections, an answer cannot be seen to begin: there the lookup is given up and asked for elsewhere.
+
     suspects: of all sets: servers that may hold others by now, as they refused what another one was asked for next.
     """
 
-    def __init__(self, parts: Mapping[int, tuple[int, int]], suspects: set[Endpoint]) -> None:
-        self.parts, self._suspects = dict(parts), suspects
+    def __init__(self, parts: Mapping[int, tuple[int, int]], suspects: set[Endpoint], stats: Stats) -> None:
+        self.parts, self._suspects, self._stats = dict(parts), suspects, stats
         self.replicas: tuple[Endpoint, ...] = ()  # replaced as a whole
         self._turn = count()
+        self._budget = HedgeBudget()
 
     def begin(self, exchange: Exchange, step: Step) -> "_Begun | None":
         """Only send the request to one replica: `ask` or `_Begun.abandon` is to follow. None if that cannot be done."""
-        replicas = self._in_order()
+        replicas = self._in_order(exchange.answer_bytes)
         if not replicas:
             return None
-        sent = replicas[0].begin(exchange, _deadline(exchange, step, len(replicas) - 1))
-        return None if sent is None else _Begun(replicas, sent)
+        return self._begin(replicas, exchange, _deadline(exchange, step) if len(replicas) > 1 else step.deadline)
 
     def ask(self, exchange: Exchange, step: Step, spin_s: float, begun: "_Begun | None" = None) -> None:
         """Have the rows come from one replica, or another if that one cannot. Raises PoolError."""
-        replicas = self._in_order() if begun is None else begun.replicas
-        sent = None if begun is None else begun.sent
+        replicas = self._in_order(exchange.answer_bytes) if begun is None else begun.replicas
         if not replicas:
             raise UnavailableError("no server is known that holds these rows", "no-replica")
+        if len(replicas) == 1:
+            replicas[0].ask(exchange, step, spin_s, step.deadline, None if begun is None else begun.sent)
+            return
+        self._budget.earn()
+        begin, deadline, sent, cancel_after_s = time.monotonic(), _deadline(exchange, step), None, inf
+        if begun is None:
+            begun = self._begin(replicas, exchange, deadline)
+        if begun is not None:
+            begun = self._raced(begun, exchange, step, spin_s, deadline)
+            replicas, sent, begin = begun.replicas, begun.sent, max(begin, begun.since)
+        elif self._budget.ready and not replicas[0].attached:
+            late_s = _late_s(replicas, exchange.answer_bytes, whole=True)
+            cancel_after_s = max(_LEAST_LATE_S, late_s) * _CANCEL_AFTER
         # First each for a moment; if none could, those that were only slow, or all, for as long as the step has.
         waiting, slow = list(replicas), []
-        patient = len(replicas) == 1
+        patient = cancelled = False
         while True:
-            endpoint = waiting.pop(0)
-            deadline = step.deadline if patient else _deadline(exchange, step, len(replicas) - 1)
+            endpoint, nbytes = waiting.pop(0), exchange.answer_bytes
+            attached = endpoint.attached
+            early = begin + cancel_after_s < deadline
             try:
-                asked, sent = sent, None
-                endpoint.ask(exchange, step, spin_s, deadline, asked, patient=patient)
+                limit = min(deadline, begin + cancel_after_s)
+                endpoint.ask(exchange, step, spin_s, limit, sent, patient=patient, early=early)
+                if not attached:
+                    endpoint.latency.ended(nbytes, time.monotonic() - begin)
+                if cancelled:
+                    self._stats.hedge_won()
                 return
             except PoolError as error:
+                late = isinstance(error, DeadlineError)
+                if late and not attached:
+                    endpoint.latency.ended(nbytes, inf)
                 if step.given_up() or time.monotonic() >= step.deadline or (patient and not waiting):
                     raise
-                if isinstance(error, DeadlineError):
+                if late:
                     slow.append(endpoint)
+                    if early:
+                        cancelled = True
+                        self._budget.spend()
+                        self._stats.hedged()
                 elif isinstance(error, RejectedError | UnknownModelError | UnknownVersionError):
                     self._suspects.add(endpoint)
             exchange.restart()
@@ -69,33 +106,80 @@ class ReplicaSet:
                 return
             if not waiting:
                 waiting, patient = slow or list(replicas), True
+            begin, sent, cancel_after_s = time.monotonic(), None, inf
+            deadline = step.deadline if patient else _deadline(exchange, step)
 
-    def _in_order(self) -> Sequence[Endpoint]:
-        """Attached ones first, those that are known to be away last; the others take turns."""
+    def _begin(self, replicas: Sequence[Endpoint], exchange: Exchange, deadline: float) -> "_Begun | None":
+        since = time.monotonic()
+        late = since + max(_LEAST_LATE_S, _late_s(replicas, exchange.answer_bytes, whole=False))
+        sent = replicas[0].begin(exchange, deadline, min(deadline, late))
+        return None if sent is None else _Begun(replicas, sent, since, late)
+
+    def _raced(self, begun: "_Begun", exchange: Exchange, step: Step, spin_s: float, deadline: float) -> "_Begun":
+        """Wait until somebody begins to answer, and ask a second one if the first is late; gives whom to listen to."""
+        replicas, nbytes = begun.replicas, exchange.answer_bytes
+        chosen, other = begun, None
+        # What came while this thread was busy with another shard's answer is not late, whenever it is looked at.
+        if not begun.sent.begins(exchange, step, min(deadline, begun.late), spin_s):
+            if begun.late < deadline and self._budget.ready:
+                turned = ((*replicas[at:], *replicas[:at]) for at in range(1, len(replicas)))
+                sent = (self._begin(others, exchange, deadline) for others in turned)
+                other = next((one for one in sent if one is not None), None)
+            if other is None:
+                first_to_answer([begun.sent], exchange, step, deadline)
+            else:
+                self._budget.spend()
+                self._stats.hedged()
+                if first_to_answer([begun.sent, other.sent], exchange, step, deadline) is other.sent:
+                    chosen, other = other, begun
+                    replicas[0].latency.ended(nbytes, inf)
+                    self._stats.hedge_won()
+                other.abandon()
+        now = time.monotonic()
+        for one in (begun,) if chosen is begun else (begun, chosen):
+            one.replicas[0].latency.began(nbytes, now - one.since)
+        return chosen
+
+    def _in_order(self, nbytes: int) -> Sequence[Endpoint]:
+        """Attached ones first, those that are known to be away last; the others take turns, but for slow ones."""
         replicas = self.replicas
         if len(replicas) <= 1:
             return replicas
         turn = next(self._turn) % len(replicas)
         turned = (*replicas[turn:], *replicas[:turn])
-        return sorted(turned, key=lambda endpoint: (endpoint.breaker.is_open, not endpoint.attached))
+        recent = {endpoint: endpoint.latency.recent_s(nbytes) for endpoint in turned}
+        slow_s = _SLOW * max(_FAST_S, min((seconds for seconds in recent.values() if seconds is not None), default=0.0))
+
+        def place(endpoint: Endpoint) -> tuple[bool, bool, int]:
+            speed, seconds = 1, recent[endpoint]
+            if seconds is not None and seconds > slow_s:
+                speed = 0 if endpoint.latency.due(nbytes, time.monotonic()) else 2
+            return endpoint.breaker.is_open, not endpoint.attached, speed
+
+        return sorted(turned, key=place)
 
 
-@dataclass(frozen=True, eq=False)
-class _Begun:
-    """A request on its way to the first of the replicas."""
+class _Begun(NamedTuple):
+    """A request on its way to the first of the replicas. since, and when its answer is late: by time.monotonic."""
 
     replicas: Sequence[Endpoint]
     sent: Connection
+    since: float
+    late: float
 
     def abandon(self) -> None:
         """Do without the answer."""
         self.replicas[0].abandon(self.sent)
 
 
-def _deadline(exchange: Exchange, step: Step, others: int) -> float:
-    """Until when one replica may take, where there are so many others to go to."""
-    if not others:
-        return step.deadline
+def _deadline(exchange: Exchange, step: Step) -> float:
+    """Until when one replica may take, where there are others to go to."""
     now = time.monotonic()
     patience_s = _PATIENCE_S + _PATIENCE_S_PER_BYTE * exchange.answer_bytes
     return min(step.deadline, now + min(patience_s, (step.deadline - now) / 2))
+
+
+def _late_s(replicas: Sequence[Endpoint], nbytes: int, *, whole: bool) -> float:
+    """When an answer is late by the measure of the best of them; inf if that is not known."""
+    known = (endpoint.latency.late_s(nbytes, whole=whole) for endpoint in replicas)
+    return min((late_s for late_s in known if late_s is not None), default=inf)

@@ -32,7 +32,7 @@ class Stats:
 
     waits: by layer. masked_tokens: by layer. steps: ended, by outcome. bytes: of rows, by source. hint_bytes: by fate.
     begun, retries, breaker_opened: since the client was made. pending_bytes: of rows of steps that have not ended;
-    pending_hint_bytes: likewise of hints.
+    pending_hint_bytes: likewise of hints. hedges, hedges_won: see `hedged` and `hedge_won`.
     """
 
     def __init__(self, layers: Iterable[int]) -> None:
@@ -43,6 +43,7 @@ class Stats:
         self.bytes: Counter[str] = Counter(dict.fromkeys(SOURCES, 0))
         self.hint_bytes: Counter[str] = Counter(dict.fromkeys(HINT_FATES, 0))
         self.begun = self.retries = self.breaker_opened = self.pending_bytes = self.pending_hint_bytes = 0
+        self.hedges = self.hedges_won = 0
 
     @property
     def in_flight(self) -> int:
@@ -103,6 +104,16 @@ class Stats:
         """Count a lookup that was asked again."""
         with self._lock:
             self.retries += 1
+
+    def hedged(self) -> None:
+        """Count a lookup that a second server was asked for, as the first was late."""
+        with self._lock:
+            self.hedges += 1
+
+    def hedge_won(self) -> None:
+        """Count one of those whose rows came from the second."""
+        with self._lock:
+            self.hedges_won += 1
 
     def opened(self) -> None:
         """Count that the breaker opened."""

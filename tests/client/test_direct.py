@@ -4,7 +4,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,25 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from direct_peers import TIMES, exchange, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
 from engrampool_client import direct as lane
 from engrampool_client.direct import DirectLane
 from engrampool_client.errors import StepCancelledError
 from engrampool_client.exchange import Exchange
-from engrampool_client.served import ServedModel
 from engrampool_client.step import Step
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
-from engrampool_proto.hashing import Identity
-from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.v1 import pool_pb2
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
 
 MIB = 1 << 20
-ROWS = RowFormat((Segment("values", "uint8", 3),))
-SPEC = ModelSpec("m", 50, tuple(TableSpec(layer, 50, ROWS, Identity(50)) for layer in (2, 9)))
-SERVED = ServedModel(SPEC, "v", max_rows=10**6, max_answer_bytes=10**8, server_version="", direct=True)
-TIMES = wire.ServerTimes(1, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +123,7 @@ def test_over_a_unix_socket(packed, tmp_path):
 def test_where_either_side_has_it_off_lookups_go_over_grpc(server, packed):
     with running(packed, direct="off") as run, Client(run.address) as client:
         client.lookup_rows({2: np.array([1])})
-        assert answered(run, "Lookup") == 1
+        eventually(lambda: answered(run, "Lookup") == 1, "over gRPC")
     with pytest.raises(ValueError, match="direct must be 'auto' or 'off', not 'on'"):
         Client(server.address, direct="on")
 
@@ -149,7 +142,7 @@ def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkey
                 for _ in range(5):
                     client.lookup_rows({2: np.array([1])})
             assert time.monotonic() - begin < 5 * 0.2
-        assert answered(run, "Lookup") == 6
+        eventually(lambda: answered(run, "Lookup") == 6, "over gRPC")
         assert answered(run, "Direct") == 0
 
 
@@ -206,59 +199,8 @@ def test_a_cancelled_step_writes_nothing_any_more(packed):
 # --- peers that are no server of ours
 
 
-@contextmanager
-def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[DirectLane]:
-    """A lane to a peer that admits a connection and answers the requests of it in turn with these bytes."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            connection, _ = listener.accept()
-            listener.close()
-            with connection:
-                connection.recv(100)
-                connection.sendall(frames.frame(frames.READY))
-                for reply in replies:
-                    header = connection.recv(12, socket.MSG_WAITALL)
-                    if len(header) < 12:
-                        return
-                    connection.recv(frames.HEADER.unpack(header)[0], socket.MSG_WAITALL)
-                    if callable(reply):
-                        reply(connection)
-                    else:
-                        connection.sendall(reply)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        port = listener.getsockname()[1]
-        made = DirectLane(lambda _: pool_pb2.OpenDirectResponse(port=port, ticket=b"t"), f"127.0.0.1:{port}", 1)
-        try:
-            yield made
-        finally:
-            made.close()
-            thread.join()
-
-
 def ask(made: DirectLane, exchange: Exchange, timeout_s: float = LIMIT_S, spin_s: float = 0.0) -> bool:
     return made.fetch(exchange, time.monotonic() + timeout_s, Step([2, 9]), spin_s)
-
-
-def exchange(count: int, out: bool = False) -> Exchange:
-    ids = {layer: np.zeros(count, np.uint32) for layer in (2, 9)}
-    return Exchange.of_rows(SERVED, ids, {layer: np.zeros((count, 3), np.uint8) for layer in ids} if out else None)
-
-
-def rows_frame(layer: int, first: int, rows: bytes) -> bytes:
-    return frames.rows_start(layer, first, len(rows)) + rows
-
-
-def whole_answer(count: int, cuts: set[int]) -> tuple[dict[int, bytes], bytes]:
-    wanted = {layer: np.random.default_rng(layer).bytes(3 * count) for layer in (2, 9)}
-    sent = b""
-    for layer, rows in wanted.items():
-        bounds = sorted({0, count} | {cut for cut in cuts if cut < count})
-        for start, stop in pairwise(bounds):
-            sent += rows_frame(layer, start, rows[3 * start : 3 * stop])
-    return wanted, sent + frames.end(TIMES)
 
 
 @given(

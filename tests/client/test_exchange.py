@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import BatchError, ProtocolError
-from engrampool_client.exchange import Exchange
+from engrampool_client.exchange import Exchange, Route
 from engrampool_client.served import ServedModel
+from engrampool_client.step import Step
 from engrampool_proto import wire
 from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
@@ -149,6 +150,40 @@ def test_asking_again_leaves_complete_layers_alone():
     assert taken.complete
     assert not out[2].any()
     assert np.array_equal(taken.rows(9), rows[9][:6])
+
+
+@pytest.mark.parametrize("given_out", [False, True])
+def test_asking_again_for_what_was_split_leaves_complete_layers_alone(given_out):
+    rows = {layer: np.random.default_rng(layer).integers(0, 256, (50, 3), np.uint8) for layer in (2, 9)}
+    out = {2: np.empty((4, 3), np.uint8)} if given_out else None
+    whole = Exchange.of_rows(SERVED, {2: np.arange(4), 9: np.arange(6)}, out)
+    first, second = whole.split(2)
+    assert first.whole(first.add(message((2, 0, rows[2][:2].tobytes()), (9, 0, rows[9][:3].tobytes())))) == {}
+    delivered = second.whole(second.add(message((2, 0, rows[2][2:4].tobytes()), (9, 0, rows[9][3:5].tobytes()))))
+    assert list(delivered) == [2]
+    if given_out:
+        delivered[2][:] = 0  # in use, and changed by who uses it
+    whole.restart()
+    assert (whole.answer_bytes, whole.complete) == (18, False)
+    for part in whole.split(3):
+        assert [layer for layer, _ in wire.parse_request(part.request).tables] == [9]
+        found = part.whole(part.add(answer_of(part.request, rows)))
+    assert list(found) == [9]
+    assert whole.complete
+    assert np.array_equal(found[9], rows[9][:6])
+    assert np.array_equal(delivered[2], np.zeros((4, 3)) if given_out else rows[2][:4])
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+def test_a_shard_part_may_be_split_in_turn(ascending):
+    rows = {layer: np.random.default_rng(layer).integers(0, 256, (50, 3), np.uint8) for layer in (2, 9)}
+    ids = {layer: np.arange(50) if ascending else np.random.default_rng(0).permutation(50) for layer in (2, 9)}
+    whole, found = Exchange.of_rows(SERVED, ids), {}
+    route = Route(np.array([0, 20], np.uint64), np.array([0, 1]))
+    for shard in whole.spread({2: route, 9: route}, Step([2, 9])._writing).values():
+        for part in shard.split(3):
+            found.update(part.whole(part.add(answer_of(part.request, rows))))
+    assert all(np.array_equal(found[layer], rows[layer][ids[layer]]) for layer in (2, 9))
 
 
 @pytest.mark.parametrize(

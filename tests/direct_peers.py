@@ -1,0 +1,73 @@
+"""Peers on the direct lane that are no servers of ours: they say what a test has them say."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+
+from engrampool_client.direct import DirectLane
+from engrampool_client.exchange import Exchange
+from engrampool_client.served import ServedModel
+from engrampool_proto import frames, wire
+from engrampool_proto.hashing import Identity
+from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
+from engrampool_proto.v1 import pool_pb2
+
+ROWS = RowFormat((Segment("values", "uint8", 3),))
+SPEC = ModelSpec("m", 50, tuple(TableSpec(layer, 50, ROWS, Identity(50)) for layer in (2, 9)))
+SERVED = ServedModel(SPEC, "v", max_rows=10**6, max_answer_bytes=10**8, server_version="", direct=True)
+TIMES = wire.ServerTimes(1, 2, 3)
+
+
+@contextmanager
+def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[DirectLane]:
+    """A lane to a peer that admits a connection and answers the requests of it in turn with these bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            listener.close()
+            with connection:
+                connection.recv(100)
+                connection.sendall(frames.frame(frames.READY))
+                for reply in replies:
+                    header = connection.recv(12, socket.MSG_WAITALL)
+                    if len(header) < 12:
+                        return
+                    connection.recv(frames.HEADER.unpack(header)[0], socket.MSG_WAITALL)
+                    if callable(reply):
+                        reply(connection)
+                    else:
+                        connection.sendall(reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        port = listener.getsockname()[1]
+        made = DirectLane(lambda _: pool_pb2.OpenDirectResponse(port=port, ticket=b"t"), f"127.0.0.1:{port}", 1)
+        try:
+            yield made
+        finally:
+            made.close()
+            thread.join()
+
+
+def exchange(count: int, out: bool = False) -> Exchange:
+    ids = {layer: np.zeros(count, np.uint32) for layer in (2, 9)}
+    return Exchange.of_rows(SERVED, ids, {layer: np.zeros((count, 3), np.uint8) for layer in ids} if out else None)
+
+
+def rows_frame(layer: int, first: int, rows: bytes) -> bytes:
+    return frames.rows_start(layer, first, len(rows)) + rows
+
+
+def whole_answer(count: int, cuts: set[int]) -> tuple[dict[int, bytes], bytes]:
+    wanted = {layer: np.random.default_rng(layer).bytes(3 * count) for layer in (2, 9)}
+    sent = b""
+    for layer, rows in wanted.items():
+        bounds = sorted({0, count} | {cut for cut in cuts if cut < count})
+        for start, stop in pairwise(bounds):
+            sent += rows_frame(layer, start, rows[3 * start : 3 * stop])
+    return wanted, sent + frames.end(TIMES)
