@@ -114,7 +114,7 @@ class AsyncClient:
 
     @property
     def version(self) -> str:
-        """The pinned version."""
+        """The version that lookups go by now."""
         return self.client.version
 
     def prefetch(

@@ -48,6 +48,7 @@ _MADV_POPULATE_WRITE = 23
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _SAVE_BYTES = 8 << 20  # copied while the lock is held
+_POPULATE_BYTES = 4 << 20  # had while no other thread can map memory
 _SALTS = np.arange(1, 257, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -341,9 +342,12 @@ def _populate(rows: Bytes) -> None:
     A kernel before Linux 5.14 knows no such call; there it is had as entries come.
     """
     start = -(-rows.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (rows.ctypes.data + rows.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0 and _LIBC.madvise(start, length, _MADV_POPULATE_WRITE) and ctypes.get_errno() == errno.ENOMEM:
-        raise MemoryError(f"no memory is left for a cache of {rows.nbytes} bytes")
+    stop = (rows.ctypes.data + rows.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    for at in range(start, stop, _POPULATE_BYTES):
+        if _LIBC.madvise(at, min(_POPULATE_BYTES, stop - at), _MADV_POPULATE_WRITE):
+            if ctypes.get_errno() == errno.ENOMEM:
+                raise MemoryError(f"no memory is left for a cache of {rows.nbytes} bytes")
+            return
 
 
 def _index_bytes(header: dict[str, Any]) -> int:

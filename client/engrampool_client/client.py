@@ -13,55 +13,57 @@ import numpy.typing as npt
 
 from engrampool_client.cache import HotRows
 from engrampool_client.direct import Direct
+from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Attach, Ways
+from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import (
     EngrampoolError,
-    FingerprintError,
     OverloadedError,
     PoolError,
     StepCancelledError,
+    UnknownVersionError,
 )
 from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, check_outs, token_batch
-from engrampool_client.plan import Layout, Plan, Planner
+from engrampool_client.following import Following
+from engrampool_client.generation import Generation, How
+from engrampool_client.plan import Layout, Plan
 from engrampool_client.record import Recorder
-from engrampool_client.served import check_fingerprint, check_layout
+from engrampool_client.served import ServedModel
 from engrampool_client.settings import check_settings
 from engrampool_client.shards import Shards
 from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
-from engrampool_client.step import Step, Valid
+from engrampool_client.step import Step, zeros
 from engrampool_client.workers import Workers
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.malloc import pin_malloc
-from engrampool_proto.spec import ModelSpec
 
 OnFailure = Literal["raise", "mask"]
-
-# Without a cache, smaller batches are asked for as they are: finding their few duplicates costs more than it saves.
-_DEDUPE_TOKENS = 128
 
 
 @dataclass(eq=False)
 class _Lookup:
-    """A step and how its rows are had. plan: gives what is to be asked for, None if nothing is.
+    """A step and how its rows are had. plan: gives what is to be asked for by a version, None if nothing is.
 
     spin_s: see `Client`. after: a step whose rows are let in before this one is planned.
     """
 
     step: Step
-    plan: Callable[[], tuple[Exchange | None, Plan | None]]
+    plan: Callable[[Generation], tuple[Exchange | None, Plan | None]]
     spin_s: float = 0.0
     after: Step | None = None
 
 
 class Client:
-    """Connections to the servers of one version of one model. Thread-safe; close it, or use it in `with`.
+    """Connections to the servers of one model. Thread-safe; close it, or use it in `with`.
 
     target: "host:port" or any gRPC name, or several of them: shards, which hold every row together, and replicas of
         them, which take turns and stand in for each other. "dns:///name:port" stands for every address that the name
-        has. Servers that are away, and new addresses of names, are looked for in the background.
-    model, version: None for the only one that the server holds. The version stays pinned: if the server changes to
-        another, lookups fail with UnknownVersionError rather than mix the two.
+        has, "ray:///name" for a placement's servers, "etcd://host:port[,...][/prefix]" for those of a registry. Servers
+        that are away, and new ones of these, are looked for in the background.
+    model, version: None for the only model, and for its only version or, by a registry, whichever is active: that is
+        followed. Every lookup is of one version. If servers change to another one that is not followed, lookups fail
+        with UnknownVersionError rather than mix the two.
     config, tokenizer: this side's config.json and tokenizer.json; if given, the served tables must fit them.
 
     What is asked for:
@@ -70,8 +72,10 @@ class Client:
     heads: (start, stop): only these columns of every table, as a tensor-parallel rank needs; rows then have
         stop - start heads. None for all.
     dedupe: ask for the rows of an n-gram once a lookup, however many tokens have it. With a cache that is always so.
-    cache_bytes: keep rows of so many bytes, index included, for later lookups; 0 keeps none.
-    warm: a file that `save_cache` wrote, mapped read-only and shared by all processes of a host that name it.
+    cache_bytes: keep rows of so many bytes, index included, for later lookups; 0 keeps none. A version that is followed
+        begins with an empty cache of its own, and for a moment there are two.
+    warm: a file that `save_cache` wrote, mapped read-only and shared by all processes of a host that name it; of use
+        until another version is followed.
     hint_bytes: rows that hints may ask for at once, in bytes; a hint beyond that is dropped.
 
     When:
@@ -82,7 +86,8 @@ class Client:
     breaker_failures: after so many lookups in a row that found the server unreachable or silent, lookups fail at once
         until a probe in the background is answered; 0 never.
     retry_s: how long, from the moment a connection broke, lookups go on asking. 0 never asks twice.
-    connect_timeout_s: bound on connecting, a server that is still loading included.
+    connect_timeout_s: bound on connecting, a server that is still loading included; and before on what is waited for a
+        registry and an active version there.
     max_steps: prefetches worked on at once; further ones wait for a place, not their callers.
     max_pending_bytes: rows of prefetches that have not ended; `prefetch` raises OverloadedError beyond.
 
@@ -157,46 +162,57 @@ class Client:
         )
         if keep_memory:
             pin_malloc()
-        targets = [target] if isinstance(target, str) else list(target)
-        if not targets:
-            raise ValueError("target must name a server at least")
-        self.target, self._hashing, self._timeout_s, self._spin_s = ",".join(targets), hashing, timeout_s, spin_s
+        servers = Servers([target] if isinstance(target, str) else list(target))
+        self.target, self._hashing, self._timeout_s, self._spin_s = servers.text, hashing, timeout_s, spin_s
         self._masks = on_failure == "mask"
         self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes
         self._closing = threading.Event()
         ways = Ways(connections, attach, direct, retry_s, breaker_failures, max_steps)
-        self._shards = Shards(targets, ways, self._closing)
+        self._following = Following(servers, How(ways, hashing, heads, dedupe, cache_bytes))
         self._recorder: Recorder | None = None
         try:
-            self.served = self._shards.connect(model, version, connect_timeout_s)
-            check_fingerprint(self.served.spec, config, tokenizer)
+            # Of every version that is followed: hashing and layout must not change under a model that runs.
+            self.spec = self._following.connect(model, version, connect_timeout_s).spec
+            check_fingerprint(self.spec, config, tokenizer)
             self.stats = Stats(self.spec.layers)
-            self._shards.open(self.stats)
-            if plain and self._shards.sharded:
-                raise ValueError("hashing='server' needs a server that holds all rows; these are shards")
-            self._layout = Layout(self.spec, _columns(self.spec, heads), self._shards.cuts())
-            self.cache = HotRows(cache_bytes, self._layout.entry_bytes) if cache_bytes else None
-            opened = None if warm is None else HotRows.open(Path(warm), self.version, self._layout.to_json())
-            self._planner = None
-            if not plain and (dedupe or self.cache or opened or self._shards.sharded):
-                self._planner = Planner(self.served, self._layout, self.cache, opened, max_steps)
+            self._following.open(self.stats, None if warm is None else Path(warm))
             if record is not None:
                 self._recorder = Recorder(Path(record), self.spec, self.version)
         except BaseException:
             self._closing.set()
-            self._shards.close()
+            self._following.close()
             raise
         self._workers = Workers(max_steps, "engrampool")
 
     @property
-    def spec(self) -> ModelSpec:
-        """The served model's specification: layers, row formats, hash constants."""
-        return self.served.spec
+    def served(self) -> ServedModel:
+        """What the servers said of the version that lookups go by now, and their limits."""
+        return self._following.current.served
 
     @property
     def version(self) -> str:
-        """The pinned version."""
+        """The version that lookups go by now."""
         return self.served.version
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the version that is active in the registry is not followed, as of now; None if it is."""
+        return self._following.trouble
+
+    @property
+    def version_changes(self) -> Mapping[str, int]:
+        """How often another version was "followed", "failed" to be there yet, or was "refused" for its layout."""
+        return self._following.changes
+
+    @property
+    def registry_age_s(self) -> float | None:
+        """Seconds since the registry was last known to answer, inf if it never did; None without one."""
+        return self._following.servers.age_s
+
+    @property
+    def cache(self) -> HotRows | None:
+        """Rows of the version that lookups go by now; None without `cache_bytes`."""
+        return self._following.current.cache
 
     @property
     def attached(self) -> bool:
@@ -212,6 +228,14 @@ class Client:
     def breaker_open(self) -> bool:
         """Whether lookups fail at once, as a server that they need is away."""
         return self._shards.breaker_open
+
+    @property
+    def _shards(self) -> Shards:
+        return self._following.current.shards
+
+    @property
+    def _layout(self) -> Layout:
+        return self._following.current.layout
 
     # --- lookups
 
@@ -322,7 +346,7 @@ class Client:
         wanted = self._layers(layers)
         shapes = self._shapes(num_tokens, wanted)
         check_outs(self.spec, out or {}, shapes)
-        step, blank = Step(wanted), self._blank(shapes, out)
+        step, blank = Step(wanted), zeros(shapes, out)
         for layer in wanted:
             step._rows[layer], step._valid[layer] = blank(layer)
         step._end(None)
@@ -344,21 +368,7 @@ class Client:
         Raises FingerprintError naming the first that differs in each layer, BatchError, SpecError.
         """
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        differences = []
-        for layer, ours in self.spec.hash(batch, list(rows)).items():
-            mine, theirs = ours[:, self._layout.columns(self.spec.table(layer))], rows[layer]
-            if theirs.shape != mine.shape:
-                differences.append(f"layer {layer}: row ids {list(mine.shape)} here, {list(theirs.shape)} there")
-                continue
-            where = np.argwhere(mine != theirs)
-            if len(where):
-                token, head = map(int, where[0])
-                differences.append(
-                    f"layer {layer}: {len(where)} of {mine.size} row ids, the first of token {token}, head {head}: "
-                    f"{mine[token, head]} here, {theirs[token, head]} there"
-                )
-        if differences:
-            raise FingerprintError(differences)
+        check_row_ids(self.spec, self._layout, rows, batch)
 
     def check_layout(
         self, head_sizes: Mapping[int, Sequence[int]], row_bytes: int, token_map: npt.ArrayLike | None = None
@@ -375,9 +385,10 @@ class Client:
 
         Raises ValueError without a cache, OSError.
         """
-        if self.cache is None:
+        now = self._following.current
+        if now.cache is None:
             raise ValueError("this client has no cache to save; make it with cache_bytes")
-        self.cache.save(Path(path), self.version, self._layout.to_json(), max_bytes)
+        now.cache.save(Path(path), now.served.version, now.layout.to_json(), max_bytes)
 
     # --- from batches to lookups
 
@@ -403,7 +414,7 @@ class Client:
         """A step that counts. bounded: it counts among those that `max_pending_bytes` is for."""
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         nbytes = sum(int(np.prod(shape)) for shape in shapes.values())
-        step = Step(layers, deadline, self._blank(shapes, out) if self._masks else None, self.stats, nbytes)
+        step = Step(layers, deadline, zeros(shapes, out) if self._masks else None, self.stats, nbytes)
         if not self.stats.began(nbytes, self._max_pending_bytes if bounded else None):
             raise OverloadedError(
                 f"{self.stats.pending_bytes} bytes of rows are pending in this client, of max_pending_bytes "
@@ -429,12 +440,12 @@ class Client:
         if self._recorder is not None:
             self._recorder.tokens(batch, wanted)
 
-        def plan() -> tuple[Exchange | None, Plan | None]:
-            if (planner := self._planner_for(batch.num_tokens)) is not None:
+        def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
+            if (planner := by.planner_for(batch.num_tokens)) is not None:
                 planned = planner.of_tokens(step, batch, wanted, out)
                 return planned.exchange, planned
-            heads = self._layout.heads
-            return Exchange.of_tokens(self.served, batch, wanted, self._hashing, out, heads, step._writing), None
+            heads = by.layout.heads
+            return Exchange.of_tokens(by.served, batch, wanted, self._hashing, out, heads, step._writing), None
 
         return _Lookup(step, plan)
 
@@ -449,37 +460,15 @@ class Client:
         if self._recorder is not None:
             self._recorder.rows(rows)
 
-        def plan() -> tuple[Exchange | None, Plan | None]:
+        def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
             num_tokens = max(len(rows[layer]) if np.ndim(rows[layer]) else 0 for layer in wanted)
-            planner = self._planner_for(num_tokens)
+            planner = by.planner_for(num_tokens)
             planned = None if planner is None else planner.of_rows(step, rows, out)
             if planned is not None:
                 return planned.exchange, planned
-            return Exchange.of_rows(self.served, rows, out, step._writing), None
+            return Exchange.of_rows(by.served, rows, out, step._writing), None
 
         return _Lookup(step, plan)
-
-    def _planner_for(self, num_tokens: int) -> Planner | None:
-        """What plans a lookup of that size; None for one that is asked for as it is."""
-        planner = self._planner
-        if planner is None or self.attached:
-            return None
-        return planner if planner.has_cache or num_tokens >= _DEDUPE_TOKENS else None
-
-    def _blank(self, shapes: Mapping[int, tuple[int, ...]], out: Out | None) -> Callable[[int], tuple[Rows, Valid]]:
-        def blank(layer: int) -> tuple[Rows, Valid]:
-            shape, given = shapes[layer], (out or {}).get(layer)
-            if isinstance(given, Mapping):
-                for array in given.values():
-                    array[:] = 0
-            elif given is not None:
-                given[:] = 0
-            rows = given if isinstance(given, np.ndarray) else np.zeros(shape, np.uint8)
-            if rows is not given:
-                rows.flags.writeable = False
-            return rows, np.zeros(shape[:-2] if len(shape) > 2 else shape[:1], np.bool_)
-
-        return blank
 
     # --- running them
 
@@ -501,7 +490,7 @@ class Client:
 
     def _run(self, lookup: _Lookup) -> None:
         """Plan, ask, take the answer in: in a thread of the client's, or in that of a caller who waits."""
-        step, plan = lookup.step, None
+        step = lookup.step
         try:
             if self._closing.is_set():
                 step.cancel()
@@ -510,15 +499,9 @@ class Client:
             step._set_working(True)
             if lookup.after is not None:
                 lookup.after._await_worker(step.deadline)
-            exchange, plan = lookup.plan()
-            if exchange is not None:
-                self._shards.ask(exchange, step, lookup.spin_s)
-            if plan is not None:
-                for source, nbytes in plan.sources.items():
-                    self.stats.came(source, nbytes)
-            step._end(None, None if exchange is None else exchange.times)
-            if plan is not None:
-                plan.keep()  # afterwards: nobody need wait for it
+            blank = step._blank
+            while not self._fetch(lookup):
+                step._blank = blank  # not what the last version's cache had
         except EngrampoolError as error:
             closed = StepCancelledError("the client was closed")
             step._end(closed if self._closing.is_set() and isinstance(error, PoolError) else error)
@@ -529,9 +512,31 @@ class Client:
             step._end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise
         finally:
+            step._set_working(False)
+
+    def _fetch(self, lookup: _Lookup) -> bool:
+        """Have the rows of one version come. False if its servers hold it no more, and lookups go by another by now."""
+        step, plan, by = lookup.step, None, self._following.enter()
+        try:
+            exchange, plan = lookup.plan(by)
+            if exchange is not None:
+                by.shards.ask(exchange, step, lookup.spin_s)
+            if plan is not None:
+                for source, nbytes in plan.sources.items():
+                    self.stats.came(source, nbytes)
+            step._end(None, None if exchange is None else exchange.times)
+            if plan is not None:
+                plan.keep()  # afterwards: nobody need wait for it
+            return True
+        except UnknownVersionError:
+            # Of what was handed over already, the rest must be of the same version.
+            if step._rows or not self._following.moved_on(by, step):
+                raise
+            return False
+        finally:
             if plan is not None:
                 plan.close()
-            step._set_working(False)
+            self._following.leave(by)
 
     # --- speculation
 
@@ -545,13 +550,13 @@ class Client:
         step = Step(layers, time.monotonic() + self._timeout_s)
 
         def run() -> None:
-            asked, plan = 0, None
+            asked, plan, by = 0, None, self._following.enter()
             try:
-                assert self._planner is not None
-                plan = self._planner.of_tokens(step, guessed, layers, wanted=False)
+                assert by.planner is not None
+                plan = by.planner.of_tokens(step, guessed, layers, wanted=False)
                 if plan.exchange is not None:
                     asked = plan.exchange.answer_bytes
-                    self._shards.ask(plan.exchange, step, 0.0)
+                    by.shards.ask(plan.exchange, step, 0.0)
                     plan.keep(hinted=True)
                 step._end(None)
             except EngrampoolError as error:  # nobody waits for it
@@ -559,6 +564,7 @@ class Client:
             finally:
                 if plan is not None:
                     plan.close()
+                self._following.leave(by)
                 self.stats.hint_ended(nbytes, asked, step.error is None)
 
         if self.attached or not guessed.num_tokens or not self._workers.submit(run):
@@ -569,7 +575,7 @@ class Client:
     def close(self) -> None:
         """End the connections; steps under way fail with StepCancelledError or UnavailableError."""
         self._closing.set()
-        self._shards.close()
+        self._following.close()
         self._workers.close()
         if self._recorder is not None:
             self._recorder.close()
@@ -581,16 +587,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _columns(spec: ModelSpec, heads: tuple[int, int] | None) -> slice | None:
-    if heads is None:
-        return None
-    start, stop = heads
-    fewest = min(table.heads for table in spec.tables)
-    if not 0 <= start < stop <= fewest:
-        raise ValueError(f"heads must be (start, stop) within 0 .. {fewest}, not empty; it is {heads}")
-    return slice(start, stop)
 
 
 __all__ = ["Client", "Step"]

@@ -1,17 +1,182 @@
-"""From what a client is given to the addresses of servers."""
+"""From what a client is given to the addresses of servers, and to the version that is active."""
 
+import logging
 import socket
+import threading
+import time
+from collections.abc import Sequence
 
-_DNS = "dns:///"
+from engrampool_client.errors import PoolError, UnavailableError, UnknownModelError, UnknownVersionError
+from engrampool_proto.registry import SCHEME, Registry, RegistryError, State
+
+_DNS, _RAY = "dns:///", "ray:///"
+# Between tries to reach a registry, or to find there what a client is to begin with.
+_PAUSE_S = 0.1
+_log = logging.getLogger("engrampool")
 
 
-def changes(target: str) -> bool:
-    """Whether what the target stands for may be other addresses later."""
-    return target.startswith(_DNS)
+class Servers:
+    """The servers that a client's targets stand for, now and later. Thread-safe.
+
+    targets: addresses; "dns:///NAME:PORT" stands for every address that NAME has, "ray:///NAME" for the servers of a
+    placement by that name, "etcd://..." for those registered there. Raises ValueError for two registries, or a URL that
+    is none.
+    """
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        if not targets:
+            raise ValueError("target must name a server at least")
+        urls = [target for target in targets if target.startswith(SCHEME)]
+        if len(urls) > 1:
+            raise ValueError(f"a client follows one registry, not {' and '.join(urls)}; one URL may name all its hosts")
+        self.text = ",".join(targets)
+        self._targets = [target for target in targets if target not in urls]
+        self._registry = Registry(urls[0]) if urls else None
+        self._state: State | None = None
+        self._reading = threading.Lock()
+        self._changed = threading.Condition()
+        self._turn = 0
+        self._closed = threading.Event()
+        self._follower: threading.Thread | None = None
+
+    @property
+    def registered(self) -> bool:
+        """Whether there is a registry, which says what version is active."""
+        return self._registry is not None
+
+    @property
+    def may_change(self) -> bool:
+        """Whether the targets may stand for other servers later."""
+        return self.registered or any(target.startswith((_DNS, _RAY)) for target in self._targets)
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the registry was last known to answer, inf if it never did; None without one."""
+        return None if self._registry is None else self._registry.age_s
+
+    def find(self, model: str | None, version: str | None) -> tuple[list[str], bool]:
+        """The addresses of servers that may hold the version, and whether they are all there are.
+
+        They are not while a name cannot be looked up: that says nothing of its servers. Of a registry that does not
+        answer, the last that was known counts.
+        """
+        found = [resolve(target) for target in self._targets]
+        if self._registry is not None:
+            found.append(None if self._state is None else _holders(self._state, model, version))
+        return list(dict.fromkeys(address for some in found for address in some or ())), None not in found
+
+    def active(self, model: str) -> str | None:
+        """The active version, as far as it is known."""
+        active = None if self._state is None else self._state.active.get(model)
+        return None if active is None else active.version
+
+    def start(self, model: str | None, version: str | None, timeout_s: float) -> tuple[str | None, str | None]:
+        """What to connect to, by model and version: where none is named, the active one, once the registry says so.
+
+        A registry that cannot be reached is not waited for where other targets have an address. From now on it is
+        followed. Raises UnavailableError, UnknownModelError, UnknownVersionError.
+        """
+        if self._registry is None:
+            return model, version
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.look()
+                found: tuple[str | None, str | None] = (model, version)
+                if version is None:
+                    found = self._active(model)
+                if self.find(*found)[0]:
+                    break
+                what = " ".join(filter(None, found))
+                failure: PoolError = UnavailableError(f"no server registered at {self._registry.url} holds {what}")
+            except RegistryError as error:
+                if self.find(model, version)[0]:
+                    _log.warning("connecting without the registry, which is followed once it is there: %s", error)
+                    found = model, version
+                    break
+                failure = UnavailableError(f"no registry was there within {timeout_s} s: {error}")
+            except UnknownVersionError as error:
+                failure = error
+            if time.monotonic() + _PAUSE_S >= deadline:
+                raise failure
+            self._closed.wait(_PAUSE_S)
+        self._follower = threading.Thread(target=self._follow, name="engrampool-registry", daemon=True)
+        self._follower.start()
+        return found
+
+    def look(self) -> None:
+        """Read the registry now. Raises RegistryError."""
+        assert self._registry is not None
+        # Whatever the follower has read meanwhile is as new or newer, and waits.
+        with self._reading:
+            self._take(self._registry.read())
+
+    def wait(self, seen: int, timeout_s: float) -> int:
+        """Wait until something changed since `seen`, which the last call gave (0 at first), or for `timeout_s`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn != seen, timeout_s)
+            return self._turn
+
+    def wake(self) -> None:
+        """Have every `wait` end: something else changed that those who wait look at."""
+        with self._changed:
+            self._turn += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Follow the registry no more."""
+        self._closed.set()
+        self.wake()
+        if self._follower is not None:
+            self._follower.join()
+
+    def _follow(self) -> None:
+        assert self._registry is not None
+        try:
+            self._registry.follow(self._update, self._closed)
+        except RegistryError as error:
+            _log.warning("the registry is not followed: %s", error)
+
+    def _update(self, state: State) -> None:
+        with self._reading:
+            self._take(state)
+
+    def _take(self, state: State) -> None:
+        self._state = state
+        self.wake()
+
+    def _active(self, model: str | None) -> tuple[str, str]:
+        """The model, or the only one, and its active version. Raises UnknownModelError, UnknownVersionError."""
+        assert self._registry is not None
+        assert self._state is not None
+        models = sorted(self._state.active) if model is None else [model]
+        if len(models) > 1:
+            raise UnknownModelError(f"name the model: {self._registry.url} has active versions of {', '.join(models)}")
+        active = self._state.active.get(models[0]) if models else None
+        if active is None:
+            known = ", ".join(f"{one.model} {one.version}" for one in self._state.published)
+            raise UnknownVersionError(
+                f"{self._registry.url} has no active version of {model or 'any model'}; published there: "
+                f"{known or 'none'}. `engrampool activate` makes one active"
+            )
+        return active.model, active.version
+
+
+def _holders(state: State, model: str | None, version: str | None) -> list[str]:
+    """Addresses of the members that hold the version. None: any."""
+    return [
+        address
+        for address, member in state.members.items()
+        if any(model in (None, held.model) and version in (None, held.version) for held in member.held)
+    ]
 
 
 def resolve(target: str) -> list[str] | None:
     """The addresses that a target stands for: itself, or those of a name. None if the name cannot be looked up now."""
+    if target.startswith(_RAY):
+        from engrampool_client.ray_names import addresses  # which needs ray
+
+        return addresses(target.removeprefix(_RAY))
     if not target.startswith(_DNS):
         return [target]
     host, _, port = target.removeprefix(_DNS).rpartition(":")

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from engrampool_client.discovery import changes, resolve
+from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Endpoint, Ways
 from engrampool_client.errors import EngrampoolError, SpecError, UnavailableError
 from engrampool_client.exchange import Exchange, Route, slowest
@@ -29,12 +29,11 @@ _log = logging.getLogger("engrampool")
 class Shards:
     """All servers of one version of a model. Thread-safe once connected.
 
-    targets: addresses; "dns:///NAME:PORT" stands for every address that NAME has, now and later.
-    closing: set when the client closes.
+    servers: where they are, now and later. closing: set, and the servers woken, before it is closed.
     """
 
-    def __init__(self, targets: Sequence[str], ways: Ways, closing: threading.Event) -> None:
-        self._targets, self._ways, self._closing = targets, ways, closing
+    def __init__(self, servers: Servers, ways: Ways, closing: threading.Event) -> None:
+        self._servers, self._ways, self._closing = servers, ways, closing
         self._lock = threading.Lock()
         self._sets: tuple[ReplicaSet, ...] = ()
         self._routes: dict[int, Route] = {}
@@ -48,16 +47,11 @@ class Shards:
 
     def connect(self, model: str | None, version: str | None, timeout_s: float) -> ServedModel:
         """Find out what is served, by whom. Raises PoolError if it cannot be had, SpecError if rows are missing."""
-        for target in self._targets:
-            for address in resolve(target) or ():
-                self._away.setdefault(address, Endpoint(address, self._ways, self._closing))
+        for address in self._servers.find(model, version)[0]:
+            self._away[address] = Endpoint(address, self._ways, self._closing)
         if not self._away:
-            raise UnavailableError(f"{', '.join(self._targets)} has no address now")
-        if len(self._away) == 1:
-            ((address, endpoint),) = self._away.items()
-            self._found = {address: choose(endpoint.describe(timeout_s), model, version)}
-        else:
-            self._found = self._ask_all(model, version, timeout_s)
+            raise UnavailableError(f"{self._servers.text} has no address now")
+        self._found = self._ask_all(model, version, timeout_s)
         self.served = _checked(self._found)
         return self.served
 
@@ -70,7 +64,7 @@ class Shards:
         more = len(self._sets) - 1
         if more:
             self._fan_out = ThreadPoolExecutor(self._ways.max_steps * more, "engrampool-shard")
-        if len(self._open) + len(self._away) > 1 or any(map(changes, self._targets)):
+        if len(self._open) + len(self._away) > 1 or self._servers.may_change:
             self._watcher = threading.Thread(target=self._watch, name="engrampool-shards", daemon=True)
             self._watcher.start()
 
@@ -157,13 +151,15 @@ class Shards:
         try:
             asked = {pool.submit(one.describe, timeout_s): address for address, one in self._away.items()}
             left, until = set(asked), time.monotonic() + timeout_s + _GRACE_S
-            while left and time.monotonic() < until:
+            while left and time.monotonic() < until and not self._closing.is_set():
                 done, left = wait(left, _GRACE_S, "FIRST_COMPLETED")
                 for future in done:
                     address = asked[future]
                     try:
                         served = choose(future.result(), model, version)
                     except EngrampoolError as error:
+                        if len(asked) == 1:
+                            raise
                         self.troubles[address] = str(error)
                         continue
                     # The first that answers says which version it is, where none was named.
@@ -190,20 +186,23 @@ class Shards:
             self._open[address] = endpoint
             same = next((one for one in self._sets if one.parts == served.parts), None)
             if same is None:
-                same = ReplicaSet(served.parts, self._suspects)
+                same = ReplicaSet(served.parts, self._suspects, self._stats)
                 self._sets = (*self._sets, same)
             same.replicas = (*same.replicas, endpoint)
 
     def _watch(self) -> None:
         """Look for servers that were away, that hold other rows by now, and for new addresses of names."""
-        while not self._closing.wait(_LOOK_S):
-            found = [resolve(target) for target in self._targets]
-            addresses = {address for some in found for address in some or ()}
+        seen = 0
+        while True:
+            seen = self._servers.wait(seen, _LOOK_S)
+            if self._closing.is_set():
+                return
+            addresses, complete = self._servers.find(self.served.spec.name, self.served.version)
             with self._lock:
-                for address in addresses - set(self._open) - set(self._away):
-                    self._away[address] = Endpoint(address, self._ways, self._closing)
-            # A name that cannot be looked up says nothing of its addresses: the last ones known go on.
-            if None not in found:
+                for address in addresses:
+                    if address not in self._open and address not in self._away:
+                        self._away[address] = Endpoint(address, self._ways, self._closing)
+            if complete:
                 self._forget(addresses)
             self._suspects.update(endpoint for endpoint in self._open.values() if endpoint.breaker.is_open)
             while self._suspects:

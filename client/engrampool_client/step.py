@@ -19,7 +19,7 @@ from engrampool_client.errors import (
     RejectedError,
     StepCancelledError,
 )
-from engrampool_client.exchange import Rows
+from engrampool_client.exchange import Out, Rows
 from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
 
@@ -275,3 +275,21 @@ class Step:
 def _may_be_masked(error: EngrampoolError | None) -> bool:
     """Whether it is the pool that failed, and not the caller."""
     return isinstance(error, PoolError) and not isinstance(error, RejectedError | StepCancelledError)
+
+
+def zeros(shapes: Mapping[int, tuple[int, ...]], out: Out | None) -> Blank:
+    """Zero rows of no token, in the caller's arrays where there are some. shapes: of each layer's rows."""
+
+    def blank(layer: int) -> tuple[Rows, Valid]:
+        shape, given = shapes[layer], (out or {}).get(layer)
+        if isinstance(given, Mapping):
+            for array in given.values():
+                array[:] = 0
+        elif given is not None:
+            given[:] = 0
+        rows = given if isinstance(given, np.ndarray) else np.zeros(shape, np.uint8)
+        if rows is not given:
+            rows.flags.writeable = False
+        return rows, np.zeros(shape[:-2] if len(shape) > 2 else shape[:1], np.bool_)
+
+    return blank

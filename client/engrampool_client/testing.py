@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,15 +79,20 @@ class ServerProcess:
 
 @contextmanager
 def serve_process(
-    *models: Path | str, environ: Mapping[str, str] | None = None, ready: bool = True, **settings: Any
+    *models: Path | str,
+    environ: Mapping[str, str] | None = None,
+    ready: bool = True,
+    prefix: Sequence[str] = (),
+    **settings: Any,
 ) -> Iterator[ServerProcess]:
     """A server in a child process, on free ports of 127.0.0.1, stopped by SIGTERM (by SIGKILL if that takes too long).
 
-    models: packed directories, or URLs of them. settings: flags of `engrampool serve`, such as gather_threads=2.
-    ready: wait until it serves; else only until it runs. Raises ServerStartError.
+    models: packed directories, or URLs of them; none with a registry. settings: flags of `engrampool serve`, such as
+    gather_threads=2. ready: wait until it serves; else only until it runs. prefix: words before the command, of a
+    program that becomes the server, as `nsenter` does. Raises ServerStartError.
     """
     flags = {"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", **settings}
-    command = [sys.executable, "-m", "engrampool_proto", "serve"]
+    command = [*prefix, sys.executable, "-m", "engrampool_proto", "serve"]
     command += [word for path in models for word in ("--model", str(path))]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     process = subprocess.Popen(  # noqa: S603

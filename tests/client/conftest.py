@@ -9,12 +9,12 @@ import pytest
 from engrampool_client.testing import serve_thread
 from engrampool_proto.builders import blueprint
 from engrampool_proto.spec import ModelSpec
-from small_model import CONFIG, TOKENIZER, write_model
+from small_model import CONFIG, small_spec, write_model
 
 
 @pytest.fixture(scope="session")
 def spec() -> ModelSpec:
-    return blueprint(CONFIG, TOKENIZER).spec
+    return small_spec()
 
 
 @pytest.fixture(scope="session")

@@ -73,13 +73,13 @@ def test_lookup_writes_the_rows(spec, config, server, tokens, out, hashing):
     assert summary["server_us"]["total_us"] > 0
 
 
-def test_what_goes_wrong_is_raised_typed_and_leaves_no_file(config, server, tokens, out, tmp_path):
+def test_what_goes_wrong_is_raised_typed_and_leaves_no_file(config, packed, server, tokens, out, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**CONFIG, "engram_head_dim": 128}))
     nothing = tmp_path / "nothing.json"
     nothing.write_text("{}")
     bad_tokens = tmp_path / "bad.npy"
-    hash_it = ("--config", config, "--tokenizer", TOKENIZER)
+    hash_it = ("--model", packed)
     cases = (
         (BatchError, "is no .npy file", rows, (*hash_it, "--tokens", other)),
         (SpecError, "describes no model", rows, ("--config", nothing, "--tokens", tokens)),

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from engrampool_client import Client, DeadlineError, OverloadedError, Unavailabl
 from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import lasting_address
 
 TOKENS = np.arange(500, dtype=np.int32)
 LANES = ["off", "auto"]
@@ -80,10 +80,7 @@ def test_a_silent_server_is_masked_then_known_then_back(packed, direct):
 
 @pytest.mark.parametrize("direct", LANES)
 def test_a_dead_server_opens_the_breaker_and_raises_where_asked_to(packed, direct):
-    with socket.socket() as reserved:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(("127.0.0.1", 0))
-        listen = f"127.0.0.1:{reserved.getsockname()[1]}"
+    listen = lasting_address()
     with connected(packed, listen, direct=direct, retry_s=0, breaker_failures=2) as (client, server):
         client.lookup(TOKENS)
         server.process.kill()

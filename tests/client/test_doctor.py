@@ -436,10 +436,9 @@ def test_bad_input_is_one_error(server, other_packed, tokens, spec, tmp_path):
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_read(arguments, text):
-    words = [sys.executable, "-m", "engrampool_proto", "doctor", "--server", "127.0.0.1:1", *arguments]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert text in done.stderr
+    result = CliRunner().invoke(doctor, ["--server", "127.0.0.1:1", *arguments])
+    assert result.exit_code == 2
+    assert text in result.output
 
 
 def test_the_program_ends_with_the_verdicts_code(server, tokens, patient_ms, tmp_path):

@@ -237,7 +237,7 @@ def test_addresses_that_a_name_has_no_more_are_forgotten(packed, monkeypatch):
     with ExitStack() as stack:
         servers = [stack.enter_context(serve_process(packed, workers=1)) for _ in range(2)]
         known = [server.address for server in servers]
-        monkeypatch.setattr("engrampool_client.shards.resolve", lambda target: list(known) if known else None)
+        monkeypatch.setattr("engrampool_client.discovery.resolve", lambda target: list(known) if known else None)
         client = stack.enter_context(Client("dns:///pool:1", attach="off", retry_s=0, breaker_failures=1))
         expected = wanted(client)
         gone = known.pop()

@@ -1,0 +1,79 @@
+"""Whether what is served is what the engine that runs here reads: its config and tokenizer, its layout, its row ids."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_client.errors import FingerprintError
+from engrampool_client.plan import Layout
+from engrampool_proto.builders import blueprint, load_config
+from engrampool_proto.errors import SpecError
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.spec import ModelSpec
+from engrampool_proto.token_map import TokenMap
+
+
+def check_fingerprint(served: ModelSpec, config: str | Path | None, tokenizer: str | Path | None) -> None:
+    """Refuse a server whose tables are not those of the model that runs here.
+
+    config, tokenizer: this side's config.json and tokenizer.json; without a config nothing is compared.
+    Raises FingerprintError listing the fields that differ, SpecError if the files cannot be read.
+    """
+    if config is None:
+        if tokenizer is not None:
+            raise SpecError("a tokenizer is compared through a config: give both")
+        return
+    ours = blueprint(load_config(Path(config)), None if tokenizer is None else Path(tokenizer), served.name).spec
+    differences = ours.differences(served)
+    if differences:
+        raise FingerprintError(differences)
+
+
+def check_layout(
+    served: ModelSpec, head_sizes: Mapping[int, Sequence[int]], row_bytes: int, token_map: npt.ArrayLike | None
+) -> None:
+    """Refuse a server whose tables are not laid out as an engine says. Arguments and errors: `Client.check_layout`."""
+    differences = []
+    if sorted(head_sizes) != list(served.layers):
+        differences.append(f"layers: {sorted(head_sizes)} here, {list(served.layers)} there")
+    for layer in sorted(set(head_sizes) & set(served.layers)):
+        table = served.table(layer)
+        ours, theirs = list(map(int, head_sizes[layer])), list(table.hash.head_rows())
+        if ours != theirs:
+            where = next((at for at, two in enumerate(zip(ours, theirs, strict=False)) if two[0] != two[1]), None)
+            what = (
+                f"{len(ours)} heads here, {len(theirs)} there"
+                if where is None
+                else (f"rows of head {where}: {ours[where]} here, {theirs[where]} there")
+            )
+            differences.append(f"{table.name}: {what}")
+        if row_bytes != table.row_bytes:
+            differences.append(f"{table.name}: {row_bytes} bytes a row here, {table.row_bytes} there")
+    ours_map = None if token_map is None else TokenMap(np.array(token_map, np.int32))
+    digests = [None if one is None else one.digest for one in (ours_map, served.token_map)]
+    if digests[0] != digests[1]:
+        differences.append(f"token map: digest {digests[0]} here, {digests[1]} there")
+    if differences:
+        raise FingerprintError(differences)
+
+
+def check_row_ids(served: ModelSpec, layout: Layout, rows: Mapping[int, npt.NDArray[Any]], batch: TokenBatch) -> None:
+    """Compare an engine's row ids of a batch with those that are hashed here. Arguments and errors: `Client.verify`."""
+    differences = []
+    for layer, ours in served.hash(batch, list(rows)).items():
+        mine, theirs = ours[:, layout.columns(served.table(layer))], rows[layer]
+        if theirs.shape != mine.shape:
+            differences.append(f"layer {layer}: row ids {list(mine.shape)} here, {list(theirs.shape)} there")
+            continue
+        where = np.argwhere(mine != theirs)
+        if len(where):
+            token, head = map(int, where[0])
+            differences.append(
+                f"layer {layer}: {len(where)} of {mine.size} row ids, the first of token {token}, head {head}: "
+                f"{mine[token, head]} here, {theirs[token, head]} there"
+            )
+    if differences:
+        raise FingerprintError(differences)
