@@ -1,6 +1,7 @@
 # make demo   set up, pack a model of about 250 MB, serve it, run real text through it
 # make test   set up, lint, type-check, run every test
 # make test-torch  the tests that need PyTorch, which is installed for them and which the others do without
+# make test-ray  the tests that need Ray, likewise
 # make tiny-lm  train a small Engram model, serve its tables, and compare every logit with tables in the process
 # make bench  measure side by side with peers, about 10 minutes; see bench/RESULTS.md. JSON=FILE writes the records
 # make bench-quick  the same in about 2 minutes, with fewer repeats
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-torch tiny-lm lint stubs bench bench-quick clean
+.PHONY: demo test test-torch test-ray tiny-lm lint stubs bench bench-quick clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
@@ -20,6 +21,9 @@ test: lint
 
 test-torch: $(VENV)/torch-installed
 	$(BIN)/python -m pytest tests/client/test_torch.py tests/integration/test_tiny_engram_lm.py
+
+test-ray: $(VENV)/dev-installed $(VENV)/ray-installed
+	$(BIN)/python -m pytest tests/integration/test_ray.py
 
 tiny-lm: $(VENV)/torch-installed
 	$(BIN)/python examples/tiny_engram_lm.py

@@ -153,7 +153,7 @@ def plan(
         answer_bytes = size.parse(max_in_flight_bytes)
     except ValueError as error:
         raise click.UsageError(f"--max-in-flight-bytes {max_in_flight_bytes!r}: allowed: {size.allowed}") from error
-    spec = _spec_of(location)
+    spec = spec_of(location)
     if placement is not None:
         how, parts = f"--placement {placement}", read_placement(placement, spec)
     else:
@@ -164,7 +164,8 @@ def plan(
     click.echo(json.dumps(planned.to_json()) if as_json else str(planned))
 
 
-def _spec_of(location: Location) -> ModelSpec:
+def spec_of(location: Location) -> ModelSpec:
+    """What a packed model, or a checkpoint of which there are config.json and tokenizer.json at least, consists of."""
     if RawModel.lies_in(location):
         tokenizer = location / "tokenizer.json"
         return blueprint(load_config(location / "config.json"), tokenizer if tokenizer.is_file() else None).spec
