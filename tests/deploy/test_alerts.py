@@ -66,6 +66,10 @@ def test_promtool_misses_an_alert_that_never_fires(alert, promtool, tmp_path):
             if rule["alert"] == alert:
                 rule["expr"] = "vector(1) > 2"
     cases = yaml.safe_load(CASES.read_text()) | {"rule_files": ["rules.yml"]}
+    # Those about others only take time.
+    cases["tests"] = [
+        case for case in cases["tests"] if any(one["alertname"] == alert for one in case["alert_rule_test"])
+    ]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
     (tmp_path / "cases.yml").write_text(yaml.safe_dump(cases))
     done = run(promtool, "test", "rules", tmp_path / "cases.yml")

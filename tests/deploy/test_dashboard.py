@@ -107,6 +107,8 @@ def prometheus(server, client_process, tmp_path_factory) -> Iterator[Prometheus]
     (job,) = config["scrape_configs"]
     job["static_configs"] = [{"targets": [server.metrics_address, client_process.metrics_address]}]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    for rules in config["rule_files"]:
+        shutil.copy(SCRAPE_CONFIG.with_name(rules), directory)
     log = directory / "log"
     command = [
         program,
@@ -185,6 +187,12 @@ def exposed_names(dashboard: str) -> set[str]:
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
         names |= {family.name + ending for ending in endings}
     return names
+
+
+def test_prometheus_loads_the_alerts(prometheus):
+    groups = yaml.safe_load(SCRAPE_CONFIG.with_name("alerts.yml").read_text())["groups"]
+    loaded = {rule["name"] for group in prometheus.get("rules")["groups"] for rule in group["rules"]}
+    assert loaded == {rule["alert"] for group in groups for rule in group["rules"]}
 
 
 @pytest.mark.parametrize(("dashboard", "panel", "target"), TARGETS)

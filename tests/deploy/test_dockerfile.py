@@ -190,7 +190,8 @@ def test_prometheus_scrapes_the_service():
     (job,) = config["scrape_configs"]
     assert job["static_configs"] == [{"targets": [f"engrampool:{METRICS_PORT}"]}]
     assert "engrampool" in SERVICES
-    assert mounts("prometheus")["/etc/prometheus/prometheus.yml"] == ("./prometheus/prometheus.yml", True)
+    # The whole folder, as rules are named relative to prometheus.yml.
+    assert mounts("prometheus")["/etc/prometheus"] == ("./prometheus", True)
 
 
 def test_grafana_finds_prometheus_and_the_dashboard():
