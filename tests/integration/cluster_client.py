@@ -1,28 +1,46 @@
-"""A client of a cluster under constant load, which checks every byte: started by test_cluster.py.
+"""A client of a cluster under constant load, which checks every byte: started by cluster_load.py.
 
-Arguments: a seed, and the servers' addresses. Says how it goes in lines of JSON, until its standard input ends.
+Arguments: a seed, odd for the direct lane; a lookup's deadline in seconds; the client's targets. Says how it goes in
+lines of JSON, until its standard input ends.
 """
 
 import json
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
+from cluster_rows import VERSIONS, rows_of
 from engrampool_client import Client, PoolError
 from engrampool_proto.hashing import TokenBatch
-from engrampool_proto.synthetic import synthetic_rows
+from engrampool_proto.spec import TableSpec
+
+
+def versions_of(table: TableSpec, ids: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """By version, which rows are its own: bool [tokens, heads]."""
+    return {version: (rows == rows_of(version, table, ids)).all(axis=-1) for version in VERSIONS}
+
+
+def judge(found: Mapping[int, Mapping[str, np.ndarray]]) -> tuple[bool, set[str]]:
+    """Whether every row is of some version, and the versions that the whole answer may be of: none if it is mixed."""
+    right = all(np.logical_or.reduce(list(layer.values())).all() for layer in found.values())
+    return right, {version for version in VERSIONS if all(layer[version].all() for layer in found.values())}
 
 
 def main() -> None:
-    seed, addresses = int(sys.argv[1]), sys.argv[2:]
+    seed, timeout_s, targets = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
     random = np.random.default_rng(seed)
     ending = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ending.set()), daemon=True).start()
-    said = {"lookups": 0, "wrong": 0, "failed": [], "slowest_s": 0.0}
+    lookups = wrong = mixed = 0
+    slowest_s, version = 0.0, ""
+    failed: Counter[str] = Counter()
     told = time.monotonic()
-    with Client(addresses, attach="off", direct="auto" if seed % 2 else "off", cache_bytes=1 << 20) as client:
+    direct = "auto" if seed % 2 else "off"
+    with Client(targets, attach="off", direct=direct, cache_bytes=1 << 20, timeout_s=timeout_s) as client:
         spec = client.spec
         while not ending.is_set():
             tokens = random.integers(0, 2000, int(random.integers(1, 300))).astype(np.int32)
@@ -30,17 +48,24 @@ def main() -> None:
             try:
                 rows = client.lookup(tokens)
             except PoolError as error:
-                said["failed"].append(repr(error))
-                continue
-            finally:
-                said["slowest_s"] = max(said["slowest_s"], time.monotonic() - begin)
-            ids = spec.hash(TokenBatch.of(tokens))
-            said["wrong"] += sum(not np.array_equal(rows[n], synthetic_rows(spec.table(n), ids[n])) for n in ids)
-            said["lookups"] += 1
+                rows = {}
+                failed[repr(error)] += 1
+            slowest_s = max(slowest_s, time.monotonic() - begin)
+            if rows:
+                ids = spec.hash(TokenBatch.of(tokens))
+                right, versions = judge({n: versions_of(spec.table(n), ids[n], rows[n]) for n in ids})
+                lookups += 1
+                wrong += not right
+                mixed += right and not versions
+                if len(versions) == 1:  # a few rows may be the same in two
+                    (version,) = versions
             if time.monotonic() - told > 0.1:
                 told = time.monotonic()
-                print(json.dumps({**said, "away": list(client._shards._away)}), flush=True)
-                said["slowest_s"] = 0.0
+                said = {"lookups": lookups, "wrong": wrong, "mixed": mixed, "failed": failed, "slowest_s": slowest_s}
+                shards = client._shards
+                servers = {"open": sorted(shards._open), "away": sorted(shards._away)}
+                print(json.dumps({**said, **servers, "version": version}), flush=True)
+                slowest_s = 0.0
 
 
 if __name__ == "__main__":

@@ -1,122 +1,190 @@
-"""A model on several servers, each shard twice, while servers are killed, come back and are replaced."""
+"""A model on several servers, each shard twice, under constant load, while all fails that can and versions change.
 
-import json
+Four hosts, each with two servers of different shards; where the machine permits, hosts of a network, whose links can be
+cut. `pytest -s` shows how long everything took to be well again.
+"""
+
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster_load import Load, loads
+from cluster_rows import FIRST, PATCHED, SECOND, write_versions
 from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.builders import blueprint
+from etcd_process import EtcdProcess, running_etcd
+from network import Host, NotPermittedError, network
 from server_fixtures import lasting_address
-from small_model import CONFIG, TOKENIZER, write_model
+from small_model import CONFIG, TOKENIZER
 
-SHARDS, REPLICAS = 4, 2
-LOAD = Path(__file__).with_name("cluster_client.py")
-
-
-class Load:
-    """A client in a process of its own, as it last said how it goes."""
-
-    def __init__(self, seed: int, addresses: list[str]) -> None:
-        command = [sys.executable, str(LOAD), str(seed), *addresses]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.said: dict[str, Any] = {"lookups": 0, "away": None}
-        self._changed = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            with self._changed:
-                self.said = json.loads(line)
-                self._changed.notify_all()
-        with self._changed:
-            self.said = {**self.said, "ended": True}
-            self._changed.notify_all()
-
-    def wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: "ended" in self.said or condition(self.said), 60), self.said
-            assert "ended" not in self.said
-
-    def go_on(self, lookups: int = 5) -> None:
-        """Wait until it has made so many more, with nobody away."""
-        until = self.said["lookups"] + lookups
-        self.wait_for(lambda said: said["lookups"] >= until and said["away"] == [])
-
-    def end(self) -> dict[str, Any]:
-        self.process.stdin.close()
-        assert self.process.wait(60) == 0
-        self._reader.join()
-        self.process.stdout.close()
-        return self.said
+SHARDS = HOSTS = 4
+MODEL = "deepseek-v4.1"
+_ENGRAMPOOL = (sys.executable, "-m", "engrampool_proto")
 
 
-@contextmanager
-def loads(addresses: list[str]) -> Iterator[list[Load]]:
-    running = [Load(seed, addresses) for seed in (0, 1)]
-    try:
-        yield running
-    finally:
-        for load in running:
-            load.process.kill()
-            load.process.wait()
+class Cluster:
+    """Servers by number: 2 * host and 2 * host + 1. clients: under load, see `loads`."""
+
+    def __init__(self, where: Path, hosts: Sequence[Host | None], etcd: EtcdProcess, stack: ExitStack) -> None:
+        self.where, self.hosts, self.etcd, self._stack = where, hosts, etcd, stack
+        self._client_prefix = hosts[0].prefix if hosts[0] else ()
+        self.servers: list[ServerProcess] = []
+        self._commands: list[Callable[[], Any]] = []
+        self._begun_s = 0.0
+        for number in range(2 * HOSTS):
+            self._commands.append(self._command(number))
+            self.servers.append(self._start(number))
+        self.clients: list[Load] = []
+
+    def _command(self, number: int) -> Callable[[], Any]:
+        name, host = number // 2, self.hosts[1 + number // 2]
+        port = lasting_address().rpartition(":")[2]
+        memory = self.where / f"host{name}"
+        memory.mkdir(exist_ok=True)
+        settings = {
+            "listen": f"{host.address if host else '127.0.0.1'}:{port}",
+            # Replicas of a shard are on neighbouring hosts.
+            "shard": f"{(name + number % 2) % SHARDS}/{SHARDS}",
+            "registry": self.etcd.url(),
+            "registry_cache": str(self.where / f"server{number}.json"),
+            "memory": f"file:{memory}",
+            "workers": 1,
+            "metrics": "off",
+        }
+        return lambda: serve_process(ready=False, prefix=host.prefix if host else (), **settings)
+
+    def _start(self, number: int) -> ServerProcess:
+        server: ServerProcess = self._stack.enter_context(self._commands[number]())
+        return server
+
+    def start(self, *numbers: int) -> None:
+        """Start servers that ended, at once, and wait until they serve."""
+        for number in numbers:
+            self.servers[number] = self._start(number)
+        for number in numbers:
+            self.servers[number].wait_for("serving")
+
+    def end(self, signal_number: int, *numbers: int) -> None:
+        for number in numbers:
+            self.servers[number].process.send_signal(signal_number)
+        for number in numbers:
+            self.servers[number].process.wait()
+
+    def run(self, *words: str) -> None:
+        """An `engrampool` command, on the clients' host."""
+        command = [*self._client_prefix, *_ENGRAMPOOL, *words, "--registry", self.etcd.url()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+    @contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        """Something that happens to the cluster, and ends when all is well again: shows what that took."""
+        for client in self.clients:
+            client.slowest_s = 0.0
+        self._begun_s = time.monotonic()
+        yield
+        slowest = ", ".join(f"{client.slowest_s:.2f}" for client in self.clients)
+        print(f"{what}: well again after {time.monotonic() - self._begun_s:.1f} s; slowest lookups {slowest} s")
+
+    def mended(self) -> None:
+        """From now on it can become well again."""
+        self._begun_s = time.monotonic()
+
+    def answered(self, lookups: int = 15) -> None:
+        for client in self.clients:
+            client.answered(lookups)
+
+    def well(self, version: str) -> None:
+        """Wait until all servers are used, and answers are of this version."""
+        for client in self.clients:
+            client.wait_for(lambda said: len(said["open"]) == 2 * HOSTS and said["version"] == version)
+        self.answered(5)
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "small", blueprint(CONFIG, TOKENIZER).spec)
+def rolls(lines: Sequence[dict[str, Any]]) -> int:
+    """How often it has replaced its workers, which it also does for another version."""
+    return sum(line["event"] == "rolled" for line in lines)
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        try:
+            hosts: Sequence[Host | None] = stack.enter_context(network(1 + HOSTS))
+            here = hosts[0]
+            etcd = stack.enter_context(running_etcd(tmp_path, here.address, here.prefix))
+        except NotPermittedError as error:
+            print(f"no links to cut: {error}")
+            hosts = [None] * (1 + HOSTS)
+            etcd = stack.enter_context(running_etcd(tmp_path))
+        yield Cluster(tmp_path, hosts, etcd, stack)
 
 
 @pytest.mark.timeout(300)
-def test_no_step_fails_and_no_byte_is_wrong_while_one_replica_of_each_shard_is_up(packed):
-    with ExitStack() as stack:
-        servers: dict[str, tuple[ServerProcess, int]] = {}
-
-        def start(shard: int, listen: str) -> str:
-            settings = {"shard": f"{shard}/{SHARDS}", "listen": listen, "workers": 1, "metrics": "off"}
-            server = stack.enter_context(serve_process(packed, **settings))
-            servers[server.address] = server, shard
-            return server.address
-
-        for shard in range(SHARDS):
-            for _ in range(REPLICAS):
-                start(shard, lasting_address())
-        addresses = list(servers)
-        running = stack.enter_context(loads(addresses))
-        for load in running:
-            load.go_on()
-        # One replica of each shard is killed and comes back, the other is told to replace its workers.
-        for killed, rolled in zip(addresses[::2], addresses[1::2], strict=True):
-            server, shard = servers[killed]
-            server.process.send_signal(signal.SIGKILL)
-            server.process.wait()
-            for load in running:
-                until = load.said["lookups"] + 10
-                load.wait_for(lambda said, until=until: said["lookups"] >= until)
-            start(shard, killed)
-            for load in running:
-                load.go_on()
-            servers[rolled][0].process.send_signal(signal.SIGHUP)
-            servers[rolled][0].wait_for("rolled")
-            for load in running:
-                load.go_on()
-        # Both replicas at once, of different shards.
-        for address in (addresses[1], addresses[2]):
-            servers[address][0].process.kill()
-            servers[address][0].process.wait()
-        for load in running:
-            until = load.said["lookups"] + 20
-            load.wait_for(lambda said, until=until: said["lookups"] >= until)
-        for load in running:
-            said = load.end()
-            assert said["failed"] == []
-            assert said["wrong"] == 0
+def test_no_step_fails_and_no_byte_is_wrong_while_one_replica_of_each_shard_is_up(cluster):
+    digests = write_versions(cluster.where, blueprint(CONFIG, TOKENIZER).spec)
+    cluster.run("publish", str(cluster.where / FIRST), "--activate")
+    with loads([cluster.etcd.url()], cluster._client_prefix) as cluster.clients:
+        cluster.well(FIRST)
+        with cluster.phase("kill -9 of a server of each shard, and their restart"):
+            one_of_each = range(0, 2 * HOSTS, 2)
+            cluster.end(signal.SIGKILL, *one_of_each)
+            cluster.answered()
+            cluster.mended()
+            cluster.start(*one_of_each)
+            cluster.well(FIRST)
+        with cluster.phase("etcd stopped, a server killed and restarted meanwhile"):
+            cluster.etcd.stop()
+            cluster.answered()
+            cluster.end(signal.SIGKILL, 1)
+            cluster.answered()
+            cluster.mended()
+            cluster.start(1)
+            cluster.well(FIRST)
+            cluster.etcd.start()
+            cluster.answered()
+        if cluster.hosts[0] is not None:
+            with cluster.phase("the link of a host cut, and healed"):
+                cluster.hosts[1].cut = True
+                cluster.answered()
+                cluster.mended()
+                cluster.hosts[1].cut = False
+                cluster.well(FIRST)
+        with cluster.phase("publish, load and activate another version"):
+            cluster.run("publish", str(cluster.where / SECOND), "--activate")
+            cluster.well(SECOND)
+        with cluster.phase("roll back"):
+            cluster.run("rollback", MODEL)
+            cluster.well(FIRST)
+        with cluster.phase("publish and activate a patch of 1 % of the rows"):
+            cluster.run("publish", str(cluster.where / PATCHED), "--activate")
+            cluster.well(PATCHED)
+        with cluster.phase("retire the other version"):
+            cluster.run("retire", MODEL, digests[SECOND])
+            for server in cluster.servers:
+                server.wait_for("version-withdrawn")
+            cluster.well(PATCHED)
+        with cluster.phase("replace the workers of every server, one server after the other"):
+            for server in cluster.servers:
+                before = rolls(server._events)
+                server.process.send_signal(signal.SIGHUP)
+                server.wait_until(lambda lines, before=before: rolls(lines) > before)
+            cluster.well(PATCHED)
+        with cluster.phase("stop the servers of a host, and start them"):
+            cluster.end(signal.SIGTERM, 0, 1)
+            cluster.answered()
+            cluster.mended()
+            cluster.start(0, 1)
+            cluster.well(PATCHED)
+        for client in cluster.clients:
+            said = client.end()
+            assert said["failed"] == {}
+            assert (said["wrong"], said["mixed"]) == (0, 0)
             assert said["lookups"] > 100
