@@ -77,7 +77,7 @@ def child(script: str, *arguments: object) -> Iterator[Child]:
             assert process.stdout is not None
             with suppress(BrokenPipeError, subprocess.TimeoutExpired):
                 process.stdin.close()
-                process.wait(20)  # the end of its input ends it
+                process.wait(3)  # the end of its input ends it, unless it is measuring
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
