@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 import uvloop
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from engrampool_proto import wire
@@ -85,13 +86,16 @@ class Running:
         return self.server.address
 
     def scrape(self) -> Mapping[str, float]:
-        return scrape(self.server.metrics_address)
+        """Over HTTP where it listens for that; without, a server stops half a second sooner."""
+        if self.server.metrics_address:
+            return scrape(self.server.metrics_address)
+        return _samples(self.server._shared.metrics.registry.collect())
 
 
 @contextmanager
 def running(*models: Path, load: bool = True, **settings: Any) -> Iterator[Running]:
     """A started server; load: and a serving one. settings: fields of ServerConfig."""
-    config = ServerConfig(models=models, **{"listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", **settings})
+    config = ServerConfig(models=models, **{"listen": "127.0.0.1:0", "metrics": "off", **settings})
     loop = uvloop.new_event_loop() if config.event_loop == "uvloop" else asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -182,7 +186,11 @@ def scrape(address: str) -> Mapping[str, float]:
     """Every sample of a metrics port, as `name{label="value",...}`, labels sorted."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=LIMIT_S) as response:
         text = response.read().decode()
-    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return _samples(text_string_to_metric_families(text))
+
+
+def _samples(families: Iterable[Metric]) -> Mapping[str, float]:
+    samples = (sample for family in families for sample in family.samples)
     return {_key(sample.name, sample.labels): sample.value for sample in samples}
 
 

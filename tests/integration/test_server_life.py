@@ -261,18 +261,21 @@ def test_a_damaged_table_file_is_named_and_nothing_goes_on_running(packed, tmp_p
     with (directory / block.file).open("r+b") as file:
         file.seek(block.offset)
         file.write(bytes(8))
-    line = fails(f"--model={directory}")
+    # The whole session, so that a child left behind would be seen.
+    command = [*SERVE, f"--model={directory}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    line = process.communicate(timeout=LIMIT_S)[1].splitlines()[-1]
+    assert process.returncode == 1
+    assert line.startswith("engrampool: ")
     assert str(directory / block.file) in line
     assert f"layer 2 block 3 (rows {block.start} .. {block.stop - 1})" in line
-    # The whole session, so that a child left behind would be seen.
-    process = subprocess.Popen([*SERVE, f"--model={directory}"], stderr=subprocess.DEVNULL, start_new_session=True)
-    assert process.wait(LIMIT_S) == 1
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
 
-def test_what_is_no_model_is_named(tmp_path):
-    assert f"{tmp_path} is no packed model" in fails(f"--model={tmp_path}")
+def test_what_is_no_model_is_named_and_told_by_serve_process(tmp_path):
+    with pytest.raises(ServerStartError, match=f"engrampool: {tmp_path} is no packed model"), serve_process(tmp_path):
+        raise AssertionError("it serves nothing")
 
 
 def free_huge_pages() -> int:
@@ -365,8 +368,3 @@ def test_several_client_processes_at_once(packed):
             return done.stdout + done.stderr
 
         assert list(threads.map(client, range(3))) == ["every byte was right\n"] * 3
-
-
-def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path):
-    with pytest.raises(ServerStartError, match="is no packed model"), serve_process(tmp_path):
-        raise AssertionError("it serves nothing")

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -49,13 +48,13 @@ def unused(directory: Path) -> bool:
     return not any(found.in_use for found in survey(backing))
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_restart_adopts_the_tables_of_the_server_before(packed, tmp_path, end):
+def test_a_restart_adopts_the_tables_of_the_server_before(packed, tmp_path):
+    """Of one that was killed; `test_segments_in_shm` has one that was told to end."""
     with serve_process(packed, memory=f"file:{tmp_path}", workers=1) as server:
         answers_right(server, packed)
         assert logged(server, "adopted") == []
         before = inodes(tmp_path)
-        server.process.send_signal(end)
+        server.process.kill()
         server.process.wait(LIMIT_S)
     # Workers of a supervisor that was killed end a moment later.
     eventually(lambda: unused(tmp_path), "all processes let go")

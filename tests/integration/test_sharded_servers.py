@@ -38,18 +38,16 @@ def logged(server: ServerProcess, event: str) -> list[dict]:
         return [line for line in server._events if line["event"] == event]
 
 
-@pytest.mark.parametrize("memory", ["anon", "shm", "file"])
+@pytest.mark.parametrize("memory", ["anon", "shm"])
 def test_the_union_of_all_servers_is_the_model(tmp_path, memory):
-    """Each of its own kind of memory; in the real /dev/shm with tables that nobody else has."""
+    """In the real /dev/shm with tables that nobody else has."""
     spec = replace(SPEC, name=f"test-{os.getpid()}-{time.time_ns()}")
     packed = pack(tmp_path / "own", spec, block_bytes=20_000)
-    (tmp_path / "held").mkdir()
-    kind = f"file:{tmp_path / 'held'}" if memory == "file" else memory
-    where = Path("/dev/shm") if memory == "shm" else tmp_path / "held"
+    where = Path("/dev/shm")
     union: dict[int, bytes] = {2: b"", 9: b""}
     try:
         for at, part in enumerate(cut(spec, 4)):
-            with serve_process(packed, memory=kind, shard=f"{at}/4", workers=1 + at % 2) as server:
+            with serve_process(packed, memory=memory, shard=f"{at}/4", workers=1 + at % 2) as server:
                 for layer, rows in answer(server, packed, part, spec.name).items():
                     union[layer] += rows
                 held = scrape(server.metrics_address)

@@ -7,10 +7,9 @@ import pytest
 
 from engrampool_client import Client
 from engrampool_client.testing import ServerStartError, serve_process
-from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from small_model import CONFIG, TOKENIZER, write_model
+from small_model import small_spec, write_model
 from stores import http_files, s3_server
 
 TOKENS = np.arange(300, dtype=np.int32)
@@ -18,7 +17,7 @@ TOKENS = np.arange(300, dtype=np.int32)
 
 @pytest.fixture(scope="module")
 def spec():
-    return blueprint(CONFIG, TOKENIZER).spec
+    return small_spec()
 
 
 @pytest.fixture(scope="module")

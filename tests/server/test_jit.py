@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from engrampool_client.testing import serve_process
 from server_fixtures import RawPool, expected, pack, rows_of, version_of
 
@@ -47,9 +45,9 @@ def test_kernels_are_compiled_once_and_then_read(tmp_path):
     assert python(count, NUMBA_CACHE_DIR=str(tmp_path)).split() == [misses, "0", "None"]
 
 
-@pytest.mark.parametrize("module", ["engrampool_client", "engrampool_client.commands", "engrampool_proto.cli"])
-def test_clients_and_the_command_line_need_no_compiler(module):
-    python(f"import sys; sys.modules.update(numba=None, llvmlite=None); import {module}")
+def test_clients_and_the_command_line_need_no_compiler():
+    modules = "engrampool_client, engrampool_client.commands, engrampool_proto.cli"
+    python(f"import sys; sys.modules.update(numba=None, llvmlite=None); import {modules}")
 
 
 def test_the_commands_on_files_need_no_compiler(tmp_path: Path):

@@ -37,7 +37,7 @@ def method(name: str, kind: str) -> str:
 
 
 def test_rows_bytes_and_calls_are_counted_exactly(packed):
-    with running(packed) as run, RawPool(run.address, version_of(packed)) as pool:
+    with running(packed, metrics="127.0.0.1:0") as run, RawPool(run.address, version_of(packed)) as pool:
         pool.lookup(pool.by_ids((2, [1, 2, 2]), (9, [3])))
         pool.lookup(pool.by_ids((9, [])))
         list(pool.stream(pool.by_ids((2, np.zeros(7000, np.int64)))))  # 1.8 MB: two messages

@@ -1,12 +1,13 @@
 """Packing: the rows of the checkpoint, in bounded memory, and whole or not at all."""
 
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ from engrampool_server.synth import synth
 from engrampool_server.synth_checkpoint import synth_checkpoint
 from engrampool_server.table_files import PackedModel, TableFileError
 
-# Runs `engrampool` and kills it with signal 9 in place of the n-th call that changes what is on disk.
+# For each line, n and arguments: runs `engrampool`, kills it with signal 9 in place of the n-th call that changes what
+# is on disk, and says its exit code. Each run is a process of its own, forked off one that has read all modules.
 KILLED_AT = """
-import os, signal, sys, threading
-left, lock = int(sys.argv.pop(1)), threading.Lock()
+import json, os, signal, sys, threading
+import engrampool_server.commands
+from engrampool_proto.cli import main
+lock = threading.Lock()
 
 def counting(call):
     def counted(*args, **kwargs):
@@ -33,11 +37,35 @@ def counting(call):
         return call(*args, **kwargs)
     return counted
 
-for name in ("pwrite", "fsync", "replace", "rename", "unlink", "mkdir"):
-    setattr(os, name, counting(getattr(os, name)))
-from engrampool_proto.cli import main
-main()
+for line in sys.stdin:
+    left, *arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        for name in ("pwrite", "fsync", "replace", "rename", "unlink", "mkdir"):
+            setattr(os, name, counting(getattr(os, name)))
+        sys.argv[1:] = arguments
+        main()
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+RunKilled = Callable[[int, Path, Path], int]
+
+
+@pytest.fixture(scope="module")
+def run_killed() -> Iterator[RunKilled]:
+    """Packs a checkpoint; gives the exit code, -9 if it was killed at that call."""
+    command = [sys.executable, "-c", KILLED_AT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runs:
+
+        def run(at_call: int, source: Path, out: Path) -> int:
+            line = [at_call, "pack", "--checkpoint", str(source), "--out", str(out), "--file-mib", "1", "--quiet"]
+            print(json.dumps(line), file=runs.stdin, flush=True)
+            return int(runs.stdout.readline())
+
+        yield run
+        runs.stdin.close()
+        assert runs.wait(60) == 0
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -78,7 +106,7 @@ def test_a_failing_source_leaves_no_output_and_is_not_touched(
 
 
 def test_a_checkpoint_that_changed_is_not_mixed_into_a_half_packed_model(
-    checkpoint: Callable[[str], Path], tmp_path: Path
+    checkpoint: Callable[[str], Path], tmp_path: Path, run_killed: RunKilled
 ) -> None:
     source, out = checkpoint("gemma-ple"), tmp_path / "out"
     assert run_killed(9, source, out) == -signal.SIGKILL
@@ -89,13 +117,7 @@ def test_a_checkpoint_that_changed_is_not_mixed_into_a_half_packed_model(
         pack(source, out, file_bytes=1 << 20)
 
 
-def run_killed(at_call: int, source: Path, out: Path) -> int:
-    options = ["pack", "--checkpoint", str(source), "--out", str(out), "--file-mib", "1"]
-    command = [sys.executable, "-c", KILLED_AT, str(at_call), *options]
-    return subprocess.run(command, check=False, capture_output=True, timeout=60).returncode
-
-
-def test_a_killed_run_leaves_nothing_that_opens_and_the_next_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_nothing_that_opens_and_the_next_goes_on(tmp_path: Path, run_killed: RunKilled) -> None:
     source, out = tmp_path / "checkpoint", tmp_path / "out"
     synth_checkpoint("longcat", 3000, source)  # 18 MiB: five files of a block each
     pack(source, tmp_path / "undisturbed", file_bytes=1 << 20)
@@ -114,7 +136,7 @@ def test_a_killed_run_leaves_nothing_that_opens_and_the_next_goes_on(tmp_path: P
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_run_may_be_killed_anywhere(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_run_may_be_killed_anywhere(checkpoint: Callable[[str], Path], tmp_path: Path, run_killed: RunKilled) -> None:
     """At each of the calls that change the disk, the last ones included."""
     source = checkpoint("gemma-ple")
     pack(source, tmp_path / "undisturbed", file_bytes=1 << 20)
@@ -134,7 +156,7 @@ def test_a_run_may_be_killed_anywhere(checkpoint: Callable[[str], Path], tmp_pat
     assert 14 < at_call < 25
 
 
-def test_a_run_goes_on_at_the_first_unfinished_file(tmp_path: Path) -> None:
+def test_a_run_goes_on_at_the_first_unfinished_file(tmp_path: Path, run_killed: RunKilled) -> None:
     source, out = tmp_path / "checkpoint", tmp_path / "out"
     synth_checkpoint("longcat", 3000, source)
     assert run_killed(14, source, out) == -signal.SIGKILL
