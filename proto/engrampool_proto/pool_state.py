@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 from engrampool_proto.errors import EngrampoolError
@@ -171,6 +171,23 @@ class State:
                 covered = max(covered, stop)
         return missing
 
+    def conflict(self, model: str, version: str) -> str | None:
+        """Two servers whose rows of a version overlap and are not the same, which no client takes; None if none do."""
+        layers: dict[int, dict[tuple[int, int], str]] = {}
+        for address, member in sorted(self.members.items()):
+            held = member.of(model, version)
+            for layer, rows in held.parts.items() if held else ():
+                layers.setdefault(layer, {}).setdefault(rows, address)
+        for layer, ranges in sorted(layers.items()):
+            for (one, holder), (other, second) in pairwise(sorted(ranges.items())):
+                if other[0] < one[1]:
+                    return (
+                        f"{holder} holds rows {one[0]}..{one[1] - 1} of layer {layer}, {second} rows"
+                        f" {other[0]}..{other[1] - 1}, and clients refuse parts that overlap: start all servers of the"
+                        " pool with the same number of shards"
+                    )
+        return None
+
     def check(self, model: str, version: str, *, partial: bool = False) -> None:
         """Raise VersionError unless the version may be active: NotHeldError if servers may yet come to hold it.
 
@@ -193,6 +210,8 @@ class State:
                     f"{name} has another specification than the active version {active.version}, so clients cannot"
                     " follow: pack and publish it under another model name"
                 )
+        if conflict := self.conflict(model, version):
+            raise VersionError(f"{name} cannot be active: {conflict}")
         wanting = []
         if missing := self.uncovered(published):
             wanting.append("no server holds " + _listed(f"rows {a}..{b - 1} of layer {n}" for n, a, b in missing))

@@ -429,9 +429,10 @@ class _Watch:
         line = next(self._lines, None)
         if line is None:
             raise ConnectionError("the watch ended")
-        result = json.loads(line).get("result")
-        if result is None or result.get("canceled"):
-            raise ValueError(f"the watch was cancelled: {line!r:.200}")
+        answer = json.loads(line)
+        if "error" in answer or answer["result"].get("canceled"):
+            # As when etcd stops.
+            raise ConnectionError(f"the watch was cancelled: {line!r:.200}")
 
     def close(self) -> None:
         """Give the connection up."""

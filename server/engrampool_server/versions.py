@@ -133,6 +133,7 @@ def overview(state: State) -> dict[str, Any]:
             "base": published.base if published else None,
             "missing": state.uncovered(published) if published else None,
             "held": [member.address for member in state.holders(model, version)],
+            "conflict": state.conflict(model, version),
             "failed": _failures(state, version),
         }
     return {"revision": state.revision, "servers": sorted(state.members), "models": models}
@@ -152,6 +153,8 @@ def overview_text(found: dict[str, Any]) -> str:
                 f"    no server holds rows {start}..{stop - 1} of layer {layer}"
                 for layer, start, stop in about["missing"] or ()
             ]
+            if about["conflict"]:
+                lines.append(f"    {about['conflict']}")
             lines += [f"    {address} could not load it: {why}" for address, why in about["failed"].items()]
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ from engrampool_client import Client
 from engrampool_client.testing import serve_process
 from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
-from engrampool_server import supervisor
+from engrampool_server import children, supervisor
 from engrampool_server.config import ServerConfig, load_config, split_address
 from engrampool_server.machine import Machine, Room
 from engrampool_server.preflight import Need, check
@@ -310,7 +310,7 @@ def check_probes(built: Build) -> None:
         (start_hours,) = re.findall(r"--start-period=(\d+)h", DOCKERFILE)
         assert patience_s(startup) >= int(start_hours) * 3600
         # The supervisor heals a worker that hangs; a restart from outside costs the tables.
-        assert patience_s(liveness) > pod.config().worker_timeout_s + supervisor._START_TIMEOUT_S
+        assert patience_s(liveness) > pod.config().worker_timeout_s + children._START_TIMEOUT_S
         for probe in (startup, readiness, liveness):
             assert probe["timeoutSeconds"] < probe["periodSeconds"]
 

@@ -243,6 +243,7 @@ def test_following_survives_the_registry(tmp_path, monkeypatch, caplog):
             assert list(states[-1].members) == ["h:1"]
     lines = [record.levelname for record in caplog.records if record.name == "engrampool"]
     assert 0 < lines.count("WARNING") < 10  # not one for each try
+    assert "answers otherwise" not in caplog.text
 
 
 def test_a_watch_that_is_silent_hides_nothing(pool, monkeypatch):
@@ -318,11 +319,18 @@ def test_what_may_be_active(pool):
     servers[0].join(member("h:1", A, rows=(0, 60)))
     with pytest.raises(NotHeldError, match=r"rows 60\.\.99 of layer 2"):
         registry.activate("m", A, partial=True)
-    servers[1].join(member("h:2", A, rows=(50, 100)))
+    servers[1].join(member("h:2", A, rows=(60, 100)))
     # Holds rows of the model, though of no version that is active.
     servers[2].join(member("h:3", C, rows=(0, 60)))
     with pytest.raises(NotHeldError, match=r"still to load it: h:3$"):
         registry.activate("m", A)
+    # As with another number of shards: all rows are held, and no client could have them.
+    servers[2].join(member("h:3", A, rows=(0, 50)))
+    with pytest.raises(
+        VersionError, match=r"h:3 holds rows 0\.\.49 of layer 2, h:1 rows 0\.\.59, .*same number"
+    ) as refused:
+        registry.activate("m", A, partial=True)
+    assert not isinstance(refused.value, NotHeldError)
     servers[2].join(member("h:3", A, rows=(0, 60)))
     assert registry.activate("m", A) == Active("m", A)
     revision = registry.read().revision
@@ -333,7 +341,7 @@ def test_what_may_be_active(pool):
 
     registry.publish(published(B))
     servers[0].join(member("h:1", A, B, rows=(0, 60)))
-    servers[1].join(member("h:2", A, B, rows=(50, 100)))
+    servers[1].join(member("h:2", A, B, rows=(60, 100)))
     with pytest.raises(NotHeldError, match=r"still to load it: h:3$"):
         registry.activate("m", B)
     assert registry.activate("m", B, partial=True) == Active("m", B, A)
@@ -341,7 +349,7 @@ def test_what_may_be_active(pool):
         registry.retire("m", B)
     assert registry.rollback("m") == Active("m", A, B)
     assert registry.rollback("m") == Active("m", B, A)
-    servers[1].join(member("h:2", B, rows=(50, 100)))
+    servers[1].join(member("h:2", B, rows=(60, 100)))
     with pytest.raises(NotHeldError, match=r"rows 60\.\.99"):
         registry.rollback("m")
     registry.retire("m", A)

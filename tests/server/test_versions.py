@@ -121,7 +121,7 @@ def test_a_version_from_publish_to_retire(url, packed, monkeypatch):
         assert found["servers"] == ["h:1", "h:2"]
         model = found["models"]["small"]
         assert (model["active"], model["previous"]) == (old, new)
-        about = {"base": None, "missing": [], "held": ["h:1", "h:2"], "failed": {}}
+        about = {"base": None, "missing": [], "conflict": None, "held": ["h:1", "h:2"], "failed": {}}
         assert model["versions"] == {
             old: {"location": str(packed[0]), **about},
             new: {"location": str(packed[1]), **about},

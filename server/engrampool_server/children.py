@@ -1,0 +1,327 @@
+"""The child processes of a process that forks: one loop looks after them, after signals, and after what is due.
+
+Each child has a pipe on which it gives signs of life, and says how it is. One that falls silent is killed. None of them
+outlives the process that started it, however that one ends.
+"""
+
+import ctypes
+import json
+import os
+import selectors
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
+from typing import Any, NoReturn, TypeVar
+
+from engrampool_proto.errors import EngrampoolError
+from engrampool_server import log
+from engrampool_server.worker import Link
+
+# A child that ends soon after its start, again and again, is started less and less often.
+_FIRST_DELAY_S, MAX_DELAY_S = 0.1, 10.0
+_SETTLED_S = 30.0
+_BEAT_S = 1.0
+# Between a fork and the first answer.
+_START_TIMEOUT_S = 60.0
+_LONGEST_WAIT_S = 3600.0
+_PR_SET_PDEATHSIG = 1
+_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (*_HANDED_ON, signal.SIGCHLD)
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_T = TypeVar("_T")
+
+
+@dataclass(eq=False)
+class Child:
+    """role: what it does. index: what is started again in its place has the same. slot: see Shared.
+
+    report: its pipe, to read.
+    heard_s, ready_s: when it was last heard of (at first, forked), and ready. kill_s: once it was told to end, when
+    waiting for that is over. hung: it was killed because it was silent. failure: why it ended, as it said itself.
+    status: how it ended.
+    generation, loaded_bytes, of_bytes: for whoever started it to note of which state it is a fork, and how far it is.
+    """
+
+    role: str
+    index: int
+    slot: int
+    pid: int
+    report: int
+    heard_s: float
+    ready_s: float | None = None
+    kill_s: float | None = None
+    hung: bool = False
+    failure: str = ""
+    status: str = ""
+    generation: int = 0
+    loaded_bytes: int = 0
+    of_bytes: int = 0
+    unread: bytes = b""
+
+    @property
+    def name(self) -> int | str:
+        """As the log has it."""
+        return _name(self.role, self.index)
+
+
+class Children(Collection[Child]):
+    """Those that have not ended. To be used as a context, in the main thread: at its end none is left.
+
+    timeout_s: how long a child that was ready may be silent.
+
+    The others are called within `turn_until`, which raises what they raise. signalled: with SIGTERM, SIGINT or SIGHUP.
+    said: with a child and what it reports, see Link; that it is ready, or why it failed, is noted by then. ended: with
+    a child that is none of these any more. start: with an index that is due, see `start_again`.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        *,
+        signalled: Callable[[signal.Signals], None],
+        said: Callable[[Child, dict[str, Any]], None],
+        ended: Callable[[Child], None],
+        start: Callable[[int], None],
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._signalled, self._said, self._ended, self._start = signalled, said, ended, start
+        self._pid = os.getpid()
+        self._by_pid: dict[int, Child] = {}
+        # By index: when the next is started, and how long the last one had to wait for that.
+        self._due_s: dict[int, float] = {}
+        self._delay_s: dict[int, float] = {}
+        self._turned_s = time.monotonic()
+        self._has_thread = False
+        self._selector = selectors.DefaultSelector()
+        self._life_reader, self._life_writer = os.pipe()
+        self._wake_reader, self._wake_writer = os.pipe()
+
+    def __enter__(self) -> None:
+        for end in (self._wake_reader, self._wake_writer):
+            os.set_blocking(end, False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: None)  # the wake-up pipe has it
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self._by_pid:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._by_pid:
+            os.waitpid(pid, 0)
+
+    def __contains__(self, child: object) -> bool:
+        return isinstance(child, Child) and self._by_pid.get(child.pid) is child
+
+    def __iter__(self) -> Iterator[Child]:
+        return iter(self._by_pid.values())
+
+    def __len__(self) -> int:
+        return len(self._by_pid)
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether `on_thread` has one: nobody forks then."""
+        return self._has_thread
+
+    def turn_until(self, done: Callable[[], bool], until_s: float = inf) -> None:
+        """Look after signals and children until `done`, which is asked again after each of them, or until a time."""
+        while not done() and time.monotonic() < until_s:
+            due_s = min(until_s, *self._deadlines())
+            wait_s = max(0.0, min(due_s - time.monotonic(), _LONGEST_WAIT_S))
+            for key, _ in self._selector.select(wait_s):
+                if key.data is None:
+                    self._take_signals()
+                elif key.data.report >= 0:  # it may have ended just now
+                    self._hear(key.data)
+            now = time.monotonic()
+            if now > max(due_s, self._turned_s) + _BEAT_S:
+                # We stood still ourselves, as when a whole container is frozen: that others were silent says nothing.
+                for child in self:
+                    child.heard_s = now
+            self._turned_s = now
+            self._keep_deadlines(now)
+
+    def on_thread(self, work: Callable[[threading.Event], _T], is_off: Callable[[], bool]) -> _T | None:
+        """What `work` gives, while children and signals are looked after; None once `is_off`.
+
+        `work` is told so by the event. Raises what it raises.
+        """
+        cancel, finished = threading.Event(), threading.Event()
+        results: list[_T] = []
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(work(cancel))
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                finished.set()
+                os.write(self._wake_writer, b"\0")
+
+        thread = threading.Thread(target=run, name="load")
+        self._has_thread = True
+        thread.start()
+        self.turn_until(lambda: is_off() or finished.is_set())
+        cancel.set()
+        thread.join()
+        self._has_thread = False
+        if is_off():
+            return None
+        if failures:
+            # Taken out: see tables.py of what an error keeps in memory.
+            raise failures.pop()
+        return results.pop()
+
+    def _deadlines(self) -> Iterator[float]:
+        for child in self:
+            yield child.heard_s + self._patience_s(child) if child.kill_s is None else child.kill_s
+        if not self._has_thread:
+            yield from self._due_s.values()
+
+    def _patience_s(self, child: Child) -> float:
+        return _START_TIMEOUT_S if child.ready_s is None else self._timeout_s
+
+    def _keep_deadlines(self, now: float) -> None:
+        for child in list(self):
+            if child.kill_s is None and now >= child.heard_s + self._patience_s(child):
+                log.event(
+                    "worker-hung",
+                    level="error",
+                    worker=child.name,
+                    pid=child.pid,
+                    silent_s=round(now - child.heard_s, 1),
+                )
+                child.hung, child.kill_s = True, now
+            if child.kill_s is not None and now >= child.kill_s:
+                self.kill(child)
+        if not self._has_thread:  # a fork beside threads may take their locks along
+            for index in [index for index, due_s in self._due_s.items() if now >= due_s]:
+                del self._due_s[index]
+                self._start(index)
+
+    def _take_signals(self) -> None:
+        with suppress(BlockingIOError):
+            for number in os.read(self._wake_reader, 4096):
+                if number in _HANDED_ON:
+                    self._signalled(signal.Signals(number))
+        # More than one child may have ended for one SIGCHLD.
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+                child = self._by_pid.pop(ended[0], None)
+                if child is not None:  # else an orphan of others, if we are the first process of a container
+                    while child.report >= 0:
+                        self._hear(child)
+                    code = os.waitstatus_to_exitcode(ended[1])
+                    child.status = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                    self._ended(child)
+
+    def _hear(self, child: Child) -> None:
+        """Read what there is on a child's pipe, or close it at its end."""
+        said = os.read(child.report, 65536)
+        if not said:
+            self._selector.unregister(child.report)
+            os.close(child.report)
+            child.report = -1
+            if child in self:  # it is ending, or can no longer be watched
+                os.kill(child.pid, signal.SIGKILL)
+            return
+        child.heard_s = time.monotonic()
+        *lines, child.unread = (child.unread + said).split(b"\n")
+        for line in filter(None, lines):
+            report = json.loads(line)
+            child.failure = report.get("failed", "")
+            if "ready" in report:
+                child.ready_s = time.monotonic()
+            self._said(child, report)
+
+    def fork(self, role: str, index: int, slot: int, work: Callable[[Link], None]) -> Child:
+        """Start a child that does `work`, and ends with it. Raises OSError."""
+        reader, writer = os.pipe()
+        # No signal may reach the child before it has handlers of its own.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            pid = os.fork()
+            if not pid:
+                os.close(reader)
+                os.set_blocking(writer, False)
+                link = Link(self._life_reader, writer, min(_BEAT_S, self._timeout_s / 4))
+                self._live(_name(role, index), link, work)
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        child = Child(role, index, slot, pid, reader, time.monotonic())
+        self._by_pid[pid] = child
+        self._selector.register(reader, selectors.EVENT_READ, child)
+        return child
+
+    def _live(self, name: int | str, link: Link, work: Callable[[Link], None]) -> NoReturn:
+        """A child's life, from fork to end."""
+        code = 1
+        try:
+            # Die with the parent, even if it is killed; `life` is for what happened before this call.
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != self._pid:
+                os._exit(1)
+            signal.set_wakeup_fd(-1)
+            for number in _SIGNALS:
+                # A terminal sends these two to all of us; what to do about them is the parent's to say.
+                ignored = number in (signal.SIGINT, signal.SIGHUP)
+                signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            self._selector.close()
+            for end in (self._life_writer, self._wake_reader, self._wake_writer):
+                os.close(end)
+            for child in self:
+                if child.report >= 0:  # else it is ending
+                    os.close(child.report)
+            work(link)
+            code = 0
+        except EngrampoolError as error:
+            link.failed(str(error))
+        except BaseException as error:
+            log.event("worker-failed", level="error", worker=name, error=traceback.format_exc())
+            link.failed(repr(error))
+        finally:
+            os._exit(code)
+
+    def start_again(self, child: Child) -> None:
+        """Start another in place of one that ended, at once unless that happens again and again."""
+        now, index = time.monotonic(), child.index
+        if index not in self._delay_s or (child.ready_s is not None and now - child.ready_s >= _SETTLED_S):
+            self._delay_s[index] = 0.0
+        else:
+            self._delay_s[index] = min(max(2 * self._delay_s[index], _FIRST_DELAY_S), MAX_DELAY_S)
+        self._due_s[index] = now + self._delay_s[index]
+
+    def start_later(self, index: int) -> None:
+        """Start one that could not be forked now."""
+        self._due_s[index] = time.monotonic() + MAX_DELAY_S
+
+    def start_none(self) -> None:
+        """Start none of those that are due."""
+        self._due_s.clear()
+
+    def stop(self, child: Child, within_s: float) -> None:
+        """Have a child end by itself, and see to it that it does."""
+        if child in self and child.kill_s is None:
+            child.kill_s = time.monotonic() + within_s
+            os.kill(child.pid, signal.SIGTERM)
+
+    def kill(self, child: Child) -> None:
+        """Have one of these end now."""
+        child.kill_s = inf
+        os.kill(child.pid, signal.SIGKILL)
+
+
+def _name(role: str, index: int) -> int | str:
+    return index if role == "worker" else role
