@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -13,7 +13,7 @@ import numpy as np
 from engrampool_client.attach import AttachLane
 from engrampool_client.breaker import Breaker
 from engrampool_client.direct import Connection, Direct, DirectLane
-from engrampool_client.errors import DeadlineError, PoolError
+from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, UnavailableError
 from engrampool_client.exchange import Exchange, slowest
 from engrampool_client.grpc_lane import GrpcLane
 from engrampool_client.latency import Latency
@@ -52,7 +52,7 @@ class Endpoint:
         self._lanes = [GrpcLane(target) for _ in range(ways.connections)]
         self._attach: AttachLane | None = None
         self._direct: DirectLane | None = None
-        self._opened = False
+        self._opened = self._closed = False
         # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
         self._parts = ThreadPoolExecutor(max(1, ways.max_steps * (ways.connections - 1)), "engrampool-part")
 
@@ -111,15 +111,31 @@ class Endpoint:
         the connection breaks, instead of leaving it to others. early: a deadline that is missed says nothing against
         the server. Raises PoolError.
         """
+        try:
+            self._ask(exchange, step, spin_s, deadline, begun, patient, early)
+        except (ValueError, RuntimeError) as error:  # what gRPC and executors have to say that they are closed
+            if not self._closed or isinstance(error, EngrampoolError):
+                raise
+            raise UnavailableError(f"{self.target} is asked no more, as it was away", "left") from error
+
+    def _ask(
+        self,
+        exchange: Exchange,
+        step: Step,
+        spin_s: float,
+        deadline: float,
+        begun: Connection | None,
+        patient: bool,
+        early: bool,
+    ) -> None:
         parts = exchange.split(len(self._lanes)) if begun is None and self._splits(exchange) else [exchange]
         if len(parts) == 1:
             self._fetch(self._lanes[0], exchange, step, spin_s, deadline, patient, early, begun)
             return
-        others = [
-            self._parts.submit(self._fetch, lane, part, step, 0.0, deadline, patient, early)
-            for lane, part in zip(self._lanes[1:], parts[1:], strict=False)
-        ]
+        others: list[Future[None]] = []
         try:
+            for lane, part in zip(self._lanes[1:], parts[1:], strict=False):
+                others.append(self._parts.submit(self._fetch, lane, part, step, 0.0, deadline, patient, early))
             self._fetch(self._lanes[0], parts[0], step, spin_s, deadline, patient, early)
         finally:  # whatever became of the first, nothing is written once the step has ended
             for other in others:
@@ -180,6 +196,7 @@ class Endpoint:
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""
+        self._closed = True
         if self._opened:
             self.breaker.close()
         for lane in (self._attach, self._direct, *self._lanes):

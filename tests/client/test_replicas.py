@@ -546,3 +546,16 @@ def behind(proxy: CuttingProxy, server: Running) -> str:
     entrance = server.server._shared.entrance
     entrance.port = proxy.to((host, entrance.port))
     return f"127.0.0.1:{proxy.to((host, int(port)))}"
+
+
+@pytest.mark.parametrize("direct", ["off", "auto"])
+@pytest.mark.parametrize("connections", [1, 2])
+def test_a_server_that_is_let_go_of_in_mid_lookup_fails_nothing(models, monkeypatch, direct, connections):
+    monkeypatch.setattr("engrampool_client.endpoint.SPLIT_ABOVE_BYTES", 1 << 20)
+    ids = {2: np.arange(6500)}
+    with running(models) as one, running(models) as other:
+        addresses = [one.address, other.address]
+        with Client(addresses, direct=direct, attach="off", connections=connections) as client:
+            client._shards._open[one.address].close()  # as the watcher does beside lookups that chose it before
+            for rows in [ids, {2: np.arange(9)}] * 4:
+                assert client.lookup_rows(rows)[2].tobytes() == expected(2, rows[2])

@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping
 
@@ -50,6 +51,9 @@ def main() -> None:
             except PoolError as error:
                 rows = {}
                 failed[repr(error)] += 1
+            except Exception:  # nothing else may be raised
+                rows = {}
+                failed[traceback.format_exc()] += 1
             slowest_s = max(slowest_s, time.monotonic() - begin)
             if rows:
                 ids = spec.hash(TokenBatch.of(tokens))
