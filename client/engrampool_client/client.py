@@ -105,7 +105,7 @@ class Client:
         them: treat it as you would the text.
 
     Raises on construction UnavailableError, UnknownModelError, UnknownVersionError, FingerprintError, SpecError,
-    ProtocolError, CacheFileError, RecordError.
+    ProtocolError, CacheFileError, RecordError, RegistryError.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.client import Client
+from engrampool_client.discovery import Servers
 from engrampool_client.errors import BatchError, EngrampoolError
 from engrampool_client.exchange import Hashing
 from engrampool_proto.builders import blueprint, load_config
@@ -22,8 +23,23 @@ _OUT = click.option("--out", required=True, type=_PATH, help="The .npz to write.
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 
 
+def read_target(context: click.Context, param: click.Parameter, value: str) -> str:
+    """What `Client` takes as its target, else a usage error."""
+    try:
+        Servers([value])
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
 @click.command()
-@click.option("--server", required=True, metavar="HOST:PORT", help="The server's address.")
+@click.option(
+    "--server",
+    required=True,
+    metavar="HOST:PORT|URL",
+    callback=read_target,
+    help="The server's address, or what stands for several.",
+)
 @click.option("--model", "name", help="The model's name, if the server holds several.")
 @click.option("--version", help="The model's version, if the server holds several.")
 @click.option("--hashing", type=click.Choice(["local", "server"]), default="local", show_default=True)

@@ -7,9 +7,11 @@ import time
 from collections.abc import Sequence
 
 from engrampool_client.errors import PoolError, UnavailableError, UnknownModelError, UnknownVersionError
-from engrampool_proto.registry import SCHEME, Registry, RegistryError, State
+from engrampool_proto.registry import SCHEME, Registry, RegistryError, State, require_etcd3gw
 
 _DNS, _RAY = "dns:///", "ray:///"
+# What gRPC knows besides.
+_OTHER_SCHEMES = ("dns", "unix", "xds")
 # Between tries to reach a registry, or to find there what a client is to begin with.
 _PAUSE_S = 0.1
 _log = logging.getLogger("engrampool")
@@ -19,13 +21,17 @@ class Servers:
     """The servers that a client's targets stand for, now and later. Thread-safe.
 
     targets: addresses; "dns:///NAME:PORT" stands for every address that NAME has, "ray:///NAME" for the servers of a
-    placement by that name, "etcd://..." for those registered there. Raises ValueError for two registries, or a URL that
-    is none.
+    placement by that name, "etcd://..." for those registered there. Raises ValueError for two registries, or a URL of
+    another kind or that is none.
     """
 
     def __init__(self, targets: Sequence[str]) -> None:
         if not targets:
             raise ValueError("target must name a server at least")
+        for target in targets:
+            scheme, url, _ = target.partition("://")
+            if url and scheme not in _OTHER_SCHEMES and not target.startswith((SCHEME, _RAY)):
+                raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEME}HOST:PORT")
         urls = [target for target in targets if target.startswith(SCHEME)]
         if len(urls) > 1:
             raise ValueError(f"a client follows one registry, not {' and '.join(urls)}; one URL may name all its hosts")
@@ -74,10 +80,11 @@ class Servers:
         """What to connect to, by model and version: where none is named, the active one, once the registry says so.
 
         A registry that cannot be reached is not waited for where other targets have an address. From now on it is
-        followed. Raises UnavailableError, UnknownModelError, UnknownVersionError.
+        followed. Raises UnavailableError, UnknownModelError, UnknownVersionError; RegistryError without `etcd3gw`.
         """
         if self._registry is None:
             return model, version
+        require_etcd3gw(self._registry.url)
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -88,7 +95,10 @@ class Servers:
                 if self.find(*found)[0]:
                     break
                 what = " ".join(filter(None, found))
-                failure: PoolError = UnavailableError(f"no server registered at {self._registry.url} holds {what}")
+                failure: PoolError = UnavailableError(
+                    f"no server registered at {self._registry.url} holds {what}; `engrampool versions` shows"
+                    " what they hold"
+                )
             except RegistryError as error:
                 if self.find(model, version)[0]:
                     _log.warning("connecting without the registry, which is followed once it is there: %s", error)

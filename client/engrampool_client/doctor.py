@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from engrampool_client.client import Client
-from engrampool_client.commands import read_tokens
+from engrampool_client.commands import read_target, read_tokens
 from engrampool_client.diagnosis import WORTH, Doctor, Phase, Report, Verdict, best_size
 from engrampool_client.errors import BatchError, RecordError, SpecError
 from engrampool_client.record import Recording
@@ -156,7 +156,14 @@ _SWITCH = click.Choice(["auto", "off"])
 
 
 @click.command()
-@click.option("--server", "target", required=True, metavar="HOST:PORT", help="The server's address.")
+@click.option(
+    "--server",
+    "target",
+    required=True,
+    metavar="HOST:PORT|URL",
+    callback=read_target,
+    help="The server's address, or what stands for several.",
+)
 @click.option("--model", help="The model's name, if the server holds several.")
 @click.option("--version", help="The model's version, if the server holds several.")
 @click.option("--tokens", multiple=True, type=_PATH, help="int32 [T] as .npy: one sequence from its start. Repeatable.")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
@@ -43,6 +44,7 @@ __all__ = [
     "RegistryError",
     "State",
     "VersionError",
+    "require_etcd3gw",
 ]
 
 SCHEME = "etcd://"
@@ -376,13 +378,10 @@ class Registry:
     def _connected(self) -> "list[Etcd3Client]":
         """A client for each endpoint."""
         if not self._clients:
-            try:
-                from etcd3gw.client import Etcd3Client
-                from requests import Session
-            except ImportError as error:
-                raise RegistryError(
-                    f"the registry {self.url} needs the package 'etcd3gw': pip install 'engrampool[etcd]'"
-                ) from error
+            require_etcd3gw(self.url)
+            from etcd3gw.client import Etcd3Client
+            from requests import Session
+
             clients = []
             for host, port in self._endpoints:
                 session = Session()
@@ -391,6 +390,12 @@ class Registry:
                 clients.append(Etcd3Client(host, port, timeout=self._timeout_s, api_path="/v3/", session=session))
             self._clients = clients
         return self._clients
+
+
+def require_etcd3gw(url: str) -> None:
+    """Raise RegistryError where the package is missing that the registry `url` is asked through."""
+    if find_spec("etcd3gw") is None:
+        raise RegistryError(f"the registry {url} needs the package 'etcd3gw': pip install 'engrampool[etcd]'")
 
 
 class _Watch:

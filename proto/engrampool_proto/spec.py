@@ -356,14 +356,18 @@ class ShardMap:
     def check(self, spec: ModelSpec) -> None:
         """Raise SpecError unless every row of every table is held, and ranges are equal or apart."""
         for table in spec.tables:
-            ranges = sorted({(s.start, s.stop) for s in self.shards if s.layer == table.layer})
-            expected = 0
-            for start, stop in ranges:
+            # Of replicas one is enough to be named.
+            ranges = {(s.start, s.stop): s.target for s in self.shards if s.layer == table.layer}
+            expected, before = 0, ""
+            for (start, stop), target in sorted(ranges.items()):
                 if start < expected:
-                    raise SpecError(f"{table.name}: shards overlap at row {start}; they must be equal or apart")
+                    raise SpecError(
+                        f"{table.name}: shards overlap at row {start}, {before} and {target} rows {start} .. {stop - 1}"
+                        "; they must be equal or apart: are all servers given the same number of shards?"
+                    )
                 if start > expected:
                     raise SpecError(f"{table.name}: no server holds rows {expected} .. {start - 1}")
-                expected = stop
+                expected, before = stop, f"{target} rows {start} .. {stop - 1}"
             if expected != table.num_rows:
                 gap = f"rows {expected} .. {table.num_rows - 1}"
                 raise SpecError(

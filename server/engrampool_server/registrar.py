@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -60,12 +59,6 @@ class Cache:
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             log.event("registry-cache", level="warning", path=str(self._path), error=f"cannot be read: {error}")
             return None
-
-
-def require_etcd3gw(url: str) -> None:
-    """Raise RegistryError where the package is missing that a registry is asked through."""
-    if find_spec("etcd3gw") is None:
-        raise RegistryError(f"the registry {url} needs the package 'etcd3gw': pip install 'engrampool[etcd]'")
 
 
 def register(

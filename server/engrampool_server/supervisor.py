@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
-from engrampool_proto.registry import Held, Member, Published
+from engrampool_proto.registry import Held, Member, Published, require_etcd3gw
 from engrampool_server import jit, log
 from engrampool_server.children import MAX_DELAY_S, Child, Children
 from engrampool_server.config import ServerConfig
@@ -40,7 +40,7 @@ from engrampool_server.metrics import Metrics
 from engrampool_server.metrics_files import MetricsDirectory, become
 from engrampool_server.ports import listen_on, reserve
 from engrampool_server.preflight import OTHER_PROCESSES
-from engrampool_server.registrar import Cache, register, require_etcd3gw
+from engrampool_server.registrar import Cache, register
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import InFlight, Shared, free_slot, int64s
 from engrampool_server.tables import HeldModel

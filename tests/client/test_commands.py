@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -118,6 +119,9 @@ def test_exit_codes_of_the_real_program(packed, tokens, out, tmp_path):
     usage = program("rows", "--tokens", tokens, "--out", out)
     assert usage.returncode == 2
     assert "give either --model, or --config with --tokenizer" in usage.stderr
+
+    with pytest.raises(click.UsageError, match=r"'http://127.0.0.1:1' is not HOST:PORT, .* etcd://"):
+        run(lookup, "--server", "http://127.0.0.1:1", "--tokens", tokens, "--out", out)
 
     absent = program("rows", "--model", packed, "--tokens", tmp_path / "absent.npy", "--out", out)
     assert (absent.returncode, absent.stdout) == (1, "")

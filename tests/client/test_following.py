@@ -287,7 +287,7 @@ def test_what_cannot_be_connected_is_named(etcd, server, versions):
     pool.activate("other-version", model="other")
     with pytest.raises(UnknownModelError, match="active versions of other, small"):
         Client(pool.url, **soon)
-    for targets in ("etcd://", [pool.url, pool.url], []):
+    for targets in ("etcd://", "http://127.0.0.1:1", [pool.url, pool.url], []):
         with pytest.raises(ValueError, match=r"etcd://|a server at least"):
             Client(targets, **soon)
     assert threads() == []
