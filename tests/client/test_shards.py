@@ -164,14 +164,13 @@ def test_two_versions_never_mix(packed, other_packed, shards):
         assert "deepseek-v4.1" in client._shards.troubles[other.address]
 
 
-@pytest.mark.parametrize("direct", ["off", "auto"])
-def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed, direct):
+def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed):
     with ExitStack() as stack:
         servers = [
             stack.enter_context(serve_process(packed, shard=f"{at}/2", workers=1)) for at in (0, 1) for _ in range(2)
         ]
         addresses = [server.address for server in servers]
-        client = stack.enter_context(Client(addresses, direct=direct, attach="off", retry_s=0.1))
+        client = stack.enter_context(Client(addresses, attach="off", retry_s=0.1))
         expected = wanted(client)
         for _ in range(4):
             assert_same(client.lookup(TOKENS), expected)
@@ -252,16 +251,15 @@ def test_addresses_that_a_name_has_no_more_are_forgotten(packed, monkeypatch):
         assert_same(client.lookup(TOKENS), expected)
 
 
-@pytest.mark.parametrize("direct", ["off", "auto"])
-def test_replicas_that_are_only_slow_are_waited_for(packed, direct, monkeypatch):
+def test_replicas_that_are_only_slow_are_waited_for(packed, monkeypatch):
     """Whatever a moment is: none of them answers within it, and one is away."""
     monkeypatch.setattr("engrampool_client.replicas._PATIENCE_S", 1e-6)
     monkeypatch.setattr("engrampool_client.replicas._PATIENCE_S_PER_BYTE", 0.0)
     with ExitStack() as stack:
         servers = [stack.enter_context(serve_process(packed, workers=1)) for _ in range(3)]
         addresses = [server.address for server in servers]
-        client = stack.enter_context(Client(addresses, direct=direct, attach="off"))
+        clients = [stack.enter_context(Client(addresses, direct=lane, attach="off")) for lane in ("off", "auto")]
         servers[1].process.kill()
         servers[1].process.wait()
-        for _ in range(6):
+        for client in clients * 6:
             assert_same(client.lookup(TOKENS), wanted(client))

@@ -38,8 +38,7 @@ def logged(server: ServerProcess, event: str) -> list[dict]:
         return [line for line in server._events if line["event"] == event]
 
 
-@pytest.mark.parametrize("memory", ["anon", "shm"])
-def test_the_union_of_all_servers_is_the_model(tmp_path, memory):
+def test_the_union_of_all_servers_is_the_model(tmp_path):
     """In the real /dev/shm with tables that nobody else has."""
     spec = replace(SPEC, name=f"test-{os.getpid()}-{time.time_ns()}")
     packed = pack(tmp_path / "own", spec, block_bytes=20_000)
@@ -47,7 +46,7 @@ def test_the_union_of_all_servers_is_the_model(tmp_path, memory):
     union: dict[int, bytes] = {2: b"", 9: b""}
     try:
         for at, part in enumerate(cut(spec, 4)):
-            with serve_process(packed, memory=memory, shard=f"{at}/4", workers=1 + at % 2) as server:
+            with serve_process(packed, memory="shm", shard=f"{at}/4", workers=1 + at % 2) as server:
                 for layer, rows in answer(server, packed, part, spec.name).items():
                     union[layer] += rows
                 held = scrape(server.metrics_address)
@@ -56,7 +55,7 @@ def test_the_union_of_all_servers_is_the_model(tmp_path, memory):
                 assert sum(held[f'engrampool_table_bytes{{layer="{n}",model="{spec.name}"}}'] for n in part) == nbytes
                 assert server.wait_for("opened")["table_bytes"] == nbytes
         paths = list(where.glob(f"engrampool-{os.geteuid()}-{version_of(packed)[:16]}-*"))
-        assert len(paths) == (0 if memory == "anon" else sum(map(len, cut(spec, 4))))
+        assert len(paths) == sum(map(len, cut(spec, 4)))
     finally:
         for path in where.glob(f"engrampool-{os.geteuid()}-{version_of(packed)[:16]}-*"):
             path.unlink()
