@@ -7,12 +7,10 @@ count as well. Prints a Markdown table: medians of the rounds, and of the ratios
 """
 
 import argparse
-import os
-import signal
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +78,7 @@ def _measure(
     for _ in range(rounds):
         for trouble, client in clients.items():
             times = []
-            with _stopped(other) if trouble == "stopped" else nullcontext():
+            with other.frozen() if trouble == "stopped" else nullcontext():
                 end = time.perf_counter() + seconds
                 while time.perf_counter() < end:
                     batch = next(batches)
@@ -102,19 +100,6 @@ def _measure(
             f"{client.stats.hedges_won - won} of {client.stats.hedges - hedges} |",
             flush=True,
         )
-
-
-@contextmanager
-def _stopped(server: ServerProcess) -> Iterator[None]:
-    # The supervisor first: it would replace workers that are silent.
-    processes = [server.process.pid, *server.worker_pids().values()]
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in reversed(processes):
-            os.kill(pid, signal.SIGCONT)
 
 
 def _direct_address(server: ServerProcess) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import collections
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -56,6 +57,19 @@ class ServerProcess:
         """The process of each worker by its number, as the log last had it."""
         with self._changed:
             return {line["worker"]: line["pid"] for line in self._events if line["event"] == "worker-ready"}
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop all of it by SIGSTOP within this: it takes connections, and answers nothing."""
+        # The supervisor first: it would replace workers that are silent.
+        processes = [self.process.pid, *self.worker_pids().values()]
+        for pid in processes:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in reversed(processes):
+                os.kill(pid, signal.SIGCONT)
 
     def _find(self, event: str) -> dict[str, Any] | None:
         return next((line for line in self._events if line["event"] == event), None)

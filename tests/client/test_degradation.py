@@ -1,35 +1,19 @@
 """Servers that are away, silent or slow cost a step what was agreed, and rows are right or marked."""
 
-import os
-import signal
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from engrampool_client import Client, DeadlineError, OverloadedError, UnavailableError
-from engrampool_client.testing import ServerProcess, serve_process
+from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
 from server_fixtures import lasting_address
 
 TOKENS = np.arange(500, dtype=np.int32)
 LANES = ["off", "auto"]
-
-
-@contextmanager
-def frozen(server: ServerProcess) -> Iterator[None]:
-    # The supervisor first: it would replace workers that are silent.
-    processes = [server.process.pid, *server.worker_pids().values()]
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in reversed(processes):
-            os.kill(pid, signal.SIGCONT)
 
 
 def wanted(client: Client, tokens=TOKENS) -> dict[int, np.ndarray]:
@@ -50,7 +34,7 @@ def test_a_silent_server_is_masked_then_known_then_back(packed, direct):
         serve_process(packed, workers=1) as server,
         Client(server.address, direct=direct, on_failure="mask", breaker_failures=3, attach="off") as client,
     ):
-        with frozen(server):
+        with server.frozen():
             for misses in range(1, 4):
                 assert not client.breaker_open
                 step = client.prefetch(TOKENS, timeout_s=0.05)
@@ -169,7 +153,7 @@ def test_nothing_is_written_after_the_deadline(packed):
 def test_prefetch_refuses_what_would_not_fit_in_memory(packed):
     with serve_process(packed, workers=1) as server:
         step_bytes = 500 * 48 * 264
-        with Client(server.address, max_pending_bytes=3 * step_bytes, attach="off") as client, frozen(server):
+        with Client(server.address, max_pending_bytes=3 * step_bytes, attach="off") as client, server.frozen():
             steps = [client.prefetch(TOKENS, timeout_s=60) for _ in range(3)]
             assert client.stats.in_flight == 3
             with pytest.raises(OverloadedError, match="max_pending_bytes") as caught:

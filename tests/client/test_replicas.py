@@ -1,14 +1,12 @@
 """Replicas: which of them is asked, when another is asked as well, and that rows come once and right at any rate."""
 
 import itertools
-import os
-import signal
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,19 +364,6 @@ def pair(packed) -> Iterator[tuple[ServerProcess, ServerProcess]]:
         yield one, other
 
 
-@contextmanager
-def frozen(server: ServerProcess) -> Iterator[None]:
-    # The supervisor first: it would replace workers that are silent.
-    processes = [server.process.pid, *server.worker_pids().values()]
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in reversed(processes):
-            os.kill(pid, signal.SIGCONT)
-
-
 @pytest.fixture(scope="module")
 def shards(packed) -> Iterator[list[ServerProcess]]:
     """Two shards, each twice."""
@@ -418,7 +403,7 @@ def test_a_replica_that_stops_is_hedged_and_comes_back(pair, monkeypatch, direct
     with Client([one.address for one in pair], direct=direct, attach="off", connections=connections) as client:
         lookups, endpoint = Checked(client, monkeypatch), client._shards._open[pair[0].address]
         size = measured._size_class(lookups.nbytes)
-        with frozen(pair[0]):
+        with pair[0].frozen():
             lookups.hedged()
             lookups.right(10)
         monkeypatch.setattr(measured, "_TRY_ONE_IN", 1)
@@ -430,7 +415,7 @@ def test_a_replica_that_stops_is_hedged_and_comes_back(pair, monkeypatch, direct
 def test_hedges_where_there_are_shards(shards, monkeypatch, direct):
     with Client([one.address for one in shards], direct=direct, attach="off") as client:
         lookups = Checked(client, monkeypatch)
-        with frozen(shards[1]), frozen(shards[2]):
+        with shards[1].frozen(), shards[2].frozen():
             lookups.hedged()
             lookups.right(10)
 

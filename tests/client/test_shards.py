@@ -1,7 +1,5 @@
 """Lookups over several servers: the same bytes, whoever holds which rows, and whoever is away."""
 
-import os
-import signal
 import threading
 from contextlib import ExitStack
 
@@ -176,15 +174,9 @@ def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed):
             assert_same(client.lookup(TOKENS), expected)
         servers[0].process.kill()
         servers[0].process.wait()
-        silent = [servers[3].process.pid, *servers[3].worker_pids().values()]
-        for pid in silent:
-            os.kill(pid, signal.SIGSTOP)
-        try:
+        with servers[3].frozen():
             for _ in range(10):
                 assert_same(client.lookup(TOKENS), expected)
-        finally:
-            for pid in silent:
-                os.kill(pid, signal.SIGCONT)
         assert not client.breaker_open
         servers[1].process.kill()
         servers[1].process.wait()
