@@ -1,5 +1,6 @@
 """Reads what packed models and patches have in common: a manifest, safetensors files, checksums over all they hold."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -26,7 +27,7 @@ _ADVICE = "copy it again from where it was packed, or pack the model again"
 _REPLACED = f"{MANIFEST_NAME} was replaced since it was read, so another model is being put in its place; start again"
 
 
-class ModelFiles:
+class ModelFiles(ABC):
     """The open files of a packed model or patch. Reading is safe from several threads; `close` it after the last.
 
     directory: where they lie, here or in an object store.
@@ -38,9 +39,9 @@ class ModelFiles:
         self.reads_per_thread = source.reads_per_thread
         self._source, self._stamp, self._opened = source, stamp, opened
 
+    @abstractmethod
     def checks(self) -> Sequence[tuple[int, Check]]:
         """For each block the bytes it has, and what reads it into scratch memory of this size and checks it."""
-        raise NotImplementedError
 
     def _fill(self, name: str, pieces: Sequence[tuple[int, memoryview]], checksum: str, what: str) -> None:
         """Fill each piece from its byte of the file `name` on. checksum: of all of them together; what: for errors."""
