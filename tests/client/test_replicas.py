@@ -385,9 +385,6 @@ class Checked:
             one._budget._tokens = measured._MOST_TOKENS
         # However slow this machine is now, nothing but a hedge is to help.
         monkeypatch.setattr("engrampool_client.replicas._PATIENCE_S", LIMIT_S)
-        # And one that was slow by chance just now is still asked.
-        monkeypatch.setattr(measured, "_TRY_ONE_IN", 1)
-        monkeypatch.setattr(measured, "_TRY_EVERY_S", 0.0)
 
     def right(self, times: int = 1) -> bool:
         for _ in range(times):
