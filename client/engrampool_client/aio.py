@@ -3,16 +3,18 @@
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import numpy.typing as npt
 
 from engrampool_client.client import Client
-from engrampool_client.errors import BatchError, DeadlineError
-from engrampool_client.exchange import IntArray, Out, Rows
+from engrampool_client.errors import DeadlineError
+from engrampool_client.exchange import IntArray, Out, Rows, Valid
 from engrampool_client.served import ServedModel
-from engrampool_client.step import Step, Valid
+from engrampool_client.step import Step
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.wire import ServerTimes
 
@@ -28,9 +30,10 @@ class AsyncStep:
     def __init__(self, step: Step) -> None:
         self.step, self.layers = step, step.layers
         self.wait_s = step.wait_s
-        self._loop = loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         self._settled: dict[int, asyncio.Future[None]] = {layer: loop.create_future() for layer in self.layers}
-        step.add_callback(self._tell)
+        # It refers to neither step: one that nobody else refers to is cancelled.
+        step.delivery.add_callback(partial(_tell, loop, self._settled))
 
     @property
     def times(self) -> ServerTimes | None:
@@ -44,8 +47,7 @@ class AsyncStep:
 
     async def rows(self, layer: int, timeout_s: float | None = None) -> Rows:
         """Wait for one layer only: uint8 [T, heads, row_bytes], read-only. Raises as `Step.rows` does."""
-        if layer not in self._settled:
-            raise BatchError(f"layer {layer} was not asked for in this step; {list(self.layers)} were")
+        self.step.check_layer(layer)
         begin = time.perf_counter()
         remaining_s = self.step.deadline - time.monotonic()
         limit_s = remaining_s if timeout_s is None else min(timeout_s, remaining_s)
@@ -56,13 +58,13 @@ class AsyncStep:
             if limit_s == timeout_s:
                 raise DeadlineError(f"the rows of layer {layer} were not there within {timeout_s} s") from error
         finally:
-            self.step._waited(layer, time.perf_counter() - begin)
+            self.step.waited(layer, time.perf_counter() - begin)
         # Settled, or at its deadline, where this settles it.
-        return self.step._get(layer)
+        return self.step.take(layer)
 
     async def valid(self, layer: int, timeout_s: float | None = None) -> Valid:
         """Which tokens have their rows of a layer, as `Step.valid` says."""
-        return self.step._valid_of(layer, await self.rows(layer, timeout_s))
+        return self.step.valid_of(layer, await self.rows(layer, timeout_s))
 
     def hint(self, candidates: npt.ArrayLike, *, chain: bool = False) -> bool:
         """As `Step.hint`."""
@@ -75,14 +77,6 @@ class AsyncStep:
     def cancel(self) -> None:
         """Give the step up, as `Step.cancel` does."""
         self.step.cancel()
-
-    def _tell(self, _: Step, layer: int) -> None:
-        """In whichever thread the layer was settled."""
-        future = self._settled[layer]
-        try:
-            self._loop.call_soon_threadsafe(_settle, future)
-        except RuntimeError:  # the loop is closed, and nobody waits on it
-            return
 
 
 class AsyncClient:
@@ -168,10 +162,19 @@ class AsyncClient:
         await self.close()
 
 
+def _tell(loop: asyncio.AbstractEventLoop, settled: Mapping[int, asyncio.Future[None]], layer: int) -> None:
+    """In whichever thread the layer was settled."""
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits on it
+        loop.call_soon_threadsafe(_settle, settled[layer])
+
+
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
 
 
 async def _all_rows(step: AsyncStep) -> dict[int, Rows]:
-    return {layer: await step.rows(layer) for layer in step.layers}
+    try:
+        return {layer: await step.rows(layer) for layer in step.layers}
+    finally:
+        step.cancel()  # of effect if this was: the caller has its arrays back by now

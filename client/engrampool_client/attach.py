@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.delivery import Delivery
 from engrampool_client.errors import (
     DeadlineError,
     EngrampoolError,
@@ -29,7 +30,6 @@ from engrampool_client.errors import (
 )
 from engrampool_client.exchange import Exchange
 from engrampool_client.served import ServedModel
-from engrampool_client.step import Step
 from engrampool_proto import wire
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, read_trailer
 from engrampool_proto.v1 import pool_pb2
@@ -110,11 +110,11 @@ class AttachLane:
         """Whether `fetch` has tables to read."""
         return self._current() is not None
 
-    def fetch(self, exchange: Exchange, step: Step) -> bool:
-        """Copy every row asked for to where it belongs; `step` is told of layers as they complete.
+    def fetch(self, exchange: Exchange, delivery: Delivery) -> bool:
+        """Copy every row asked for to where it belongs; `delivery` is told of layers as they complete.
 
         False, and nothing is done, if tables or rows of them are not attached, or if tokens are asked for: the rows
-        are to be asked for elsewhere. Raises what the step was given up with.
+        are to be asked for elsewhere. Raises StepCancelledError if it was given up.
         """
         lease, asked = self._current(), exchange.asked_tables
         if lease is None or asked is None:
@@ -130,11 +130,11 @@ class AttachLane:
             count = max(1, _PIECE_BYTES // row_bytes)
             for first in range(0, len(ids), count):
                 some = ids[first : first + count]
-                with step._writing():
+                with delivery.writing():
                     place = exchange.place(layer, first, len(some) * row_bytes)
                     table.gather(some, np.frombuffer(place, np.uint8).reshape(-1, row_bytes))
                 if exchange.placed(layer, len(some) * row_bytes):
-                    step._arrived(exchange.whole([layer]))
+                    delivery.arrived(exchange.whole([layer]))
         took_us = round((time.perf_counter() - begin) * 1e6)
         exchange.times = wire.ServerTimes(0, took_us, took_us)
         exchange.finish()

@@ -1,9 +1,12 @@
 """The client, for engines that run their steps in threads; aio.py has the same for asyncio."""
 
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -12,46 +15,39 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.cache import HotRows
+from engrampool_client.deadlines import Deadlines
+from engrampool_client.delivery import Delivery
 from engrampool_client.direct import Direct
 from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Attach, Ways
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import (
-    EngrampoolError,
+    ForkedError,
     OverloadedError,
     PoolError,
     StepCancelledError,
-    UnknownVersionError,
 )
-from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, check_outs, token_batch
+from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, check_outs, token_batch, zeros
 from engrampool_client.following import Following
 from engrampool_client.generation import Generation, How
 from engrampool_client.plan import Layout, Plan
 from engrampool_client.record import Recorder
+from engrampool_client.run import Lookup, MakePlan
 from engrampool_client.served import ServedModel
-from engrampool_client.settings import check_settings
+from engrampool_client.settings import LONGEST_S, check_settings
 from engrampool_client.shards import Shards
 from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
-from engrampool_client.step import Step, zeros
-from engrampool_client.workers import Workers
+from engrampool_client.step import Step
+from engrampool_client.workers import Job, Workers
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.malloc import pin_malloc
 
 OnFailure = Literal["raise", "mask"]
 
 
-@dataclass(eq=False)
-class _Lookup:
-    """A step and how its rows are had. plan: gives what is to be asked for by a version, None if nothing is.
-
-    spin_s: see `Client`. after: a step whose rows are let in before this one is planned.
-    """
-
-    step: Step
-    plan: Callable[[Generation], tuple[Exchange | None, Plan | None]]
-    spin_s: float = 0.0
-    after: Step | None = None
+# Those of this process, which a child of it must not use.
+_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
 
 
 class Client:
@@ -80,7 +76,7 @@ class Client:
 
     When:
 
-    timeout_s: a step's deadline, from `prefetch` on, unless it is given another.
+    timeout_s: a step's deadline, from `prefetch` on, unless it is given another; 1e6 s, some 11 days, at most.
     on_failure: "raise" what a lookup failed with where its rows are wanted; or "mask": give zeros for tokens whose rows
         are missing, and say by `Step.valid` which have theirs.
     breaker_failures: after so many lookups in a row that found the server unreachable or silent, lookups fail at once
@@ -164,6 +160,7 @@ class Client:
             pin_malloc()
         servers = Servers([target] if isinstance(target, str) else list(target))
         self.target, self._hashing, self._timeout_s, self._spin_s = servers.text, hashing, timeout_s, spin_s
+        connect_timeout_s = min(connect_timeout_s, LONGEST_S)
         self._masks = on_failure == "mask"
         self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes
         self._closing = threading.Event()
@@ -183,6 +180,10 @@ class Client:
             self._following.close()
             raise
         self._workers = Workers(max_steps, "engrampool")
+        self._deadlines = Deadlines()
+        self._forked: ForkedError | None = None
+        self._made_by = os.getpid()
+        _clients.add(self)
 
     @property
     def served(self) -> ServedModel:
@@ -271,7 +272,7 @@ class Client:
         limits, a failed call) is raised by `Step.rows`.
         """
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._submit(self._by_tokens(batch, layers, out, timeout_s, bounded=True), ahead)
+        return self._submit(*self._by_tokens(batch, layers, out, timeout_s, bounded=True), ahead)
 
     def prefetch_rows(
         self,
@@ -288,7 +289,7 @@ class Client:
         Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
         owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in rows.items()}
-        return self._submit(self._by_rows(owned, out, timeout_s, bounded=True), ahead)
+        return self._submit(*self._by_rows(owned, out, timeout_s, bounded=True), ahead)
 
     def lookup(
         self,
@@ -304,13 +305,13 @@ class Client:
     ) -> dict[int, Rows]:
         """`prefetch` and wait, in the caller's own thread: layer -> uint8 [T, heads, row_bytes]."""
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._wait_for(self._by_tokens(batch, layers, out, timeout_s))
+        return self._wait_for(*self._by_tokens(batch, layers, out, timeout_s))
 
     def lookup_rows(
         self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
     ) -> dict[int, Rows]:
         """`prefetch_rows` and wait, in the caller's own thread: layer -> uint8 [*ids.shape, row_bytes]."""
-        return self._wait_for(self._by_rows(rows, out, timeout_s))
+        return self._wait_for(*self._by_rows(rows, out, timeout_s))
 
     def amend(
         self,
@@ -332,11 +333,9 @@ class Client:
         until the new step is done. Arguments and errors are those of `prefetch`.
         """
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        if self.cache is None or step._working is None:
+        if self.cache is None or step.delivery.working is None:
             step.cancel()
-        lookup = self._by_tokens(batch, layers, out, timeout_s, bounded=True)
-        lookup.after = step
-        return self._submit(lookup)
+        return self._submit(*self._by_tokens(batch, layers, out, timeout_s, bounded=True), after=step)
 
     def dummy(self, num_tokens: int, *, layers: Sequence[int] | None = None, out: Out | None = None) -> Step:
         """A step of `num_tokens` whose rows are zero and whose tokens are not valid; no server is asked.
@@ -346,11 +345,12 @@ class Client:
         wanted = self._layers(layers)
         shapes = self._shapes(num_tokens, wanted)
         check_outs(self.spec, out or {}, shapes)
-        step, blank = Step(wanted), zeros(shapes, out)
-        for layer in wanted:
-            step._rows[layer], step._valid[layer] = blank(layer)
-        step._end(None)
-        return step
+        delivery, blank = Delivery(wanted), zeros(shapes, out)
+        rows = {layer: blank(layer) for layer in wanted}
+        delivery.valid.update({layer: valid for layer, (_, valid) in rows.items()})
+        delivery.arrived({layer: given for layer, (given, _) in rows.items()})
+        delivery.end(None)
+        return Step(delivery)
 
     # --- checks for engines that hash themselves
 
@@ -383,8 +383,9 @@ class Client:
     def save_cache(self, path: str | Path, max_bytes: int | None = None) -> None:
         """Write the hottest rows of the cache to a file for `warm`, at most `max_bytes` of it.
 
-        Raises ValueError without a cache, OSError.
+        Raises ValueError without a cache, OSError, ForkedError.
         """
+        self._check_process()
         now = self._following.current
         if now.cache is None:
             raise ValueError("this client has no cache to save; make it with cache_bytes")
@@ -403,25 +404,41 @@ class Client:
             shapes[table.layer] = (num_tokens, columns.stop - columns.start, table.row_bytes)
         return shapes
 
-    def _step(
+    def _delivery(
         self,
         layers: Sequence[int],
         shapes: Mapping[int, tuple[int, ...]],
         out: Out | None,
         timeout_s: float | None,
         bounded: bool,
-    ) -> Step:
-        """A step that counts. bounded: it counts among those that `max_pending_bytes` is for."""
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+    ) -> Delivery:
+        """One that counts. bounded: it counts among those that `max_pending_bytes` is for."""
+        self._check_process()
+        deadline = time.monotonic() + self._seconds(timeout_s)
         nbytes = sum(int(np.prod(shape)) for shape in shapes.values())
-        step = Step(layers, deadline, zeros(shapes, out) if self._masks else None, self.stats, nbytes)
-        if not self.stats.began(nbytes, self._max_pending_bytes if bounded else None):
+        delivery = Delivery(layers, deadline, zeros(shapes, out) if self._masks else None, self._ended)
+        if not self.stats.began(delivery, nbytes, self._max_pending_bytes if bounded else None):
             raise OverloadedError(
                 f"{self.stats.pending_bytes} bytes of rows are pending in this client, of max_pending_bytes "
                 f"{self._max_pending_bytes}; wait for steps to end, or cancel some",
                 "client-full",
             )
-        return step
+        self._deadlines.watch(delivery, wake=bounded)
+        return delivery
+
+    def _seconds(self, timeout_s: float | None) -> float:
+        """Until a step's deadline. Raises ValueError for what is no time to wait."""
+        if timeout_s is None:
+            timeout_s = self._timeout_s
+        elif not timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive; it is {timeout_s}")
+        return min(timeout_s, LONGEST_S)
+
+    def _ended(self, delivery: Delivery) -> None:
+        masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in list(delivery.valid.items())}
+        complete = len(delivery.rows) == len(delivery.layers)
+        self.stats.ended(delivery, delivery.error, complete, masked)
+        self._deadlines.forget(delivery)
 
     def _by_tokens(
         self,
@@ -430,153 +447,151 @@ class Client:
         out: Out | None,
         timeout_s: float | None,
         bounded: bool = False,
-    ) -> _Lookup:
+    ) -> tuple[Step, MakePlan]:
         wanted = self._layers(layers)
         shapes = self._shapes(batch.num_tokens, wanted)
         check_outs(self.spec, out or {}, shapes)
-        step = self._step(wanted, shapes, out, timeout_s, bounded)
-        if self.cache is not None:
-            step._hint = lambda candidates, chain: self._hint(batch, candidates, chain)
+        delivery = self._delivery(wanted, shapes, out, timeout_s, bounded)
+        hint = None if self.cache is None else partial(self._hint, batch)
+        step = Step(delivery, self.stats, hint)
         if self._recorder is not None:
             self._recorder.tokens(batch, wanted)
 
         def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
             if (planner := by.planner_for(batch.num_tokens)) is not None:
-                planned = planner.of_tokens(step, batch, wanted, out)
+                planned = planner.of_tokens(delivery, batch, wanted, out)
                 return planned.exchange, planned
             heads = by.layout.heads
-            return Exchange.of_tokens(by.served, batch, wanted, self._hashing, out, heads, step._writing), None
+            return Exchange.of_tokens(by.served, batch, wanted, self._hashing, out, heads, delivery.writing), None
 
-        return _Lookup(step, plan)
+        return step, plan
 
     def _by_rows(
         self, rows: Mapping[int, npt.NDArray[Any]], out: Out | None, timeout_s: float | None, bounded: bool = False
-    ) -> _Lookup:
+    ) -> tuple[Step, MakePlan]:
         wanted = sorted(self.spec.table(layer).layer for layer in rows)
         # What is no array is refused where the ids are looked at.
         shapes = {layer: (*np.shape(rows[layer]), self.spec.table(layer).row_bytes) for layer in wanted}
         check_outs(self.spec, out or {}, shapes)
-        step = self._step(wanted, shapes, out, timeout_s, bounded)
+        delivery = self._delivery(wanted, shapes, out, timeout_s, bounded)
+        step = Step(delivery, self.stats)
         if self._recorder is not None:
             self._recorder.rows(rows)
 
         def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
             num_tokens = max(len(rows[layer]) if np.ndim(rows[layer]) else 0 for layer in wanted)
             planner = by.planner_for(num_tokens)
-            planned = None if planner is None else planner.of_rows(step, rows, out)
+            planned = None if planner is None else planner.of_rows(delivery, rows, out)
             if planned is not None:
                 return planned.exchange, planned
-            return Exchange.of_rows(by.served, rows, out, step._writing), None
+            return Exchange.of_rows(by.served, rows, out, delivery.writing), None
 
-        return _Lookup(step, plan)
+        return step, plan
 
     # --- running them
 
-    def _submit(self, lookup: _Lookup, ahead: bool = False) -> Step:
-        if not self._workers.submit(lambda: self._run(lookup), ahead):
-            closed = PoolError("the client is closed")
-            lookup.step._end(closed)
-            raise closed
-        return lookup.step
+    def _lookup(self, delivery: Delivery, plan: MakePlan, *, hinted: bool = False, spin_s: float = 0.0) -> Lookup:
+        return Lookup(delivery, plan, self._following, self.stats, self._closing, hinted=hinted, spin_s=spin_s)
 
-    def _wait_for(self, lookup: _Lookup) -> dict[int, Rows]:
-        if self._closing.is_set():
-            closed = PoolError("the client is closed")
-            lookup.step._end(closed)
-            raise closed
-        lookup.spin_s = self._spin_s
-        self._run(lookup)
-        return {layer: lookup.step.rows(layer) for layer in lookup.step.layers}
+    def _submit(self, step: Step, plan: MakePlan, ahead: bool = False, after: Step | None = None) -> Step:
+        """after: a step whose rows are let in before this one is planned."""
+        lookup = self._lookup(step.delivery, plan)
+        job = Job(step.delivery, lookup.plan, lookup.ask, ahead)
+        if after is None:
+            self._begin(job)
+        else:
+            # It is referred to until then, or it would be cancelled.
+            after.delivery.on_idle(partial(self._begin_late, job, after))
+        return step
 
-    def _run(self, lookup: _Lookup) -> None:
-        """Plan, ask, take the answer in: in a thread of the client's, or in that of a caller who waits."""
-        step = lookup.step
+    def _begin(self, job: Job) -> None:
+        try:
+            if self._workers.submit(job):
+                return
+            error = PoolError("the client is closed")
+        except RuntimeError as failure:
+            error = PoolError(f"the system gives the client no thread: {failure}")
+        job.delivery.end(error)
+        raise error
+
+    def _begin_late(self, job: Job, _: Step) -> None:
+        with suppress(PoolError):  # the step has ended by it
+            self._begin(job)
+
+    def _wait_for(self, step: Step, plan: MakePlan) -> dict[int, Rows]:
         try:
             if self._closing.is_set():
-                step.cancel()
-            if step.done():  # cancelled while it waited for a place, or too late
-                return
-            step._set_working(True)
-            if lookup.after is not None:
-                lookup.after._await_worker(step.deadline)
-            blank = step._blank
-            while not self._fetch(lookup):
-                step._blank = blank  # not what the last version's cache had
-        except EngrampoolError as error:
-            closed = StepCancelledError("the client was closed")
-            step._end(closed if self._closing.is_set() and isinstance(error, PoolError) else error)
-        except Exception as error:  # a step must never be left without an end
-            if self._closing.is_set():  # gRPC has its own ways to say that a channel is closed
-                step._end(StepCancelledError("the client was closed"))
-                return
-            step._end(PoolError(f"unexpected failure in the client: {error!r}"))
+                raise PoolError("the client is closed")
+            self._lookup(step.delivery, plan, spin_s=self._spin_s).run()
+        except BaseException as error:
+            interrupted = StepCancelledError("the lookup was interrupted")
+            step.delivery.end(error if isinstance(error, PoolError) else interrupted)
             raise
-        finally:
-            step._set_working(False)
-
-    def _fetch(self, lookup: _Lookup) -> bool:
-        """Have the rows of one version come. False if its servers hold it no more, and lookups go by another by now."""
-        step, plan, by = lookup.step, None, self._following.enter()
-        try:
-            exchange, plan = lookup.plan(by)
-            if exchange is not None:
-                by.shards.ask(exchange, step, lookup.spin_s)
-            if plan is not None:
-                for source, nbytes in plan.sources.items():
-                    self.stats.came(source, nbytes)
-            step._end(None, None if exchange is None else exchange.times)
-            if plan is not None:
-                plan.keep()  # afterwards: nobody need wait for it
-            return True
-        except UnknownVersionError:
-            # Of what was handed over already, the rest must be of the same version.
-            if step._rows or not self._following.moved_on(by, step):
-                raise
-            return False
-        finally:
-            if plan is not None:
-                plan.close()
-            self._following.leave(by)
+        return {layer: step.rows(layer) for layer in step.layers}
 
     # --- speculation
 
     def _hint(self, batch: TokenBatch, candidates: npt.ArrayLike, chain: bool) -> bool:
         """As `Step.hint`."""
+        self._check_process()
         guessed = candidates_batch(batch, candidates, chain, self.spec)
+        if self.attached or not guessed.num_tokens:
+            return False
         layers = list(self.spec.layers)
         nbytes = sum(int(np.prod(shape)) for shape in self._shapes(guessed.num_tokens, layers).values())
-        if not self.stats.hint_began(nbytes, self._hint_limit_bytes):
+
+        def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
+            assert by.planner is not None
+            planned = by.planner.of_tokens(delivery, guessed, layers, wanted=False)
+            return planned.exchange, planned
+
+        def ended(delivery: Delivery) -> None:
+            self.stats.hint_ended(delivery, lookup.asked_bytes, delivery.error is None)
+            self._deadlines.forget(delivery)
+
+        delivery = Delivery(layers, time.monotonic() + self._seconds(None), on_end=ended)
+        if not self.stats.hint_began(delivery, nbytes, self._hint_limit_bytes):
             return False
-        step = Step(layers, time.monotonic() + self._timeout_s)
-
-        def run() -> None:
-            asked, plan, by = 0, None, self._following.enter()
-            try:
-                assert by.planner is not None
-                plan = by.planner.of_tokens(step, guessed, layers, wanted=False)
-                if plan.exchange is not None:
-                    asked = plan.exchange.answer_bytes
-                    by.shards.ask(plan.exchange, step, 0.0)
-                    plan.keep(hinted=True)
-                step._end(None)
-            except EngrampoolError as error:  # nobody waits for it
-                step._end(error)
-            finally:
-                if plan is not None:
-                    plan.close()
-                self._following.leave(by)
-                self.stats.hint_ended(nbytes, asked, step.error is None)
-
-        if self.attached or not guessed.num_tokens or not self._workers.submit(run):
-            self.stats.hint_ended(nbytes, 0, True)
+        lookup = self._lookup(delivery, plan, hinted=True)
+        self._deadlines.watch(delivery)
+        try:
+            self._begin(Job(delivery, lookup.plan, lookup.ask, ahead=True, hint=True))
+        except PoolError:
             return False
         return True
 
+    # --- the end, and another process
+
+    def _check_process(self) -> None:
+        """Raise ForkedError in a child of the process that the client was made in."""
+        if self._forked is not None:
+            raise self._forked
+
+    def _leave_to_parent(self) -> None:
+        """In the child of a fork: connections, threads and locks are the parent's. Nothing is said on any of them."""
+        self._forked = ForkedError(
+            f"this client was made in process {self._made_by}, and this is a child of it ({os.getpid()}): its "
+            "connections are the parent's. Make a client in each process, after the fork",
+            "forked",
+        )
+        self.stats.forked()
+        self._deadlines.forked(self._forked)
+        self._following.forked()
+        if self._recorder is not None:
+            self._recorder.forked()
+
     def close(self) -> None:
-        """End the connections; steps under way fail with StepCancelledError or UnavailableError."""
+        """End the connections; steps under way fail with StepCancelledError. Nothing is written once this returns.
+
+        In a child of the process that the client was made in it does nothing: there is nothing that is the child's.
+        """
+        if self._forked is not None:
+            return
         self._closing.set()
+        self._deadlines.give_up_all(StepCancelledError("the client was closed"))
         self._following.close()
         self._workers.close()
+        self._deadlines.close()
         if self._recorder is not None:
             self._recorder.close()
 
@@ -588,5 +603,12 @@ class Client:
     ) -> None:
         self.close()
 
+
+def _leave_all_to_parent() -> None:
+    for client in list(_clients):
+        client._leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 __all__ = ["Client", "Step"]

@@ -17,9 +17,9 @@ from typing import Literal
 
 import grpc
 
+from engrampool_client.delivery import Delivery
 from engrampool_client.errors import DeadlineError, PoolError, ProtocolError, StepCancelledError, from_status
 from engrampool_client.exchange import Exchange
-from engrampool_client.step import Step
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
@@ -66,7 +66,12 @@ class DirectLane:
         """Only ask; `fetch` is to take the answer in, or `abandon` to give it up. None if that cannot be done now.
 
         send_by: when to stop trying to send what the system does not take at once, by time.monotonic.
+        Raises DeadlineError, reason "not-asked", if the deadline has passed already: that says nothing of the server.
         """
+        if deadline <= time.monotonic():
+            raise DeadlineError(
+                f"{self._target} was not asked: the deadline had passed (DEADLINE_EXCEEDED)", "not-asked"
+            )
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -82,17 +87,16 @@ class DirectLane:
     def abandon(self, begun: "Connection") -> None:
         """Do without the answer; the connection it is on cannot serve another."""
         self._drop(begun)
-        self._want_one()
 
     def fetch(
         self,
         exchange: Exchange,
         deadline: float,
-        step: Step,
+        delivery: Delivery,
         spin_s: float = 0.0,
         begun: "Connection | None" = None,
     ) -> bool:
-        """Ask, unless that has `begun`, and take the whole answer in; `step` is told of layers as they complete.
+        """Ask, unless that has `begun`, and take the whole answer in; `delivery` is told of layers as they complete.
 
         deadline: by time.monotonic. spin_s: how long to look for the answer without sleeping.
         False if the lane has no connection, or one that broke meanwhile: what is missing is to be asked for over gRPC.
@@ -102,7 +106,7 @@ class DirectLane:
         if connection is None:
             return False
         try:
-            connection.receive(exchange, deadline, step, spin_s)
+            connection.receive(exchange, deadline, delivery, spin_s)
         except _RefusedError as refused:
             self._put(connection)
             raise refused.error from None
@@ -111,15 +115,25 @@ class DirectLane:
             raise DeadlineError(f"{self._target}: no answer in time (DEADLINE_EXCEEDED)") from error
         except OSError as error:
             self._drop(connection)
-            if self._closed or step.given_up():
+            if self._closed or delivery.given_up:
                 raise StepCancelledError("the step was cancelled") from error
             exchange.restart()
             return exchange.complete  # if only the end of the answer was lost
         except BaseException:
-            self._drop(connection)
+            if connection.answering:
+                self._drop(connection)
+            else:  # only the rows are not wanted any more
+                self._put(connection)
             raise
         self._put(connection)
         return True
+
+    def forked(self) -> None:
+        """In the child of a fork: let go of the connections without a word, for they are the parent's."""
+        self._closed = True
+        self._idle.clear()
+        for connection in self._open:
+            connection.let_go()
 
     def close(self) -> None:
         """End every connection, and every lookup on one."""
@@ -147,6 +161,7 @@ class DirectLane:
         with self._lock:
             self._open.discard(connection)
         connection.close()
+        self._want_one()
 
     def _want_one(self) -> None:
         """Have one more connection opened, for later."""
@@ -187,7 +202,9 @@ class Connection:
         """Raises OSError, PoolError."""
         self._target = target
         self._socket = _connected(way_in, target)
-        self._lock = threading.Lock()
+        # Whoever gives a step up takes it, in whatever the thread is doing: garbage collection does that, too.
+        self._lock = threading.RLock()
+        self.answering = False  # whether there is an answer, or a part of one, still to be received
         self._turn = 0  # counts lookups, so that one that is over cannot be given up; -1 once one was
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._end = 0  # what was received into it, and not looked at yet
@@ -214,17 +231,18 @@ class Connection:
         Half of a request on its way is of no use: what is not sent in time ends the connection.
         """
         self._start = self._end = 0
+        self.answering = True
         request = exchange.request
         large = len(request) > _MAY_BLOCK_BYTES and send_by is not None
         self._send(request, deadline, send_by if large else None)
 
-    def begins(self, exchange: Exchange, step: Step, until: float, spin_s: float) -> bool:
+    def begins(self, exchange: Exchange, delivery: Delivery, until: float, spin_s: float) -> bool:
         """Whether the answer to what was sent, or the end of the connection, comes by `until` (time.monotonic).
 
         `receive` is to follow, or the end. spin_s: how long to look for it without sleeping.
         """
         begin = time.perf_counter()
-        place = self._scratch[: self._listen(exchange, step)]
+        place = self._scratch[: self._listen(exchange, delivery)]
         spin_s = spin_s if self._quick else 0.0
         try:
             while True:
@@ -255,19 +273,19 @@ class Connection:
         """Its number, as the system knows it."""
         return self._socket.fileno()
 
-    def receive(self, exchange: Exchange, deadline: float, step: Step, spin_s: float) -> None:
+    def receive(self, exchange: Exchange, deadline: float, delivery: Delivery, spin_s: float) -> None:
         """Take the answer in. Raises OSError if the connection broke, TimeoutError, _RefusedError, PoolErrors."""
-        at_once = self._listen(exchange, step)
+        at_once = self._listen(exchange, delivery)
         if not self._end:
             self._await(deadline, at_once, spin_s)
-        if at_once > _HEADER_BYTES and self._all_at_once(exchange, step):
+        if at_once > _HEADER_BYTES and self._all_at_once(exchange, delivery):
             return
         while True:
             length, head, kind = self._header(deadline, at_once)
             if kind == frames.ROWS:
-                layer, nbytes = self._rows(exchange, step, length, head, deadline)
+                layer, nbytes = self._rows(exchange, delivery, length, head, deadline)
                 if exchange.placed(layer, nbytes):
-                    step._arrived(exchange.whole([layer]))
+                    delivery.arrived(exchange.whole([layer]))
             elif kind == frames.END and head == length:
                 break
             elif kind == frames.REFUSED and head == length:
@@ -280,18 +298,18 @@ class Connection:
         exchange.finish()
         self._over()
 
-    def _listen(self, exchange: Exchange, step: Step) -> int:
+    def _listen(self, exchange: Exchange, delivery: Delivery) -> int:
         """Have the step's end be the answer's, if it is a long one; once more does no harm.
 
         Gives how many bytes to ask the system for while the next frame is not known.
         """
-        if exchange.answer_bytes <= _SCRATCH_BYTES // 2:
+        if _is_short(exchange):
             return _SCRATCH_BYTES  # it is short: a step that is given up meanwhile does not wait for it
         turn = self._turn
-        step._on_cancel(lambda: self._give_up(turn))
+        delivery.on_cancel(lambda: self._give_up(turn))
         return _HEADER_BYTES  # and not a byte of what belongs elsewhere
 
-    def _all_at_once(self, exchange: Exchange, step: Step) -> bool:
+    def _all_at_once(self, exchange: Exchange, delivery: Delivery) -> bool:
         """Take a small answer in, if it came as such answers do: whole, in one frame a layer. Else nothing is taken."""
         runs, end_at, nbytes = _answer_layout(exchange.missing())
         scratch = self._scratch
@@ -300,13 +318,13 @@ class Connection:
         for _, start, at, rows_at, _ in runs:
             if scratch[at:rows_at] != start:
                 return False
-        with _writing(exchange, step):
-            for layer, _, _, rows_at, stop in runs:
-                exchange.place(layer, 0, stop - rows_at)[:] = scratch[rows_at:stop]
         exchange.times = _times(bytes(scratch[end_at + _HEADER_BYTES : nbytes]))
         self._start = self._end
         self._over()
-        step._arrived(exchange.whole([run[0] for run in runs if exchange.placed(run[0], run[4] - run[3])]))
+        with _writing(exchange, delivery):
+            for layer, _, _, rows_at, stop in runs:
+                exchange.place(layer, 0, stop - rows_at)[:] = scratch[rows_at:stop]
+        delivery.arrived(exchange.whole([run[0] for run in runs if exchange.placed(run[0], run[4] - run[3])]))
         exchange.finish()
         return True
 
@@ -323,12 +341,18 @@ class Connection:
             self._turn = -1  # another may have its number from now on
             self._socket.close()
 
+    def let_go(self) -> None:
+        """In the child of a fork: close this process's end of it, which the parent does not notice."""
+        self._turn = -1
+        self._socket.close()
+
     def _over(self) -> None:
         """The end of a lookup: from now on it cannot be given up any more. Raises OSError if it was."""
         with self._lock:
             if self._turn < 0:
                 raise ConnectionAbortedError("given up")
             self._turn += 1
+            self.answering = False
 
     def _give_up(self, turn: int) -> None:
         """The server takes the end of the connection as the end of its work for us."""
@@ -368,16 +392,17 @@ class Connection:
         self._have(1, deadline, at_once)
         self._quick = time.perf_counter() - begin < 2 * spin_s
 
-    def _rows(self, exchange: Exchange, step: Step, length: int, head: int, deadline: float) -> tuple[int, int]:
+    def _rows(self, exchange: Exchange, delivery: Delivery, length: int, head: int, deadline: float) -> tuple[int, int]:
         """Have the rest of a ROWS frame where it belongs. Gives its layer, and bytes of rows."""
         nbytes = length - head
         due = exchange.due()
         known = b"" if due is None else frames.rows_start(*due, nbytes)[_HEADER_BYTES:]
-        if due is not None and self._start == self._end and nbytes and head == len(known):
+        short = _is_short(exchange)
+        if due is not None and self._start == self._end and nbytes and head == len(known) and not short:
             # Which rows these must be is known before the head is read. So all is received at once: the head, to be
             # compared; the rows, where they belong; and the header of the frame that must follow.
             place = exchange.place(*due, nbytes)
-            with _writing(exchange, step):
+            with _writing(exchange, delivery):
                 self._fill([self._scratch[:head], place, self._scratch[head : head + _HEADER_BYTES]], deadline)
             self._start, self._end = head, head + _HEADER_BYTES
             if self._scratch[:head] != known and _parsed(bytes(self._scratch[:head]), nbytes) != due:
@@ -386,7 +411,9 @@ class Connection:
         found = self._head(head, deadline)
         layer, first = due if due is not None and found == known else _parsed(found, nbytes)
         place = exchange.place(layer, first, nbytes)
-        with _writing(exchange, step):
+        if short:  # nobody waits for the network with the caller's memory in hand, unless he can be told to leave it
+            self._have(nbytes, deadline, _SCRATCH_BYTES)
+        with _writing(exchange, delivery):
             have = min(self._end - self._start, nbytes)
             place[:have] = self._scratch[self._start : self._start + have]
             self._start += have
@@ -463,7 +490,9 @@ class Connection:
         return remaining
 
 
-def first_to_answer(asked: Sequence[Connection], exchange: Exchange, step: Step, deadline: float) -> Connection | None:
+def first_to_answer(
+    asked: Sequence[Connection], exchange: Exchange, delivery: Delivery, deadline: float
+) -> Connection | None:
     """Wait for whichever of those that were asked the same begins to answer; None if none does by the deadline.
 
     One that refuses, or whose connection ends, is only chosen as the last that is left.
@@ -471,7 +500,7 @@ def first_to_answer(asked: Sequence[Connection], exchange: Exchange, step: Step,
     waiting = {connection.fileno(): connection for connection in asked}
     poll = select.poll()
     for fileno, connection in waiting.items():
-        connection._listen(exchange, step)
+        connection._listen(exchange, delivery)
         poll.register(fileno, select.POLLIN)
     while ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
         for fileno, _ in ready:
@@ -482,9 +511,14 @@ def first_to_answer(asked: Sequence[Connection], exchange: Exchange, step: Step,
     return None
 
 
-def _writing(exchange: Exchange, step: Step) -> AbstractContextManager[None]:
+def _is_short(exchange: Exchange) -> bool:
+    """Whether the whole answer fits into the scratch memory of a connection, with room to spare."""
+    return exchange.answer_bytes <= _SCRATCH_BYTES // 2
+
+
+def _writing(exchange: Exchange, delivery: Delivery) -> AbstractContextManager[None]:
     """Rows may be written where they belong within this, even if that is the caller's."""
-    return nullcontext() if exchange.owned else step._writing()
+    return nullcontext() if exchange.owned else delivery.writing()
 
 
 @lru_cache(maxsize=256)  # decode asks for the same few shapes over and over

@@ -12,6 +12,7 @@ import numpy as np
 
 from engrampool_client.attach import AttachLane
 from engrampool_client.breaker import Breaker
+from engrampool_client.delivery import Delivery
 from engrampool_client.direct import Connection, Direct, DirectLane
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, UnavailableError
 from engrampool_client.exchange import Exchange, slowest
@@ -20,7 +21,6 @@ from engrampool_client.latency import Latency
 from engrampool_client.served import ServedModel
 from engrampool_client.settings import SPLIT_ABOVE_BYTES
 from engrampool_client.stats import Stats
-from engrampool_client.step import Step
 
 Attach = Literal["auto", "off"]
 _PROBE_TIMEOUT_S = 1.0
@@ -97,7 +97,7 @@ class Endpoint:
     def ask(
         self,
         exchange: Exchange,
-        step: Step,
+        delivery: Delivery,
         spin_s: float,
         deadline: float,
         begun: Connection | None = None,
@@ -112,7 +112,7 @@ class Endpoint:
         the server. Raises PoolError.
         """
         try:
-            self._ask(exchange, step, spin_s, deadline, begun, patient, early)
+            self._ask(exchange, delivery, spin_s, deadline, begun, patient, early)
         except (ValueError, RuntimeError) as error:  # what gRPC and executors have to say that they are closed
             if not self._closed or isinstance(error, EngrampoolError):
                 raise
@@ -121,7 +121,7 @@ class Endpoint:
     def _ask(
         self,
         exchange: Exchange,
-        step: Step,
+        delivery: Delivery,
         spin_s: float,
         deadline: float,
         begun: Connection | None,
@@ -130,13 +130,13 @@ class Endpoint:
     ) -> None:
         parts = exchange.split(len(self._lanes)) if begun is None and self._splits(exchange) else [exchange]
         if len(parts) == 1:
-            self._fetch(self._lanes[0], exchange, step, spin_s, deadline, patient, early, begun)
+            self._fetch(self._lanes[0], exchange, delivery, spin_s, deadline, patient, early, begun)
             return
         others: list[Future[None]] = []
         try:
             for lane, part in zip(self._lanes[1:], parts[1:], strict=False):
-                others.append(self._parts.submit(self._fetch, lane, part, step, 0.0, deadline, patient, early))
-            self._fetch(self._lanes[0], parts[0], step, spin_s, deadline, patient, early)
+                others.append(self._parts.submit(self._fetch, lane, part, delivery, 0.0, deadline, patient, early))
+            self._fetch(self._lanes[0], parts[0], delivery, spin_s, deadline, patient, early)
         finally:  # whatever became of the first, nothing is written once the step has ended
             for other in others:
                 other.exception()
@@ -152,7 +152,7 @@ class Endpoint:
         self,
         lane: GrpcLane,
         exchange: Exchange,
-        step: Step,
+        delivery: Delivery,
         spin_s: float,
         deadline: float,
         patient: bool,
@@ -163,21 +163,21 @@ class Endpoint:
         nbytes = exchange.answer_bytes
         for attempt in count():
             try:
-                if begun is None and self._attach is not None and self._attach.fetch(exchange, step):
+                if begun is None and self._attach is not None and self._attach.fetch(exchange, delivery):
                     self._stats.came("attached", nbytes)
                     return
                 if begun is None:
                     self.breaker.check()
                 asked, begun = begun, None
-                if self._direct is None or not self._direct.fetch(exchange, deadline, step, spin_s, asked):
-                    lane.fetch(exchange, max(0.0, deadline - time.monotonic()), step)
+                if self._direct is None or not self._direct.fetch(exchange, deadline, delivery, spin_s, asked):
+                    lane.fetch(exchange, max(0.0, deadline - time.monotonic()), delivery)
                 break
             except PoolError as error:
                 pause_s = self.breaker.pause_s(error, attempt) if patient else None
-                if pause_s is None or time.monotonic() + pause_s >= deadline or step.given_up():
+                if pause_s is None or time.monotonic() + pause_s >= deadline or delivery.given_up:
                     if not (early and isinstance(error, DeadlineError)):
                         # Whoever waits for a step may have given it up just before the call itself did.
-                        self.breaker.failed(step.error or error)
+                        self.breaker.failed(delivery.error or error)
                     raise
                 if self._closing.wait(pause_s):
                     raise
@@ -192,7 +192,12 @@ class Endpoint:
         """Ask for one row that it holds, over gRPC. Raises PoolError."""
         layer, (start, _) = next(iter(self.served.parts.items()))
         exchange = Exchange.of_rows(self.served, {layer: np.full(1, start, np.uint64)})
-        self._lanes[0].fetch(exchange, _PROBE_TIMEOUT_S, Step([layer]))
+        self._lanes[0].fetch(exchange, _PROBE_TIMEOUT_S, Delivery([layer]))
+
+    def forked(self) -> None:
+        """In the child of a fork: let go of the direct lane's connections. gRPC's are not touched."""
+        if self._direct is not None:
+            self._direct.forked()
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""

@@ -14,6 +14,7 @@ EngrampoolError
    +- FingerprintError          the server's tables were made for another tokenizer, hash or layout: do not use them
    +- ProtocolError             the answer is not what the contract says: a bug, or not an engrampool server
    +- StepCancelledError        the step was cancelled here
+   +- ForkedError               the client is another process's: make one in each process, after the fork
 """
 
 from collections.abc import Sequence
@@ -79,6 +80,10 @@ class ProtocolError(PoolError):
 
 class StepCancelledError(PoolError):
     """The step was cancelled before its rows were there."""
+
+
+class ForkedError(PoolError):
+    """The client was made before this process was forked: its connections, and what is on them, are the parent's."""
 
 
 _BY_CODE: dict[grpc.StatusCode, type[PoolError]] = {

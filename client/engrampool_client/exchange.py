@@ -22,6 +22,9 @@ from engrampool_proto.spec import ModelSpec, TableSpec
 Hashing = Literal["local", "server"]
 IntArray = npt.ArrayLike
 Rows = npt.NDArray[np.uint8]
+Valid = npt.NDArray[np.bool_]
+# Rows and which tokens have theirs, of a layer that did not come.
+Blank = Callable[[int], tuple[Rows, Valid]]
 Writing = Callable[[], AbstractContextManager[None]]
 # By layer: an array for its rows, or one for each of some segments of them.
 Out = Mapping[int, Rows | Mapping[str, Rows]]
@@ -413,16 +416,36 @@ def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> None:
 
 
 def hand_over(table: TableSpec, rows: Rows, out: Rows | Mapping[str, Rows] | None) -> Rows:
-    """What a caller who gave `out` for a layer gets of its rows: the array itself; else rows that are read-only.
+    """What a caller who gave `out` for a layer gets of its rows: the array itself; else a view that is read-only.
 
     Where the caller wants segments apart, they are copied to their arrays.
     """
+    if isinstance(out, np.ndarray):
+        return rows
     if isinstance(out, Mapping):
         for name, array in out.items():
             array[:] = rows[..., table.row_format.slice_of(name)]
-    if not isinstance(out, np.ndarray):
-        rows.flags.writeable = False
-    return rows
+    handed = rows.view()  # what is ours stays writable: rows that come too late to be taken are masked
+    handed.flags.writeable = False
+    return handed
+
+
+def zeros(shapes: Mapping[int, tuple[int, ...]], out: Out | None) -> Blank:
+    """Zero rows of no token, in the caller's arrays where there are some. shapes: of each layer's rows."""
+
+    def blank(layer: int) -> tuple[Rows, Valid]:
+        shape, given = shapes[layer], (out or {}).get(layer)
+        if isinstance(given, Mapping):
+            for array in given.values():
+                array[:] = 0
+        elif given is not None:
+            given[:] = 0
+        rows = given if isinstance(given, np.ndarray) else np.zeros(shape, np.uint8)
+        if rows is not given:
+            rows.flags.writeable = False
+        return rows, np.zeros(shape[:-2] if len(shape) > 2 else shape[:1], np.bool_)
+
+    return blank
 
 
 def row_ids(table: TableSpec, ids: Any) -> npt.NDArray[Any]:

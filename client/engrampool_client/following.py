@@ -7,12 +7,12 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from engrampool_client.delivery import Delivery
 from engrampool_client.discovery import Servers
 from engrampool_client.errors import FingerprintError, StepCancelledError
 from engrampool_client.generation import Generation, How
 from engrampool_client.served import ServedModel
 from engrampool_client.stats import Stats
-from engrampool_client.step import Step
 from engrampool_proto.registry import RegistryError
 
 # What became of versions that were made active: the last can never be followed, the one before is tried again.
@@ -76,7 +76,7 @@ class Following:
         if last:
             self.servers.wake()
 
-    def moved_on(self, generation: Generation, step: Step) -> bool:
+    def moved_on(self, generation: Generation, delivery: Delivery) -> bool:
         """Whether lookups go by another version than this one, which a server holds no more.
 
         If that version is active no longer, waits for the next one, until the step's deadline at most.
@@ -86,13 +86,18 @@ class Following:
         with self._changed:
             self._doubts = doubt = self._doubts + 1
         self.servers.wake()
-        step._on_cancel(self._notify)
+        delivery.on_cancel(self._notify)
         with self._changed:
             self._changed.wait_for(
-                lambda: self.current is not generation or self._settled >= doubt or self._closed or step.given_up(),
-                min(step.deadline - time.monotonic(), threading.TIMEOUT_MAX),
+                lambda: self.current is not generation or self._settled >= doubt or self._closed or delivery.given_up,
+                min(delivery.deadline - time.monotonic(), threading.TIMEOUT_MAX),
             )
-            return self.current is not generation and not self._closed and not step.given_up()
+            return self.current is not generation and not self._closed and not delivery.given_up
+
+    def forked(self) -> None:
+        """In the child of a fork: let go of the connections without a word, for they are the parent's."""
+        for generation in (self.current, *self._retired):
+            generation.shards.forked()
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""

@@ -6,11 +6,11 @@ import time
 import grpc
 import grpc.experimental
 
+from engrampool_client.delivery import Delivery
 from engrampool_client.errors import DeadlineError, ProtocolError, UnavailableError, from_rpc
 from engrampool_client.exchange import Exchange
 from engrampool_client.served import DESCRIBE
 from engrampool_client.settings import CHANNEL_OPTIONS, METHOD, RETRY_LOADING_S, STREAM_ABOVE_BYTES
-from engrampool_client.step import Step
 from engrampool_proto.v1 import pool_pb2
 
 # The thread that reads a stream also drives its connection: without this gRPC hands every message from one to another.
@@ -75,21 +75,21 @@ class GrpcLane:
         except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
             raise ProtocolError(f"Attach was answered with something else: {error}") from error
 
-    def fetch(self, exchange: Exchange, timeout_s: float, step: Step) -> None:
-        """Ask, and take the whole answer in; `step` is told of layers as they complete.
+    def fetch(self, exchange: Exchange, timeout_s: float, delivery: Delivery) -> None:
+        """Ask, and take the whole answer in; `delivery` is told of layers as they complete.
 
-        Raises what the call fails with. Whatever it is once the step was given up, the step knows better.
+        Raises what the call fails with. Whatever it is once the lookup was given up, the delivery knows better.
         """
         try:
             if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
                 # given up meanwhile does not wait for it.
-                _take(exchange, self._lookup(exchange.request, timeout=timeout_s), step)
+                _take(exchange, self._lookup(exchange.request, timeout=timeout_s), delivery)
             else:
                 stream = self._lookup_stream(exchange.request, timeout=timeout_s)
-                step._on_cancel(stream.cancel)
+                delivery.on_cancel(stream.cancel)
                 for message in stream:
-                    _take(exchange, message, step)
+                    _take(exchange, message, delivery)
         except grpc.RpcError as error:
             raise from_rpc(error, self.target) from error
         exchange.finish()
@@ -99,10 +99,10 @@ class GrpcLane:
         self._channel.close()
 
 
-def _take(exchange: Exchange, message: bytes, step: Step) -> None:
+def _take(exchange: Exchange, message: bytes, delivery: Delivery) -> None:
     if exchange.owned:
         complete = exchange.add(message)
     else:
-        with step._writing():
+        with delivery.writing():
             complete = exchange.add(message)
-    step._arrived(exchange.whole(complete))
+    delivery.arrived(exchange.whole(complete))

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.cache import HotRows
+from engrampool_client.delivery import Delivery
 from engrampool_client.exchange import Exchange, Out, Rows, hand_over, row_ids
 from engrampool_client.served import ServedModel
-from engrampool_client.step import Step
 from engrampool_proto import wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec, TableSpec
@@ -121,7 +121,13 @@ class Planner:
         self.scratch = Scratch(max_steps * len(layout.parts))
 
     def of_tokens(
-        self, step: Step, batch: TokenBatch, layers: Sequence[int], out: Out | None = None, *, wanted: bool = True
+        self,
+        delivery: Delivery,
+        batch: TokenBatch,
+        layers: Sequence[int],
+        out: Out | None = None,
+        *,
+        wanted: bool = True,
     ) -> "Plan":
         """The rows of every token: [T, heads, row_bytes] a layer. wanted: else they are for the cache only.
 
@@ -134,9 +140,9 @@ class Planner:
         for layer in layers:
             found = spec.table(layer).hash.keys(windows)
             keys[layer] = [part.pick(found) for part in self.layout.parts[layer]]
-        return Plan(self, step, keys, dict.fromkeys(layers, (batch.num_tokens,)), out if wanted else None, wanted)
+        return Plan(self, delivery, keys, dict.fromkeys(layers, (batch.num_tokens,)), out if wanted else None, wanted)
 
-    def of_rows(self, step: Step, rows: Mapping[int, Any], out: Out | None = None) -> "Plan | None":
+    def of_rows(self, delivery: Delivery, rows: Mapping[int, Any], out: Out | None = None) -> "Plan | None":
         """The same by row ids, [..., heads] a layer; None for ids that are not as hashing gives them.
 
         Raises as `of_tokens` does.
@@ -152,7 +158,7 @@ class Planner:
             if any(one is None for one in found):
                 return None
             keys[layer] = [one for one in found if one is not None]
-        return Plan(self, step, keys, leading, out)
+        return Plan(self, delivery, keys, leading, out)
 
     @staticmethod
     def _keys_of(part: Part, ids: npt.NDArray[Any]) -> Keys | None:
@@ -260,7 +266,7 @@ class _Entries:
 class Plan:
     """One lookup, between the caller's arrays and the exchange. To be used by one thread at a time.
 
-    Once made, what the cache has lies in its place, and the step has the layers that are whole by that.
+    Once made, what the cache has lies in its place, and the delivery has the layers that are whole by that.
 
     keys: layer -> int64 [groups, T] of each part. leading: layer -> shape of its rows, up to heads and bytes.
     exchange: what is to be asked for; None if nothing is.
@@ -269,14 +275,14 @@ class Plan:
     def __init__(
         self,
         planner: Planner,
-        step: Step,
+        delivery: Delivery,
         keys: Mapping[int, Sequence[Keys]],
         leading: Mapping[int, tuple[int, ...]],
         out: Out | None = None,
         wanted: bool = True,
     ) -> None:
         served, layout = planner.served, planner.layout
-        self._planner, self._step, self._out, self._wanted = planner, step, out or {}, wanted
+        self._planner, self._delivery, self._out, self._wanted = planner, delivery, out or {}, wanted
         self.exchange: Exchange | None = None
         self._scratch: list[Rows] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
@@ -290,8 +296,8 @@ class Plan:
                 given = self._out.get(layer)
                 self._rows[layer] = given if isinstance(given, np.ndarray) else np.empty(shape, np.uint8)
             self._entries[layer] = list(map(_Entries, layout.parts[layer], keys[layer]))
-        if wanted and step._blank is not None:
-            step._blank = self._blank
+        if wanted:
+            delivery.stand_in(self._blank)
         self.sources = {
             name: self._take(cache)
             for name, cache in (("cache", planner.cache), ("warm", planner.warm))
@@ -304,7 +310,7 @@ class Plan:
             self.sources["duplicate"] = total - asked - sum(self.sources.values())
 
     def _ask(self) -> None:
-        """Hand the layers that are whole to the step, and have the rest asked for."""
+        """Hand over the layers that are whole, and have the rest asked for."""
         whole, tables, shapes = [], [], {}
         for layer, entries in self._entries.items():
             if all(one.found == one.count for one in entries):
@@ -320,22 +326,22 @@ class Plan:
             asked = wire.LookupRequest(served.spec.name, served.version, tuple(tables))
             self.exchange = Exchange(served, asked, shapes, deliver=self._deliver, allocate=self._allocate)
         if whole and self._wanted:
-            with self._step._writing():
+            with self._delivery.writing():
                 rows = {layer: self._finish(layer) for layer in whole}
-            self._step._arrived(rows)
+            self._delivery.arrived(rows)
 
     def _blank(self, layer: int) -> tuple[Rows, npt.NDArray[np.bool_]]:
         """What there is of a layer whose rows did not come: tokens that the cache had whole, zeros elsewhere.
 
         Gives the rows and bool [*leading], which tokens have theirs.
         """
-        shape = self.shapes[layer][:-2]
-        valid = np.ones(math.prod(shape), np.bool_)
+        *leading, heads, row_bytes = self.shapes[layer]
+        valid = np.ones(math.prod(leading), np.bool_)
         for one in self._entries[layer]:
             hit = np.zeros(one.count, np.bool_) if one.hit is None else one.hit
-            valid &= hit.reshape(len(valid), -1).all(axis=1)
-        self._rows[layer].reshape(len(valid), -1)[~valid] = 0
-        return self._finish(layer), valid.reshape(shape)
+            valid &= hit.reshape(len(valid), len(one.keys)).all(axis=1)
+        self._rows[layer].reshape(len(valid), heads * row_bytes)[~valid] = 0
+        return self._finish(layer), valid.reshape(leading)
 
     def close(self) -> None:
         """Let other lookups have the memory that rows were fetched into; once nobody asks for them any more."""
@@ -378,7 +384,7 @@ class Plan:
         with cache.lock:
             slots = cache.find(keys, groups)
             start = taken = 0
-            with self._step._writing():
+            with self._delivery.writing():
                 for layer, parts in self._entries.items():
                     for one in parts:
                         taken += self._copy(cache, layer, one, slots[start : start + one.count])
@@ -413,7 +419,7 @@ class Plan:
             for one in self._entries[layer]:
                 start = one.came(fetched, start)
             return fetched
-        with self._step._writing():
+        with self._delivery.writing():
             for one in self._entries[layer]:
                 start = one.came(fetched, start)
                 to, write_back = _entries_of(self._rows[layer], one.part, whole=one.hit is None)

@@ -15,6 +15,7 @@ A file that ends within a record was cut short, by a crash or a full disk; what 
 
 import json
 import logging
+import os
 import queue
 import struct
 import threading
@@ -92,6 +93,13 @@ class Recorder:
         if not self._closed and all(isinstance(ids, np.ndarray) for ids in rows.values()):
             owned = {layer: ids.copy() for layer, ids in rows.items()}
             self._put(owned, sorted(owned), sum(ids.nbytes for ids in owned.values()))
+
+    def forked(self) -> None:
+        """In the child of a fork: the file is the parent's, and so is what waits to be written to it."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._file.fileno(), inheritable=False)  # whatever is flushed from here on goes there
+        os.close(null)
+        self._closed = True
 
     def close(self) -> None:
         """Write what waits, and close the file."""

@@ -257,7 +257,7 @@ def play(client: Client, forwards: Iterable[Forward], clock: Clock, seconds: flo
             step.rows(layer)
             back = time.perf_counter()
             inside += time.thread_time() - cpu_at
-            masked[layer] = int(np.count_nonzero(~step.valid(layer))) if step.given_up() else 0
+            masked[layer] = int(np.count_nonzero(~step.valid(layer))) if step.error is not None else 0
             # Asked for a little before the step's own clock began: what copying the batch takes.
             arrived = asked_at + step.arrived_s.get(layer, inf)
             ready = arrived if arrived <= called else back

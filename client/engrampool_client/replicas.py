@@ -6,6 +6,7 @@ from itertools import count
 from math import inf
 from typing import NamedTuple
 
+from engrampool_client.delivery import Delivery
 from engrampool_client.direct import Connection, first_to_answer
 from engrampool_client.endpoint import Endpoint
 from engrampool_client.errors import (
@@ -19,7 +20,6 @@ from engrampool_client.errors import (
 from engrampool_client.exchange import Exchange
 from engrampool_client.latency import HedgeBudget
 from engrampool_client.stats import Stats
-from engrampool_client.step import Step
 
 # Where there are other replicas, one may take so long, and so long for each byte: far more than one that is well does.
 _PATIENCE_S, _PATIENCE_S_PER_BYTE = 0.1, 1e-8
@@ -47,27 +47,29 @@ class ReplicaSet:
         self._turn = count()
         self._budget = HedgeBudget()
 
-    def begin(self, exchange: Exchange, step: Step) -> "_Begun | None":
+    def begin(self, exchange: Exchange, delivery: Delivery) -> "_Begun | None":
         """Only send the request to one replica: `ask` or `_Begun.abandon` is to follow. None if that cannot be done."""
         replicas = self._in_order(exchange.answer_bytes)
         if not replicas:
             return None
-        return self._begin(replicas, exchange, _deadline(exchange, step) if len(replicas) > 1 else step.deadline)
+        return self._begin(
+            replicas, exchange, _deadline(exchange, delivery) if len(replicas) > 1 else delivery.deadline
+        )
 
-    def ask(self, exchange: Exchange, step: Step, spin_s: float, begun: "_Begun | None" = None) -> None:
+    def ask(self, exchange: Exchange, delivery: Delivery, spin_s: float, begun: "_Begun | None" = None) -> None:
         """Have the rows come from one replica, or another if that one cannot. Raises PoolError."""
         replicas = self._in_order(exchange.answer_bytes) if begun is None else begun.replicas
         if not replicas:
             raise UnavailableError("no server is known that holds these rows", "no-replica")
         if len(replicas) == 1:
-            replicas[0].ask(exchange, step, spin_s, step.deadline, None if begun is None else begun.sent)
+            replicas[0].ask(exchange, delivery, spin_s, delivery.deadline, None if begun is None else begun.sent)
             return
         self._budget.earn()
-        begin, deadline, sent, cancel_after_s = time.monotonic(), _deadline(exchange, step), None, inf
+        begin, deadline, sent, cancel_after_s = time.monotonic(), _deadline(exchange, delivery), None, inf
         if begun is None:
             begun = self._begin(replicas, exchange, deadline)
         if begun is not None:
-            begun = self._raced(begun, exchange, step, spin_s, deadline)
+            begun = self._raced(begun, exchange, delivery, spin_s, deadline)
             replicas, sent, begin = begun.replicas, begun.sent, max(begin, begun.since)
         elif self._budget.ready and not replicas[0].attached:
             late_s = _late_s(replicas, exchange.answer_bytes, whole=True)
@@ -81,7 +83,7 @@ class ReplicaSet:
             early = begin + cancel_after_s < deadline
             try:
                 limit = min(deadline, begin + cancel_after_s)
-                endpoint.ask(exchange, step, spin_s, limit, sent, patient=patient, early=early)
+                endpoint.ask(exchange, delivery, spin_s, limit, sent, patient=patient, early=early)
                 if not attached:
                     endpoint.latency.ended(nbytes, time.monotonic() - begin)
                 if cancelled:
@@ -91,7 +93,7 @@ class ReplicaSet:
                 late = isinstance(error, DeadlineError)
                 if late and not attached:
                     endpoint.latency.ended(nbytes, inf)
-                if step.given_up() or time.monotonic() >= step.deadline or (patient and not waiting):
+                if delivery.given_up or time.monotonic() >= delivery.deadline or (patient and not waiting):
                     raise
                 if late:
                     slow.append(endpoint)
@@ -107,7 +109,7 @@ class ReplicaSet:
             if not waiting:
                 waiting, patient = slow or list(replicas), True
             begin, sent, cancel_after_s = time.monotonic(), None, inf
-            deadline = step.deadline if patient else _deadline(exchange, step)
+            deadline = delivery.deadline if patient else _deadline(exchange, delivery)
 
     def _begin(self, replicas: Sequence[Endpoint], exchange: Exchange, deadline: float) -> "_Begun | None":
         since = time.monotonic()
@@ -115,22 +117,24 @@ class ReplicaSet:
         sent = replicas[0].begin(exchange, deadline, min(deadline, late))
         return None if sent is None else _Begun(replicas, sent, since, late)
 
-    def _raced(self, begun: "_Begun", exchange: Exchange, step: Step, spin_s: float, deadline: float) -> "_Begun":
+    def _raced(
+        self, begun: "_Begun", exchange: Exchange, delivery: Delivery, spin_s: float, deadline: float
+    ) -> "_Begun":
         """Wait until somebody begins to answer, and ask a second one if the first is late; gives whom to listen to."""
         replicas, nbytes = begun.replicas, exchange.answer_bytes
         chosen, other = begun, None
         # What came while this thread was busy with another shard's answer is not late, whenever it is looked at.
-        if not begun.sent.begins(exchange, step, min(deadline, begun.late), spin_s):
+        if not begun.sent.begins(exchange, delivery, min(deadline, begun.late), spin_s):
             if begun.late < deadline and self._budget.ready:
                 turned = ((*replicas[at:], *replicas[:at]) for at in range(1, len(replicas)))
                 sent = (self._begin(others, exchange, deadline) for others in turned)
                 other = next((one for one in sent if one is not None), None)
             if other is None:
-                first_to_answer([begun.sent], exchange, step, deadline)
+                first_to_answer([begun.sent], exchange, delivery, deadline)
             else:
                 self._budget.spend()
                 self._stats.hedged()
-                if first_to_answer([begun.sent, other.sent], exchange, step, deadline) is other.sent:
+                if first_to_answer([begun.sent, other.sent], exchange, delivery, deadline) is other.sent:
                     chosen, other = other, begun
                     replicas[0].latency.ended(nbytes, inf)
                     self._stats.hedge_won()
@@ -172,11 +176,11 @@ class _Begun(NamedTuple):
         self.replicas[0].abandon(self.sent)
 
 
-def _deadline(exchange: Exchange, step: Step) -> float:
+def _deadline(exchange: Exchange, delivery: Delivery) -> float:
     """Until when one replica may take, where there are others to go to."""
     now = time.monotonic()
     patience_s = _PATIENCE_S + _PATIENCE_S_PER_BYTE * exchange.answer_bytes
-    return min(step.deadline, now + min(patience_s, (step.deadline - now) / 2))
+    return min(delivery.deadline, now + min(patience_s, (delivery.deadline - now) / 2))
 
 
 def _late_s(replicas: Sequence[Endpoint], nbytes: int, *, whole: bool) -> float:

@@ -19,6 +19,8 @@ CHANNEL_OPTIONS = (
 STREAM_ABOVE_BYTES = 2 << 20
 # Answers above this size are split where there are several connections.
 SPLIT_ABOVE_BYTES = 4 << 20
+# No wait is longer, whatever a caller asks for: the system counts some of them in milliseconds of 31 bits.
+LONGEST_S = 1e6
 # How soon to ask again a server that answers "loading".
 RETRY_LOADING_S = 0.2
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from engrampool_client.delivery import Delivery
 from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Endpoint, Ways
 from engrampool_client.errors import EngrampoolError, SpecError, UnavailableError
@@ -16,7 +17,6 @@ from engrampool_client.exchange import Exchange, Route, slowest
 from engrampool_client.replicas import ReplicaSet
 from engrampool_client.served import ServedModel, choose, merged
 from engrampool_client.stats import Stats
-from engrampool_client.step import Step
 from engrampool_proto.spec import ModelSpec, Shard, ShardMap
 
 # While every row is held by somebody that answered, how long to wait for the others.
@@ -96,27 +96,27 @@ class Shards:
                 starts.setdefault(layer, set()).add(start)
         return {layer: sorted(rows) for layer, rows in starts.items()}
 
-    def ask(self, exchange: Exchange, step: Step, spin_s: float) -> None:
+    def ask(self, exchange: Exchange, delivery: Delivery, spin_s: float) -> None:
         """Have every row of the exchange come: from each shard its own, all at once. Raises PoolError."""
-        step._arrived(exchange.whole(exchange.empty_layers()))
+        delivery.arrived(exchange.whole(exchange.empty_layers()))
         if self._fan_out is None:
-            self._sets[0].ask(exchange, step, spin_s)
+            self._sets[0].ask(exchange, delivery, spin_s)
             return
-        parts = exchange.spread(self._routes, step._writing)
+        parts = exchange.spread(self._routes, delivery.writing)
         if not parts:
             return
         # Where a request can be sent at once, so are all, and one answer after the other is taken in: while this thread
         # reads the first, the others are worked on. What cannot is asked for by threads.
-        begun = {shard: self._sets[shard].begin(part, step) for shard, part in parts.items()}
+        begun = {shard: self._sets[shard].begin(part, delivery) for shard, part in parts.items()}
         mine = [shard for shard, one in begun.items() if one is not None] or [next(iter(parts))]
         others = [
-            self._fan_out.submit(self._sets[shard].ask, part, step, 0.0)
+            self._fan_out.submit(self._sets[shard].ask, part, delivery, 0.0)
             for shard, part in parts.items()
             if shard not in mine
         ]
         try:
             for shard in mine:
-                self._sets[shard].ask(parts[shard], step, spin_s, begun.pop(shard))
+                self._sets[shard].ask(parts[shard], delivery, spin_s, begun.pop(shard))
         finally:  # whatever became of it, nothing is written once the step has ended
             for one in begun.values():
                 if one is not None:
@@ -126,6 +126,11 @@ class Shards:
         for other in others:
             other.result()
         exchange.times = slowest(list(parts.values()))
+
+    def forked(self) -> None:
+        """In the child of a fork: let go of the connections without a word, for they are the parent's."""
+        for endpoint in (*self._open.values(), *self._away.values()):
+            endpoint.forked()
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""

@@ -3,7 +3,7 @@
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from engrampool_client.errors import EngrampoolError, StepCancelledError
 
@@ -31,32 +31,44 @@ class Stats:
     """Counters of one client. Thread-safe to write; numbers read at once may be a step apart from each other.
 
     waits: by layer. masked_tokens: by layer. steps: ended, by outcome. bytes: of rows, by source. hint_bytes: by fate.
-    begun, retries, breaker_opened: since the client was made. pending_bytes: of rows of steps that have not ended;
-    pending_hint_bytes: likewise of hints. hedges, hedges_won: see `hedged` and `hedge_won`.
+    begun, retries, breaker_opened: since the client was made. hedges, hedges_won: see `hedged` and `hedge_won`.
     """
 
     def __init__(self, layers: Iterable[int]) -> None:
-        self._lock = threading.Lock()
+        # A step may come to its end by garbage collection, in whatever the thread is doing.
+        self._lock = threading.RLock()
+        self._pending: dict[object, int] = {}
+        self._pending_hints: dict[object, int] = {}
         self.waits = {layer: Waits() for layer in layers}
         self.masked_tokens = dict.fromkeys(self.waits, 0)
         self.steps: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         self.bytes: Counter[str] = Counter(dict.fromkeys(SOURCES, 0))
         self.hint_bytes: Counter[str] = Counter(dict.fromkeys(HINT_FATES, 0))
-        self.begun = self.retries = self.breaker_opened = self.pending_bytes = self.pending_hint_bytes = 0
+        self.begun = self.retries = self.breaker_opened = 0
         self.hedges = self.hedges_won = 0
 
     @property
     def in_flight(self) -> int:
         """Steps begun and not ended."""
-        return self.begun - self.steps.total()
+        return len(self._pending)
 
-    def began(self, nbytes: int, limit_bytes: int | None = None) -> bool:
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of rows of steps that have not ended."""
+        return sum(list(self._pending.values()))
+
+    @property
+    def pending_hint_bytes(self) -> int:
+        """Bytes of rows of hints that have not ended."""
+        return sum(list(self._pending_hints.values()))
+
+    def began(self, step: object, nbytes: int, limit_bytes: int | None = None) -> bool:
         """Count a step and its rows as pending, unless those would be more than the limit together with others."""
         with self._lock:
-            if limit_bytes is not None and self.pending_bytes and self.pending_bytes + nbytes > limit_bytes:
+            if limit_bytes is not None and self._pending and self.pending_bytes + nbytes > limit_bytes:
                 return False
+            self._pending[step] = nbytes
             self.begun += 1
-            self.pending_bytes += nbytes
             return True
 
     def waited(self, layer: int, seconds: float) -> None:
@@ -66,39 +78,47 @@ class Stats:
             waits.counts[0 if seconds < _NO_WAIT_S else bisect_left(WAIT_BOUNDS_S, seconds)] += 1
             waits.sum_s += seconds
 
-    def masked(self, layer: int, tokens: int) -> None:
-        """Count tokens that a layer went without."""
-        with self._lock:
-            self.masked_tokens[layer] += tokens
+    def ended(
+        self, step: object, error: EngrampoolError | None, complete: bool, masked: Mapping[int, int] | None = None
+    ) -> None:
+        """Count the end of a step, once. complete: whether there are rows for every layer, if only masked ones.
 
-    def ended(self, error: EngrampoolError | None, complete: bool, nbytes: int) -> None:
-        """Count the end of a step. complete: whether there are rows for every layer, if only masked ones."""
+        masked: layer -> tokens that it went without.
+        """
         outcome = "ok"
         if error is not None:
             outcome = "masked" if complete else "cancelled" if isinstance(error, StepCancelledError) else "failed"
         with self._lock:
+            if self._pending.pop(step, None) is None:
+                return
             self.steps[outcome] += 1
-            self.pending_bytes -= nbytes
+            for layer, tokens in (masked or {}).items():
+                self.masked_tokens[layer] += tokens
 
     def came(self, source: str, nbytes: int) -> None:
         """Count bytes of rows."""
         with self._lock:
             self.bytes[source] += nbytes
 
-    def hint_began(self, nbytes: int, limit_bytes: int) -> bool:
+    def hint_began(self, hint: object, nbytes: int, limit_bytes: int) -> bool:
         """Count the rows of a hint as pending, unless they would be more than the limit with the others."""
         with self._lock:
             if self.pending_hint_bytes + nbytes > limit_bytes:
                 self.hint_bytes["dropped"] += nbytes
                 return False
-            self.pending_hint_bytes += nbytes
+            self._pending_hints[hint] = nbytes
             return True
 
-    def hint_ended(self, nbytes: int, asked_bytes: int, good: bool) -> None:
-        """Count the end of a hint of `nbytes`, of which the cache missed `asked_bytes`."""
+    def hint_ended(self, hint: object, asked_bytes: int, good: bool) -> None:
+        """Count the end of a hint, once. asked_bytes: of its rows, those that the cache missed."""
         with self._lock:
-            self.pending_hint_bytes -= nbytes
-            self.hint_bytes["asked" if good else "failed"] += asked_bytes
+            if self._pending_hints.pop(hint, None) is not None:
+                self.hint_bytes["asked" if good else "failed"] += asked_bytes
+
+    def forked(self) -> None:
+        """In the child of a fork: what another thread was about to count is the parent's."""
+        self._lock = threading.RLock()
+        self._pending, self._pending_hints = {}, {}
 
     def retried(self) -> None:
         """Count a lookup that was asked again."""

@@ -1,0 +1,90 @@
+"""Every lookup of a client that has not ended, and a thread that settles those whose deadline has passed."""
+
+import logging
+import threading
+import time
+from math import inf
+
+from engrampool_client.delivery import Delivery
+from engrampool_client.errors import EngrampoolError
+
+_log = logging.getLogger("engrampool")
+
+
+class Deadlines:
+    """Settles lookups by their deadlines, whether somebody waits for them or not. Thread-safe.
+
+    The thread is started with the first lookup that needs it. It sleeps until the earliest deadline that it knows of,
+    and is woken for an earlier one only: lookups that all have the same time wake it about once in that time.
+    """
+
+    def __init__(self) -> None:
+        # Changed without the lock, by operations that are one step for other threads. True: its deadline has passed,
+        # and whoever is still writing settles it.
+        self._open: dict[Delivery, bool] = {}
+        self._changed = threading.Condition()
+        self._wakes_at = inf
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def watch(self, delivery: Delivery, wake: bool = True) -> None:
+        """Settle it by its deadline, until `forget`. wake: False where the caller's own thread sees to that."""
+        self._open[delivery] = False
+        if wake and delivery.deadline < self._wakes_at:
+            with self._changed:
+                if self._thread is None and not self._closed:
+                    self._thread = threading.Thread(target=self._run, name="engrampool-deadlines", daemon=True)
+                    self._thread.start()
+                self._changed.notify()
+
+    def forget(self, delivery: Delivery) -> None:
+        """It has ended."""
+        self._open.pop(delivery, None)
+
+    def give_up_all(self, error: EngrampoolError) -> None:
+        """Give up everything that has not ended, and wait for those who are writing."""
+        for delivery in list(self._open):
+            delivery.give_up(error)
+
+    def forked(self, error: EngrampoolError) -> None:
+        """In the child of a fork, which has no thread but its own: settle everything there."""
+        self._changed, self._closed, self._thread = threading.Condition(), True, None
+        for delivery in list(self._open):
+            delivery.forked(error)
+        self._open.clear()
+
+    def close(self) -> None:
+        """Watch no more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                # Before it is looked at what there is: what comes meanwhile is seen, or sees this and notifies.
+                self._wakes_at = inf
+                known = list(self._open.items())
+                now = time.monotonic()
+                due = [delivery for delivery, passed in known if not passed and delivery.deadline <= now]
+                if not due:
+                    self._wakes_at = min((delivery.deadline for delivery, passed in known if not passed), default=inf)
+                    limit_s = self._wakes_at - now
+                    self._changed.wait(limit_s if limit_s < threading.TIMEOUT_MAX else None)
+                    continue
+            for delivery in due:
+                self._expire(delivery)
+
+    def _expire(self, delivery: Delivery) -> None:
+        if delivery in self._open:
+            self._open[delivery] = True
+        try:
+            delivery.expire(wait=False)
+        except Exception:  # the next ones have deadlines, too
+            _log.exception("a lookup could not be settled at its deadline")
+        if delivery.ended:
+            self.forget(delivery)
