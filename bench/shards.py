@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from engrampool_client import Client
+from engrampool_client.delivery import Delivery
 from engrampool_client.exchange import Exchange
-from engrampool_client.step import Step
 from engrampool_client.testing import serve_process
 from workload import ROW_BYTES, Workload
 
@@ -66,7 +66,7 @@ def main() -> None:
                 flat = {layer: ids.reshape(-1) for layer, ids in next(batches).ids.items()}
                 exchange = Exchange.of_rows(client.served, flat)
                 nbytes = len(exchange.request)
-                parts = exchange.spread(client._shards._routes, Step(list(flat))._writing)
+                parts = exchange.spread(client._shards._routes, Delivery(list(flat)).writing)
                 ratios = [b / a for a, b in zip(single, many, strict=True)]
                 print(
                     f"| {tokens} | {name} | {statistics.median(single):.3f} | {statistics.median(many):.3f} | "

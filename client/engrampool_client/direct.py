@@ -66,12 +66,9 @@ class DirectLane:
         """Only ask; `fetch` is to take the answer in, or `abandon` to give it up. None if that cannot be done now.
 
         send_by: when to stop trying to send what the system does not take at once, by time.monotonic.
-        Raises DeadlineError, reason "not-asked", if the deadline has passed already: that says nothing of the server.
         """
-        if deadline <= time.monotonic():
-            raise DeadlineError(
-                f"{self._target} was not asked: the deadline had passed (DEADLINE_EXCEEDED)", "not-asked"
-            )
+        if deadline <= time.monotonic():  # a request that is begun and not sent would cost the connection
+            return None
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -100,10 +97,14 @@ class DirectLane:
 
         deadline: by time.monotonic. spin_s: how long to look for the answer without sleeping.
         False if the lane has no connection, or one that broke meanwhile: what is missing is to be asked for over gRPC.
-        Raises PoolErrors: refusals, DeadlineError, ProtocolError, StepCancelledError.
+        Raises PoolErrors: refusals, ProtocolError, StepCancelledError, DeadlineError; its reason is "not-asked" where
+        the deadline had passed before, which says nothing of the server.
         """
         connection = begun or self.begin(exchange, deadline)
         if connection is None:
+            if deadline <= time.monotonic():
+                text = f"{self._target} was not asked: the deadline had passed (DEADLINE_EXCEEDED)"
+                raise DeadlineError(text, "not-asked")
             return False
         try:
             connection.receive(exchange, deadline, delivery, spin_s)

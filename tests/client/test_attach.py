@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from engrampool_client import Client
 from engrampool_client import attach as lane_module
 from engrampool_client.attach import AttachLane
+from engrampool_client.delivery import Delivery
 from engrampool_client.errors import (
     DeadlineError,
     OverloadedError,
@@ -30,7 +31,6 @@ from engrampool_client.errors import (
 from engrampool_client.exchange import Exchange, token_batch
 from engrampool_client.grpc_lane import GrpcLane
 from engrampool_client.served import ServedModel, choose
-from engrampool_client.step import Step
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, write_trailer
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2
@@ -138,15 +138,15 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], tuple[A
 
 def ask(lane: AttachLane, ids: dict[int, object], out: dict[int, np.ndarray] | None = None) -> dict[int, bytes] | None:
     """The rows' bytes by layer, None if the lane does not have them."""
-    step = Step(sorted(ids))
+    step = Delivery(sorted(ids))
     exchange = Exchange.of_rows(SERVED, {layer: np.asarray(one) for layer, one in ids.items()}, out)
-    step._arrived(exchange.whole(exchange.empty_layers()))
+    step.arrived(exchange.whole(exchange.empty_layers()))
     if not lane.fetch(exchange, step):
         assert not exchange.complete
         return None
     assert exchange.complete
     assert exchange.times is not None
-    return {layer: step.rows(layer).tobytes() for layer in step.layers}
+    return {layer: step.rows[layer].tobytes() for layer in step.layers}
 
 
 def mapped(table: pool_pb2.MappedTable) -> bool:
@@ -185,15 +185,15 @@ def test_every_row(attached):
 
 
 def test_layers_are_told_one_by_one_the_first_one_first(attached, monkeypatch):
-    step, told = Step([2, 9]), []
-    monkeypatch.setattr(step, "_arrived", lambda rows: told.append([(at, rows[at].tobytes()) for at in rows]))
+    step, told = Delivery([2, 9]), []
+    monkeypatch.setattr(step, "arrived", lambda rows: told.append([(at, rows[at].tobytes()) for at in rows]))
     exchange = Exchange.of_rows(SERVED, {9: np.array([1, 2]), 2: np.array([3])})
     assert attached.fetch(exchange, step)
     assert told == [[(2, expected(2, [3]))], [(9, expected(9, [1, 2]))]]
 
 
 def test_what_came_before_is_not_fetched_again(attached):
-    step = Step([2, 9])
+    step = Delivery([2, 9])
     exchange = Exchange.of_rows(SERVED, {2: np.array([1]), 9: np.array([2])})
     exchange.place(2, 0, 264)[:] = bytes(264)  # as if by another lane
     assert exchange.placed(2, 264)
@@ -206,16 +206,16 @@ def test_what_came_before_is_not_fetched_again(attached):
 def test_parts_of_a_split_lookup(attached):
     ids = np.arange(6000)
     exchange = Exchange.of_rows(SERVED, {2: ids})
-    step = Step([2])
+    step = Delivery([2])
     for part in exchange.split(3):
-        assert not step._rows
+        assert not step.rows
         assert attached.fetch(part, step)
-    assert step.rows(2).tobytes() == expected(2, ids)
+    assert step.rows[2].tobytes() == expected(2, ids)
 
 
 def test_tokens_are_for_the_server_to_hash(attached):
     exchange = Exchange.of_tokens(SERVED, token_batch([1, 2, 3]), [2, 9], "server")
-    assert not attached.fetch(exchange, Step([2, 9]))
+    assert not attached.fetch(exchange, Delivery([2, 9]))
     assert exchange.due() == (2, 0)
 
 
@@ -239,14 +239,14 @@ def test_many_threads_at_once(attached):
 
 def test_a_step_that_is_given_up_is_not_written_any_more(attached, monkeypatch):
     monkeypatch.setattr(lane_module, "_PIECE_BYTES", 264 * 10)
-    out, step = np.zeros((100, 264), np.uint8), Step([2])
+    out, step = np.zeros((100, 264), np.uint8), Delivery([2])
     exchange = Exchange.of_rows(SERVED, {2: np.arange(100)}, {2: out})
     placed = exchange.placed
 
     def placed_then_cancelled(layer: int, nbytes: int) -> bool:
         complete = placed(layer, nbytes)
         if exchange.due() == (2, 30):
-            step.cancel()
+            step.give_up(StepCancelledError("cancelled"))
         return complete
 
     monkeypatch.setattr(exchange, "placed", placed_then_cancelled)

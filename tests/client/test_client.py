@@ -20,7 +20,9 @@ from engrampool_client import (
     SpecError,
     StepCancelledError,
 )
+from engrampool_client.delivery import Delivery
 from engrampool_client.testing import serve_thread
+from engrampool_client.workers import Job
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
 
@@ -341,7 +343,9 @@ def test_waiting_no_longer_than_asked(packed):
     """The wait for one layer has its own bound, beside the lookup's."""
     with serve_thread(packed) as address, Client(address, max_steps=1) as client:
         blocker = threading.Event()
-        client._workers.submit(blocker.wait)  # the only place is taken, so nothing can come
+        client._workers.submit(
+            Job(Delivery([1]), lambda: True, blocker.wait)
+        )  # the only place is taken, so nothing can come
         step = client.prefetch([1])
         try:
             with pytest.raises(DeadlineError, match=r"not there within 0\.01 s"):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from engrampool_client import Client, DeadlineError, OverloadedError, UnavailableError
+from engrampool_client.delivery import Delivery
 from engrampool_client.testing import serve_process
+from engrampool_client.workers import Job
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import lasting_address
+from server_fixtures import eventually, lasting_address
 
 TOKENS = np.arange(500, dtype=np.int32)
 LANES = ["off", "auto"]
@@ -42,7 +44,7 @@ def test_a_silent_server_is_masked_then_known_then_back(packed, direct):
                 assert not step.valid(1).any()
                 assert not step.valid(14).any()
                 assert client.stats.masked_tokens == {1: 500 * misses, 14: 500 * misses}
-                client._workers.submit((done := threading.Event()).set)
+                client._workers.submit(Job(Delivery([1]), lambda: True, (done := threading.Event()).set))
                 assert done.wait(60)
             # One thread has counted the third by now, or is about to.
             opened = threading.Event()
@@ -173,11 +175,12 @@ def test_prefetch_refuses_what_would_not_fit_in_memory(packed):
 def test_steps_for_later_are_overtaken(packed):
     with serve_process(packed) as server, Client(server.address, max_steps=1, attach="off") as client:
         order, gate, steps = [], threading.Event(), []
-        client._workers.submit(gate.wait)
+        client._workers.submit(Job(Delivery([1]), lambda: True, gate.wait))
         for name in ("later", "later too", "now"):
             step = client.prefetch(TOKENS, layers=[1], ahead=name != "now")
             step.add_callback(lambda _, layer, name=name: order.append(name))
             steps.append(step)
+        eventually(lambda: len(client._workers._planned[False]) == 1, "the last one waits for a place, too")
         gate.set()
         for step in steps:
             step.wait(60)

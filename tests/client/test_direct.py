@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from direct_peers import TIMES, exchange, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
 from engrampool_client import direct as lane
+from engrampool_client.delivery import Delivery
 from engrampool_client.direct import DirectLane
 from engrampool_client.errors import StepCancelledError
 from engrampool_client.exchange import Exchange
-from engrampool_client.step import Step
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
@@ -200,7 +200,7 @@ def test_a_cancelled_step_writes_nothing_any_more(packed):
 
 
 def ask(made: DirectLane, exchange: Exchange, timeout_s: float = LIMIT_S, spin_s: float = 0.0) -> bool:
-    return made.fetch(exchange, time.monotonic() + timeout_s, Step([2, 9]), spin_s)
+    return made.fetch(exchange, time.monotonic() + timeout_s, Delivery([2, 9]), spin_s)
 
 
 @given(

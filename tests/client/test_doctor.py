@@ -217,7 +217,6 @@ def test_a_clock_gives_each_layer_its_start():
 @pytest.mark.parametrize("source", ["tokens", "rows"])
 def test_a_simulated_cache_does_what_one_in_a_client_does(server, spec, heads, source):
     size = 1 << 20
-    # So many are looked up by the one thread alone, which puts the rows of one lookup before it begins another.
     batches = [TokenBatch.of(text_of(300, seed)) for seed in range(4)]
     forwards = [
         Forward(batch)
@@ -230,8 +229,11 @@ def test_a_simulated_cache_does_what_one_in_a_client_does(server, spec, heads, s
     (found,) = simulate(spec, heads, {"decode": forwards}, 60, (size,))
     with Client(server, cache_bytes=size, heads=heads, attach="off", max_steps=1) as client:
         for one in forwards:
-            one.start(client).wait()
-    # Closed, it has put the last ones, too. What it saves is what of the distinct entries is not asked for.
+            step, put = one.start(client), threading.Event()
+            step.wait()
+            step.delivery.on_idle(put.set)  # its rows are in the cache before the next one is planned
+            assert put.wait(60)
+    # What it saves is what of the distinct entries is not asked for.
     layout = Layout(spec, None if heads is None else slice(*heads))
     distinct = sum(
         len(np.unique(keys)) * part.entry_bytes

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import BatchError, ProtocolError
+from engrampool_client.delivery import Delivery
 from engrampool_client.exchange import Exchange, Route
 from engrampool_client.served import ServedModel
-from engrampool_client.step import Step
 from engrampool_proto import wire
 from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
@@ -180,7 +180,7 @@ def test_a_shard_part_may_be_split_in_turn(ascending):
     ids = {layer: np.arange(50) if ascending else np.random.default_rng(0).permutation(50) for layer in (2, 9)}
     whole, found = Exchange.of_rows(SERVED, ids), {}
     route = Route(np.array([0, 20], np.uint64), np.array([0, 1]))
-    for shard in whole.spread({2: route, 9: route}, Step([2, 9])._writing).values():
+    for shard in whole.spread({2: route, 9: route}, Delivery([2, 9]).writing).values():
         for part in shard.split(3):
             found.update(part.whole(part.add(answer_of(part.request, rows))))
     assert all(np.array_equal(found[layer], rows[layer][ids[layer]]) for layer in (2, 9))

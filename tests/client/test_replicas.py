@@ -18,8 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from direct_peers import exchange, peer, whole_answer
-from engrampool_client import Client, DeadlineError, OverloadedError, PoolError, UnavailableError
+from engrampool_client import (
+    Client,
+    DeadlineError,
+    OverloadedError,
+    PoolError,
+    StepCancelledError,
+    UnavailableError,
+)
 from engrampool_client import latency as measured
+from engrampool_client.delivery import Delivery
 from engrampool_client.direct import DirectLane
 from engrampool_client.latency import HedgeBudget, Latency
 from engrampool_client.replicas import ReplicaSet
@@ -191,9 +199,9 @@ def test_differences_of_microseconds_are_none(clock):
 
 
 def lookup(made: ReplicaSet, wanted: dict[int, bytes], begun: bool = False, out: bool = False) -> None:
-    step, asked = Step([2, 9], time.monotonic() + LIMIT_S), exchange(COUNT, out)
+    step, asked = Delivery([2, 9], time.monotonic() + LIMIT_S), exchange(COUNT, out)
     made.ask(asked, step, 1e-4, made.begin(asked, step) if begun else None)
-    assert {layer: step.rows(layer).tobytes() for layer in (2, 9)} == wanted
+    assert {layer: step.rows[layer].tobytes() for layer in (2, 9)} == wanted
 
 
 def silent(connection: socket.socket) -> None:
@@ -304,7 +312,7 @@ def test_a_step_given_up_ends_both(monkeypatch):
 
     with peer(silent) as first, peer(reply) as second:
         made = set_of(Replica(first), Replica(second))
-        step, raised = Step([2, 9], time.monotonic() + 2000), []
+        step, raised = Delivery([2, 9], time.monotonic() + 2000), []
 
         def run() -> None:
             try:
@@ -315,7 +323,7 @@ def test_a_step_given_up_ends_both(monkeypatch):
         thread = threading.Thread(target=run)
         thread.start()
         assert asked.wait(LIMIT_S)
-        step.cancel()
+        step.give_up(StepCancelledError("cancelled"))
         thread.join()
         assert raised
 
@@ -326,15 +334,15 @@ def test_a_step_given_up_ends_both(monkeypatch):
 def test_over_grpc_a_late_lookup_is_given_up_and_asked_for_elsewhere():
     late, other = Replica(reply=DeadlineError("late")), Replica()
     made = set_of(late, other)
-    made.ask(exchange(COUNT), Step([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
     ((seconds, early),) = late.asked
     assert early
     assert seconds < 2 * LATE_S
     assert not other.asked[0][1]
     assert outcome(made) == (1, 1)
     assert not made._budget.ready
-    made.ask(exchange(COUNT), Step([2, 9], time.monotonic() + LIMIT_S), 0.0)
-    made.ask(exchange(COUNT), Step([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
     assert [early for _, early in late.asked] == [True, False]
     assert late.asked[1][0] > 50 * LATE_S
 
@@ -350,7 +358,7 @@ def test_over_grpc_a_late_lookup_is_given_up_and_asked_for_elsewhere():
 )
 def test_what_is_not_late_spends_nothing(first):
     made = set_of(first, Replica())
-    made.ask(exchange(COUNT), Step([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
     assert outcome(made) == (0, 0)
     assert made._budget.ready
 

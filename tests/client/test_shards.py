@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import Client, SpecError, UnavailableError
+from engrampool_client.delivery import Delivery
 from engrampool_client.discovery import resolve
 from engrampool_client.exchange import Exchange, Route
 from engrampool_client.served import ServedModel
-from engrampool_client.step import Step
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
@@ -55,10 +55,10 @@ def test_a_lookup_is_spread_and_comes_together_again(data, ascending, given_out)
         some = data.draw(st.lists(st.integers(0, 59), max_size=30))
         ids[layer] = np.array(sorted(some) if ascending else some, np.uint32)
     out = {9: np.zeros((len(ids[9]), 3), np.uint8)} if given_out else None
-    step = Step([2, 9])
-    exchange = Exchange.of_rows(SERVED, ids, out, step._writing)
+    step = Delivery([2, 9])
+    exchange = Exchange.of_rows(SERVED, ids, out, step.writing)
     complete = exchange.whole(exchange.empty_layers())
-    parts = exchange.spread(by_layer, step._writing)
+    parts = exchange.spread(by_layer, step.writing)
     for shard, part in data.draw(st.permutations(list(parts.items()))):
         for layer, asked in part.asked_tables:
             if not len(asked):
@@ -132,7 +132,7 @@ def test_requests_do_not_grow_with_shards(shards):
         ids = {n: rows.reshape(-1) for n, rows in client.spec.hash(TokenBatch.of(TOKENS)).items()}
         exchange = Exchange.of_rows(client.served, ids)
         whole = len(exchange.request)
-        parts = exchange.spread(client._shards._routes, Step([1, 14])._writing)
+        parts = exchange.spread(client._shards._routes, Delivery([1, 14]).writing)
         assert len(parts) == len(shards)
         assert sum(len(part.request) for part in parts.values()) < whole + 200 * len(shards)
 

@@ -48,30 +48,33 @@ def test_a_wait_beyond_the_bounds_is_counted(stats):
     ],
 )
 def test_a_step_ends_once_and_its_rows_are_pending_until_then(stats, error, complete, outcome):
-    assert stats.began(100)
+    assert stats.began("step", 100)
     assert (stats.in_flight, stats.pending_bytes) == (1, 100)
-    stats.ended(error, complete, 100)
+    for _ in range(2):
+        stats.ended("step", error, complete, {3: 5})
+    assert stats.masked_tokens[3] == 5
     assert dict(stats.steps) == {**dict.fromkeys(OUTCOMES, 0), outcome: 1}
     assert (stats.in_flight, stats.pending_bytes) == (0, 0)
 
 
 def test_pending_bytes_have_a_limit_which_one_step_alone_may_exceed(stats):
-    assert stats.began(100, limit_bytes=50)
-    assert not stats.began(1, limit_bytes=50)
+    assert stats.began(1, 100, limit_bytes=50)
+    assert not stats.began(2, 1, limit_bytes=50)
     assert (stats.begun, stats.pending_bytes) == (1, 100)
-    assert stats.began(1)  # not among those that are bounded
-    stats.ended(None, True, 100)
-    assert stats.began(49, limit_bytes=50)
-    assert not stats.began(1, limit_bytes=50)
+    assert stats.began(3, 1)  # not among those that are bounded
+    stats.ended(1, None, True)
+    assert stats.began(4, 49, limit_bytes=50)
+    assert not stats.began(5, 1, limit_bytes=50)
 
 
 def test_hints_have_a_limit_of_their_own(stats):
-    assert stats.hint_began(30, 50)
-    assert not stats.hint_began(21, 50)
-    assert stats.hint_began(20, 50)
+    assert stats.hint_began(1, 30, 50)
+    assert not stats.hint_began(2, 21, 50)
+    assert stats.hint_began(3, 20, 50)
     assert (stats.pending_hint_bytes, stats.pending_bytes, stats.in_flight) == (50, 0, 0)
-    stats.hint_ended(30, 12, good=True)
-    stats.hint_ended(20, 5, good=False)
+    for _ in range(2):
+        stats.hint_ended(1, 12, good=True)
+    stats.hint_ended(3, 5, good=False)
     assert dict(stats.hint_bytes) == {"asked": 12, "dropped": 21, "failed": 5}
     assert stats.pending_hint_bytes == 0
 
@@ -83,13 +86,13 @@ def test_no_count_is_lost_between_threads(stats):
     def count() -> None:
         together.wait(30)
         for _ in range(times):
-            stats.began(2)
+            step = object()
+            stats.began(step, 2)
             stats.came("wire", 3)
-            stats.masked(3, 5)
             stats.waited(7, 0.0)
             stats.retried()
             stats.opened()
-            stats.ended(None, True, 2)
+            stats.ended(step, None, True, {3: 5})
 
     workers = [threading.Thread(target=count) for _ in range(threads)]
     for worker in workers:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engrampool_client import BatchError, Client, PoolError, SpecError, Step, UnavailableError
+from engrampool_client.delivery import Delivery
 from engrampool_client.testing import serve_thread
 from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
@@ -275,10 +276,10 @@ def test_another_forward_cannot_begin_inside_one(pool):
 @pytest.mark.parametrize("came", [[1, 14], [1]], ids=["all", "some"])
 def test_a_forward_that_has_all_its_rows_cancels_nothing(client, came):
     """The client learns of an answer's end a moment after its last row; the forward may be over by then."""
-    step = Step([1, 14])
-    step._arrived({layer: np.zeros((2, 24, 264), np.uint8) for layer in came})
+    step = Step(Delivery([1, 14]))
+    step.delivery.arrived({layer: np.zeros((2, 24, 264), np.uint8) for layer in came})
     pooled.PooledStep(pooled.EngramPool(client), step, (2,), {}, None).close()
-    assert step.given_up() == (came == [1])
+    assert (step.error is not None) == (came == [1])
 
 
 def test_a_forward_that_fails_leaves_the_pool_usable(client, spec):

@@ -4,9 +4,16 @@ import threading
 
 import pytest
 
-from engrampool_client.workers import Workers
+from engrampool_client.delivery import Delivery
+from engrampool_client.errors import StepCancelledError
+from engrampool_client.workers import Job, Workers
 
 LIMIT_S = 30
+
+
+def job_of(ask, ahead: bool = False, hint: bool = False) -> Job:
+    """A job that is planned at once, and then asks."""
+    return Job(Delivery([1]), lambda: True, ask, ahead, hint)
 
 
 class Gate:
@@ -20,7 +27,8 @@ class Gate:
         assert self.open.wait(LIMIT_S)
 
     def submit(self, workers: Workers, **settings) -> "Gate":
-        assert workers.submit(self, **settings)
+        self.job = job_of(self, **settings)
+        assert workers.submit(self.job)
         return self
 
 
@@ -39,7 +47,7 @@ def test_jobs_run_in_their_order_and_those_ahead_after_all_others(ran):
     workers = Workers(1, "test")
     gate = busy(workers)
     for number, ahead in enumerate((True, False, True, False)):
-        assert workers.submit(lambda number=number: ran.append(number), ahead=ahead)
+        assert workers.submit(job_of(lambda number=number: ran.append(number), ahead=ahead))
     gate.open.set()
     workers.close()
     assert ran == [1, 3, 0, 2]
@@ -56,13 +64,12 @@ def test_threads_are_started_as_they_are_needed_and_used_again():
     assert len(workers._threads) == 2
     for gate in gates:
         gate.open.set()
-    # Each waits for the one before, so there is an idle thread for it sooner or later, and never need of a fourth.
+    # Each waits for the one before, so there is an idle thread for it sooner or later, and never need of a fifth.
     for _ in range(20):
-        assert workers.submit(job)
+        assert workers.submit(job_of(job))
         assert done.acquire(timeout=LIMIT_S)
     workers.close()
-    assert set(names) <= {"test-0", "test-1", "test-2"}
-    assert len(workers._threads) <= 3
+    assert set(names) <= {f"test-{number}" for number in range(4)}  # one more than places, for planning
 
 
 def test_no_more_jobs_run_at_once_than_there_are_places(ran):
@@ -70,10 +77,65 @@ def test_no_more_jobs_run_at_once_than_there_are_places(ran):
     gates = [busy(workers) for _ in range(2)]
     third = Gate().submit(workers)
     assert not third.begun.is_set()
-    assert len(workers._threads) == 2
     gates[0].open.set()
     assert third.begun.wait(LIMIT_S)
     for gate in (gates[1], third):
+        gate.open.set()
+    workers.close()
+
+
+def test_planning_waits_for_no_place():
+    workers, planned = Workers(1, "test"), threading.Event()
+    gate = busy(workers)
+
+    def plan() -> bool:
+        planned.set()
+        return False
+
+    assert workers.submit(Job(Delivery([1]), plan, lambda: pytest.fail("there is nothing to ask for"), ahead=True))
+    assert planned.wait(LIMIT_S)
+    gate.open.set()
+    workers.close()
+
+
+def test_a_job_that_is_given_up_leaves_its_place_at_once_and_only_so_many_threads_are_held():
+    workers = Workers(1, "test")
+    stuck = [busy(workers)]
+    second = Gate().submit(workers)
+    assert not second.begun.is_set()
+    stuck[0].job.delivery.give_up(StepCancelledError("cancelled"))
+    assert second.begun.wait(LIMIT_S)
+    # Another thread would be one too many: this one keeps its place.
+    second.job.delivery.give_up(StepCancelledError("cancelled"))
+    third = Gate().submit(workers)
+    assert not third.begun.is_set()
+    stuck[0].open.set()
+    second.open.set()
+    assert third.begun.wait(LIMIT_S)
+    third.open.set()
+    workers.close()
+    # Threads that were held are not missed, nor too many, afterwards.
+    assert (workers._held, workers._asking) == (0, [])
+
+
+def test_a_job_that_is_given_up_while_it_waits_for_a_place_ends_without_one():
+    workers = Workers(1, "test")
+    gate = busy(workers)
+    waiting = Gate().submit(workers)
+    assert not waiting.begun.is_set()
+    waiting.open.set()
+    waiting.job.delivery.give_up(StepCancelledError("cancelled"))
+    assert waiting.begun.wait(LIMIT_S)  # it lets go of what it was planned with
+    gate.open.set()
+    workers.close()
+
+
+def test_a_hint_gives_its_place_to_who_finds_none():
+    workers = Workers(1, "test")
+    hint = busy(workers, ahead=True, hint=True)
+    now = busy(workers)
+    assert isinstance(hint.job.delivery.error, StepCancelledError)
+    for gate in (hint, now):
         gate.open.set()
     workers.close()
 
@@ -107,7 +169,7 @@ def test_closing_runs_what_was_submitted_and_takes_no_more(ran):
     workers = Workers(2, "test")
     gates = [busy(workers), busy(workers)]
     for number in range(4):
-        assert workers.submit(lambda number=number: ran.append(number), ahead=number % 2 == 1)
+        assert workers.submit(job_of(lambda number=number: ran.append(number), ahead=number % 2 == 1))
     closer = threading.Thread(target=workers.close)
     closer.start()
     for gate in gates:
@@ -115,7 +177,7 @@ def test_closing_runs_what_was_submitted_and_takes_no_more(ran):
     closer.join(LIMIT_S)
     assert not closer.is_alive()
     assert sorted(ran) == [0, 1, 2, 3]
-    assert not workers.submit(lambda: ran.append("late"))
+    assert not workers.submit(job_of(lambda: ran.append("late")))
     assert not any(thread.is_alive() for thread in workers._threads)
     workers.close()
     assert "late" not in ran
@@ -137,8 +199,8 @@ def test_a_job_that_fails_is_logged_and_gives_its_place_back(ran, caplog, ahead)
     def fail() -> None:
         raise ZeroDivisionError("of the job")
 
-    assert workers.submit(fail, ahead=ahead)
-    assert workers.submit(done.set, ahead=True)
+    assert workers.submit(job_of(fail, ahead=ahead))
+    assert workers.submit(job_of(done.set, ahead=True))
     assert done.wait(LIMIT_S)
     workers.close()
     assert "ZeroDivisionError: of the job" in caplog.text
@@ -153,7 +215,7 @@ def test_many_threads_may_submit(ran):
 
     def submit(start: int) -> None:
         for number in range(start, start + 250):
-            assert workers.submit(lambda number=number: job(number), ahead=number % 3 == 0)
+            assert workers.submit(job_of(lambda number=number: job(number), ahead=number % 3 == 0))
 
     callers = [threading.Thread(target=submit, args=(250 * caller,)) for caller in range(4)]
     for caller in callers:

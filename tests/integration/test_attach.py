@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from engrampool_client.attach import AttachLane
+from engrampool_client.delivery import Delivery
 from engrampool_client.exchange import Exchange
 from engrampool_client.grpc_lane import GrpcLane
 from engrampool_client.served import choose
-from engrampool_client.step import Step
 from engrampool_client.testing import serve_process
 from engrampool_proto.v1 import pool_pb2
 from server_fixtures import LIMIT_S, SPEC, eventually, expected, pack, version_of
@@ -50,11 +50,11 @@ def attached(address: str) -> Iterator[AttachLane]:
 def right(lane: AttachLane) -> bool:
     """Whether it has every row, and each as it must be."""
     exchange = Exchange.of_rows(lane._served, {table.layer: np.arange(table.num_rows) for table in SPEC.tables})
-    step = Step(SPEC.layers)
+    step = Delivery(SPEC.layers)
     if not lane.fetch(exchange, step):
         return False
     for table in SPEC.tables:
-        assert step.rows(table.layer).tobytes() == expected(table.layer, np.arange(table.num_rows))
+        assert step.rows[table.layer].tobytes() == expected(table.layer, np.arange(table.num_rows))
     return True
 
 
