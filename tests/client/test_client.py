@@ -20,9 +20,9 @@ from engrampool_client import (
     SpecError,
     StepCancelledError,
 )
-from engrampool_client.testing import serve_thread
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import serve_thread
 
 VOCAB = 129280
 # The blocking client's ways to a server.

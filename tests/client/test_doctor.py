@@ -39,9 +39,9 @@ from engrampool_client.replay import (
     phases_of_text,
     play,
 )
-from engrampool_client.testing import serve_thread
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.wire import ServerTimes
+from server_fixtures import serve_thread
 
 VOCAB = 129280
 LAYERS = 20

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from engrampool_client import BatchError, CacheFileError, Client
 from engrampool_client.plan import Layout
-from engrampool_client.testing import serve_thread
 from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import serve_thread
 from small_model import write_model
 
 SETTINGS = {

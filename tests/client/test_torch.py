@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from engrampool_client import BatchError, Client, PoolError, SpecError, Step, UnavailableError
-from engrampool_client.testing import serve_thread
 from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import RowFormat, Segment
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_server.checkpoint import with_scales
+from server_fixtures import serve_thread
 from small_model import write_model
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-torch` installs it")
