@@ -99,8 +99,9 @@ class Client:
         its port cannot be reached; "off" always over gRPC.
     spin_s: over the direct lane, how long `lookup` and `lookup_rows` look for the answer without sleeping, where
         answers come as soon as that: what waking up takes is saved, and a processor is busy meanwhile. 0 never.
-    keep_memory: have the C library keep freed memory for the next answer, for this whole process (see
-        `engrampool_proto.malloc`); the process stays as large as it was at its peak.
+    keep_memory: have the C library keep freed memory for the next answer. It is a setting of the whole process, which
+        stays as large as it was at its peak, and whose threads all allocate from one arena from then on, for good: for
+        large answers over gRPC, in a process whose other threads allocate little (see `engrampool_proto.malloc`).
     record: a file to write the row ids of every lookup to, for `engrampool doctor`. N-grams can be worked out from
         them: treat it as you would the text.
 
@@ -133,7 +134,7 @@ class Client:
         attach: Attach = "auto",
         direct: Direct = "auto",
         spin_s: float = 300e-6,
-        keep_memory: bool = True,
+        keep_memory: bool = False,
         record: str | Path | None = None,
     ) -> None:
         plain = hashing == "server"
