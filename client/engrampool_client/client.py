@@ -257,7 +257,8 @@ class Client:
 
         tokens: int32 [T]; query_start_loc: int32 [R + 1], by default one request; lookback: int32 [R, <= n - 1], column
         0 the token just before the chunk, -1 before the start, by default all -1; dead: bool [T] and lookback_dead:
-        bool [R, <= n - 1]: tokens outside any n-gram. The arrays are copied.
+        bool [R, <= n - 1]: tokens outside any n-gram. The arrays are copied; integers of any type that fit are taken,
+        as flags 0 and 1.
 
         out: layer -> uint8 [T, heads, row_bytes], C-contiguous and writable (pinned memory, say): the layer's rows are
         written there, as they come, until the step is done. Or layer -> {segment: uint8 [T, heads, its bytes]}: these

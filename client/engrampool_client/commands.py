@@ -14,7 +14,7 @@ from engrampool_client.discovery import Servers
 from engrampool_client.errors import BatchError, EngrampoolError
 from engrampool_client.exchange import Hashing
 from engrampool_proto.builders import blueprint, load_config
-from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.hashing import TokenBatch, exactly
 from engrampool_proto.spec import ModelSpec
 
 _PATH = click.Path(path_type=Path)
@@ -119,17 +119,17 @@ def _packed_spec(directory: Path) -> ModelSpec:
 
 
 def read_tokens(path: Path) -> npt.NDArray[np.int32]:
-    """One sequence of token ids, [T], from a .npy file. Raises BatchError."""
+    """One sequence of token ids, [T], from a .npy file of integers. Raises BatchError."""
     try:
         tokens = np.load(path, allow_pickle=False)
     except OSError as error:
         raise BatchError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError) as error:
         raise BatchError(f"{path} is no .npy file: {error}") from error
-    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int32 or tokens.ndim != 1:
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1:
         found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
         raise BatchError(f"{path} must hold int32 [T]; it holds {found}")
-    return tokens
+    return exactly(str(path), tokens, np.int32)
 
 
 def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:

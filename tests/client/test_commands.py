@@ -100,7 +100,8 @@ def test_what_goes_wrong_is_raised_typed_and_leaves_no_file(config, packed, serv
         with pytest.raises(kind, match=text):
             run(command, *given, "--out", out)
     for array, text in (
-        (np.zeros(3, np.int64), r"must hold int32 \[T\]; it holds int64 \[3\]"),
+        (np.zeros(3), r"cannot be made int32: they are float64"),
+        (np.array([7, 2**32 + 7]), r"bad.npy\[1\] is 4294967303"),
         (np.zeros((2, 2), np.int32), r"it holds int32 \[2, 2\]"),
         (np.array([129280], np.int32), r"tokens\[0\] is 129280"),
     ):

@@ -295,8 +295,8 @@ def test_a_forward_that_fails_leaves_the_pool_usable(client, spec):
     [
         ({"input_ids": [[[1]]]}, r"input_ids must be \[T\], or \[B, S\] without query_start_loc; they are \[1, 1, 1\]"),
         ({"input_ids": [[1]], "query_start_loc": [0, 1]}, r"without query_start_loc"),
-        ({"input_ids": [1, 2**31]}, "input_ids holds values that int32 does not, such as 2147483648"),
-        ({"input_ids": [1.5]}, "input_ids holds values that int32 does not, such as 1.5"),
+        ({"input_ids": [1, 2**31]}, r"input_ids cannot be made int32: input_ids\[1\] is 2147483648"),
+        ({"input_ids": [1.5]}, "input_ids cannot be made int32: they are float64"),
         ({"input_ids": [1, 2], "dead": [True]}, r"dead must have the shape of input_ids, \[2\]; it has \[1\]"),
         ({"input_ids": [1], "lookback": [1, 2]}, "lookback must be int32"),
     ],
