@@ -9,6 +9,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client import private_files
 from engrampool_client.client import Client
 from engrampool_client.discovery import Servers
 from engrampool_client.errors import BatchError, EngrampoolError
@@ -112,7 +113,7 @@ def _packed_spec(directory: Path) -> ModelSpec:
     manifest = directory / "manifest.json"
     try:
         return ModelSpec.from_json(json.loads(manifest.read_text(encoding="utf-8"))["spec"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, EngrampoolError):
             raise
         raise EngrampoolError(f"{manifest} cannot be read as a packed model's manifest: {error}") from error
@@ -133,10 +134,10 @@ def read_tokens(path: Path) -> npt.NDArray[np.int32]:
 
 
 def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """All or nothing: a full disk leaves no half file under the name asked for."""
+    """All or nothing: a full disk leaves no half file under the name asked for. Rows and row ids tell n-grams."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with private_files.create(partial) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub fears an array called allow_pickle
         partial.replace(path)
     finally:
