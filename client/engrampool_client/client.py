@@ -102,8 +102,8 @@ class Client:
     keep_memory: have the C library keep freed memory for the next answer. It is a setting of the whole process, which
         stays as large as it was at its peak, and whose threads all allocate from one arena from then on, for good: for
         large answers over gRPC, in a process whose other threads allocate little (see `engrampool_proto.malloc`).
-    record: a file to write the row ids of every lookup to, for `engrampool doctor`. N-grams can be worked out from
-        them: treat it as you would the text.
+    record: a file to write the row ids of every lookup to, for `engrampool doctor`; made anew, mode 0600. N-grams can
+        be worked out from them: treat it as you would the text.
 
     Raises on construction UnavailableError, UnknownModelError, UnknownVersionError, FingerprintError, SpecError,
     ProtocolError, CacheFileError, RecordError, RegistryError.
