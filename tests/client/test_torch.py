@@ -290,6 +290,16 @@ def test_a_forward_that_fails_leaves_the_pool_usable(client, spec):
         assert np.array_equal(step.rows(14).numpy(), expected_rows(spec, 14, ids))
 
 
+def test_the_client_itself_takes_tensors_that_fit(spec, server):
+    tokens, dead = torch.arange(30), torch.zeros(30, dtype=torch.uint8)
+    with Client(server) as client:
+        rows = client.lookup(tokens, torch.tensor([0, 30]), torch.tensor([[5, -1, -1]]), dead)
+        wanted = client.lookup(tokens.tolist(), None, [[5, -1, -1]])
+        assert all(np.array_equal(rows[layer], wanted[layer]) for layer in spec.layers)
+        with pytest.raises(BatchError, match=r"tokens\[29\] is 4294967325"):
+            client.lookup(torch.where(tokens == 29, tokens + 2**32, tokens))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
