@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,11 +33,12 @@ def main() -> None:
     chosen = parser.parse_args()
     workload = Workload.make(chosen.data, chosen.vocab_size)
     directory = Path(tempfile.mkdtemp(prefix="engrampool-bench-", dir="/dev/shm"))
+    settings: dict[str, Any] = {"timeout_s": 60, "keep_memory": True}
     try:
         with (
             serve_process(workload.packed, memory=f"file:{directory}") as server,
-            Client(server.address, timeout_s=60) as attached,
-            Client(server.address, timeout_s=60, attach="off", direct="off", dedupe=False) as over_grpc,
+            Client(server.address, **settings) as attached,
+            Client(server.address, **settings, attach="off", direct="off", dedupe=False) as over_grpc,
         ):
             assert attached.attached, "not attached"
             tables = {

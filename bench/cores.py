@@ -162,9 +162,9 @@ def measure(data: Path, vocab_size: int, rounds: int) -> Figures:
         mapped = stack.enter_context(serve_process(workload.packed, workers=1, memory=f"file:{memory}"))
         worker = asked.worker_pids()[0]
         ways = {
-            "gRPC": Client(asked.address, attach="off", direct="off"),
-            "direct": Client(asked.address, attach="off", spin_s=0),
-            "attached": Client(mapped.address),
+            "gRPC": Client(asked.address, attach="off", direct="off", keep_memory=True),
+            "direct": Client(asked.address, attach="off", spin_s=0, keep_memory=True),
+            "attached": Client(mapped.address, keep_memory=True),
         }
         for client in ways.values():
             stack.enter_context(client)

@@ -125,7 +125,7 @@ def prefill(address: str, corpus: Corpus, count: int, ahead: bool, options: dict
     """Forwards of `count` chunks."""
     forward = Forward(PREFILL_MS)
     out = [{layer: np.zeros((CHUNK, 24, 264), np.uint8) for layer in (1, 14)} for _ in range(2)]
-    with Client(address, **options) as client:
+    with Client(address, keep_memory=True, **options) as client:
         some = [chunk for chunk, _ in zip(chunks(corpus), range(count + 1), strict=False)]
         for _ in range(3):
             client.prefetch(*some[0], out=out[0]).wait()  # connections and memory are there from here on
@@ -149,7 +149,7 @@ def decode(
     """
     forward, named, tokens, count = Forward(DECODE_MS), 0, 0, len(sequences)
     bounds = np.arange(count + 1, dtype=np.int32)
-    with Client(address, **options) as client:
+    with Client(address, keep_memory=True, **options) as client:
         for chunk in () if seen is None else chunks(seen):
             client.lookup(*chunk)
         out = {layer: np.zeros((count, 24, 264), np.uint8) for layer in (1, 14)}

@@ -51,7 +51,7 @@ def main() -> None:
                 with ExitStack() as clients:
                     asked = {
                         trouble: clients.enter_context(
-                            Client([well.address, address], direct=lane, attach="off", timeout_s=60)
+                            Client([well.address, address], direct=lane, attach="off", timeout_s=60, keep_memory=True)
                         )
                         for trouble, address in seconds.items()
                     }

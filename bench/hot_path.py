@@ -44,7 +44,10 @@ def main() -> None:
     workload = Workload.make(chosen.data, chosen.vocab_size)
     random = np.random.default_rng(0)
     bounds = np.arange(SEQUENCES + 1, dtype=np.int32)
-    with serve_process(workload.packed, workers=1) as server, Client(server.address, cache_bytes=256 << 20) as client:
+    with (
+        serve_process(workload.packed, workers=1) as server,
+        Client(server.address, cache_bytes=256 << 20, keep_memory=True) as client,
+    ):
         vocabulary = client.spec.vocab_size
         batches = [
             (

@@ -40,7 +40,7 @@ def main() -> None:
         ]
         addresses = [server.address for server in several]
         clients = {
-            (where, lane): stack.enter_context(Client(to, direct=lane, attach="off", timeout_s=60))
+            (where, lane): stack.enter_context(Client(to, direct=lane, attach="off", timeout_s=60, keep_memory=True))
             for lane in ("off", "auto")
             for where, to in (("1 server", one.address), (f"{chosen.shards} shards", addresses))
         }

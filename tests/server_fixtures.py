@@ -117,6 +117,13 @@ def running(*models: Path, load: bool = True, **settings: Any) -> Iterator[Runni
         loop.close()
 
 
+@contextmanager
+def serve_thread(*models: Path, **settings: Any) -> Iterator[str]:
+    """The address of a serving one, for tests that ask for no more of it."""
+    with running(*models, **settings) as run:
+        yield run.address
+
+
 class RawPool:
     """The two hot calls as bytes, on a connection of its own."""
 

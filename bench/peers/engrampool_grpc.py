@@ -29,5 +29,6 @@ def connect(address: str, workload: Workload, tokens: int, **options: Any) -> It
 
     shapes = {layer: (tokens, len(heads), ROW_BYTES) for layer, heads in workload.heads.items()}
     out = {layer: np.zeros(shape, np.uint8) for layer, shape in shapes.items()}
-    with Client(address, timeout_s=60, **{"direct": "off", "attach": "off", "dedupe": False, **options}) as pool:
+    plain = {"direct": "off", "attach": "off", "dedupe": False, "keep_memory": True}
+    with Client(address, timeout_s=60, **{**plain, **options}) as pool:
         yield lambda batch: pool.lookup_rows(batch.ids, out=out)

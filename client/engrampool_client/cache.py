@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from engrampool_client import private_files
 from engrampool_client.errors import CacheFileError
+from engrampool_client.file_rows import FileRows, sums_of
 from engrampool_proto.spec import canonical_json
 
 Keys = npt.NDArray[np.int64]
@@ -36,10 +39,14 @@ _WAY_BITS = 3
 _OLDEST, _NEW, _EMPTY = 31, 30, 127
 _NOBODY = -1  # the group of an empty slot: no caller's, so that emptiness needs no key of its own
 
-# A file: magic, length and xxh3-64 of the header as uint64, the header as JSON; from the next page on the index, and
-# from the next page on the rows. Numbers are little-endian.
-_MAGIC = b"EPCACHE1"
+# A file: magic, length and xxh3-64 of the header as uint64, the header as JSON; from the next page on the index; from
+# the next page on the rows; and from the next multiple of 8 on the xxh3-64 of each row as uint64. The header has one of
+# the index and these sums together. Numbers are little-endian.
+_MAGIC = b"EPCACHE2"
 _FIRST_BYTES = len(_MAGIC) + 8 + 8
+_SUM_BYTES = 8
+# What a header counts, and of how many there is no file.
+_COUNTS = {"ways": 0, "sets": 0, "entries": -1, "entry_bytes": 0}
 _MAX_HEADER = 1 << 20
 _PAGE = 4096
 _AGAIN = "delete it, and save it again from a cache that is in use"
@@ -138,19 +145,29 @@ class HotRows:
             )
         rows = np.empty((sets * _WAYS, entry_bytes), np.uint8)
         _populate(rows)
-        self._begin(_Index.empty(sets), rows, read_only=False)
+        self._begin(_Index.empty(sets), rows, None)
 
-    def _begin(self, index: _Index, rows: Bytes, read_only: bool) -> None:
+    def _begin(self, index: _Index, rows: Bytes, file: FileRows | None) -> None:
         self.lock = threading.Lock()
         self.rows = rows
-        self.read_only = read_only
+        self._file = file
         self.hits = self.misses = self.evicted = self.filled = 0
         self.hinted_bytes = self.hinted_used_bytes = self.hinted_wasted_bytes = 0
         self._index = index
         # int8 [slots]: 0 .. _OLDEST, or _EMPTY. bool [slots]: hinted, not found so far. A file's entries have neither.
-        slots = 0 if read_only else len(index.keys)
+        slots = 0 if self.read_only else len(index.keys)
         self._ages = np.full(slots, _EMPTY, np.int8)
         self._unused = np.zeros(slots, np.bool_)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it is a file's."""
+        return self._file is not None
+
+    @property
+    def damaged(self) -> int:
+        """Entries of a file that were found to be other bytes than were saved, and are missed; 0 if it is no file's."""
+        return 0 if self._file is None else self._file.damaged
 
     @property
     def entry_bytes(self) -> int:
@@ -167,12 +184,20 @@ class HotRows:
 
         keys: int64 [N], any values, each as often as wanted. groups: uint8 [N]. The answer holds until the next `put`.
         """
-        at, slots = self._index.find(keys, groups, self._index.sets(keys, groups))
         found = np.full(len(keys), -1, np.int64)
-        found[at] = self._index.rows.take(slots)
+        if self._file is not None and not self._file.untouched():
+            self.misses += len(keys)
+            return found
+        at, slots = self._index.find(keys, groups, self._index.sets(keys, groups))
+        rows = self._index.rows.take(slots)
+        if self._file is not None:
+            right = self._file.right(rows)
+            if not right.all():
+                at, rows = at[right], rows[right]
+        found[at] = rows
         self.hits += len(at)
         self.misses += len(keys) - len(at)
-        if not self.read_only:
+        if self._file is None:
             self._ages[slots] >>= 1
             self.hinted_used_bytes += self._use(slots)
         return found
@@ -251,6 +276,8 @@ class HotRows:
     def save(self, path: Path, version: str, layout: dict[str, Any], max_bytes: int | None = None) -> None:
         """Write the entries to a file for `open`, the most used first; of `max_bytes` at most, or all that are held.
 
+        Its owner alone may read it: n-grams can be worked out from the keys.
+
         version: of the model whose rows they are. layout: JSON types; what the keys and entries mean.
         Do not hold the lock: it is taken here for some entries at a time, and what goes meanwhile is left out. The file
         appears under its name when it is whole. Raises ValueError where `max_bytes` does not hold the index, OSError.
@@ -274,15 +301,17 @@ class HotRows:
             rows_at = _places(header)[1]
             if rows_at > max_bytes:
                 raise ValueError(f"the file's index alone takes {rows_at} bytes, more than max_bytes={max_bytes}")
-            slots = slots[: (max_bytes - rows_at) // self.entry_bytes]
+            room = max_bytes // _SUM_BYTES * _SUM_BYTES - rows_at
+            slots = slots[: max(0, room) // (self.entry_bytes + _SUM_BYTES)]
             # With fewer digits the header is no longer than it was.
             header["entries"] = len(slots)
-        index_at, rows_at, total = _places(header)
+        index_at, rows_at, sums_at, _ = _places(header)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            with unfinished.open("wb") as file:
+            with private_files.create(unfinished) as file:
                 kept = np.zeros(len(index.keys), np.bool_)
+                sums = np.zeros(len(slots), np.uint64)
                 step = max(1, _SAVE_BYTES // self.entry_bytes)
                 file.seek(rows_at)
                 for start in range(0, len(slots), step):
@@ -291,17 +320,22 @@ class HotRows:
                         copied = self.rows.take(index.rows[part], axis=0)
                         now = self._index
                         same = (now.keys[part] == index.keys[part]) & (now.groups[part] == index.groups[part])
+                        if self._file is not None:  # damage is not made right by being saved again
+                            same &= self._file.right(index.rows[part])
                     file.write(copied.data)
+                    sums[start : start + len(part)] = sums_of(copied)
                     kept[part] = same
                 index.rows[slots] = np.arange(len(slots))
                 index.groups[~kept] = _NOBODY
-                packed = index.bytes()
-                header["index_xxh3"] = xxhash.xxh3_64_hexdigest(packed)
+                packed, packed_sums = index.bytes(), sums.astype("<u8").tobytes()
+                header["index_xxh3"] = _hexdigest(packed, packed_sums)
                 file.seek(0)
                 file.write(_encode(header))
                 file.seek(index_at)
                 file.write(packed)
-                file.truncate(total)
+                file.seek(sums_at)
+                file.write(packed_sums)
+                file.truncate()
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)
@@ -312,27 +346,35 @@ class HotRows:
     def open(cls, path: Path, version: str, layout: dict[str, Any]) -> "HotRows":
         """A file's entries, to be read: `find` works, `put` raises. Processes of a host share its memory.
 
+        Its rows are looked at as they are found. It may be replaced or removed meanwhile, but not cut short: to read
+        what is no longer there of a mapping ends the process. Once it was written to it is used no more.
         Raises CacheFileError if it is not there, damaged, or made for another version or layout.
         """
         try:
             with path.open("rb") as file:
                 header = _read_header(path, file.read(_FIRST_BYTES + _MAX_HEADER))
                 _check(path, header, version, layout)
-                index_at, rows_at, total = _places(header)
+                index_at, rows_at, sums_at, total = _places(header)
                 size = os.fstat(file.fileno()).st_size
                 if size != total:
                     raise CacheFileError(f"{path} has {size} bytes and should have {total}: {_AGAIN}")
                 # The mapping outlives the file's name: a cache in use may be saved over.
                 whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
+                rows = whole[rows_at : rows_at + header["entries"] * header["entry_bytes"]]
+                rows, sums = rows.reshape(header["entries"], header["entry_bytes"]), whole[sums_at:]
+                checked = FileRows(path, file.fileno(), rows, sums.view("<u8"))
         except OSError as error:
             raise CacheFileError(f"{path} cannot be read ({error.strerror}): save one there, or name none") from error
         packed = whole[index_at : index_at + _index_bytes(header)]
-        if xxhash.xxh3_64_hexdigest(packed.data) != header["index_xxh3"]:
+        if _hexdigest(packed.data, sums.data) != header["index_xxh3"]:
             raise CacheFileError(f"{path} is damaged, its index is not what was written: {_AGAIN}")
         index = _Index.of(packed)
+        filled = index.rows[index.groups != _NOBODY]
+        if len(filled) and not 0 <= int(filled.min()) <= int(filled.max()) < len(rows):
+            raise CacheFileError(f"{path} is damaged, its index names rows that it has not: {_AGAIN}")
         cache = cls.__new__(cls)
-        cache._begin(index, whole[rows_at:].reshape(header["entries"], header["entry_bytes"]), read_only=True)
-        cache.filled = int(np.count_nonzero(index.groups != _NOBODY))
+        cache._begin(index, rows, checked)
+        cache.filled = len(filled)
         return cache
 
 
@@ -350,15 +392,24 @@ def _populate(rows: Bytes) -> None:
             return
 
 
+def _hexdigest(*parts: bytes | memoryview) -> str:
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return str(digest.hexdigest())
+
+
 def _index_bytes(header: dict[str, Any]) -> int:
     return int(header["sets"]) * _WAYS * _Index.SLOT_BYTES
 
 
-def _places(header: dict[str, Any]) -> tuple[int, int, int]:
-    """Where the index and the rows begin, and where the file ends."""
+def _places(header: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Where the index, the rows and their sums begin, and where the file ends."""
     index_at = -(-len(_encode(header)) // _PAGE) * _PAGE
     rows_at = -(-(index_at + _index_bytes(header)) // _PAGE) * _PAGE
-    return index_at, rows_at, rows_at + int(header["entries"]) * int(header["entry_bytes"])
+    entries = int(header["entries"])
+    sums_at = -(-(rows_at + entries * int(header["entry_bytes"])) // _SUM_BYTES) * _SUM_BYTES
+    return index_at, rows_at, sums_at, sums_at + entries * _SUM_BYTES
 
 
 def _encode(header: dict[str, Any]) -> bytes:
@@ -367,15 +418,18 @@ def _encode(header: dict[str, Any]) -> bytes:
 
 
 def _read_header(path: Path, begin: bytes) -> dict[str, Any]:
-    """The header in a file's first bytes; what a checksum vouches for needs no other check. Raises CacheFileError."""
+    """The header in a file's first bytes. Raises CacheFileError."""
     if not begin.startswith(_MAGIC) or len(begin) < _FIRST_BYTES:
         raise CacheFileError(f"{path} is no cache file of this version of engrampool: {_AGAIN}")
     length, checksum = struct.unpack_from("<QQ", begin, len(_MAGIC))
     text = begin[_FIRST_BYTES : _FIRST_BYTES + length]
-    if len(text) != length or xxhash.xxh3_64_intdigest(text) != checksum:
-        raise CacheFileError(f"{path} is damaged, its header is not what was written: {_AGAIN}")
-    header: dict[str, Any] = json.loads(text)
-    return header
+    if len(text) == length and xxhash.xxh3_64_intdigest(text) == checksum:
+        with suppress(ValueError, LookupError, TypeError, RecursionError):
+            header: dict[str, Any] = json.loads(text)
+            counted = all(type(header[name]) is int and header[name] > no for name, no in _COUNTS.items())
+            if counted and {"version", "layout", "index_xxh3"} <= set(header):
+                return header
+    raise CacheFileError(f"{path} is damaged, its header is not what was written: {_AGAIN}")
 
 
 def _check(path: Path, header: dict[str, Any], version: str, layout: dict[str, Any]) -> None:

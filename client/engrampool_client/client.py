@@ -95,10 +95,11 @@ class Client:
         its port cannot be reached; "off" always over gRPC.
     spin_s: over the direct lane, how long `lookup` and `lookup_rows` look for the answer without sleeping, where
         answers come as soon as that: what waking up takes is saved, and a processor is busy meanwhile. 0 never.
-    keep_memory: have the C library keep freed memory for the next answer, for this whole process (see
-        `engrampool_proto.malloc`); the process stays as large as it was at its peak.
-    record: a file to write the row ids of every lookup to, for `engrampool doctor`. N-grams can be worked out from
-        them: treat it as you would the text.
+    keep_memory: have the C library keep freed memory for the next answer. It is a setting of the whole process, which
+        stays as large as it was at its peak, and whose threads all allocate from one arena from then on, for good: for
+        large answers over gRPC, in a process whose other threads allocate little (see `engrampool_proto.malloc`).
+    record: a file to write the row ids of every lookup to, for `engrampool doctor`; made anew, mode 0600. N-grams can
+        be worked out from them: treat it as you would the text.
 
     Raises on construction UnavailableError, UnknownModelError, UnknownVersionError, FingerprintError, SpecError,
     ProtocolError, CacheFileError, RecordError, RegistryError.
@@ -129,7 +130,7 @@ class Client:
         attach: Attach = "auto",
         direct: Direct = "auto",
         spin_s: float = 300e-6,
-        keep_memory: bool = True,
+        keep_memory: bool = False,
         record: str | Path | None = None,
     ) -> None:
         plain = hashing == "server"
@@ -257,7 +258,8 @@ class Client:
 
         tokens: int32 [T]; query_start_loc: int32 [R + 1], by default one request; lookback: int32 [R, <= n - 1], column
         0 the token just before the chunk, -1 before the start, by default all -1; dead: bool [T] and lookback_dead:
-        bool [R, <= n - 1]: tokens outside any n-gram. The arrays are copied.
+        bool [R, <= n - 1]: tokens outside any n-gram. The arrays are copied; integers of any type that fit are taken,
+        as flags 0 and 1.
 
         out: layer -> uint8 [T, heads, row_bytes], C-contiguous and writable (pinned memory, say): the layer's rows are
         written there, as they come, until the step is done. Or layer -> {segment: uint8 [T, heads, its bytes]}: these

@@ -9,12 +9,13 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client import private_files
 from engrampool_client.client import Client
 from engrampool_client.discovery import Servers
 from engrampool_client.errors import BatchError, EngrampoolError
 from engrampool_client.exchange import Hashing
 from engrampool_proto.builders import blueprint, load_config
-from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.hashing import TokenBatch, exactly
 from engrampool_proto.spec import ModelSpec
 
 _PATH = click.Path(path_type=Path)
@@ -112,31 +113,31 @@ def _packed_spec(directory: Path) -> ModelSpec:
     manifest = directory / "manifest.json"
     try:
         return ModelSpec.from_json(json.loads(manifest.read_text(encoding="utf-8"))["spec"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, EngrampoolError):
             raise
         raise EngrampoolError(f"{manifest} cannot be read as a packed model's manifest: {error}") from error
 
 
 def read_tokens(path: Path) -> npt.NDArray[np.int32]:
-    """One sequence of token ids, [T], from a .npy file. Raises BatchError."""
+    """One sequence of token ids, [T], from a .npy file of integers. Raises BatchError."""
     try:
         tokens = np.load(path, allow_pickle=False)
     except OSError as error:
         raise BatchError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError) as error:
         raise BatchError(f"{path} is no .npy file: {error}") from error
-    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int32 or tokens.ndim != 1:
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1:
         found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
         raise BatchError(f"{path} must hold int32 [T]; it holds {found}")
-    return tokens
+    return exactly(str(path), tokens, np.int32)
 
 
 def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """All or nothing: a full disk leaves no half file under the name asked for."""
+    """All or nothing: a full disk leaves no half file under the name asked for. Rows and row ids tell n-grams."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with private_files.create(partial) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub fears an array called allow_pickle
         partial.replace(path)
     finally:

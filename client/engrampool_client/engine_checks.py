@@ -10,8 +10,8 @@ import numpy.typing as npt
 from engrampool_client.errors import FingerprintError
 from engrampool_client.plan import Layout
 from engrampool_proto.builders import blueprint, load_config
-from engrampool_proto.errors import SpecError
-from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.errors import BatchError, SpecError
+from engrampool_proto.hashing import TokenBatch, exactly
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.token_map import TokenMap
 
@@ -41,7 +41,7 @@ def check_layout(
         differences.append(f"layers: {sorted(head_sizes)} here, {list(served.layers)} there")
     for layer in sorted(set(head_sizes) & set(served.layers)):
         table = served.table(layer)
-        ours, theirs = list(map(int, head_sizes[layer])), list(table.hash.head_rows())
+        ours, theirs = list(head_sizes[layer]), list(table.hash.head_rows())
         if ours != theirs:
             where = next((at for at, two in enumerate(zip(ours, theirs, strict=False)) if two[0] != two[1]), None)
             what = (
@@ -52,7 +52,7 @@ def check_layout(
             differences.append(f"{table.name}: {what}")
         if row_bytes != table.row_bytes:
             differences.append(f"{table.name}: {row_bytes} bytes a row here, {table.row_bytes} there")
-    ours_map = None if token_map is None else TokenMap(np.array(token_map, np.int32))
+    ours_map = None if token_map is None else TokenMap(exactly("token_map", token_map, np.int32))
     digests = [None if one is None else one.digest for one in (ours_map, served.token_map)]
     if digests[0] != digests[1]:
         differences.append(f"token map: digest {digests[0]} here, {digests[1]} there")
@@ -64,7 +64,9 @@ def check_row_ids(served: ModelSpec, layout: Layout, rows: Mapping[int, npt.NDAr
     """Compare an engine's row ids of a batch with those that are hashed here. Arguments and errors: `Client.verify`."""
     differences = []
     for layer, ours in served.hash(batch, list(rows)).items():
-        mine, theirs = ours[:, layout.columns(served.table(layer))], rows[layer]
+        mine, theirs = ours[:, layout.columns(served.table(layer))], np.asarray(rows[layer])
+        if theirs.dtype.kind not in "iu":
+            raise BatchError(f"row ids of layer {layer} must be an integer array; they are {theirs.dtype.name}")
         if theirs.shape != mine.shape:
             differences.append(f"layer {layer}: row ids {list(mine.shape)} here, {list(theirs.shape)} there")
             continue

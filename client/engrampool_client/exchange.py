@@ -16,7 +16,7 @@ from engrampool_client.errors import ProtocolError, RejectedError
 from engrampool_client.served import ServedModel
 from engrampool_proto import wire
 from engrampool_proto.errors import BatchError, WireError
-from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.hashing import TokenBatch, exactly
 from engrampool_proto.spec import ModelSpec, TableSpec
 
 Hashing = Literal["local", "server"]
@@ -39,24 +39,15 @@ def token_batch(
 ) -> TokenBatch:
     """A batch of the caller's own arrays, copied so that they may be overwritten at once.
 
-    Arrays must have the dtypes of `TokenBatch`; plain sequences are converted. Raises BatchError.
+    Integers of any type that fit into the dtypes of `TokenBatch` are converted. Raises BatchError.
     """
     return TokenBatch.of(
-        _own("tokens", tokens, np.int32),
-        None if query_start_loc is None else _own("query_start_loc", query_start_loc, np.int32),
-        None if lookback is None else _own("lookback", lookback, np.int32),
-        None if dead is None else _own("dead", dead, np.bool_),
-        None if lookback_dead is None else _own("lookback_dead", lookback_dead, np.bool_),
+        exactly("tokens", tokens, np.int32),
+        None if query_start_loc is None else exactly("query_start_loc", query_start_loc, np.int32),
+        None if lookback is None else exactly("lookback", lookback, np.int32),
+        None if dead is None else exactly("dead", dead, np.bool_),
+        None if lookback_dead is None else exactly("lookback_dead", lookback_dead, np.bool_),
     )
-
-
-def _own(name: str, values: Any, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    if isinstance(values, np.ndarray):
-        return values.copy()
-    try:
-        return np.array(values, dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BatchError(f"{name} cannot be made {np.dtype(dtype).name}: {error}") from error
 
 
 class Exchange:
@@ -449,17 +440,17 @@ def zeros(shapes: Mapping[int, tuple[int, ...]], out: Out | None) -> Blank:
 
 
 def row_ids(table: TableSpec, ids: Any) -> npt.NDArray[Any]:
-    """Ids in the table's dtype, checked against its rows. Raises BatchError."""
+    """Ids of any integer type and byte order in the table's dtype, checked against its rows. Raises BatchError."""
     layer = table.layer
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         found = ids.dtype.name if isinstance(ids, np.ndarray) else type(ids).__name__
         raise BatchError(f"row ids of layer {layer} must be an integer array; they are {found}")
-    flat = ids.reshape(-1)
-    # Seen as unsigned, a negative id is a very large one: one pass finds both.
-    if flat.size and int(flat.view(f"u{flat.itemsize}").max()) >= table.num_rows:
+    plain: npt.NDArray[Any] = np.asarray(ids)  # of a masked array, min and max would leave out what is masked
+    if plain.size and (int(plain.max()) >= table.num_rows or (plain.dtype.kind == "i" and int(plain.min()) < 0)):
+        flat = plain.reshape(-1)
         at = int(np.argmax((flat < 0) | (flat >= table.num_rows)))
         raise BatchError(f"row id {flat[at]} at position {at} of layer {layer} is not in 0 .. {table.num_rows - 1}")
-    return ids.astype(table.id_dtype, copy=False)
+    return plain.astype(table.id_dtype, copy=False)
 
 
 def _check_limits(served: ServedModel, shapes: Mapping[int, tuple[int, ...]]) -> None:

@@ -7,12 +7,17 @@ The file begins with one line of JSON, which says what it is, of which model, an
 
     float64  seconds since the recording began
     uint32   number of layers that follow
+    uint64   bytes that they take
+    uint64   xxh3-64 of these bytes
+    uint64   xxh3-64 of the 28 bytes before
     for each layer: uint32 layer, uint32 columns, uint32 ids, and the ids as the table has them, uint32 or uint64
 
 all little-endian. Columns are the last axis of the ids (heads, where they came from tokens), 0 where there is one axis.
-A file that ends within a record was cut short, by a crash or a full disk; what is whole of it is read.
+A file that ends within a record was cut short, by a crash or a full disk; what is whole of it is read, and that it ends
+so is logged. Of a file that is damaged elsewhere nothing behind the damage is read: there is no telling what it is.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -28,14 +33,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
+from engrampool_client import private_files
 from engrampool_client.errors import RecordError
 from engrampool_client.exchange import row_ids
+from engrampool_proto.errors import BatchError, SpecError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 
-_FORMAT = {"format": "engrampool-record", "format_version": 1}
-_START = struct.Struct("<dI")
+_FORMAT = {"format": "engrampool-record", "format_version": 2}
+_START = struct.Struct("<dIQQQ")
+_SUM_BYTES = 8
 _LAYER = struct.Struct("<III")
 _DTYPES = ("uint32", "uint64")
 _MAX_HEADER_BYTES = 1 << 20
@@ -63,7 +72,7 @@ class Recorder:
     """Writes lookups to a file, in a thread of its own. Whatever becomes of the file, no lookup waits for it or fails.
 
     dropped: lookups left out, as the disk could not keep up or took no more. error: why it took no more.
-    Raises RecordError if the file cannot be made.
+    The file is made anew, for its owner alone. Raises RecordError if it cannot be.
     """
 
     def __init__(self, path: Path, spec: ModelSpec, version: str) -> None:
@@ -71,7 +80,7 @@ class Recorder:
         self.dropped = 0
         self.error: OSError | None = None
         try:
-            self._file: BinaryIO = path.open("wb")
+            self._file: BinaryIO = private_files.create(path)
         except OSError as error:
             raise RecordError(f"{path} cannot be written to: {error.strerror or error}") from error
         dtypes = {str(table.layer): np.dtype(table.id_dtype).name for table in spec.tables}
@@ -155,14 +164,16 @@ class Recorder:
 
 def _record(spec: ModelSpec, at_s: float, rows: Mapping[int, Ids]) -> bytes:
     """The record's bytes. Raises BatchError for ids that are not the table's, ValueError for ids without an axis."""
-    parts = [_START.pack(at_s, len(rows))]
+    parts = []
     for layer in sorted(rows):
         table, ids = spec.table(layer), rows[layer]
         if not ids.ndim:
             raise ValueError(f"ids of layer {layer} have no axis")
         raw = row_ids(table, ids).astype(np.dtype(table.id_dtype).newbyteorder("<"), copy=False).tobytes()
         parts += [_LAYER.pack(layer, ids.shape[-1] if ids.ndim > 1 else 0, ids.size), raw]
-    return b"".join(parts)
+    body = b"".join(parts)
+    start = _START.pack(at_s, len(rows), len(body), xxhash.xxh3_64_intdigest(body), 0)[:-_SUM_BYTES]
+    return start + struct.pack("<Q", xxhash.xxh3_64_intdigest(start)) + body
 
 
 class Recording:
@@ -189,13 +200,20 @@ class Recording:
                 f"{path} is no recording of row ids ({error}); make one with Client(record=...)"
             ) from error
 
-    def check(self, spec: ModelSpec) -> None:
-        """Raise RecordError unless its ids are of `spec`."""
+    def of(self, spec: ModelSpec) -> Iterator[Recorded]:
+        """The lookups as `__iter__` gives them, every id one of `spec`. Raises RecordError unless they are."""
         if self.spec_digest != spec.digest:
             raise RecordError(
                 f"{self._path} was recorded with {self.model}, specification {self.spec_digest}; the server holds "
                 f"{spec.name}, specification {spec.digest}: its row ids mean other rows there"
             )
+        for recorded in self:
+            for layer, ids in recorded.ids.items():
+                try:
+                    row_ids(spec.table(layer), ids)
+                except (BatchError, SpecError) as error:
+                    raise self._damaged(str(error)) from error
+            yield recorded
 
     def __iter__(self) -> Iterator[Recorded]:
         """The lookups in the order they were asked in. Raises RecordError for bytes that no recorder writes."""
@@ -203,29 +221,46 @@ class Recording:
             with self._path.open("rb") as file:
                 left = file.seek(0, 2) - self._first
                 file.seek(self._first)
-                while left >= _START.size:
-                    at_s, layers = _START.unpack(file.read(_START.size))
-                    left -= _START.size
-                    if layers > len(self._dtypes):
-                        raise self._damaged(f"a record of {layers} layers, the model has {len(self._dtypes)}")
-                    ids = {}
-                    for _ in range(layers):
-                        if left < _LAYER.size:
-                            return
-                        layer, columns, count = _LAYER.unpack(file.read(_LAYER.size))
-                        dtype = self._dtypes.get(layer)
-                        if dtype is None:
-                            raise self._damaged(f"a record has layer {layer}, the model has not")
-                        left -= _LAYER.size + count * dtype.itemsize
-                        if left < 0:
-                            return
-                        if columns and count % columns:
-                            raise self._damaged(f"{count} ids in rows of {columns}")
-                        flat = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-                        ids[layer] = flat.reshape(count // columns, columns) if columns else flat
-                    yield Recorded(at_s, ids)
+                for number in itertools.count():
+                    start = file.read(_START.size)
+                    if len(start) < _START.size:
+                        break
+                    at_s, layers, nbytes, body_sum, start_sum = _START.unpack(start)
+                    if xxhash.xxh3_64_intdigest(start[:-_SUM_BYTES]) != start_sum:
+                        raise self._damaged(f"lookup {number} is not what was written")
+                    if left < _START.size + nbytes:
+                        break
+                    left -= _START.size + nbytes
+                    body = file.read(nbytes)
+                    if xxhash.xxh3_64_intdigest(body) != body_sum:
+                        raise self._damaged(f"lookup {number} is not what was written")
+                    yield Recorded(at_s, self._ids(body, layers))
         except OSError as error:
             raise RecordError(f"{self._path} cannot be read: {error.strerror or error}") from error
+        if left:
+            _log.warning("%s ends within a lookup, %d bytes of which are left out: it was cut short", self._path, left)
+
+    def _ids(self, body: bytes, layers: int) -> dict[int, Ids]:
+        """What follows a record's start. Raises RecordError."""
+        ids: dict[int, Ids] = {}
+        at = 0
+        for _ in range(layers):
+            if len(body) < at + _LAYER.size:
+                raise self._damaged(f"{layers} layers in {len(body)} bytes")
+            layer, columns, count = _LAYER.unpack_from(body, at)
+            dtype = self._dtypes.get(layer)
+            if dtype is None or layer in ids:
+                raise self._damaged(f"a record has layer {layer}, {'the model has not' if dtype is None else 'twice'}")
+            at += _LAYER.size
+            raw = body[at : at + count * dtype.itemsize]
+            at += len(raw)
+            if len(raw) != count * dtype.itemsize or (columns and count % columns):
+                raise self._damaged(f"{count} ids in rows of {columns}, in {len(raw)} bytes")
+            flat = np.frombuffer(raw, dtype)
+            ids[layer] = flat.reshape(count // columns, columns) if columns else flat
+        if at != len(body):
+            raise self._damaged(f"{layers} layers in {len(body)} bytes")
+        return ids
 
     def _damaged(self, what: str) -> RecordError:
         return RecordError(f"{self._path} is damaged: {what}")

@@ -159,10 +159,9 @@ def phases_of_recording(
 
     heads: of each token only these columns, as the client that replays them is to ask for. Raises RecordError.
     """
-    recording.check(spec)
     phases: dict[str, list[Forward]] = {name: [] for name in clocks}
     nbytes = 0
-    for recorded in recording:
+    for recorded in recording.of(spec):
         if not recorded.num_tokens:
             continue
         name = min(clocks, key=lambda name: abs(np.log(recorded.num_tokens / clocks[name].num_tokens)))

@@ -4,21 +4,18 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto.errors import BatchError
-from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.hashing import TokenBatch, exactly
 from engrampool_proto.spec import ModelSpec
 
 
 def candidates_batch(batch: TokenBatch, candidates: npt.ArrayLike, chain: bool, spec: ModelSpec) -> TokenBatch:
     """The tokens that may follow each request of `batch`, as a batch of their own.
 
-    candidates: int32 [R, K], -1 for none. Alternatives of the next token become a request each; with `chain` a row is
-    one request, which ends at its first -1. Raises BatchError.
+    candidates: integers [R, K], -1 for none. Alternatives of the next token become a request each; with `chain` a row
+    is one request, which ends at its first -1. Raises BatchError.
     """
     requests = len(batch.query_start_loc) - 1
-    try:
-        tokens = np.asarray(candidates, np.int32)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BatchError(f"candidates cannot be made int32: {error}") from error
+    tokens = exactly("candidates", candidates, np.int32)
     if tokens.ndim != 2 or len(tokens) != requests:
         raise BatchError(f"candidates must be int32 [{requests}, *], a row a request; they are {list(tokens.shape)}")
     given = tokens >= 0

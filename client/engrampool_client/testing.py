@@ -1,6 +1,8 @@
-"""Real servers for tests: as a child process, or on a thread of this one. Needs engrampool[server]."""
+"""Real servers for tests, as child processes: the program is started, none of its code is imported.
 
-import asyncio
+The interpreter that runs the tests must have engrampool[server].
+"""
+
 import collections
 import json
 import os
@@ -131,32 +133,3 @@ def serve_process(
         reader.join()
         assert process.stderr is not None
         process.stderr.close()
-
-
-@contextmanager
-def serve_thread(*models: Path, **settings: Any) -> Iterator[str]:
-    """A server on a thread of this process; gives its address. settings: fields of `ServerConfig`."""
-    from engrampool_server.config import ServerConfig
-    from engrampool_server.server import Server
-
-    config = ServerConfig(models=models, **{"listen": "127.0.0.1:0", "metrics": "off", **settings})
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    def call(make: Callable[[], Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(make(), loop).result(_START_TIMEOUT_S)
-
-    async def create() -> Server:
-        return Server(config)
-
-    server: Server = call(create)
-    try:
-        call(server.start)
-        call(server.load)
-        yield server.address
-    finally:
-        call(server.stop)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()

@@ -19,6 +19,7 @@ _SETTINGS = (
 def pin_malloc() -> bool:
     """Keep freed memory in this process from now on: up to what it used at its peak. For the whole process, for good.
 
+    All threads then share one arena: threads that allocate at the same time wait for each other.
     Returns False, having changed nothing, where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engrampool_client.testing import serve_thread
 from engrampool_proto.builders import blueprint
 from engrampool_proto.spec import ModelSpec
+from server_fixtures import serve_thread
 from small_model import CONFIG, small_spec, write_model
 
 

@@ -1,7 +1,12 @@
+import json
+import os
+import stat
+import struct
 import threading
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -227,7 +232,7 @@ def test_an_empty_cache_can_be_saved(tmp_path):
 
 
 def test_a_bounded_file_holds_what_was_found_most(cache, path, tmp_path):
-    room = path.stat().st_size - (cache.filled - 2) * ENTRY
+    room = path.stat().st_size - (cache.filled - 2) * (ENTRY + 8)
     cache.save(tmp_path / "small", "v1", LAYOUT, max_bytes=room + ENTRY - 1)
     assert (tmp_path / "small").stat().st_size <= room
     assert held(HotRows.open(tmp_path / "small", "v1", LAYOUT), EVERYTHING) == [(0, 1), (-1, 255)]
@@ -287,11 +292,12 @@ def test_a_failed_save_leaves_what_was_there(cache, path, monkeypatch):
     ("damage", "text"),
     [
         (lambda whole: b"", "no cache file"),
-        (lambda whole: b"EPCACHE1", "no cache file"),
+        (lambda whole: b"EPCACHE2", "no cache file"),
+        (lambda whole: b"EPCACHE1" + whole[8:], "no cache file"),
         (lambda whole: bytes(len(whole)), "no cache file"),
         (lambda whole: b"\x93NUMPY" + whole, "no cache file"),
         (lambda whole: whole[:60], "damaged, its header"),
-        (lambda whole: b"EPCACHE1" + b"\xff" * 8 + whole[16:], "damaged, its header"),
+        (lambda whole: b"EPCACHE2" + b"\xff" * 8 + whole[16:], "damaged, its header"),
         (lambda whole: whole.replace(b'"v1"', b'"v2"'), "damaged, its header"),
         (lambda whole: whole[:-1], "bytes and should have"),
         (lambda whole: whole[:5000], "bytes and should have"),
@@ -304,17 +310,121 @@ def test_damaged_files_are_refused(path, damage, text):
         HotRows.open(path, "v1", LAYOUT)
 
 
-@given(where=st.integers(0, 16 * 14 - 1), bit=st.integers(0, 7))
-def test_one_wrong_bit_in_the_index_is_refused(tmp_path_factory, where, bit):
+INDEX_BYTES, ROWS_AT = 16 * 14, 8192
+
+
+@given(st.data(), st.sampled_from(["index", "rows", "sums"]), st.integers(0, 7))
+def test_one_wrong_bit_is_refused_or_its_row_is_missed(tmp_path_factory, data, part, bit):
     path = tmp_path_factory.mktemp("bits") / "cache"
     cache = HotRows(2 * SET_BYTES, ENTRY)
     put(cache, EVERYTHING)
     cache.save(path, "v1", LAYOUT)
     whole = bytearray(path.read_bytes())
-    whole[4096 + where] ^= 1 << bit
+    parts = {"index": (4096, INDEX_BYTES), "rows": (ROWS_AT, cache.filled * ENTRY), "sums": (-8 * cache.filled, 8)}
+    begin, size = parts[part]
+    whole[begin + data.draw(st.integers(0, size - 1))] ^= 1 << bit
     path.write_bytes(whole)
-    with pytest.raises(CacheFileError, match="damaged, its index"):
+    if part != "rows":
+        with pytest.raises(CacheFileError, match="damaged, its index"):
+            HotRows.open(path, "v1", LAYOUT)
+        return
+    opened, kept = HotRows.open(path, "v1", LAYOUT), held(cache, EVERYTHING)
+    for _ in range(2):
+        found = held(opened, EVERYTHING + EVERYTHING)
+        assert len(set(found)) == len(kept) - 1
+        assert set(found) < set(kept)
+    assert opened.damaged == 1
+    # Saved again it is not made right.
+    opened.save(path, "v1", LAYOUT)
+    again = HotRows.open(path, "v1", LAYOUT)
+    assert held(again, EVERYTHING) == found[: len(kept) - 1]
+    assert again.damaged == 0
+
+
+def test_damaged_rows_are_said_once(cache, path, caplog):
+    whole = bytearray(path.read_bytes())
+    whole[ROWS_AT : ROWS_AT + 3 * ENTRY] = bytes(3 * ENTRY)
+    path.write_bytes(whole)
+    opened, kept = HotRows.open(path, "v1", LAYOUT), held(cache, EVERYTHING)
+    for name in EVERYTHING:
+        held(opened, [name])
+    assert (opened.damaged, opened.hits, opened.misses) == (3, len(kept) - 3, len(EVERYTHING) - len(kept) + 3)
+    assert len(caplog.messages) == 1
+    assert "cache is damaged; its wrong rows come from the server instead" in caplog.text
+
+
+@pytest.mark.parametrize("change", [lambda file: file.truncate(100), lambda file: file.write(bytes(8192))])
+def test_a_file_that_is_written_to_in_place_is_used_no_more(path, change, caplog):
+    opened = HotRows.open(path, "v1", LAYOUT)
+    assert held(opened, EVERYTHING)
+    before = path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        change(file)
+    os.utime(path, ns=(before, max(before + 1, path.stat().st_mtime_ns)))  # where the clock has not moved on
+    for _ in range(2):
+        assert held(opened, EVERYTHING) == []
+    assert len(caplog.messages) == 1
+    assert "cache was written to and is used no more: replace such a file by renaming" in caplog.text
+
+
+def rewrite(path, change_header=lambda header: None, change_index=lambda index: None):
+    """Damage that its checksums vouch for."""
+    whole = bytearray(path.read_bytes())
+    header = json.loads(whole[24 : 24 + struct.unpack_from("<Q", whole, 8)[0]])
+    sums_at = len(whole) - 8 * header["entries"]
+    index = np.frombuffer(whole, np.uint8, INDEX_BYTES, 4096)
+    change_index(index)
+    header["index_xxh3"] = xxhash.xxh3_64_hexdigest(index.tobytes() + whole[sums_at:])
+    change_header(header)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    whole[8 : 24 + len(text)] = struct.pack("<QQ", len(text), xxhash.xxh3_64_intdigest(text)) + text
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("row", [-1, 2**31 - 1, "entries"])
+def test_an_index_that_names_rows_which_are_not_there_is_refused(cache, path, row):
+    def change(index):
+        used = np.flatnonzero(index[12 * 16 :].view("<i2") != -1)
+        index[8 * 16 : 12 * 16].view("<i4")[used[0]] = cache.filled if row == "entries" else row
+
+    rewrite(path)
+    HotRows.open(path, "v1", LAYOUT)
+    rewrite(path, change_index=change)
+    with pytest.raises(CacheFileError, match="damaged, its index names rows that it has not: delete it"):
         HotRows.open(path, "v1", LAYOUT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.clear(),
+        lambda header: header.pop("layout"),
+        lambda header: header.update(entries=-1),
+        lambda header: header.update(sets="2"),
+        lambda header: header.update(entry_bytes=0),
+        lambda header: header.update(ways=True),
+    ],
+)
+def test_a_header_that_is_none_is_refused(path, change):
+    rewrite(path, change)
+    with pytest.raises(CacheFileError, match="damaged, its header"):
+        HotRows.open(path, "v1", LAYOUT)
+
+
+def test_only_its_owner_may_read_it_finished_or_not(cache, path, monkeypatch):
+    seen = []
+
+    def look(descriptor):
+        seen.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+
+    path.chmod(0o644)
+    monkeypatch.setattr("os.fsync", look)
+    before = os.umask(0)
+    try:
+        cache.save(path, "v1", LAYOUT)
+    finally:
+        os.umask(before)
+    assert [*seen, stat.S_IMODE(path.stat().st_mode)] == [0o600, 0o600]
 
 
 def test_files_of_another_model_or_layout_are_refused(path):

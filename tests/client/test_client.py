@@ -21,10 +21,10 @@ from engrampool_client import (
     StepCancelledError,
 )
 from engrampool_client.delivery import Delivery
-from engrampool_client.testing import serve_thread
 from engrampool_client.workers import Job
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import serve_thread
 
 VOCAB = 129280
 # The blocking client's ways to a server.
@@ -211,7 +211,9 @@ def test_large_lookups_share_connections(server, connections, lane, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((np.array([1, 2], np.int64),), r"tokens must be int32 \[\*\]; it is int64 \[2\]"),
+        ((np.array([1, 2**32 + 1]),), r"tokens cannot be made int32: tokens\[1\] is 4294967297"),
+        ((np.array([1.0, 2.0]),), "tokens cannot be made int32: they are float64"),
+        (([1, 2.5],), "tokens cannot be made int32: they are float64"),
         ((np.array([[1, 2]], np.int32),), r"tokens must be int32 \[\*\]"),
         ((["a"],), "tokens cannot be made int32"),
         (([2**31],), "tokens cannot be made int32"),
@@ -225,7 +227,9 @@ def test_large_lookups_share_connections(server, connections, lane, monkeypatch)
         (([1, 2], [0, 2], [[VOCAB]]), r"lookback\[0, 0\] is 129280"),
         (([1, 2], [0, 2], [[-2]]), r"lookback\[0, 0\] is -2"),
         (([1, 2], None, None, np.array([True])), r"dead must be bool \[2\]"),
-        (([1, 2], None, None, np.array([1, 0])), r"dead must be bool \[2\]"),
+        (([1, 2], None, None, np.array([1, 2])), r"dead cannot be made bool: dead\[1\] is 2"),
+        (([1, 2], [0, 2**32 + 2]), r"query_start_loc cannot be made int32: query_start_loc\[1\] is 4294967298"),
+        (([1, 2], None, np.array([[2**32 - 1]])), r"lookback cannot be made int32: lookback\[0, 0\] is 4294967295"),
     ],
 )
 def test_bad_batches_are_refused_with_the_culprit(pool, arguments, text):
@@ -241,7 +245,11 @@ def test_unknown_layers_and_bad_row_ids(pool):
     for ids, text in (
         (np.array([0, num_rows]), f"row id {num_rows} at position 1 of layer 1 is not in"),
         (np.array([-1]), "row id -1 at position 0"),
+        (np.array([5, -1], np.int8), "row id -1 at position 1 of layer 1"),
+        (np.array([[5, 6], [-32768, 7]], ">i2"), "row id -32768 at position 2 of layer 1"),
+        (np.ma.array([5, -1], mask=[False, True]), "row id -1 at position 1 of layer 1"),
         (np.array([0.5]), "must be an integer array; they are float64"),
+        (np.array([True]), "must be an integer array; they are bool"),
         ([1, 2], "must be an integer array; they are list"),
     ):
         with pytest.raises(BatchError, match=text):

@@ -1,6 +1,7 @@
 """`engrampool rows` and `engrampool lookup` as a pipe sees them: files, exit codes, one line on standard error."""
 
 import json
+import stat
 import subprocess
 import sys
 
@@ -50,6 +51,7 @@ def test_rows_from_a_config_and_from_a_packed_model_are_the_specs(spec, config, 
     )
     for source in sources:
         result = run(rows, *source, "--tokens", tokens, "--out", out, "--json")
+        assert stat.S_IMODE(out.stat().st_mode) == 0o600
         with np.load(out) as found:
             assert sorted(found) == ["layer_1", "layer_14"]
             for layer, ids in wanted.items():
@@ -80,6 +82,9 @@ def test_what_goes_wrong_is_raised_typed_and_leaves_no_file(config, packed, serv
     nothing = tmp_path / "nothing.json"
     nothing.write_text("{}")
     bad_tokens = tmp_path / "bad.npy"
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    (deep / "manifest.json").write_text("[" * 100_000)
     hash_it = ("--model", packed)
     cases = (
         (BatchError, "is no .npy file", rows, (*hash_it, "--tokens", other)),
@@ -92,6 +97,7 @@ def test_what_goes_wrong_is_raised_typed_and_leaves_no_file(config, packed, serv
             ("--config", config, "--tokenizer", other, "--tokens", tokens),
         ),
         (EngrampoolError, r"manifest\.json cannot be read", rows, ("--model", tmp_path, "--tokens", tokens)),
+        (EngrampoolError, r"manifest\.json cannot be read", rows, ("--model", deep, "--tokens", tokens)),
         (FingerprintError, "row_format", lookup, ("--server", server, "--config", other, "--tokenizer", TOKENIZER)),
         (UnavailableError, "no server", lookup, ("--server", "127.0.0.1:1", "--timeout-s", 0.3)),
     )
@@ -100,7 +106,8 @@ def test_what_goes_wrong_is_raised_typed_and_leaves_no_file(config, packed, serv
         with pytest.raises(kind, match=text):
             run(command, *given, "--out", out)
     for array, text in (
-        (np.zeros(3, np.int64), r"must hold int32 \[T\]; it holds int64 \[3\]"),
+        (np.zeros(3), r"cannot be made int32: they are float64"),
+        (np.array([7, 2**32 + 7]), r"bad.npy\[1\] is 4294967303"),
         (np.zeros((2, 2), np.int32), r"it holds int32 \[2, 2\]"),
         (np.array([129280], np.int32), r"tokens\[0\] is 129280"),
     ):

@@ -40,9 +40,9 @@ from engrampool_client.replay import (
     phases_of_text,
     play,
 )
-from engrampool_client.testing import serve_thread
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.wire import ServerTimes
+from server_fixtures import serve_thread
 
 VOCAB = 129280
 LAYERS = 20
@@ -397,7 +397,11 @@ def test_bad_input_is_one_error(server, other_packed, tokens, spec, tmp_path):
     garbage.write_text('{"decode": [1, "two"]}')
     cases = [
         (BatchError, "absent.npy cannot be read: No such file", ("--tokens", tmp_path / "absent.npy", *layers)),
-        (BatchError, r"must hold int32 \[T\]; it holds int64", ("--tokens", array("a.npy", np.arange(9)), *layers)),
+        (
+            BatchError,
+            r"a\.npy cannot be made int32: they are float64",
+            ("--tokens", array("a.npy", np.ones(9)), *layers),
+        ),
         (
             BatchError,
             r"b\.npy: tokens\[1\] is 129280; this model's token ids are 0 \.\. 129279",

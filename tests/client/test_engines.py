@@ -89,7 +89,8 @@ def test_missing_candidates_are_left_out(spec):
     chained = candidates_batch(batch, [[7, -1, 8], [9, 10, -1]], True, spec)
     assert chained.tokens.tolist() == [7, 9, 10]
     assert chained.query_start_loc.tolist() == [0, 1, 3]
-    for bad in ([7, 8], [[1]], [["x"], ["y"]], [[1, 2**40], [1, 2]], [[1, spec.vocab_size], [1, 2]]):
+    too_large = (np.array([[1, 2**32 + 5], [1, 2]]), [[1, 2**40], [1, 2]], [[1, spec.vocab_size], [1, 2]])
+    for bad in ([7, 8], [[1]], [["x"], ["y"]], [[1.5], [2]], *too_large):
         with pytest.raises(BatchError):
             candidates_batch(batch, bad, False, spec)
 
@@ -202,6 +203,8 @@ def test_an_engines_row_ids_are_compared_with_ours(server):
             assert len(caught.value.differences) == 1
             with pytest.raises(FingerprintError, match=r"layer 1: row ids \[20, "):
                 client.verify({1: theirs[1][:, :3]}, batch.tokens)
+            with pytest.raises(BatchError, match="row ids of layer 1 must be an integer array; they are float64"):
+                client.verify({1: theirs[1] + 0.0}, batch.tokens)
 
 
 def test_an_engines_layout_is_compared_at_start(client):
@@ -220,6 +223,10 @@ def test_an_engines_layout_is_compared_at_start(client):
     ):
         with pytest.raises(FingerprintError, match=text):
             client.check_layout(*arguments)
+    with pytest.raises(BatchError, match=r"token_map cannot be made int32: token_map\[3\] is 42949672"):
+        client.check_layout(sizes, ROW, token_map + (np.arange(len(token_map)) == 3) * 2**32)
+    with pytest.raises(FingerprintError, match=r"layer_1: rows of head 0: .*\.5 here"):
+        client.check_layout({**sizes, 1: (sizes[1][0] + 0.5, *sizes[1][1:])}, ROW, token_map)
     client.check_layout(sizes, ROW, token_map.tolist())
     assert other_map.flags.writeable
 

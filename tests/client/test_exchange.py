@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from engrampool_client import BatchError, ProtocolError
 from engrampool_client.delivery import Delivery
-from engrampool_client.exchange import Exchange, Route
+from engrampool_client.exchange import Exchange, Route, row_ids, token_batch
 from engrampool_client.served import ServedModel
 from engrampool_proto import wire
 from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.v1 import pool_pb2
 
+INTEGERS = [np.dtype(order + kind) for kind in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8") for order in "<>"]
 ROWS = RowFormat((Segment("values", "uint8", 3),))
 SPEC = ModelSpec("m", 50, tuple(TableSpec(layer, 50, ROWS, Identity(50)) for layer in (2, 9)))
 SERVED = ServedModel(SPEC, "v", max_rows=1000, max_answer_bytes=10_000, server_version="")
@@ -200,3 +201,77 @@ def test_a_shard_part_may_be_split_in_turn(ascending):
 def test_arrays_that_cannot_take_the_rows_are_refused(layer, array, text):
     with pytest.raises(BatchError, match=text):
         Exchange.of_rows(SERVED, {2: np.arange(5), 9: np.arange(5)}, {layer: array})
+
+
+@st.composite
+def arrays(draw, dtype, low, high):
+    """Any shape and any strides; mostly values from low to high, and any others that the type has."""
+    info = np.iinfo(dtype)
+    near = st.integers(max(low - 2, int(info.min)), min(high + 2, int(info.max)))
+    values = st.one_of(near, near, st.integers(int(info.min), int(info.max)))
+    shape = draw(st.sampled_from([(), (0,), (1,), (5,), (3, 2), (2, 0), (2, 2, 2)]))
+    size = int(np.prod(shape))
+    array = np.array(draw(st.lists(values, min_size=size, max_size=size)), dtype).reshape(shape)
+    how = draw(st.sampled_from(["plain", "strided", "reversed", "transposed", "read-only"]))
+    if how == "strided" and shape:
+        wide = np.full((*shape[:-1], 2 * shape[-1]), info.max, dtype)
+        wide[..., ::2] = array
+        array = wide[..., ::2]
+    elif how == "reversed" and shape:
+        array = array[::-1]
+    elif how == "transposed":
+        array = array.T
+    array.flags.writeable = how != "read-only"
+    return array
+
+
+@given(st.data(), st.sampled_from(INTEGERS), st.sampled_from([1, 100, 127, 128, 200, 2**16 - 1, 2**31 + 9, 2**32 + 9]))
+def test_row_ids_are_what_python_says_they_are(data, dtype, num_rows):
+    table = TableSpec(2, num_rows, ROWS, Identity(min(num_rows, 1000)))
+    ids = data.draw(arrays(dtype, 0, num_rows - 1))
+    plain = ids.reshape(-1).tolist()
+    bad = next((at for at, one in enumerate(plain) if not 0 <= one < num_rows), None)
+    if bad is None:
+        found = row_ids(table, ids)
+        assert (found.dtype, found.shape, found.reshape(-1).tolist()) == (table.id_dtype, ids.shape, plain)
+    else:
+        with pytest.raises(BatchError) as caught:
+            row_ids(table, ids)
+        assert f"row id {plain[bad]} at position {bad} of" in str(caught.value)
+
+
+class Tensor:
+    """What of torch.Tensor numpy sees: no array, and one that has the memory."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __array__(self, dtype=None):
+        return self._array if dtype is None else self._array.astype(dtype)
+
+
+@given(st.data(), st.sampled_from(INTEGERS), st.sampled_from([np.asarray, Tensor, lambda array: array.tolist()]))
+def test_tokens_are_what_python_says_they_are(data, dtype, given_as):
+    tokens = data.draw(arrays(dtype, -(2**31), 2**31 - 1).filter(lambda array: array.ndim == 1))
+    plain = tokens.tolist()
+    bad = next((at for at, one in enumerate(plain) if not -(2**31) <= one < 2**31), None)
+    if bad is None:
+        found = token_batch(given_as(tokens), np.array([0, len(plain)], dtype)).tokens
+        assert (found.dtype, found.tolist()) == (np.int32, plain)
+        assert not np.shares_memory(found, tokens)
+    else:
+        with pytest.raises(BatchError) as caught:
+            token_batch(given_as(tokens))
+        # Of a list no type holds both, numpy makes no integers.
+        assert f"tokens[{bad}] is {plain[bad]}" in str(caught.value) or given_as not in (np.asarray, Tensor)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_look_back_and_flags_may_come_as_any_integers(dtype):
+    ones, flags = np.array([[1, 0]], dtype), np.array([1, 0, 0], dtype)
+    batch = token_batch([4, 5, 6], None, ones, flags, ones)
+    assert (batch.lookback.dtype, batch.lookback.tolist()) == (np.int32, [[1, 0]])
+    assert (batch.dead.dtype, batch.dead.tolist()) == (np.bool_, [True, False, False])
+    assert (batch.lookback_dead.dtype, batch.lookback_dead.tolist()) == (np.bool_, [[True, False]])
+    with pytest.raises(BatchError, match=r"dead cannot be made bool: dead\[2\] is 2"):
+        token_batch([4, 5, 6], None, ones, np.array([1, 0, 2], dtype))

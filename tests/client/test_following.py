@@ -15,13 +15,22 @@ from prometheus_client import CollectorRegistry
 
 from engrampool_client import AsyncClient, Client, UnavailableError, UnknownModelError, UnknownVersionError
 from engrampool_client.metrics import register
-from engrampool_client.testing import serve_thread
 from engrampool_proto import __version__
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.registry import Held, Member, Published, Registry
 from engrampool_proto.synthetic import synthetic_rows
 from etcd_process import EtcdProcess, running_etcd
-from server_fixtures import LIMIT_S, SPEC, VOCAB, GatherGate, eventually, lasting_address, pack, version_of
+from server_fixtures import (
+    LIMIT_S,
+    SPEC,
+    VOCAB,
+    GatherGate,
+    eventually,
+    lasting_address,
+    pack,
+    serve_thread,
+    version_of,
+)
 
 TOKENS = np.arange(300, dtype=np.int32) % 250
 ROWS = {table.layer: table.num_rows for table in SPEC.tables}

@@ -21,9 +21,9 @@ from engrampool_client import (
     UnknownModelError,
     UnknownVersionError,
 )
-from engrampool_client.testing import serve_thread
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.table_files import PackedModel
+from server_fixtures import serve_thread
 from small_model import CONFIG, TOKENIZER, small_spec
 
 

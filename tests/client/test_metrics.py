@@ -15,8 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engrampool_client import Client
 from engrampool_client.metrics import ClientCollector, register
 from engrampool_client.stats import WAIT_BOUNDS_S
-from engrampool_client.testing import serve_thread
-from server_fixtures import eventually
+from server_fixtures import eventually, serve_thread
 
 ROW = 24 * 264  # bytes of one token's rows of one layer
 

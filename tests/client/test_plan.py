@@ -1,5 +1,6 @@
 """Deduplication, cache, column ranges and separate segments never change a byte."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 
 from engrampool_client import BatchError, CacheFileError, Client
 from engrampool_client.plan import Layout
-from engrampool_client.testing import serve_thread
 from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import serve_thread
 from small_model import write_model
 
 SETTINGS = {
@@ -159,6 +160,25 @@ def test_a_warm_file_serves_the_next_client(server, tmp_path):
             client.save_cache(path)
     with pytest.raises(CacheFileError, match="layout"), Client(server, warm=path, heads=(0, 8)):
         pass
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "mask"])
+def test_rows_that_are_damaged_in_a_warm_file_come_from_the_server(server, tmp_path, on_failure, caplog):
+    tokens, path = np.arange(64, dtype=np.int32), tmp_path / "warm"
+    with Client(server, cache_bytes=8 << 20) as client:
+        wanted = client.lookup(tokens)
+        client.save_cache(path)
+    # The last rows of the file are of entries that the tokens need, as all are; behind them are only their sums.
+    behind = -8 * 64 * 6
+    with path.open("r+b") as file:
+        for entry in (1, 3):
+            file.seek(behind - entry * 8 * 264 + 5, os.SEEK_END)
+            file.write(b"\xff\x00\xff\x00")
+    with Client(server, warm=path, on_failure=on_failure) as client:
+        for number in (1, 2):
+            assert_same(client.lookup(tokens), wanted)
+            assert client.stats.bytes["wire"] == number * 2 * 8 * 264
+    assert len([text for text in caplog.messages if "warm is damaged" in text]) == 1
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Recordings: what was asked for comes back, whatever the mix; nothing else is written; no lookup suffers."""
 
 import json
+import os
+import stat
 import struct
 import threading
 from contextlib import suppress
@@ -8,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrampool_client import BatchError, Client, RecordError, record
+from engrampool_client import BatchError, Client, RecordError, private_files, record
 from engrampool_client.record import Recorder, Recording
 from engrampool_proto.hashing import TokenBatch
 
@@ -54,6 +57,12 @@ def flushes(monkeypatch) -> threading.Semaphore:
 
     monkeypatch.setattr(Recorder, "_write", counted)
     return done
+
+
+def lookup_of(layers: bytes, count: int, at_s: float = 0.0) -> bytes:
+    """A record of these layers."""
+    start = struct.pack("<dIQQ", at_s, count, len(layers), xxhash.xxh3_64_intdigest(layers))
+    return start + struct.pack("<Q", xxhash.xxh3_64_intdigest(start)) + layers
 
 
 def shaped(ids: np.ndarray) -> np.ndarray:
@@ -101,17 +110,17 @@ def test_every_byte_is_accounted_for_and_none_is_of_a_token(spec, tmp_path):
     line, _, body = (tmp_path / "stream").read_bytes().partition(b"\n")
     assert json.loads(line) == {
         "format": "engrampool-record",
-        "format_version": 1,
+        "format_version": 2,
         "model": spec.name,
         "version": "some-version",
         "spec_digest": spec.digest,
         "ids": {"1": "uint32", "14": "uint32"},
     }
-    parts = [struct.pack("<I", 2)]
+    parts = []
     for layer, ids in spec.hash(batch).items():
         parts += [struct.pack("<III", layer, HEADS, 40 * HEADS), ids.tobytes()]
     # All that depends on the tokens are the ids that the server is sent as well.
-    assert body[8:] == b"".join(parts)
+    assert body == lookup_of(b"".join(parts), 2, *struct.unpack("<d", body[:8]))
     assert 0 <= struct.unpack("<d", body[:8])[0] < 60
 
 
@@ -215,7 +224,7 @@ def test_nothing_is_written_behind_a_gap(spec, tmp_path, monkeypatch):
             raise error
 
     disk = Disk()
-    monkeypatch.setattr(Path, "open", lambda *_: disk)
+    monkeypatch.setattr(private_files, "create", lambda _: disk)
     idle = flushes(monkeypatch)
     recorder = Recorder(tmp_path / "stream", spec, "v")
     recorder.rows({1: np.array([1])})
@@ -240,10 +249,9 @@ def test_a_client_records_lookups_of_every_kind(server, spec, tmp_path):
         with pytest.raises(BatchError):
             client.lookup([VOCAB])
     recording = Recording(tmp_path / "stream")
-    recording.check(spec)
     assert recording.version == client.version
     wanted = [spec.hash(TokenBatch.of(tokens)), spec.hash(TokenBatch.of(tokens[:7]), [14]), rows, rows]
-    found = [each.ids for each in recording]
+    found = [each.ids for each in recording.of(spec)]
     assert [sorted(each) for each in found] == [[1, 14], [14], [14], [14]]
     for ours, theirs in zip(found, wanted, strict=True):
         assert all(np.array_equal(ours[layer], theirs[layer]) for layer in theirs)
@@ -276,16 +284,62 @@ def test_of_a_file_cut_anywhere_the_whole_lookups_are_read(whole, tmp_path_facto
 
 
 @given(st.data())
-def test_garbage_is_read_or_refused_and_nothing_else(whole, tmp_path_factory, data):
+def test_of_a_damaged_file_nothing_is_read_but_what_was_written_before_the_damage(whole, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("garbage") / "stream"
-    at = data.draw(st.integers(0, len(whole)))
-    garbage = data.draw(st.binary(min_size=1, max_size=40))
-    path.write_bytes(whole[:at] + garbage + whole[at + len(garbage) :])
+    path.write_bytes(whole)
+    wanted = list(Recording(path))
+    header = whole.index(b"\n") + 1
+    at = data.draw(st.one_of(st.integers(0, len(whole) - 1), st.integers(header, len(whole) - 1)))
+    garbage = data.draw(st.one_of(st.binary(min_size=1, max_size=40), st.just(bytes([whole[at] ^ 1]))))
+    damaged = whole[:at] + garbage + whole[at + len(garbage) :]
+    path.write_bytes(damaged)
     found = []
     with suppress(RecordError):
-        found = list(Recording(path))
-    assert all(each.ids[layer].dtype == np.uint32 for each in found for layer in each.ids)
-    assert sum(ids.nbytes for each in found for ids in each.ids.values()) <= len(whole)
+        for each in Recording(path):
+            found.append(each)
+    for ours, theirs in zip(found, wanted, strict=False):
+        assert all(np.array_equal(ours.ids[layer], theirs.ids[layer]) for layer in (1, 14))
+    if at >= header and damaged[: len(whole)] != whole:
+        assert len(found) == (at - header) // ((len(whole) - header) // 5)
+        with pytest.raises(RecordError, match=f"damaged: lookup {len(found)} is not what was written"):
+            list(Recording(path))
+
+
+def test_that_a_file_was_cut_short_is_said(whole, tmp_path, caplog):
+    path = tmp_path / "stream"
+    path.write_bytes(whole)
+    assert len(list(Recording(path))) == 5
+    assert caplog.messages == []
+    path.write_bytes(whole[:-1])
+    assert len(list(Recording(path))) == 4
+    assert "stream ends within a lookup" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [0, 7])
+def test_ids_that_the_tables_have_not_are_said(spec, whole, tmp_path, bad):
+    ids = np.zeros(8, "<u4")
+    ids[bad] = spec.table(1).num_rows
+    path = tmp_path / "stream"
+    path.write_bytes(whole + lookup_of(struct.pack("<III", 1, 0, 8) + ids.tobytes(), 1))
+    assert len(list(Recording(path))) == 6
+    with pytest.raises(RecordError, match=rf"damaged: row id {ids[bad]} at position {bad} of layer 1 is not in 0"):
+        list(Recording(path).of(spec))
+
+
+@pytest.mark.parametrize("before", [None, 0o644])
+def test_only_its_owner_may_read_it_from_the_first_byte_on(spec, tmp_path, before):
+    path = tmp_path / "stream"
+    if before is not None:
+        path.touch()
+        path.chmod(before)
+    umask = os.umask(0)
+    try:
+        recorder = Recorder(path, spec, "v")
+        mode = path.stat().st_mode
+        recorder.close()
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(mode) == stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(
@@ -295,13 +349,13 @@ def test_garbage_is_read_or_refused_and_nothing_else(whole, tmp_path_factory, da
         b"\n",
         b"null\n",
         b"[" * 100_000 + b"\n",
+        b'{"format": "engrampool-record", "format_version": 3}\n',
         b'{"format": "engrampool-record", "format_version": 2}\n',
-        b'{"format": "engrampool-record", "format_version": 1}\n',
-        b'{"format": "engrampool-record", "format_version": 1, "model": "m", "version": "v", "spec_digest": "d", '
+        b'{"format": "engrampool-record", "format_version": 2, "model": "m", "version": "v", "spec_digest": "d", '
         b'"ids": {"1": "object"}}\n',
-        b'{"format": "engrampool-record", "format_version": 1, "model": "m", "version": "v", "spec_digest": "d", '
+        b'{"format": "engrampool-record", "format_version": 2, "model": "m", "version": "v", "spec_digest": "d", '
         b'"ids": {"one": "uint32"}}\n',
-        b'{"format": "engrampool-record", "format_version": 1, "model": "m", "version": "v", "spec_digest": "d", '
+        b'{"format": "engrampool-record", "format_version": 2, "model": "m", "version": "v", "spec_digest": "d", '
         b'"ids": 4}\n',
         b"\x93NUMPY\x01\x00",
     ],
@@ -316,9 +370,12 @@ def test_what_is_no_recording_is_refused(tmp_path, begin):
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (struct.pack("<dI", 0, 3), "a record of 3 layers, the model has 2"),
-        (struct.pack("<dIIII", 0, 1, 5, 0, 0), "a record has layer 5, the model has not"),
-        (struct.pack("<dIIIIII", 0, 1, 1, 3, 2, 0, 0), "2 ids in rows of 3"),
+        (lookup_of(b"", 3), "3 layers in 0 bytes"),
+        (lookup_of(bytes(13), 0), "0 layers in 13 bytes"),
+        (lookup_of(struct.pack("<III", 5, 0, 0), 1), "a record has layer 5, the model has not"),
+        (lookup_of(struct.pack("<IIIIII", 1, 0, 0, 1, 0, 0), 2), "a record has layer 1, twice"),
+        (lookup_of(struct.pack("<IIIII", 1, 3, 2, 0, 0), 1), "2 ids in rows of 3, in 8 bytes"),
+        (lookup_of(struct.pack("<III", 1, 0, 2**32 - 1) + bytes(100), 1), "4294967295 ids in rows of 0, in 100 bytes"),
     ],
 )
 def test_what_no_recorder_writes_is_said(whole, tmp_path, body, text):
@@ -331,9 +388,10 @@ def test_what_no_recorder_writes_is_said(whole, tmp_path, body, text):
         next(found)
 
 
-def test_a_count_beyond_the_file_takes_no_memory(whole, tmp_path):
+def test_a_length_beyond_the_file_takes_no_memory(whole, tmp_path):
     path = tmp_path / "stream"
-    path.write_bytes(whole + struct.pack("<dIIII", 0, 1, 1, 0, 2**32 - 1) + bytes(100))
+    start = struct.pack("<dIQQ", 0, 1, 2**62, 0)
+    path.write_bytes(whole + start + struct.pack("<Q", xxhash.xxh3_64_intdigest(start)) + bytes(100))
     assert len(list(Recording(path))) == 5
 
 
@@ -350,4 +408,4 @@ def test_another_models_recording_names_both(spec, whole, tmp_path):
     path = tmp_path / "stream"
     path.write_bytes(whole.replace(spec.digest.encode(), b"0" * len(spec.digest)))
     with pytest.raises(RecordError, match=rf"specification {'0' * len(spec.digest)}; .* specification {spec.digest}"):
-        Recording(path).check(spec)
+        list(Recording(path).of(spec))

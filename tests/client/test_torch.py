@@ -12,12 +12,12 @@ import pytest
 
 from engrampool_client import BatchError, Client, PoolError, SpecError, Step, UnavailableError
 from engrampool_client.delivery import Delivery
-from engrampool_client.testing import serve_thread
 from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import RowFormat, Segment
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_server.checkpoint import with_scales
+from server_fixtures import serve_thread
 from small_model import write_model
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-torch` installs it")
@@ -291,13 +291,23 @@ def test_a_forward_that_fails_leaves_the_pool_usable(client, spec):
         assert np.array_equal(step.rows(14).numpy(), expected_rows(spec, 14, ids))
 
 
+def test_the_client_itself_takes_tensors_that_fit(spec, server):
+    tokens, dead = torch.arange(30), torch.zeros(30, dtype=torch.uint8)
+    with Client(server) as client:
+        rows = client.lookup(tokens, torch.tensor([0, 30]), torch.tensor([[5, -1, -1]]), dead)
+        wanted = client.lookup(tokens.tolist(), None, [[5, -1, -1]])
+        assert all(np.array_equal(rows[layer], wanted[layer]) for layer in spec.layers)
+        with pytest.raises(BatchError, match=r"tokens\[29\] is 4294967325"):
+            client.lookup(torch.where(tokens == 29, tokens + 2**32, tokens))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"input_ids": [[[1]]]}, r"input_ids must be \[T\], or \[B, S\] without query_start_loc; they are \[1, 1, 1\]"),
         ({"input_ids": [[1]], "query_start_loc": [0, 1]}, r"without query_start_loc"),
-        ({"input_ids": [1, 2**31]}, "input_ids holds values that int32 does not, such as 2147483648"),
-        ({"input_ids": [1.5]}, "input_ids holds values that int32 does not, such as 1.5"),
+        ({"input_ids": [1, 2**31]}, r"input_ids cannot be made int32: input_ids\[1\] is 2147483648"),
+        ({"input_ids": [1.5]}, "input_ids cannot be made int32: they are float64"),
         ({"input_ids": [1, 2], "dead": [True]}, r"dead must have the shape of input_ids, \[2\]; it has \[1\]"),
         ({"input_ids": [1], "lookback": [1, 2]}, "lookback must be int32"),
     ],

@@ -153,7 +153,7 @@ def test_the_text_part_of_a_config_is_found(tmp_path):
     assert blueprint(load_config(path)).spec == blueprint(CONFIGS["qwen-ple"]).spec
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b'"x"', b"\xff\xfe", b"{'a': 1}"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b'"x"', b"\xff\xfe", b"{'a': 1}", b"[" * 100_000])
 def test_a_file_that_is_no_config_is_refused(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)

@@ -188,6 +188,7 @@ def test_impossible_constants_are_refused(family, arguments):
     [
         ({"tokens": np.zeros(2, np.int64)}, "tokens must be int32"),
         ({"tokens": [1, 2]}, "tokens must be a numpy array"),
+        ({"tokens": np.zeros(2, ">i4")}, r"tokens must be int32 \[\*\]; it is int32 in the other byte order \[2\]"),
         ({"tokens": np.zeros((1, 2), np.int32)}, "tokens must be int32"),
         ({"query_start_loc": np.array([0, 3], np.int32)}, "from 0 to the number of tokens"),
         ({"query_start_loc": np.array([1, 2], np.int32)}, "from 0 to the number of tokens"),

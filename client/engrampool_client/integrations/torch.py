@@ -19,6 +19,7 @@ from torch import nn
 from engrampool_client.client import Client
 from engrampool_client.errors import BatchError, PoolError, SpecError
 from engrampool_client.step import Step
+from engrampool_proto.hashing import exactly
 from engrampool_proto.spec import RowFormat
 
 _FLOATS = {
@@ -372,12 +373,6 @@ def _aligned(segment: torch.Tensor, itemsize: int) -> torch.Tensor:
     return segment.clone() if segment.storage_offset() % itemsize else segment
 
 
-def _array(name: str, values: Ids, dtype: type[np.generic]) -> npt.NDArray[Any]:
+def _array(name: str, values: Ids, dtype: type[np.int32] | type[np.bool_]) -> npt.NDArray[Any]:
     """`values` as a numpy array of `dtype`. Raises BatchError if that would change any of them."""
-    found = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    array = found.astype(dtype)
-    if not np.array_equal(array, found):
-        raise BatchError(
-            f"{name} holds values that {np.dtype(dtype).name} does not, such as {found[array != found][0]}"
-        )
-    return array
+    return exactly(name, values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype)

@@ -23,7 +23,7 @@ def load_config(path: Path) -> dict[str, Any]:
     """Read a config.json; where the model's own part lies under `text_config`, that part. Raises SpecError."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{path} cannot be read as a config.json: {error}") from error
     if not isinstance(config, dict):
         raise SpecError(f"{path} is not a JSON object")

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto.errors import SpecError
-from engrampool_proto.hashing.batch import TokenBatch, Windows
+from engrampool_proto.hashing.batch import TokenBatch, Windows, exactly
 from engrampool_proto.hashing.identity import Identity
 from engrampool_proto.hashing.polynomial import Polynomial
 from engrampool_proto.hashing.xor_mix import XorMix
@@ -87,4 +87,4 @@ def family_from_json(document: Mapping[str, Any]) -> HashFamily:
         raise SpecError(f"bad constants of hash family {name!r}: {error}") from error
 
 
-__all__ = ["HashFamily", "Identity", "Polynomial", "TokenBatch", "Windows", "XorMix", "family_from_json"]
+__all__ = ["HashFamily", "Identity", "Polynomial", "TokenBatch", "Windows", "XorMix", "exactly", "family_from_json"]

@@ -163,6 +163,29 @@ def keys_from_rows(
     return found
 
 
+def exactly(name: str, values: Any, dtype: type[np.int32] | type[np.bool_]) -> npt.NDArray[Any]:
+    """A copy of `values` as `dtype`, int32 or bool: C-contiguous, of their shape, and none of them changed.
+
+    values: an array of integers, of any type and byte order, or what numpy makes one of: sequences, tensors on the CPU.
+    A bool is made of bools, and of 0 and 1. Raises BatchError for what is no integer, and for values that `dtype` does
+    not hold, naming the first.
+    """
+    if type(values) is np.ndarray and values.dtype == dtype:
+        return values.copy()
+    wanted = np.dtype(dtype)
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: torch's
+        raise BatchError(f"{name} cannot be made {wanted.name}: {error}") from error
+    if found.dtype != wanted and found.size:
+        if found.dtype.kind not in "iu":
+            raise BatchError(f"{name} cannot be made {wanted.name}: they are {found.dtype.name}")
+        low, stop = (0, 2) if wanted.kind == "b" else (-(2**31), 2**31)
+        if int(found.min()) < low or int(found.max()) >= stop:
+            raise BatchError(f"{name} cannot be made {wanted.name}: {_first_outside(name, found, low, stop)}")
+    return found.astype(wanted, order="C")
+
+
 def is_token_id(value: object) -> bool:
     """Whether `value` can be a token id of some model: an int in 0 .. 2**31 - 1."""
     return type(value) is int and 0 <= value < 2**31
@@ -178,12 +201,16 @@ def _check(name: str, array: Any, dtype: type[np.generic], shape: tuple[int | No
     wanted = f"{np.dtype(dtype).name} [{', '.join('*' if n is None else str(n) for n in shape)}]"
     if not isinstance(array, np.ndarray):
         raise BatchError(f"{name} must be a numpy array, {wanted}; it is a {type(array).__name__}")
-    raise BatchError(f"{name} must be {wanted}; it is {array.dtype.name} {list(array.shape)}")
+    order = "" if array.dtype.isnative else " in the other byte order"
+    raise BatchError(f"{name} must be {wanted}; it is {array.dtype.name}{order} {list(array.shape)}")
 
 
 def _check_ids(name: str, ids: npt.NDArray[Any], low: int, stop: int) -> None:
     if ids.size == 0 or (ids.min() >= low and ids.max() < stop):
         return
-    where = np.argwhere((ids < low) | (ids >= stop))[0]
-    at = ", ".join(str(int(i)) for i in where)
-    raise BatchError(f"{name}[{at}] is {ids[tuple(where)]}; this model's token ids are {low} .. {stop - 1}")
+    raise BatchError(f"{_first_outside(name, ids, low, stop)}; this model's token ids are {low} .. {stop - 1}")
+
+
+def _first_outside(name: str, values: npt.NDArray[Any], low: int, stop: int) -> str:
+    where = np.argwhere((values < low) | (values >= stop))[0]
+    return f"{name}[{', '.join(str(int(i)) for i in where)}] is {values[tuple(where)]}"
