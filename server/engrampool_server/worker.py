@@ -85,5 +85,8 @@ def answer(config: ServerConfig, shared: Shared, link: Link, *, serving: bool) -
                 continue
         await server.stop()
 
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(life())
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(life())
+    finally:
+        shared.metrics.flush()  # what ended as the last thing that the loop did, too
