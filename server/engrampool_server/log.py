@@ -55,16 +55,12 @@ class _Lines(logging.Handler):
                 self._dropped += 1
                 return
             if self._dropped:
-                self._left = self._line("lines-dropped", lines=self._dropped)
-                self._dropped = 0
+                lines, self._dropped = self._dropped, 0
+                event("lines-dropped", level="warning", lines=lines)  # which comes here again
             self._left += self.format(record).encode() + b"\n"
             self._write()
         except Exception:
             self.handleError(record)
-
-    def _line(self, name: str, **fields: Any) -> bytes:
-        record = logging.makeLogRecord({"msg": name, "levelname": "WARNING", "fields": fields})
-        return self.format(record).encode() + b"\n"
 
     def _write(self) -> bool:
         """Write what is left. Whether all of it was taken."""
