@@ -139,13 +139,13 @@ def _fill(published: Published, config: ServerConfig, others: Collection[tuple[s
 
     holdings = Holdings(replace(config, models=(location,)), Metrics(), config.workers, others)
     holdings.open()
-    held = list(holdings.load(threading.Event(), tell))  # which goes on using the segments
+    held = list(holdings.load(threading.Event(), tell))
     link.loaded(holdings.loaded_bytes, holdings.nbytes)
     link.ready()
-    while held:
+    assert held  # it goes on using the segments, until this process ends
+    while True:
         time.sleep(link.beat_s)
         link.beat()
-    raise AssertionError("it was opened, and so there is one")
 
 
 def _location(published: Published) -> Location:

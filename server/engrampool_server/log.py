@@ -14,8 +14,6 @@ from typing import Any
 _LOGGER = logging.getLogger("engrampool")
 # Which process of the server speaks.
 _PROCESS: dict[str, int] = {}
-
-
 # How long a reader may take to take something, the first time that it does not.
 _PATIENCE_MS = 200
 

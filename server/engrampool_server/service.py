@@ -32,8 +32,9 @@ class PoolService:
 
     def __init__(self, lookups: Lookups, direct: DirectLane | None, attach: bool) -> None:
         self._lookups, self._direct, self._may_attach = lookups, direct, attach
-        # By model and include_spec, what was held and the answer: with the specification it takes milliseconds to make.
-        self._described: dict[tuple[str, bool], tuple[list[HeldModel], bytes]] = {}
+        # By model and include_spec: what was held, whether it could be mapped, and the answer. With the specification
+        # that takes milliseconds to make.
+        self._described: dict[tuple[str, bool], tuple[list[HeldModel], bool, bytes]] = {}
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """By method name. The hot methods pass raw bytes, which wire.py reads and writes, and Describe what it kept."""
@@ -62,13 +63,15 @@ class PoolService:
             models = self._lookups.held(request.model)
         except RefusedError as error:
             await self._refuse(context, error)
+        attach = any(self._places(held) for held in models)
         key = (request.model, request.include_spec)  # callers may invent names, but only of what is held it comes here
         described = self._described.get(key)
-        if described is None or described[0] != models:
-            described = self._described[key] = (models, self._description(models, request.include_spec))
-        return described[1]
+        if described is None or described[:2] != (models, attach):
+            described = (models, attach, self._description(models, attach, request.include_spec))
+            self._described[key] = described
+        return described[2]
 
-    def _description(self, models: list[HeldModel], include_spec: bool) -> bytes:
+    def _description(self, models: list[HeldModel], attach: bool, include_spec: bool) -> bytes:
         """A DescribeResponse."""
         bounds = self._lookups.limits
         limits = pool_pb2.Limits(
@@ -81,7 +84,7 @@ class PoolService:
             limits=limits,
             server_version=__version__,
             direct=self._direct is not None,
-            attach=any(self._places(held) for held in models),
+            attach=attach,
         )
         return answer.SerializeToString()
 
