@@ -1,11 +1,11 @@
 """The child processes of a process that forks: one loop looks after them, after signals, and after what is due.
 
-Each child has a pipe on which it gives signs of life, and says how it is. One that falls silent is killed. None of them
-outlives the process that started it, however that one ends.
+Each child has a pipe on which it gives signs of life, and says how it is; see link.py. One that falls silent is killed,
+unless it has not come to its work yet and is seen to be busy. None of them outlives the process that started it,
+however that one ends.
 """
 
 import ctypes
-import json
 import os
 import selectors
 import signal
@@ -14,20 +14,28 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server import log
-from engrampool_server.worker import Link
+from engrampool_server.link import GarbledError, Lines, Link, Report, shown
 
 # A child that ends soon after its start, again and again, is started less and less often.
 _FIRST_DELAY_S, MAX_DELAY_S = 0.1, 10.0
 _SETTLED_S = 30.0
 _BEAT_S = 1.0
-# Between a fork and the first answer.
+# Until a child is ready it has so long between two signs of life, and may show by its use of processors, too, that it
+# is at work: it may have a slow disk or a far store to read, or a compiler to wait for. So little is no work.
 _START_TIMEOUT_S = 60.0
+_BUSY_S = 1e-3
+# But it may not go on like this for ever.
+_LONGEST_SILENCE_S = 1800.0
+# Of one that ended, what a process that it left behind may still say is not waited for.
+_LAST_READS = 64
+# For work on a thread to end that nobody wants any more: it may be held up by a file system that does not answer.
+_GIVE_UP_S = 5.0
 _LONGEST_WAIT_S = 3600.0
 _PR_SET_PDEATHSIG = 1
 _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -41,8 +49,9 @@ class Child:
     """role: what it does. index: what is started again in its place has the same. slot: see Shared.
 
     report: its pipe, to read.
-    heard_s, ready_s: when it was last heard of (at first, forked), and ready. kill_s: once it was told to end, when
-    waiting for that is over. hung: it was killed because it was silent. failure: why it ended, as it said itself.
+    heard_s, ready_s: when it was last heard of (at first, forked), and ready. busy_s: when it was last seen to be at
+    work, and cpu_s: how much it had done. kill_s: once it was told to end, when waiting for that is over. hung: it was
+    killed because it was silent. is_garbled: what it said was not understood. failure: why it ended, as it said itself.
     status: how it ended.
     generation, loaded_bytes, of_bytes: for whoever started it to note of which state it is a fork, and how far it is.
     """
@@ -54,14 +63,25 @@ class Child:
     report: int
     heard_s: float
     ready_s: float | None = None
+    busy_s: float = 0.0
+    cpu_s: float = 0.0
     kill_s: float | None = None
     hung: bool = False
+    is_garbled: bool = False
     failure: str = ""
     status: str = ""
     generation: int = 0
     loaded_bytes: int = 0
     of_bytes: int = 0
-    unread: bytes = b""
+    lines: Lines = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.lines = Lines(self.report)
+
+    @property
+    def why(self) -> str:
+        """Why it ended, as well as that is known."""
+        return self.failure or ("it gave no sign of life, and was killed" if self.hung else self.status)
 
     @property
     def name(self) -> int | str:
@@ -75,7 +95,7 @@ class Children(Collection[Child]):
     timeout_s: how long a child that was ready may be silent.
 
     The others are called within `turn_until`, which raises what they raise. signalled: with SIGTERM, SIGINT or SIGHUP.
-    said: with a child and what it reports, see Link; that it is ready, or why it failed, is noted by then. ended: with
+    said: with a child and what it reports; that it is ready, or why it failed, is noted by then. ended: with
     a child that is none of these any more. start: with an index that is due, see `start_again`.
     """
 
@@ -84,7 +104,7 @@ class Children(Collection[Child]):
         timeout_s: float,
         *,
         signalled: Callable[[signal.Signals], None],
-        said: Callable[[Child, dict[str, Any]], None],
+        said: Callable[[Child, Report], None],
         ended: Callable[[Child], None],
         start: Callable[[int], None],
     ) -> None:
@@ -132,7 +152,7 @@ class Children(Collection[Child]):
     def turn_until(self, done: Callable[[], bool], until_s: float = inf) -> None:
         """Look after signals and children until `done`, which is asked again after each of them, or until a time."""
         while not done() and time.monotonic() < until_s:
-            due_s = min(until_s, *self._deadlines())
+            due_s = min((until_s, *self._deadlines()))  # there may be no child at all
             wait_s = max(0.0, min(due_s - time.monotonic(), _LONGEST_WAIT_S))
             for key, _ in self._selector.select(wait_s):
                 if key.data is None:
@@ -165,13 +185,14 @@ class Children(Collection[Child]):
                 finished.set()
                 os.write(self._wake_writer, b"\0")
 
-        thread = threading.Thread(target=run, name="load")
+        thread = threading.Thread(target=run, name="load", daemon=True)
         self._has_thread = True
         thread.start()
         self.turn_until(lambda: is_off() or finished.is_set())
         cancel.set()
-        thread.join()
-        self._has_thread = False
+        # What is off is over, however long this takes.
+        thread.join(_GIVE_UP_S if is_off() else None)
+        self._has_thread = thread.is_alive()
         if is_off():
             return None
         if failures:
@@ -181,16 +202,35 @@ class Children(Collection[Child]):
 
     def _deadlines(self) -> Iterator[float]:
         for child in self:
-            yield child.heard_s + self._patience_s(child) if child.kill_s is None else child.kill_s
+            yield self._patient_until(child) if child.kill_s is None else child.kill_s
         if not self._has_thread:
             yield from self._due_s.values()
 
-    def _patience_s(self, child: Child) -> float:
-        return _START_TIMEOUT_S if child.ready_s is None else self._timeout_s
+    def _patient_until(self, child: Child) -> float:
+        if child.ready_s is not None:
+            return child.heard_s + self._timeout_s
+        return max(child.heard_s, child.busy_s) + _START_TIMEOUT_S
+
+    def _is_silent(self, child: Child, now: float) -> bool:
+        """Whether a child's time is over, nothing that it said is unread, and nothing else speaks for it."""
+        if now < self._patient_until(child):
+            return False
+        # One that was stopped itself, and goes on beyond its time, is told by `select` of nothing.
+        if child.report >= 0:
+            self._hear(child)
+        return now >= self._patient_until(child) and not self._is_busy(child, now)
+
+    def _is_busy(self, child: Child, now: float) -> bool:
+        """Whether a child that has not come to its work yet, and is silent, did anything since this was asked last."""
+        if child.ready_s is not None or now >= child.heard_s + _LONGEST_SILENCE_S:
+            return False
+        cpu_s, before_s = _cpu_s(child.pid), child.cpu_s
+        child.busy_s, child.cpu_s = now, cpu_s
+        return cpu_s - before_s > _BUSY_S
 
     def _keep_deadlines(self, now: float) -> None:
         for child in list(self):
-            if child.kill_s is None and now >= child.heard_s + self._patience_s(child):
+            if child.kill_s is None and self._is_silent(child, now):
                 log.event(
                     "worker-hung",
                     level="error",
@@ -216,30 +256,55 @@ class Children(Collection[Child]):
             while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                 child = self._by_pid.pop(ended[0], None)
                 if child is not None:  # else an orphan of others, if we are the first process of a container
-                    while child.report >= 0:
-                        self._hear(child)
+                    reads = 0
+                    while reads < _LAST_READS and child.report >= 0 and self._hear(child):
+                        reads += 1
+                    self._close(child)
                     code = os.waitstatus_to_exitcode(ended[1])
                     child.status = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     self._ended(child)
 
-    def _hear(self, child: Child) -> None:
-        """Read what there is on a child's pipe, or close it at its end."""
-        said = os.read(child.report, 65536)
-        if not said:
-            self._selector.unregister(child.report)
-            os.close(child.report)
-            child.report = -1
+    def _hear(self, child: Child) -> bool:
+        """Read what there is on a child's pipe, or close it at its end. Whether there may be more."""
+        try:
+            lines = child.lines.read()
+        except BlockingIOError:
+            return False
+        if lines is None:
+            self._close(child)
             if child in self:  # it is ending, or can no longer be watched
                 os.kill(child.pid, signal.SIGKILL)
-            return
-        child.heard_s = time.monotonic()
-        *lines, child.unread = (child.unread + said).split(b"\n")
-        for line in filter(None, lines):
-            report = json.loads(line)
-            child.failure = report.get("failed", "")
-            if "ready" in report:
+            return False
+        for line in lines:
+            try:
+                report = Report.of(line)
+            except GarbledError as error:
+                self._garbled(child, line, str(error))
+                continue
+            child.heard_s = time.monotonic()
+            child.failure = report.failed or child.failure
+            if report.ready:
                 child.ready_s = time.monotonic()
-            self._said(child, report)
+            if line:
+                self._said(child, report)
+        return True
+
+    def _close(self, child: Child) -> None:
+        """Hear no more of a child."""
+        if child.report < 0:
+            return
+        if child.lines.unread:
+            self._garbled(child, child.lines.unread, "it has no end")
+        self._selector.unregister(child.report)
+        os.close(child.report)
+        child.report = -1
+
+    def _garbled(self, child: Child, line: bytes, error: str) -> None:
+        """Log, once for a child, that it says what cannot be understood. Such a line counts for nothing."""
+        if not child.is_garbled:
+            child.is_garbled = True
+            said = shown(line)
+            log.event("worker-garbled", level="error", worker=child.name, pid=child.pid, line=said, error=error)
 
     def fork(self, role: str, index: int, slot: int, work: Callable[[Link], None]) -> Child:
         """Start a child that does `work`, and ends with it. Raises OSError."""
@@ -259,6 +324,7 @@ class Children(Collection[Child]):
         finally:
             os.close(writer)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        os.set_blocking(reader, False)
         child = Child(role, index, slot, pid, reader, time.monotonic())
         self._by_pid[pid] = child
         self._selector.register(reader, selectors.EVENT_READ, child)
@@ -325,3 +391,12 @@ class Children(Collection[Child]):
 
 def _name(role: str, index: int) -> int | str:
     return index if role == "worker" else role
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of a process, all of its threads together; 0 where the system does not say."""
+    try:
+        # The clock of a process, as clock_getcpuclockid makes it.
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        return 0.0

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
 from engrampool_proto.errors import EngrampoolError
@@ -123,8 +123,11 @@ class Holdings:
         report.raise_if_short()
         self._metrics.to_load_bytes.set(table_bytes)
 
-    def load(self, cancel: threading.Event) -> Iterator[HeldModel]:
-        """Read one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`."""
+    def load(self, cancel: threading.Event, tell: Callable[[int, int], None] = lambda *_: None) -> Iterator[HeldModel]:
+        """Read one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`.
+
+        tell: called with `loaded_bytes` and `nbytes` after each block, from any thread, but never from two at a time.
+        """
         config, metrics = self._config, self._metrics
         total = self.nbytes
         begin = reported = time.monotonic()
@@ -135,6 +138,7 @@ class Holdings:
             with lock:
                 self.loaded_bytes += nbytes
                 metrics.loaded_bytes.inc(nbytes)
+                tell(self.loaded_bytes, total)
                 now = time.monotonic()
                 if now - reported < _PROGRESS_S:
                     return

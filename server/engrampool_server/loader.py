@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import NoReturn
 
@@ -21,6 +20,7 @@ from engrampool_proto.sharding import part_nbytes
 from engrampool_server import log
 from engrampool_server.config import ServerConfig
 from engrampool_server.holdings import Holdings
+from engrampool_server.link import Link
 from engrampool_server.metrics import Metrics
 from engrampool_server.patch_files import PatchFiles
 from engrampool_server.preflight import Machine, Need, check, raise_soft_limits
@@ -29,7 +29,6 @@ from engrampool_server.shards import part_of
 from engrampool_server.sources import Location, parse_location, redact
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import HeldModel, load, load_patched
-from engrampool_server.worker import Link
 
 
 class LoadError(EngrampoolError):
@@ -129,15 +128,21 @@ def _fill(published: Published, config: ServerConfig, others: Collection[tuple[s
     location = _location(published)
     with PackedModel.open(location) as packed:
         _check(published, packed)
+    # Nothing is said where nothing goes on: whether this is work or a standstill is to be seen.
+    said_s = time.monotonic()
+
+    def tell(nbytes: int, of_bytes: int) -> None:
+        nonlocal said_s
+        if time.monotonic() >= said_s + link.beat_s:
+            said_s = time.monotonic()
+            link.loaded(nbytes, of_bytes)
+
     holdings = Holdings(replace(config, models=(location,)), Metrics(), config.workers, others)
     holdings.open()
-    with ThreadPoolExecutor(1, "load") as pool:
-        loading = pool.submit(lambda: list(holdings.load(threading.Event())))
-        while not wait([loading], link.beat_s).done:
-            link.loaded(holdings.loaded_bytes, holdings.nbytes)
-        loading.result()  # which goes on using the segments
+    held = list(holdings.load(threading.Event(), tell))
     link.loaded(holdings.loaded_bytes, holdings.nbytes)
     link.ready()
+    assert held  # it goes on using the segments, until this process ends
     while True:
         time.sleep(link.beat_s)
         link.beat()

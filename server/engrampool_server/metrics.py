@@ -17,6 +17,7 @@ from prometheus_client import (
 )
 
 from engrampool_proto import __version__
+from engrampool_server.counts import Count, Counted, Level, Times
 
 # A lookup takes 0.1 ms to 100 ms; prometheus_client's own buckets begin at 5 ms.
 _SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.25, 1.0, 5.0)
@@ -24,42 +25,40 @@ _SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3,
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _CALL = ("grpc_type", "grpc_service", "grpc_method")
 MODEL_INFO = "engrampool_model_info"
+# How often a process that answers flushes what it counted: so much is lost of one that is killed.
+FLUSH_S = 0.25
 
 
 class Metrics:
     """The server's metrics, in a registry of their own so that several servers can live in one process.
 
     Of a server that is several processes, each writes its own; see metrics_files.py.
+    What every call counts in is not seen there before `flush`; a collection of the registry has all of it.
     """
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self.started = Counter("grpc_server_started", "Calls started.", _CALL, registry=registry)
-        self.handled = Counter("grpc_server_handled", "Calls ended, by code.", (*_CALL, "grpc_code"), registry=registry)
-        self.received = Counter("grpc_server_msg_received", "Messages received.", _CALL, registry=registry)
-        self.sent = Counter("grpc_server_msg_sent", "Messages sent.", _CALL, registry=registry)
-        self.handling = Histogram(
-            "grpc_server_handling_seconds",
-            "From a call's start to its end.",
-            _CALL,
-            registry=registry,
-            buckets=_SECONDS,
-        )
+        self._counted: list[Counted[Count] | Counted[Times] | Counted[Level]] = []
+        self.started = self._counter("grpc_server_started", "Calls started.", _CALL)
+        self.handled = self._counter("grpc_server_handled", "Calls ended, by code.", (*_CALL, "grpc_code"))
+        self.received = self._counter("grpc_server_msg_received", "Messages received.", _CALL)
+        self.sent = self._counter("grpc_server_msg_sent", "Messages sent.", _CALL)
+        self.handling = self._seconds("grpc_server_handling_seconds", "From a call's start to its end.", _CALL)
         table = ("model", "layer")
-        self.rows = Counter("engrampool_lookup_rows", "Rows answered.", table, registry=registry)
-        self.bytes = Counter("engrampool_lookup_bytes", "Bytes of rows answered.", table, registry=registry)
-        self.lookup = self._seconds("engrampool_lookup_seconds", "From arrival until the answer went to gRPC.")
-        self.queue = self._seconds("engrampool_lookup_queue_seconds", "From arrival to the start of work.")
-        self.gather = self._seconds("engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.")
-        self.refused = Counter("engrampool_refused", "Calls refused, by reason.", ("reason",), registry=registry)
-        self.in_flight = self._gauge("engrampool_in_flight_bytes", "Bytes of answers being worked on.")
+        method = ("model", "method")
+        self.rows = self._counter("engrampool_lookup_rows", "Rows answered.", table)
+        self.bytes = self._counter("engrampool_lookup_bytes", "Bytes of rows answered.", table)
+        self.lookup = self._seconds("engrampool_lookup_seconds", "From arrival until the answer went to gRPC.", method)
+        self.queue = self._seconds("engrampool_lookup_queue_seconds", "From arrival to the start of work.", method)
+        self.gather = self._seconds(
+            "engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.", method
+        )
+        self.refused = self._counter("engrampool_refused", "Calls refused, by reason.", ("reason",))
+        self.in_flight = self._level("engrampool_in_flight_bytes", "Bytes of answers being worked on.")
         self.in_flight_limit = self._gauge("engrampool_in_flight_limit_bytes", "Their bound.", mode="livemax")
-        self.direct_lookups = Counter(
-            "engrampool_direct_lookups",
-            "Lookups over the direct lane, by code.",
-            ("code",),
-            registry=registry,
+        self.direct_lookups = self._counter(
+            "engrampool_direct_lookups", "Lookups over the direct lane, by code.", ("code",)
         )
         self.direct_connections = self._gauge("engrampool_direct_connections", "Open connections of the direct lane.")
         self.table_bytes = self._gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table)
@@ -72,8 +71,8 @@ class Metrics:
         self.worker_restarts = Counter(
             "engrampool_worker_restarts", "Workers replaced because they ended or hung.", ("reason",), registry=registry
         )
-        self._answered: dict[tuple[str, str], tuple[Histogram, Histogram, Histogram]] = {}
-        self._tables: dict[tuple[str, int], tuple[Counter, Counter]] = {}
+        self._answered: dict[tuple[str, str], tuple[Times, Times, Times]] = {}
+        self._tables: dict[tuple[str, int], tuple[Count, Count]] = {}
         self.model_info = self._gauge(MODEL_INFO, "Models held; always 1.", ("model", "version", "spec_digest"))
         self.versions = self._gauge("engrampool_versions", "Versions of models, by what became of them.", ("state",))
         self.registry_age = self._gauge("engrampool_registry_age_seconds", "Since the registry last answered.")
@@ -117,8 +116,27 @@ class Metrics:
             table[0].inc(count)
             table[1].inc(nbytes)
 
-    def _seconds(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, ("model", "method"), registry=self.registry, buckets=_SECONDS)
+    def flush(self) -> None:
+        """Have Prometheus see what was counted by now. From any thread."""
+        for metric in self._counted:
+            metric.flush()
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counted[Count]:
+        metric = Counted(self.registry, Counter(name, text, labels, registry=None), Count)
+        self._counted.append(metric)
+        return metric
+
+    def _seconds(self, name: str, text: str, labels: tuple[str, ...]) -> Counted[Times]:
+        histogram = Histogram(name, text, labels, registry=None, buckets=_SECONDS)
+        metric = Counted(self.registry, histogram, Times)
+        self._counted.append(metric)
+        return metric
+
+    def _level(self, name: str, text: str) -> Level:
+        gauge = Gauge(name, text, registry=None, multiprocess_mode="livesum")
+        metric = Counted(self.registry, gauge, Level)
+        self._counted.append(metric)
+        return metric.labels()
 
 
 class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -239,7 +257,7 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return wrapped
 
-    def _children(self, call: tuple[str, ...]) -> tuple[Counter, Counter, Counter, Histogram]:
+    def _children(self, call: tuple[str, ...]) -> tuple[Count, Count, Count, Times]:
         m = self._metrics
         return m.started.labels(*call), m.received.labels(*call), m.sent.labels(*call), m.handling.labels(*call)
 

@@ -16,12 +16,13 @@ from queue import Empty, SimpleQueue
 
 from engrampool_proto.registry import Member, Published, Registry, RegistryError, State
 from engrampool_server import log
+from engrampool_server.link import Link
 from engrampool_server.metrics import Metrics
-from engrampool_server.worker import Link
 
 TTL_S = 10
 # How long a start waits for the registry before it goes by what the registry said last.
 PATIENCE_S = 5.0
+_AGAIN_S = 0.01
 # More than a socket takes.
 _ORDER_BYTES = 1 << 20
 
@@ -78,8 +79,6 @@ def register(
     """
     news: SimpleQueue[State | BaseException | None] = SimpleQueue()
     signal.signal(signal.SIGTERM, lambda *_: news.put(None))
-    # What is published may be longer than the pipe takes at once.
-    os.set_blocking(link.report, True)
     registry = Registry(url)
 
     def run(work: Callable[[], None]) -> None:
@@ -100,7 +99,8 @@ def register(
         waited_s = time.monotonic() - begun_s
         metrics.registry_age.set(min(registry.age_s, waited_s))
         try:
-            latest = news.get(timeout=link.beat_s)
+            # What is published may be longer than the pipe takes at once.
+            latest = news.get(timeout=_AGAIN_S if link.is_behind else link.beat_s)
         except Empty:
             if wanting is not None and waited_s >= PATIENCE_S:
                 published = wanting.read()

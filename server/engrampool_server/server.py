@@ -18,7 +18,7 @@ from engrampool_server.entrance import Entrance
 from engrampool_server.health import SERVING, Health
 from engrampool_server.holdings import Holdings
 from engrampool_server.lookups import Limits, Lookups
-from engrampool_server.metrics import CallMetrics, Metrics
+from engrampool_server.metrics import FLUSH_S, CallMetrics, Metrics
 from engrampool_server.ports import ListenError
 from engrampool_server.service import PoolService
 from engrampool_server.setting_kinds import split_address
@@ -54,6 +54,7 @@ class Server:
         self._grpc: grpc.aio.Server | None = None
         self._direct: DirectLane | None = None
         self._metrics_http: tuple[WSGIServer, threading.Thread] | None = None
+        self._flushing: asyncio.TimerHandle | None = None
         self._cancel_load = threading.Event()
         self.address = self.metrics_address = ""
 
@@ -90,6 +91,12 @@ class Server:
             raise ListenError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
         self.address = f"{host}:{port}"
         await self._grpc.start()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Have Prometheus see what was counted, from now on again and again."""
+        self._flushing = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+        self._shared.metrics.flush()
 
     def _listen_metrics(self) -> None:
         if self._config.metrics == "off":
@@ -135,6 +142,8 @@ class Server:
         if self._alone and self._shared.entrance is not None:
             self._shared.entrance.close()
             self._shared.entrance = None
+        if self._flushing is not None:
+            self._flushing.cancel()
         self._lookups.close()
         self._holdings.close()
         if self._metrics_http is not None:

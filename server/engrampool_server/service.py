@@ -32,14 +32,16 @@ class PoolService:
 
     def __init__(self, lookups: Lookups, direct: DirectLane | None, attach: bool) -> None:
         self._lookups, self._direct, self._may_attach = lookups, direct, attach
+        # By model and include_spec: what was held, whether it could be mapped, and the answer. With the specification
+        # that takes milliseconds to make.
+        self._described: dict[tuple[str, bool], tuple[list[HeldModel], bool, bytes]] = {}
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
-        """By method name. The hot methods pass raw bytes, which wire.py reads and writes."""
+        """By method name. The hot methods pass raw bytes, which wire.py reads and writes, and Describe what it kept."""
         return {
             "Describe": grpc.unary_unary_rpc_method_handler(
                 self._describe,
                 request_deserializer=pool_pb2.DescribeRequest.FromString,
-                response_serializer=pool_pb2.DescribeResponse.SerializeToString,
             ),
             "Lookup": grpc.unary_unary_rpc_method_handler(self._lookup),
             "LookupStream": grpc.unary_stream_rpc_method_handler(self._lookup_stream),
@@ -55,28 +57,36 @@ class PoolService:
             ),
         }
 
-    async def _describe(
-        self, request: pool_pb2.DescribeRequest, context: grpc.aio.ServicerContext
-    ) -> pool_pb2.DescribeResponse:
+    async def _describe(self, request: pool_pb2.DescribeRequest, context: grpc.aio.ServicerContext) -> bytes:
         try:
             self._lookups.check_ready()
             models = self._lookups.held(request.model)
         except RefusedError as error:
             await self._refuse(context, error)
+        attach = any(self._places(held) for held in models)
+        key = (request.model, request.include_spec)  # callers may invent names, but only of what is held it comes here
+        described = self._described.get(key)
+        if described is None or described[:2] != (models, attach):
+            described = (models, attach, self._description(models, attach, request.include_spec))
+            self._described[key] = described
+        return described[2]
+
+    def _description(self, models: list[HeldModel], attach: bool, include_spec: bool) -> bytes:
+        """A DescribeResponse."""
         bounds = self._lookups.limits
         limits = pool_pb2.Limits(
             max_rows_per_request=bounds.max_rows_per_request,
             max_answer_bytes=bounds.max_answer_bytes,
             max_in_flight_bytes=self._lookups.in_flight.limit_bytes,
         )
-        described = [_describe(held, request.include_spec) for held in models]
-        return pool_pb2.DescribeResponse(
-            models=described,
+        answer = pool_pb2.DescribeResponse(
+            models=[_describe(held, include_spec) for held in models],
             limits=limits,
             server_version=__version__,
             direct=self._direct is not None,
-            attach=any(self._places(held) for held in models),
+            attach=attach,
         )
+        return answer.SerializeToString()
 
     async def _open_direct(
         self, request: pool_pb2.OpenDirectRequest, context: grpc.aio.ServicerContext

@@ -21,10 +21,10 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
@@ -35,6 +35,7 @@ from engrampool_server.config import ServerConfig
 from engrampool_server.entrance import Entrance
 from engrampool_server.exporter import Processes, export, resident_memory
 from engrampool_server.holdings import Holdings, require_segments, show
+from engrampool_server.link import Link, Report
 from engrampool_server.loader import LoadError, adopt, become_loader, discard
 from engrampool_server.metrics import Metrics
 from engrampool_server.metrics_files import MetricsDirectory, become
@@ -45,7 +46,7 @@ from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import InFlight, Shared, free_slot, int64s
 from engrampool_server.tables import HeldModel
 from engrampool_server.versions_held import Key, VersionsHeld
-from engrampool_server.worker import Link, answer
+from engrampool_server.worker import answer
 
 # Beyond drain_s, for a worker to end by itself.
 _STOP_MARGIN_S = 5.0
@@ -131,7 +132,9 @@ class _Supervisor:
             others = None
         holdings = Holdings(config, self._metrics, config.workers, others)
         try:
-            holdings.open()
+            self._on_thread(lambda _: holdings.open())  # which may wait for a disk, or a store
+            if self._stopping:
+                return
             metrics = self._listen()
             lobby = self._fork("lobby", 0, lambda link: self._answer(link, serving=False))
             self._children.turn_until(lambda: self._stopping or lobby.ready_s is not None)
@@ -272,15 +275,17 @@ class _Supervisor:
             self._shared.models.clear()
         work(link)
 
-    def _said(self, child: Child, report: dict[str, Any]) -> None:
-        if "ready" in report and child.role == "worker":
+    def _said(self, child: Child, report: Report) -> None:
+        if report.ready and child.role == "worker":
             self._ready(child)
-        if "loaded" in report:
-            self._metrics.loaded_bytes.inc(report["loaded"] - child.loaded_bytes)
-            self._metrics.to_load_bytes.inc(report["of"] - child.of_bytes)
-            child.loaded_bytes, child.of_bytes = report["loaded"], report["of"]
-        if "published" in report:
-            self._want(report["published"], report["revision"])
+        if report.loaded is not None:
+            # A counter goes on only.
+            nbytes, of_bytes = max(report.loaded[0], child.loaded_bytes), report.loaded[1]
+            self._metrics.loaded_bytes.inc(nbytes - child.loaded_bytes)
+            self._metrics.to_load_bytes.inc(of_bytes - child.of_bytes)
+            child.loaded_bytes, child.of_bytes = nbytes, of_bytes
+        if report.published is not None:
+            self._want(report.published, report.revision)
 
     def _ready(self, child: Child) -> None:
         log.event("worker-ready", worker=child.index, pid=child.pid)
@@ -346,9 +351,7 @@ class _Supervisor:
                 "worker-died", level="error", worker=child.name, pid=child.pid, status=child.status, error=child.failure
             )
             if child.ready_s is None and not (self._serving or self._stopping):
-                raise WorkerError(
-                    child.failure or f"{child.role} {child.pid} ended before it was ready: {child.status}"
-                )
+                raise WorkerError(child.failure or f"{child.role} {child.pid} ended before it was ready: {child.why}")
         if self._stopping and child.role == "registrar":
             self._drain()
         elif self._stopping:
@@ -377,9 +380,8 @@ class _Supervisor:
         """Where clients reach this server."""
         return self._config.listen if self._config.advertise == "auto" else self._config.advertise
 
-    def _want(self, records: list[tuple[str, str, str]], revision: int) -> None:
+    def _want(self, published: Sequence[Published], revision: int) -> None:
         """Take note of what is published now, as the registrar has it."""
-        published = [Published.from_json(model, version, raw.encode()) for model, version, raw in records]
         if self._versions.want(published, revision):
             log.event("published", versions=[f"{one.model} {one.version}" for one in published])
             self._register()
@@ -441,7 +443,7 @@ class _Supervisor:
             if not is_wanted():
                 return None
             if loader.ready_s is None:
-                raise LoadError(loader.failure or f"its loader {loader.pid} ended: {loader.status}")
+                raise LoadError(loader.failure or f"its loader {loader.pid} ended: {loader.why}")
             return self._on_thread(lambda cancel: self._adopt(published, cancel))
         finally:
             if loader.ready_s is None:  # what it did not come to is not to be loaded any more

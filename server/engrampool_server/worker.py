@@ -1,60 +1,16 @@
 """A process that answers lookups, forked by the supervisor, which watches it through a pipe."""
 
 import asyncio
-import json
 import os
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import uvloop
 
-from engrampool_proto.registry import Published
 from engrampool_server.config import ServerConfig
+from engrampool_server.link import Link
 from engrampool_server.server import Server
 from engrampool_server.shared import Shared
-
-
-@dataclass(frozen=True)
-class Link:
-    """A child's side of what connects it to the supervisor.
-
-    life: a pipe's end that reads as closed once the supervisor is gone, however it ended.
-    report: a pipe's end for lines that say how the child is: empty for a sign of life, else a JSON object.
-    beat_s: how often to give a sign of life.
-    """
-
-    life: int
-    report: int
-    beat_s: float
-
-    def beat(self) -> None:
-        """Give a sign of life."""
-        self._say(b"\n")
-
-    def ready(self) -> None:
-        """Say that this process does its work now."""
-        self._say(b'{"ready": true}\n')
-
-    def failed(self, why: str) -> None:
-        """Say why this process ends."""
-        self._say(json.dumps({"failed": why[:2000]}).encode() + b"\n")
-
-    def loaded(self, nbytes: int, of_bytes: int) -> None:
-        """Say how many bytes of tables are in memory, of those that are to be."""
-        self._say(json.dumps({"loaded": nbytes, "of": of_bytes}).encode() + b"\n")
-
-    def published(self, published: Sequence[Published], revision: int) -> None:
-        """Say what is published, and at which revision of the registry."""
-        records = [[one.model, one.version, one.to_json().decode()] for one in published]
-        self._say(json.dumps({"published": records, "revision": revision}).encode() + b"\n")
-
-    def _say(self, line: bytes) -> None:
-        # A full pipe is one that nobody reads, as while the supervisor is held by a debugger.
-        with suppress(BlockingIOError):
-            while line:
-                line = line[os.write(self.report, line) :]
 
 
 def answer(config: ServerConfig, shared: Shared, link: Link, *, serving: bool) -> None:
@@ -85,5 +41,8 @@ def answer(config: ServerConfig, shared: Shared, link: Link, *, serving: bool) -
                 continue
         await server.stop()
 
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(life())
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(life())
+    finally:
+        shared.metrics.flush()  # what ended as the last thing that the loop did, too

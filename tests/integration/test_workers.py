@@ -1,5 +1,6 @@
 """Several processes on one port: one copy of the tables, and no end of any process is an end of the service."""
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import threading
 import time
 import urllib.error
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -64,14 +65,31 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("workers") / "small")
 
 
+# Whoever opens the tables waits for a disk that does not answer.
+STUCK = """
+import time
+from engrampool_server import children, log
+from engrampool_server.table_files import PackedModel
+children._GIVE_UP_S = 0.1
+def open(directory):
+    log.event("stuck")
+    time.sleep(600)
+PackedModel.open = staticmethod(open)
+"""
+
+
+def environment(tmp_path: Path, code: str) -> dict[str, str]:
+    """Of a server whose processes run `code` first."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))}
+
+
 @pytest.fixture
 def crashing(tmp_path: Path) -> tuple[dict[str, str], Path]:
     """Environment of a server whose new workers end at once while the file exists."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(CRASHING)
-    search = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
     flag = tmp_path / "crash"
-    return {"PYTHONPATH": search, "TEST_CRASH": str(flag)}, flag
+    return environment(tmp_path, CRASHING) | {"TEST_CRASH": str(flag)}, flag
 
 
 def connections(server: ServerProcess, pid: int) -> int:
@@ -99,7 +117,7 @@ def ask(pool: RawPool, ids: Sequence[int] = (1, 2, 6499)) -> None:
 
 
 def wait_counted(server: ServerProcess, rows: float) -> None:
-    """Until the metrics have these rows: a call is counted once its answer is on its way."""
+    """Until the metrics have these rows: a call is counted once its answer is on its way, and told some time later."""
     eventually(lambda: scrape(server.metrics_address).get(ROWS) == rows, f"{rows} rows are counted")
 
 
@@ -171,9 +189,9 @@ def test_workers_share_a_port_an_endpoint_and_a_bound(packed):
             code, reason, text = refusal(lambda: second.lookup(second.by_ids((2, [1]))))
             assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
             assert f"{BIG.size * 264} bytes are in flight, of {BIG.size * 264}" in text
-            seen = scrape(server.metrics_address)
-            assert seen["engrampool_in_flight_bytes"] == seen["engrampool_in_flight_limit_bytes"] == BIG.size * 264
-            assert seen['engrampool_refused_total{reason="overloaded"}'] == 1
+            assert scrape(server.metrics_address)["engrampool_in_flight_limit_bytes"] == BIG.size * 264
+            told = {"engrampool_in_flight_bytes": BIG.size * 264, 'engrampool_refused_total{reason="overloaded"}': 1}
+            eventually(lambda: told.items() <= scrape(server.metrics_address).items(), "it is told")
             messages += call
             assert joined(messages) == {2: expected(2, BIG)}
             eventually(lambda: scrape(server.metrics_address)["engrampool_in_flight_bytes"] == 0)
@@ -335,9 +353,19 @@ def test_a_worker_that_gives_no_sign_of_life_is_replaced(packed):
 
 
 def test_a_server_that_stood_still_as_a_whole_replaces_nobody(packed):
-    """As when a container is paused: all were silent, the one that judges them too."""
+    """As when a container is paused: all were silent, the one that judges them too.
+
+    Where it is that one alone, as in a debugger, nobody else notices.
+    """
     with serve_process(packed, workers=2, worker_timeout_s=1) as server:
         old, processes = server.worker_pids(), family(server)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            with RawPool(server.address, version_of(packed)) as pool:
+                ask(pool)
+            assert scrape(server.metrics_address)["engrampool_workers"] == 2
+        os.kill(server.process.pid, signal.SIGCONT)
         for pid in processes:
             os.kill(pid, signal.SIGSTOP)
         time.sleep(2.5)
@@ -452,6 +480,7 @@ def test_a_rolling_restart_under_load_fails_no_lookup_of_a_client(packed):
 
 
 def test_lookups_in_flight_finish_and_a_second_request_waits_its_turn(packed):
+    """And are counted, although the last thing that their worker does is to end."""
     with serve_process(packed, workers=1, drain_s=60) as server, RawPool(server.address, version_of(packed)) as pool:
         old = server.worker_pids()[0]
         call = pool.stream(pool.by_ids((2, BIG)))
@@ -468,6 +497,8 @@ def test_lookups_in_flight_finish_and_a_second_request_waits_its_turn(packed):
         server.wait_until(lambda lines: sum(line["event"] == "rolled" for line in lines) == 2)
         assert count(server, "rolling", workers=1) == 2
         assert len({line["pid"] for line in server._events if line["event"] == "worker-ready"}) == 3
+        # Nobody waits: a worker that is gone can add nothing.
+        assert scrape(server.metrics_address)[ROWS] == BIG.size + 3
 
 
 def test_a_successor_that_does_not_start_changes_nothing(packed, crashing):
@@ -489,6 +520,41 @@ def test_a_successor_that_does_not_start_changes_nothing(packed, crashing):
 
 
 # --- the end
+
+
+def test_a_server_whose_log_nobody_takes_goes_on_and_says_so_later(packed):
+    command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--workers=2"]
+    command += ["--listen=127.0.0.1:0", "--metrics=off"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        server = ServerProcess(process)
+        try:
+            said = b""
+            while b'"serving"' not in said:
+                said = process.stderr.readline()
+            server.address = json.loads(said)["listen"]
+            own = os.open(f"/proc/self/fd/{process.stderr.fileno()}", os.O_WRONLY | os.O_NONBLOCK)
+            with suppress(BlockingIOError):
+                while os.write(own, b"\n" * 4096):
+                    pass
+            old = family(server)
+            for victim in old[-2:]:
+                os.kill(victim, signal.SIGKILL)
+            eventually(lambda: not set(old[-2:]) & set(family(server)) and len(family(server)) == 3, "two others came")
+            with RawPool(server.address, version_of(packed)) as pool:
+                pool.lookup(pool.by_ids((2, [1])), timeout=LIMIT_S, wait_for_ready=True)
+            # Somebody takes lines again.
+            os.set_blocking(process.stderr.fileno(), False)
+            while process.stderr.read(4096):
+                pass
+            os.close(own)
+            os.set_blocking(process.stderr.fileno(), True)
+            process.terminate()
+            said = [json.loads(line) for line in process.stderr if line.startswith(b"{")]
+            assert process.wait(LIMIT_S) == 0
+        finally:
+            process.kill()
+        assert {"lines-dropped", "stopping", "stopped"} <= {line["event"] for line in said}
+        assert next(line["lines"] for line in said if line["event"] == "lines-dropped") >= 2
 
 
 def metrics_directories(server: ServerProcess) -> list[Path]:
@@ -575,3 +641,11 @@ def test_another_server_does_not_get_onto_the_port(packed):
         serve_process(packed, workers=2, listen=server.address),
     ):
         raise AssertionError("two servers on one port")
+
+
+def test_a_start_that_waits_for_a_disk_that_does_not_answer_can_be_stopped(packed, tmp_path):
+    with serve_process(packed, environ=environment(tmp_path, STUCK), ready=False) as server:
+        server.wait_for("stuck")
+        server.process.terminate()
+        assert server.process.wait(LIMIT_S) == 0
+        server.wait_for("stopped")

@@ -108,6 +108,7 @@ def child(slot, rows, in_flight):
         metrics.lookup.labels("m", "Lookup").observe(0.01)
         metrics.in_flight.set(in_flight)
         metrics.in_flight_limit.set(7)
+        metrics.flush()
         os.kill(os.getpid(), 9)
     os.waitpid(pid, 0)
 

@@ -60,7 +60,7 @@ import socket, sys
 from pathlib import Path
 from engrampool_server import registrar
 from engrampool_server.metrics import Metrics
-from engrampool_server.worker import Link
+from engrampool_server.link import Link
 registrar.PATIENCE_S = 0.2
 url, path, is_first = sys.argv[1:]
 theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,5 +1,7 @@
 """The calls of a real server, asked in raw bytes: answers, streams, refusals, hostile messages."""
 
+import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,11 @@ from hypothesis import strategies as st
 
 from engrampool_proto import wire
 from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.spec import ModelSpec
 from engrampool_proto.v1 import pool_pb2
+from engrampool_server.service import PoolService
+from engrampool_server.table_files import PackedModel
+from engrampool_server.tables import load
 from server_fixtures import (
     SPEC,
     VOCAB,
@@ -284,6 +290,50 @@ def test_unknown_models_and_versions_are_told_what_there_is(pool):
     code, reason, text = refusal(lambda: describe(pool_pb2.DescribeRequest(model="other")).SerializeToString())
     assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "unknown-model")
     assert "'other'" in text
+
+
+def test_a_description_is_made_once_for_all_who_ask(packed, tmp_path, monkeypatch):
+    """With the specification it takes milliseconds to make: whoever asks again and again must not stop the others."""
+    made = []
+    to_json = ModelSpec.to_json
+    monkeypatch.setattr(ModelSpec, "to_json", lambda spec: made.append(spec.name) or to_json(spec))
+    services = []
+    monkeypatch.setattr(
+        "engrampool_server.server.PoolService", lambda *given: services.append(PoolService(*given)) or services[0]
+    )
+    with running(packed) as run, RawPool(run.address) as pool:
+        describe = pool.channel.unary_unary("/engrampool.v1.Pool/Describe")
+
+        def ask(model: str = "", include_spec: bool = True) -> pool_pb2.DescribeResponse:
+            request = pool_pb2.DescribeRequest(model=model, include_spec=include_spec)
+            return pool_pb2.DescribeResponse.FromString(describe(request.SerializeToString()))
+
+        made.clear()
+        answers = [ask() for _ in range(20)]
+        assert made == ["small"]
+        assert all(answer == answers[0] for answer in answers)
+        (model,) = answers[0].models
+        assert ModelSpec.from_json(json.loads(model.spec_json)) == SPEC
+        assert (ask("small"), ask("small")) == (answers[0], answers[0])
+        bare = ask("", False)
+        assert bare.models[0].spec_json == b""
+        assert bare.models[0].spec_digest == SPEC.digest
+        # Of names that callers invent nothing is kept.
+        for number in range(10):
+            assert refusal(lambda number=number: ask(f"other{number}").SerializeToString())[1] == "unknown-model"
+        assert services[0]._described.keys() == {("", True), ("small", True), ("", False)}
+
+        # What is held is another thing now.
+        with PackedModel.open(pack(tmp_path / "changed", change=True)) as other:
+            held = load(other, "anon", False, 1, threading.Event(), lambda _: None)
+
+        async def hold() -> None:
+            run.server.hold([held])
+
+        run.call(hold)
+        versions = {model.version for model in answers[0].models} | {held.version}
+        assert {model.version for model in ask().models} == versions
+        assert {model.version for model in ask("small", False).models} == versions
 
 
 @pytest.mark.usefixtures("untouched")
