@@ -14,6 +14,8 @@ _DNS, _RAY = "dns:///", "ray:///"
 _OTHER_SCHEMES = ("dns", "unix", "xds")
 # Between tries to reach a registry, or to find there what a client is to begin with.
 _PAUSE_S = 0.1
+# After what nobody thought of has met whoever follows the registry.
+_AGAIN_S = 1.0
 _log = logging.getLogger("engrampool")
 
 
@@ -32,6 +34,8 @@ class Servers:
             scheme, url, _ = target.partition("://")
             if url and scheme not in _OTHER_SCHEMES and not target.startswith((SCHEME, _RAY)):
                 raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEME}HOST:PORT")
+            if target.startswith(_DNS) and not target.rpartition(":")[2].isdigit():
+                raise ValueError(f"{target!r} has no port; it is {_DNS}NAME:PORT")
         urls = [target for target in targets if target.startswith(SCHEME)]
         if len(urls) > 1:
             raise ValueError(f"a client follows one registry, not {' and '.join(urls)}; one URL may name all its hosts")
@@ -142,10 +146,15 @@ class Servers:
 
     def _follow(self) -> None:
         assert self._registry is not None
-        try:
-            self._registry.follow(self._update, self._closed)
-        except RegistryError as error:
-            _log.warning("the registry is not followed: %s", error)
+        said = ""
+        while not self._closed.is_set():
+            try:
+                self._registry.follow(self._update, self._closed)
+            except Exception as error:  # following goes on whatever happens
+                if repr(error) != said:
+                    said = repr(error)
+                    _log.exception("following the registry failed, and is tried again")
+                self._closed.wait(_AGAIN_S)
 
     def _update(self, state: State) -> None:
         with self._reading:
