@@ -29,8 +29,6 @@ _GRACE_S = 0.25
 _LOOK_S, _LOOK_TIMEOUT_S = 1.0, 1.0
 # So many are looked at, or made ready, at once.
 _LOOKS = 64
-# How long closing waits for whoever looks, which only a name's lookup by the system makes longer than a moment.
-_CLOSE_S = 5.0
 _log = logging.getLogger("engrampool")
 
 
@@ -164,9 +162,8 @@ class Shards:
         """End the connections, and every lookup on one."""
         self.stop()  # all of them before one is waited for
         if self._watcher is not None:
-            self._watcher.join(_CLOSE_S)
-        # What looks and opens finds all connections ended. A watcher that is still there will find all closed, too.
-        self._lookers.shutdown(wait=self._watcher is None or not self._watcher.is_alive(), cancel_futures=True)
+            self._watcher.join()  # soon: all that looks and opens finds its connection ended
+        self._lookers.shutdown()
         for endpoint in self._endpoints():
             endpoint.close()
         if self._fan_out is not None:

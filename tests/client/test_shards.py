@@ -358,7 +358,7 @@ def test_a_name_that_has_no_address_yet_is_waited_for(server, at_first, monkeypa
 )
 def test_a_name_without_an_address_is_said_to_have_none_in_the_end(found, why, monkeypatch):
     monkeypatch.setattr("engrampool_client.discovery.resolve", lambda _: found)
-    with pytest.raises(UnavailableError, match=f"dns:///pool:1 had no address within 0.3 s: {why}"):
+    with pytest.raises(UnavailableError, match=rf"dns:///pool:1 had no address within 0\.3 s: {why}"):
         Client("dns:///pool:1", connect_timeout_s=0.3)
 
 
@@ -380,6 +380,29 @@ def test_waiting_for_an_address_ends_with_the_client(monkeypatch):
     thread.join(LIMIT_S)
     shards.close()
     assert raised
+
+
+def test_a_name_that_is_looked_up_for_ever_holds_up_nobody(packed, server, monkeypatch):
+    monkeypatch.setattr("engrampool_client.discovery._PATIENCE_S", 0.01)
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    answered, asked, listen = threading.Event(), [], lasting_address()
+
+    def slow(target: str) -> list[str]:
+        if not target.startswith("dns:"):
+            return [target]
+        asked.append(target)
+        assert answered.wait(LIMIT_S)
+        return [server]
+
+    monkeypatch.setattr("engrampool_client.discovery.resolve", slow)
+    with pytest.raises(UnavailableError, match=r"had no address within 0\.2 s: the name cannot be looked up"):
+        Client("dns:///pool:1", connect_timeout_s=0.2)
+    with serve_thread(packed) as first, Client([first, listen, "dns:///pool:1"], attach="off") as client:
+        with serve_thread(packed, listen=listen):
+            eventually(lambda: listen in client._shards._open, "who comes back is found")
+        assert len(asked) == 2  # once by each client
+        answered.set()
+        eventually(lambda: server in client._shards._open, "and the name's, once it is looked up")
 
 
 def test_a_name_without_a_port_is_refused():
