@@ -15,7 +15,7 @@ from engrampool_client.endpoint import Endpoint, Ways
 from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
 from engrampool_client.exchange import Exchange, Route, slowest
 from engrampool_client.replicas import ReplicaSet
-from engrampool_client.served import ServedModel, choose, merged
+from engrampool_client.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
 from engrampool_client.stats import Stats
 from engrampool_client.step import Step
 from engrampool_proto.spec import ModelSpec, Shard, ShardMap
@@ -61,7 +61,7 @@ class Shards:
         known: a specification that need not be sent again. Raises PoolError if it cannot be had, SpecError if rows are
         missing.
         """
-        until = time.monotonic() + timeout_s
+        until, left_s = time.monotonic() + timeout_s, timeout_s
         while True:
             addresses, complete = self._servers.find(model, version)
             if self._know(addresses):
@@ -72,7 +72,8 @@ class Shards:
                 why = "it stands for no server" if complete else "the name cannot be looked up"
                 raise UnavailableError(f"{self._servers.text} had no address within {timeout_s} s: {why}")
             self._closing.wait(_PAUSE_S)
-        self._found = self._ask_all(model, version, until, [] if known is None else [known])
+            left_s = until - time.monotonic()
+        self._found = self._ask_all(model, version, left_s, [] if known is None else [known])
         self.served = _checked(self._found)
         return self.served
 
@@ -184,7 +185,7 @@ class Shards:
             return bool(self._open or self._away) and not self._closing.is_set()
 
     def _ask_all(
-        self, model: str | None, version: str | None, until: float, specs: list[ModelSpec]
+        self, model: str | None, version: str | None, timeout_s: float, specs: list[ModelSpec]
     ) -> dict[str, ServedModel]:
         """What each server holds, of those that answer in time. Raises PoolError if too few do.
 
@@ -193,18 +194,20 @@ class Shards:
 
         def spec_of(endpoint: Endpoint, held: pool_pb2.Model) -> ModelSpec:
             known = next((spec for spec in specs if spec.digest == held.spec_digest), None)
+            if known is None and held.spec_json:
+                specs.append(known := read_spec(held))
             if known is None:
                 request = pool_pb2.DescribeRequest(model=held.name, include_spec=True).SerializeToString()
                 answer = endpoint.describe(max(_LOOK_TIMEOUT_S, until - time.monotonic()), request)
-                known = choose(answer, held.name, held.version).spec
-                specs.append(known)
+                specs.append(known := choose(answer, held.name, held.version).spec)
             return known
 
         found: dict[str, ServedModel] = {}
+        until = time.monotonic() + timeout_s
         pool = ThreadPoolExecutor(len(self._away), "engrampool-connect")
         try:
-            timeout_s = max(0.0, until - time.monotonic())
-            asked = {pool.submit(one.describe, timeout_s): address for address, one in self._away.items()}
+            request = BRIEF if specs or len(self._away) > 1 else DESCRIBE  # of one, all at once
+            asked = {pool.submit(one.describe, timeout_s, request): address for address, one in self._away.items()}
             left = set(asked)
             while left and time.monotonic() < until + _GRACE_S and not self._closing.is_set():
                 done, left = wait(left, _GRACE_S, "FIRST_COMPLETED")
