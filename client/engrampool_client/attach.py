@@ -6,6 +6,7 @@ the tables are asked for again later, on a thread of its own.
 """
 
 import ctypes
+import logging
 import mmap
 import os
 import threading
@@ -46,6 +47,7 @@ _PIECE_BYTES = 8 << 20
 # Pages put into the process's page table by one call: a millisecond or so.
 _TOUCH_BYTES = 16 << 20
 _MADV_POPULATE_READ = 22
+_log = logging.getLogger("engrampool")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -114,7 +116,7 @@ class AttachLane:
         """Copy every row asked for to where it belongs; `delivery` is told of layers as they complete.
 
         False, and nothing is done, if tables or rows of them are not attached, or if tokens are asked for: the rows
-        are to be asked for elsewhere. Raises StepCancelledError if it was given up.
+        are to be asked for elsewhere. Raises what it was given up with.
         """
         lease, asked = self._current(), exchange.asked_tables
         if lease is None or asked is None:
@@ -140,10 +142,14 @@ class AttachLane:
         exchange.finish()
         return True
 
-    def close(self) -> None:
-        """Let go of the tables. Gathers under way end as they would have."""
+    def stop(self) -> None:
+        """Let go of the tables, without waiting for what is asked; `close` is to follow."""
         self._closed.set()
         self._lease = None
+
+    def close(self) -> None:
+        """Let go of the tables. Gathers under way end as they would have."""
+        self.stop()
         # In time even where the system does not answer, as a network file system may not.
         self._keeper.join(2 * _ASK_TIMEOUT_S)
 
@@ -156,10 +162,14 @@ class AttachLane:
 
     def _keep(self) -> None:
         while not self._closed.is_set():
-            if time.monotonic() < self._ask_at and next(self._touching, False):
-                continue
-            if not self._closed.wait(max(0.0, self._ask_at - time.monotonic())):
-                self._ask()
+            try:
+                if time.monotonic() < self._ask_at and next(self._touching, False):
+                    continue
+                if not self._closed.wait(max(0.0, self._ask_at - time.monotonic())):
+                    self._ask()
+            except Exception as error:  # keeping goes on whatever happens: nobody else attaches again
+                _log.exception("attaching failed, and is tried again")
+                self._go_without(_NotHereError(f"attaching failed: {error!r}"), at_once=True)
         self._touching = iter(())
 
     def _ask(self) -> None:

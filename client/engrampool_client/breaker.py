@@ -1,9 +1,9 @@
 """When to ask a server: again after a failure, and not at all while it is known to be away."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from engrampool_client.errors import DeadlineError, EngrampoolError, UnavailableError
 
@@ -11,6 +11,9 @@ from engrampool_client.errors import DeadlineError, EngrampoolError, Unavailable
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.2
 # Between the probes of a server that is away.
 _FIRST_PROBE_S, _LONGEST_PROBE_S = 0.05, 1.0
+# For how long a server that answered a probe is not taken for silent, whatever deadlines pass meanwhile.
+_VOUCHED_S = 1.0
+_log = logging.getLogger("engrampool")
 
 
 class Breaker:
@@ -21,7 +24,11 @@ class Breaker:
     loading or silent it opens: then every lookup fails at once, while a thread of its own probes the server, and closes
     it again once that answers. 0 failures: it never opens.
 
-    probe: asks the server for something small; raises EngrampoolError as long as it does not answer.
+    A deadline that passed is silence only if the server was asked and said nothing. Whether it was given enough time
+    for that, nobody knows: so where silence is what fills the count, the server is probed first, with time enough, and
+    the breaker opens only if it does not answer that either.
+
+    probe: asks the server for something small; raises UnavailableError or DeadlineError if it does not answer.
     opened: told when it opens.
     """
 
@@ -32,9 +39,10 @@ class Breaker:
         self._target = target
         self._lock = threading.Lock()
         self._failing_since: float | None = None
-        self._failed = 0
+        self._failed, self._vouched_until = 0, 0.0
         self._closing = threading.Event()
         self._prober: threading.Thread | None = None
+        self._probing, self._said = False, ""
         self._refusal: UnavailableError | None = None
 
     @property
@@ -44,8 +52,9 @@ class Breaker:
 
     def check(self) -> None:
         """Raise UnavailableError, reason "breaker-open", while it is open."""
-        if self._refusal is not None:
-            raise UnavailableError(str(self._refusal), self._refusal.reason)
+        refusal = self._refusal
+        if refusal is not None:
+            raise UnavailableError(str(refusal), refusal.reason)
 
     def succeeded(self) -> None:
         """Note that a lookup was answered."""
@@ -54,20 +63,25 @@ class Breaker:
                 self._failing_since, self._failed = None, 0
 
     def failed(self, error: EngrampoolError) -> None:
-        """Note that a lookup was given up. What a server that answers says against a lookup does not count."""
+        """Note that a lookup was given up.
+
+        What a server that answers says against a lookup does not count; nor does a deadline with a reason: either the
+        server gave it, or it was not asked.
+        """
+        silent = isinstance(error, DeadlineError)
         if not isinstance(error, UnavailableError | DeadlineError) or error.reason == "breaker-open":
+            return
+        if silent and (error.reason is not None or time.monotonic() < self._vouched_until):
             return
         with self._lock:
             self._failed += 1
             if not self._failures or self._failed < self._failures or self.is_open or self._closing.is_set():
                 return
-            text = (
-                f"{self._target} failed {self._failed} lookups in a row, the last with: {error}; it is probed in the "
-                "background, and no lookup waits for it meanwhile"
-            )
-            self._refusal = UnavailableError(text, "breaker-open")
-            self._prober = threading.Thread(target=self._watch, name="engrampool-breaker", daemon=True)
-            self._prober.start()
+            if not self._probing and not self._start():
+                return
+            if silent:  # whoever probes it opens it
+                return
+            self._refuse(error)
         self._opened()
 
     def pause_s(self, error: Exception, attempt: int) -> float | None:
@@ -82,20 +96,63 @@ class Breaker:
             pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**attempt)
             return pause_s if now + pause_s - self._failing_since < self._retry_s else None
 
-    def close(self) -> None:
-        """Probe no more."""
+    def stop(self) -> None:
+        """Begin no more probes, without waiting for one that is under way."""
         with self._lock:
             self._closing.set()
-            prober = self._prober
-        if prober is not None:
-            prober.join()
+
+    def close(self) -> None:
+        """Probe no more."""
+        self.stop()
+        if self._prober is not None:
+            self._prober.join()
+
+    def _start(self) -> bool:
+        """Have the server probed. False if there can be no thread for it now: who does not probe must not open."""
+        prober = threading.Thread(target=self._watch, name="engrampool-breaker", daemon=True)
+        try:
+            prober.start()
+        except RuntimeError as error:
+            _log.warning("%s cannot be probed: %s", self._target, error)
+            return False
+        self._prober, self._probing = prober, True
+        return True
+
+    def _refuse(self, error: EngrampoolError) -> None:
+        text = (
+            f"{self._target} failed {self._failed} lookups in a row, the last with: {error}; it is probed in the "
+            "background, and no lookup waits for it meanwhile"
+        )
+        self._refusal = UnavailableError(text, "breaker-open")
 
     def _watch(self) -> None:
-        pause_s = _FIRST_PROBE_S
+        with self._lock:  # by now it is open, or to be opened here
+            pause_s = _FIRST_PROBE_S if self.is_open else 0.0
         while not self._closing.wait(pause_s):
-            with suppress(EngrampoolError):
-                self._probe()
-                with self._lock:
+            trouble = self._trouble()
+            with self._lock:
+                if trouble is None:
                     self._failing_since, self._failed, self._refusal = None, 0, None
-                return
-            pause_s = min(2 * pause_s, _LONGEST_PROBE_S)
+                    self._vouched_until, self._probing = time.monotonic() + _VOUCHED_S, False
+                    return
+                opened = not self.is_open and not self._closing.is_set()
+                if opened:
+                    self._refuse(trouble)
+            if opened:
+                self._opened()
+            pause_s = min(max(2 * pause_s, _FIRST_PROBE_S), _LONGEST_PROBE_S)
+
+    def _trouble(self) -> EngrampoolError | None:
+        """Probe it: what it did not answer with, None if it answered, be it with a refusal."""
+        try:
+            self._probe()
+        except (UnavailableError, DeadlineError) as error:
+            return error
+        except EngrampoolError:
+            return None
+        except Exception as error:  # probing goes on whatever happens: nobody else closes the breaker again
+            if not self._closing.is_set() and repr(error) != self._said:
+                self._said = repr(error)
+                _log.exception("probing %s failed", self._target)
+            return UnavailableError(f"{self._target} cannot be probed: {error!r}")
+        return None

@@ -111,14 +111,14 @@ class Delivery:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Rows may be written where they belong within this. Raises StepCancelledError once it was given up.
+        """Rows may be written where they belong within this. Raises what it was given up with.
 
         Nobody is settled while somebody is within; so wait for nothing here that `on_cancel` does not end.
         """
         thread = threading.get_ident()
         with self._changed:
             if self._closing:
-                raise StepCancelledError("the step was given up")
+                raise self.error or StepCancelledError("the step has all its rows")
             self._writers.append(thread)
         try:
             yield
@@ -222,10 +222,11 @@ class Delivery:
         self._changed = threading.Condition()  # the old one may be another thread's for ever
         if self.done:
             return
-        self._blank = self._on_end = None
-        self._cancels, self._callbacks, self._writers = [], [], []
-        self._calls.clear()
+        # Settled before anything is let go of: the last reference to a step may be among that.
         self.error, self._closing, self._done = error, True, True
+        self._blank = self._on_end = None
+        self._cancels, self._callbacks, self._idle_callbacks, self._writers = [], [], [], []
+        self._calls.clear()
 
     # --- how it ends
 

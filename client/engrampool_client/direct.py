@@ -111,6 +111,12 @@ class DirectLane:
         except _RefusedError as refused:
             self._put(connection)
             raise refused.error from None
+        except PoolError:  # before the next two: a DeadlineError is a TimeoutError, and that an OSError
+            if connection.answering:
+                self._drop(connection)
+            else:  # only the rows are not wanted any more
+                self._put(connection)
+            raise
         except TimeoutError as error:
             self._drop(connection)
             raise DeadlineError(f"{self._target}: no answer in time (DEADLINE_EXCEEDED)") from error
@@ -121,10 +127,7 @@ class DirectLane:
             exchange.restart()
             return exchange.complete  # if only the end of the answer was lost
         except BaseException:
-            if connection.answering:
-                self._drop(connection)
-            else:  # only the rows are not wanted any more
-                self._put(connection)
+            self._drop(connection)
             raise
         self._put(connection)
         return True

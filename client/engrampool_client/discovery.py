@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 
 from engrampool_client.errors import PoolError, UnavailableError, UnknownModelError, UnknownVersionError
 from engrampool_proto.registry import SCHEME, Registry, RegistryError, State, require_etcd3gw
@@ -14,6 +15,10 @@ _DNS, _RAY = "dns:///", "ray:///"
 _OTHER_SCHEMES = ("dns", "unix", "xds")
 # Between tries to reach a registry, or to find there what a client is to begin with.
 _PAUSE_S = 0.1
+# How long the system may take to look a name up until those who ask go on without, for now.
+_PATIENCE_S = 1.0
+# After what nobody thought of has met whoever follows the registry.
+_AGAIN_S = 1.0
 _log = logging.getLogger("engrampool")
 
 
@@ -32,11 +37,13 @@ class Servers:
             scheme, url, _ = target.partition("://")
             if url and scheme not in _OTHER_SCHEMES and not target.startswith((SCHEME, _RAY)):
                 raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEME}HOST:PORT")
+            if target.startswith(_DNS) and not target.rpartition(":")[2].isdigit():
+                raise ValueError(f"{target!r} has no port; it is {_DNS}NAME:PORT")
         urls = [target for target in targets if target.startswith(SCHEME)]
         if len(urls) > 1:
             raise ValueError(f"a client follows one registry, not {' and '.join(urls)}; one URL may name all its hosts")
         self.text = ",".join(targets)
-        self._targets = [target for target in targets if target not in urls]
+        self._targets = [_Target(target) for target in targets if target not in urls]
         self._registry = Registry(urls[0]) if urls else None
         self._state: State | None = None
         self._reading = threading.Lock()
@@ -53,7 +60,7 @@ class Servers:
     @property
     def may_change(self) -> bool:
         """Whether the targets may stand for other servers later."""
-        return self.registered or any(target.startswith((_DNS, _RAY)) for target in self._targets)
+        return self.registered or any(target.is_name for target in self._targets)
 
     @property
     def age_s(self) -> float | None:
@@ -63,10 +70,10 @@ class Servers:
     def find(self, model: str | None, version: str | None) -> tuple[list[str], bool]:
         """The addresses of servers that may hold the version, and whether they are all there are.
 
-        They are not while a name cannot be looked up: that says nothing of its servers. Of a registry that does not
-        answer, the last that was known counts.
+        They are not while a name cannot be looked up, or not soon: that says nothing of its servers. Of a registry
+        that does not answer, the last that was known counts.
         """
-        found = [resolve(target) for target in self._targets]
+        found = [target.addresses() for target in self._targets]
         if self._registry is not None:
             found.append(None if self._state is None else _holders(self._state, model, version))
         return list(dict.fromkeys(address for some in found for address in some or ())), None not in found
@@ -142,10 +149,15 @@ class Servers:
 
     def _follow(self) -> None:
         assert self._registry is not None
-        try:
-            self._registry.follow(self._update, self._closed)
-        except RegistryError as error:
-            _log.warning("the registry is not followed: %s", error)
+        said = ""
+        while not self._closed.is_set():
+            try:
+                self._registry.follow(self._update, self._closed)
+            except Exception as error:  # following goes on whatever happens
+                if repr(error) != said:
+                    said = repr(error)
+                    _log.exception("following the registry failed, and is tried again")
+                self._closed.wait(_AGAIN_S)
 
     def _update(self, state: State) -> None:
         with self._reading:
@@ -170,6 +182,40 @@ class Servers:
                 f"{known or 'none'}. `engrampool activate` makes one active"
             )
         return active.model, active.version
+
+
+class _Target:
+    """One target, and what it stands for as far as that is known soon. Thread-safe."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._lock = threading.Lock()
+        self._asked: Future[list[str] | None] | None = None
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it may stand for other addresses later."""
+        return self._target.startswith((_DNS, _RAY))
+
+    def addresses(self) -> list[str] | None:
+        """As `resolve`; None also while the system takes its time to look the name up, which nobody can end."""
+        if not self._target.startswith(_DNS):  # Ray is asked in a way of its own
+            return resolve(self._target)
+        with self._lock:
+            if self._asked is None:
+                asked: Future[list[str] | None] = Future()
+                threading.Thread(target=self._ask, args=(asked,), name="engrampool-name", daemon=True).start()
+                self._asked = asked
+            if not wait([self._asked], _PATIENCE_S).done:
+                return None
+            asked, self._asked = self._asked, None
+            return asked.result()
+
+    def _ask(self, asked: "Future[list[str] | None]") -> None:
+        try:
+            asked.set_result(resolve(self._target))
+        except BaseException as error:
+            asked.set_exception(error)
 
 
 def _holders(state: State, model: str | None, version: str | None) -> list[str]:

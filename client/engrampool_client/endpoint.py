@@ -14,11 +14,17 @@ from engrampool_client.attach import AttachLane
 from engrampool_client.breaker import Breaker
 from engrampool_client.delivery import Delivery
 from engrampool_client.direct import Connection, Direct, DirectLane
-from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, UnavailableError
+from engrampool_client.errors import (
+    DeadlineError,
+    EngrampoolError,
+    PoolError,
+    StepCancelledError,
+    UnavailableError,
+)
 from engrampool_client.exchange import Exchange, slowest
 from engrampool_client.grpc_lane import GrpcLane
 from engrampool_client.latency import Latency
-from engrampool_client.served import ServedModel
+from engrampool_client.served import BRIEF, ServedModel
 from engrampool_client.settings import SPLIT_ABOVE_BYTES
 from engrampool_client.stats import Stats
 
@@ -56,15 +62,16 @@ class Endpoint:
         # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
         self._parts = ThreadPoolExecutor(max(1, ways.max_steps * (ways.connections - 1)), "engrampool-part")
 
-    def describe(self, timeout_s: float) -> bytes:
+    def describe(self, timeout_s: float, request: bytes = BRIEF) -> bytes:
         """The bytes of a DescribeResponse; see `GrpcLane.describe`."""
-        return self._lanes[0].describe(timeout_s)
+        return self._lanes[0].describe(timeout_s, request)
 
     def open(self, served: ServedModel, stats: Stats) -> None:
         """Make ready for lookups in what `describe` said is served."""
         ways, lane = self._ways, self._lanes[0]
-        self.served, self._stats, self._opened = served, stats, True
+        self.served, self._stats = served, stats
         self.breaker = Breaker(ways.retry_s, ways.breaker_failures, self._probe, stats.opened, self.target)
+        self._opened = True
         if ways.attach == "auto" and served.attach:
             self._attach = AttachLane(partial(lane.attach, served.spec.name, served.version), served)
         if ways.direct == "auto" and served.direct:
@@ -86,6 +93,8 @@ class Endpoint:
         send_by: when to stop trying, by time.monotonic.
         """
         if self._direct is None or self._splits(exchange) or self.breaker.is_open or self.attached:
+            return None
+        if time.monotonic() >= deadline:  # or a good connection would be lost by a request that is cut short
             return None
         return self._direct.begin(exchange, deadline, send_by)
 
@@ -109,7 +118,7 @@ class Endpoint:
 
         deadline: by time.monotonic, the step's or an earlier one. begun: what `begin` gave. patient: ask again where
         the connection breaks, instead of leaving it to others. early: a deadline that is missed says nothing against
-        the server. Raises PoolError.
+        the server, and never does where it had passed before anything was sent (reason "not-asked"). Raises PoolError.
         """
         try:
             self._ask(exchange, delivery, spin_s, deadline, begun, patient, early)
@@ -168,6 +177,9 @@ class Endpoint:
                     return
                 if begun is None:
                     self.breaker.check()
+                    if time.monotonic() >= deadline:
+                        text = f"{self.target} was not asked: the deadline had passed before (DEADLINE_EXCEEDED)"
+                        raise DeadlineError(text, "not-asked")
                 asked, begun = begun, None
                 if self._direct is None or not self._direct.fetch(exchange, deadline, delivery, spin_s, asked):
                     lane.fetch(exchange, max(0.0, deadline - time.monotonic()), delivery)
@@ -175,11 +187,11 @@ class Endpoint:
             except PoolError as error:
                 pause_s = self.breaker.pause_s(error, attempt) if patient else None
                 if pause_s is None or time.monotonic() + pause_s >= deadline or delivery.given_up:
-                    if not (early and isinstance(error, DeadlineError)):
-                        # Whoever waits for a step may have given it up just before the call itself did.
-                        self.breaker.failed(delivery.error or error)
+                    against = _against(error, delivery, early)
+                    if against is not None:
+                        self.breaker.failed(against)
                     raise
-                if self._closing.wait(pause_s):
+                if delivery.pause(pause_s) or self._closing.is_set():
                     raise
                 self._stats.retried()
                 exchange.restart()
@@ -199,12 +211,32 @@ class Endpoint:
         if self._direct is not None:
             self._direct.forked()
 
-    def close(self) -> None:
-        """End the connections, and every lookup on one."""
+    def stop(self) -> None:
+        """End what waits for the server, without waiting for that; `close` is to follow."""
         self._closed = True
         if self._opened:
-            self.breaker.close()
-        for lane in (self._attach, self._direct, *self._lanes):
+            self.breaker.stop()
+        if self._attach is not None:
+            self._attach.stop()
+        for lane in self._lanes:
+            lane.close()
+
+    def close(self) -> None:
+        """End the connections, and every lookup on one."""
+        self.stop()
+        for lane in (self._attach, self._direct):
             if lane is not None:
                 lane.close()
+        if self._opened:
+            self.breaker.close()
         self._parts.shutdown(wait=False)
+
+
+def _against(error: PoolError, delivery: Delivery, early: bool) -> EngrampoolError | None:
+    """What a lookup that was given up says against the server, None if nothing."""
+    if error is delivery.error or (early and isinstance(error, DeadlineError)):
+        return None  # rows came, for a step that was given up; or nobody knows what would have come
+    if isinstance(error, StepCancelledError | UnavailableError):
+        # Whoever waits for a step may have given it up just before the call itself did.
+        return delivery.error or error
+    return error

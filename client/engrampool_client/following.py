@@ -118,24 +118,36 @@ class Following:
             self._changed.notify_all()
 
     def _follow(self) -> None:
-        seen = looked = 0
+        seen, looked, said = 0, 0, ""
         while not self._closed:
             seen = self.servers.wait(seen, _AGAIN_S)
             doubts = self._doubts
-            if doubts != looked:  # there may be news that this client has not heard
-                looked = doubts
-                with suppress(RegistryError):
-                    self.servers.look()
-            self._close_idle()
-            active = self.servers.active(self._model) or self.current.served.version
-            if active == self.current.served.version:
-                self.trouble, self._failed = None, ""
-            elif active != self._refused and (active != self._failed or time.monotonic() >= self._not_before):
-                self._move_to(active)
+            try:
+                active = self._look(doubts != looked)
+                said = ""
+            except Exception as error:  # following goes on whatever happens
+                if repr(error) != said and not self._closed:
+                    said = repr(error)
+                    _log.exception("following the active version failed, and is tried again")
+                continue  # who has doubts is answered by a look that came to its end
+            looked = doubts
             if active in (self.current.served.version, self._refused):  # there is none to wait for
                 with self._changed:
                     self._settled = doubts
                     self._changed.notify_all()
+
+    def _look(self, doubted: bool) -> str:
+        """Go by the active version if that is another; gives it. doubted: there may be news not heard of yet."""
+        if doubted:
+            with suppress(RegistryError):
+                self.servers.look()
+        self._close_idle()
+        active = self.servers.active(self._model) or self.current.served.version
+        if active == self.current.served.version:
+            self.trouble, self._failed = None, ""
+        elif active != self._refused and (active != self._failed or time.monotonic() >= self._not_before):
+            self._move_to(active)
+        return active
 
     def _close_idle(self) -> None:
         with self._changed:
@@ -152,7 +164,8 @@ class Following:
                 return
             self._coming = generation
         try:
-            ours, theirs = self.current.served.spec, generation.connect(self._model, version, _CONNECT_S).spec
+            ours = self.current.served.spec
+            theirs = generation.connect(self._model, version, _CONNECT_S, ours).spec
             if theirs.digest != ours.digest:
                 raise FingerprintError(ours.differences(theirs))
             generation.open(self._stats)

@@ -42,9 +42,11 @@ class Generation:
         self.shards = Shards(servers, how.ways, self._closing)
         self.uses = 0
 
-    def connect(self, model: str | None, version: str | None, timeout_s: float) -> ServedModel:
-        """Find out what is served. Raises PoolError, SpecError."""
-        self.served = self.shards.connect(model, version, timeout_s)
+    def connect(
+        self, model: str | None, version: str | None, timeout_s: float, known: ModelSpec | None = None
+    ) -> ServedModel:
+        """Find out what is served. known: a specification that it may have. Raises PoolError, SpecError."""
+        self.served = self.shards.connect(model, version, timeout_s, known)
         return self.served
 
     def open(self, stats: Stats, warm: Path | None = None) -> None:
@@ -70,9 +72,10 @@ class Generation:
         return planner if planner.has_cache or num_tokens >= _DEDUPE_TOKENS else None
 
     def stop(self) -> None:
-        """Have `connect` end, and nobody wait to ask again."""
+        """Have `connect` and `open` end, and nobody wait to ask again."""
         self._closing.set()
         self._servers.wake()
+        self.shards.stop()
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""

@@ -26,9 +26,10 @@ class GrpcLane:
         self._lookup = self._channel.unary_unary(METHOD + "Lookup")
         self._lookup_stream = self._channel.unary_stream(METHOD + "LookupStream")
 
-    def describe(self, timeout_s: float) -> bytes:
+    def describe(self, timeout_s: float, request: bytes = DESCRIBE) -> bytes:
         """The bytes of a DescribeResponse, waiting for a server that does not listen yet or is still loading.
 
+        request: the bytes of a DescribeRequest, by default for all that there is.
         Raises UnavailableError after `timeout_s`, and other PoolErrors.
         """
         describe = self._channel.unary_unary(METHOD + "Describe")
@@ -38,7 +39,7 @@ class GrpcLane:
             remaining = deadline - time.monotonic()
             try:
                 # wait_for_ready also waits for a server that is not listening yet.
-                answer: bytes = describe(DESCRIBE, timeout=max(0.0, remaining), wait_for_ready=True)
+                answer: bytes = describe(request, timeout=max(0.0, remaining), wait_for_ready=True)
                 return answer
             except grpc.RpcError as rpc_error:
                 error = from_rpc(rpc_error, self.target)
@@ -46,7 +47,7 @@ class GrpcLane:
                 if not loading and not isinstance(error, DeadlineError):
                     raise error from rpc_error
                 if deadline - time.monotonic() <= RETRY_LOADING_S:
-                    text = f"no server at {self.target} was ready within {timeout_s} s: {error}"
+                    text = f"no server at {self.target} was ready within {timeout_s:.3g} s: {error}"
                     raise UnavailableError(text, error.reason) from rpc_error
             pause.wait(RETRY_LOADING_S)
 

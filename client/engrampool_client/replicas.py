@@ -20,6 +20,7 @@ from engrampool_client.errors import (
 from engrampool_client.exchange import Exchange
 from engrampool_client.latency import HedgeBudget
 from engrampool_client.stats import Stats
+from engrampool_proto.wire import ServerTimes
 
 # Where there are other replicas, one may take so long, and so long for each byte: far more than one that is well does.
 _PATIENCE_S, _PATIENCE_S_PER_BYTE = 0.1, 1e-8
@@ -29,6 +30,8 @@ _SLOW, _FAST_S = 3.0, 100e-6
 _LEAST_LATE_S = 1e-3
 # What is given up to be asked for elsewhere is lost, so it is given more time than what is asked for twice.
 _CANCEL_AFTER = 2.0
+# Refusals that are about what the server holds, and not about the request.
+_HELD_ELSEWHERE = ("not-held", "unknown-layer", "partial-model")
 
 
 class ReplicaSet:
@@ -38,19 +41,36 @@ class ReplicaSet:
     next is asked as well and the first that answers is listened to (a hedge), as far as a budget allows. Over gRPC, or
     split over connections, an answer cannot be seen to begin: there the lookup is given up and asked for elsewhere.
 
-    suspects: of all sets: servers that may hold others by now, as they refused what another one was asked for next.
+    What one refuses is asked of each other one once, as that may have room, or hold what this one holds no more; unless
+    the request itself is refused: that is final. What is more than all of them take in one request is asked for in
+    several, one after the other.
+
+    suspects: of all sets: servers that may hold others, or have other limits, by now, as what they refused says.
     """
 
     def __init__(self, parts: Mapping[int, tuple[int, int]], suspects: set[Endpoint], stats: Stats) -> None:
         self.parts, self._suspects, self._stats = dict(parts), suspects, stats
         self.replicas: tuple[Endpoint, ...] = ()  # replaced as a whole
+        # What each of them takes in one request, and in bytes what surely is no more than that.
+        self._max_rows: float = inf
+        self._max_answer_bytes: float = inf
+        self._fits_bytes: float = inf
         self._turn = count()
         self._budget = HedgeBudget()
+
+    def use(self, replicas: tuple[Endpoint, ...]) -> None:
+        """Ask these from now on, within the limits of each."""
+        limits = [endpoint.served for endpoint in replicas]
+        self._max_rows = max(1, min((one.max_rows for one in limits), default=1))
+        self._max_answer_bytes = max(1, min((one.max_answer_bytes for one in limits), default=1))
+        row_bytes = min((table.row_bytes for one in limits[:1] for table in one.spec.tables), default=1)
+        self._fits_bytes = min(self._max_answer_bytes, self._max_rows * row_bytes)
+        self.replicas = replicas
 
     def begin(self, exchange: Exchange, delivery: Delivery) -> "_Begun | None":
         """Only send the request to one replica: `ask` or `_Begun.abandon` is to follow. None if that cannot be done."""
         replicas = self._in_order(exchange.answer_bytes)
-        if not replicas:
+        if not replicas or exchange.answer_bytes > self._fits_bytes:
             return None
         return self._begin(
             replicas, exchange, _deadline(exchange, delivery) if len(replicas) > 1 else delivery.deadline
@@ -58,11 +78,37 @@ class ReplicaSet:
 
     def ask(self, exchange: Exchange, delivery: Delivery, spin_s: float, begun: "_Begun | None" = None) -> None:
         """Have the rows come from one replica, or another if that one cannot. Raises PoolError."""
+        pieces = self._pieces(exchange) if begun is None and exchange.answer_bytes > self._fits_bytes else [exchange]
+        if len(pieces) == 1:
+            self._ask(exchange, delivery, spin_s, begun)
+            return
+        for piece in pieces:
+            self._ask(piece, delivery, spin_s)
+        exchange.times = _sum(pieces)
+
+    def _pieces(self, exchange: Exchange) -> list[Exchange]:
+        """What is asked for, in as many lookups as the limits demand; tokens in one, as `Exchange.split` has it."""
+        tables = [(len(ids), exchange.shapes[layer][-1]) for layer, ids in exchange.asked_tables or ()]
+        count, most = 1, max((rows for rows, _ in tables), default=0)
+        while True:
+            rows = [-(-rows // count) for rows, _ in tables]
+            nbytes = sum(some * row_bytes for some, (_, row_bytes) in zip(rows, tables, strict=True))
+            over = max(sum(rows) / self._max_rows, nbytes / self._max_answer_bytes)
+            if over <= 1 or count >= most:
+                return exchange.split(count)
+            count = min(most, max(count + 1, int(count * over)))
+
+    def _ask(self, exchange: Exchange, delivery: Delivery, spin_s: float, begun: "_Begun | None" = None) -> None:
+        """As `ask`, in one request to each that is asked."""
         replicas = self._in_order(exchange.answer_bytes) if begun is None else begun.replicas
         if not replicas:
             raise UnavailableError("no server is known that holds these rows", "no-replica")
         if len(replicas) == 1:
-            replicas[0].ask(exchange, delivery, spin_s, delivery.deadline, None if begun is None else begun.sent)
+            try:
+                replicas[0].ask(exchange, delivery, spin_s, delivery.deadline, None if begun is None else begun.sent)
+            except RejectedError:
+                self._suspects.add(replicas[0])
+                raise
             return
         self._budget.earn()
         begin, deadline, sent, cancel_after_s = time.monotonic(), _deadline(exchange, delivery), None, inf
@@ -74,8 +120,9 @@ class ReplicaSet:
         elif self._budget.ready and not replicas[0].attached:
             late_s = _late_s(replicas, exchange.answer_bytes, whole=True)
             cancel_after_s = max(_LEAST_LATE_S, late_s) * _CANCEL_AFTER
-        # First each for a moment; if none could, those that were only slow, or all, for as long as the step has.
-        waiting, slow = list(replicas), []
+        # First each for a moment; if none could, those that were only slow, or could not be reached, for as long as the
+        # step has. One that refused has said what it has to say.
+        waiting, slow, away = list(replicas), [], []
         patient = cancelled = False
         while True:
             endpoint, nbytes = waiting.pop(0), exchange.answer_bytes
@@ -90,24 +137,35 @@ class ReplicaSet:
                     self._stats.hedge_won()
                 return
             except PoolError as error:
-                late = isinstance(error, DeadlineError)
-                if late and not attached:
+                late, took_s = isinstance(error, DeadlineError), time.monotonic() - begin
+                # Given less time than it takes, or none, it has not shown that it takes more.
+                fair = error.reason != "not-asked" and took_s > (endpoint.latency.recent_s(nbytes) or 0.0)
+                if late and fair and not attached:
                     endpoint.latency.ended(nbytes, inf)
-                if delivery.given_up or time.monotonic() >= delivery.deadline or (patient and not waiting):
+                if isinstance(error, RejectedError | UnknownModelError | UnknownVersionError):
+                    self._suspects.add(endpoint)
+                if isinstance(error, RejectedError) and error.reason not in _HELD_ELSEWHERE:
                     raise
                 if late:
                     slow.append(endpoint)
-                    if early:
-                        cancelled = True
-                        self._budget.spend()
-                        self._stats.hedged()
-                elif isinstance(error, RejectedError | UnknownModelError | UnknownVersionError):
-                    self._suspects.add(endpoint)
+                elif isinstance(error, UnavailableError):
+                    away.append(endpoint)
+                again = not waiting and not patient
+                if (
+                    delivery.given_up
+                    or time.monotonic() >= delivery.deadline
+                    or not (waiting or (again and (slow or away)))
+                ):
+                    raise
+                if late and early:
+                    cancelled = True
+                    self._budget.spend()
+                    self._stats.hedged()
             exchange.restart()
             if exchange.complete:  # only the end of the answer was lost
                 return
             if not waiting:
-                waiting, patient = slow or list(replicas), True
+                waiting, patient = list(slow or away), True
             begin, sent, cancel_after_s = time.monotonic(), None, inf
             deadline = delivery.deadline if patient else _deadline(exchange, delivery)
 
@@ -174,6 +232,14 @@ class _Begun(NamedTuple):
     def abandon(self) -> None:
         """Do without the answer."""
         self.replicas[0].abandon(self.sent)
+
+
+def _sum(pieces: Sequence[Exchange]) -> ServerTimes | None:
+    """The servers' times of a lookup in pieces that ran one after the other."""
+    times = [piece.times for piece in pieces if piece.times is not None]
+    if not times:
+        return None
+    return ServerTimes(*(sum(getattr(one, name) for one in times) for name in ("queue_us", "gather_us", "total_us")))
 
 
 def _deadline(exchange: Exchange, delivery: Delivery) -> float:

@@ -1,7 +1,7 @@
 """What a server holds, read once at connect: which model, which version, its specification and the server's limits."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from engrampool_client.errors import ProtocolError, UnknownModelError, UnknownVersionError
@@ -9,7 +9,9 @@ from engrampool_proto.errors import SpecError
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.v1 import pool_pb2
 
+# A specification has some hundred kilobytes, so whoever asks many servers, or often, asks for its digest: `BRIEF`.
 DESCRIBE = pool_pb2.DescribeRequest(include_spec=True).SerializeToString()
+BRIEF = pool_pb2.DescribeRequest().SerializeToString()
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,30 @@ class ServedModel:
     parts: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
-def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel:
+def read_spec(held: pool_pb2.Model) -> ModelSpec:
+    """The specification of what a server holds, as it is sent along. Raises ProtocolError if it is not what it says."""
+    try:
+        spec = ModelSpec.from_json(json.loads(held.spec_json))
+    except ValueError as error:
+        raise ProtocolError(f"the server's specification of {held.name} is unreadable: {error}") from error
+    if spec.digest != held.spec_digest:
+        raise ProtocolError(
+            f"the server's specification of {held.name} has digest {spec.digest}, not {held.spec_digest}"
+        )
+    return spec
+
+
+def choose(
+    answer: bytes,
+    model: str | None,
+    version: str | None,
+    spec_of: Callable[[pool_pb2.Model], ModelSpec] = read_spec,
+) -> ServedModel:
     """Pick a model from a DescribeResponse; None means the only one there is.
 
+    spec_of: gives the specification of what was picked, where it was not sent along.
     Raises UnknownModelError or UnknownVersionError if there is none such, or several and none was named;
-    ProtocolError if the answer contradicts itself.
+    ProtocolError if the answer contradicts itself; and what `spec_of` raises.
     """
     try:
         response = pool_pb2.DescribeResponse.FromString(answer)
@@ -54,17 +75,9 @@ def choose(answer: bytes, model: str | None, version: str | None) -> ServedModel
     if not chosen:
         raise UnknownVersionError(f"the server holds {of_name[0].name} in {', '.join(versions)}, not in {version}")
     held = chosen[0]
-    try:
-        spec = ModelSpec.from_json(json.loads(held.spec_json))
-    except ValueError as error:
-        raise ProtocolError(f"the server's specification of {held.name} is unreadable: {error}") from error
-    if spec.digest != held.spec_digest:
-        raise ProtocolError(
-            f"the server's specification of {held.name} has digest {spec.digest}, not {held.spec_digest}"
-        )
     limits = response.limits
     return ServedModel(
-        spec,
+        spec_of(held),
         held.version,
         limits.max_rows_per_request,
         limits.max_answer_bytes,
@@ -85,11 +98,12 @@ def merged(served: Iterable[ServedModel]) -> ServedModel:
             )
     if not others:
         return first
-    every = (first, *others)
-    # Of a request to all of them; each has its own limits, which its part of the request is held to.
-    return replace(
-        first,
-        max_rows=sum(one.max_rows for one in every),
-        max_answer_bytes=sum(one.max_answer_bytes for one in every),
-        parts={},
-    )
+    # Replicas have one limit, the least; a request to several shards may have what each takes of its part. How that
+    # spreads over them, only the request says: a part that is over its shard's limits is asked for in several pieces.
+    shards: dict[frozenset[tuple[int, tuple[int, int]]], tuple[int, int]] = {}
+    for one in (first, *others):
+        key = frozenset(one.parts.items())
+        max_rows, max_answer_bytes = shards.get(key, (one.max_rows, one.max_answer_bytes))
+        shards[key] = min(max_rows, one.max_rows), min(max_answer_bytes, one.max_answer_bytes)
+    every_rows, every_bytes = zip(*shards.values(), strict=True)
+    return replace(first, max_rows=sum(every_rows), max_answer_bytes=sum(every_bytes), parts={})

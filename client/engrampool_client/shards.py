@@ -3,26 +3,32 @@
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 
 from engrampool_client.delivery import Delivery
 from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Endpoint, Ways
-from engrampool_client.errors import EngrampoolError, SpecError, UnavailableError
+from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
 from engrampool_client.exchange import Exchange, Route, slowest
 from engrampool_client.replicas import ReplicaSet
-from engrampool_client.served import ServedModel, choose, merged
+from engrampool_client.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
 from engrampool_client.stats import Stats
 from engrampool_proto.spec import ModelSpec, Shard, ShardMap
+from engrampool_proto.v1 import pool_pb2
 
+# How soon to look again for the addresses of a name that has none.
+_PAUSE_S = 0.1
 # While every row is held by somebody that answered, how long to wait for the others.
 _GRACE_S = 0.25
 # How often to look for servers that are away or new, and how long one may take to answer then.
 _LOOK_S, _LOOK_TIMEOUT_S = 1.0, 1.0
+# So many are looked at, or made ready, at once.
+_LOOKS = 64
 _log = logging.getLogger("engrampool")
 
 
@@ -39,27 +45,48 @@ class Shards:
         self._routes: dict[int, Route] = {}
         self._fan_out: ThreadPoolExecutor | None = None
         self._watcher: threading.Thread | None = None
+        # Threads are started as they are needed, so where nobody is away there are none.
+        self._lookers = ThreadPoolExecutor(_LOOKS, "engrampool-look")
         # By address: those that are used, and those that are known and are not, with what stands against them.
         self._open: dict[str, Endpoint] = {}
         self._away: dict[str, Endpoint] = {}
         self._suspects: set[Endpoint] = set()
         self.troubles: dict[str, str] = {}
 
-    def connect(self, model: str | None, version: str | None, timeout_s: float) -> ServedModel:
-        """Find out what is served, by whom. Raises PoolError if it cannot be had, SpecError if rows are missing."""
-        for address in self._servers.find(model, version)[0]:
-            self._away[address] = Endpoint(address, self._ways, self._closing)
-        if not self._away:
-            raise UnavailableError(f"{self._servers.text} has no address now")
-        self._found = self._ask_all(model, version, timeout_s)
+    def connect(
+        self, model: str | None, version: str | None, timeout_s: float, known: ModelSpec | None = None
+    ) -> ServedModel:
+        """Find out what is served, by whom; a name that has no address yet is waited for as a server is.
+
+        known: a specification that need not be sent again. Raises PoolError if it cannot be had, SpecError if rows are
+        missing.
+        """
+        until, left_s = time.monotonic() + timeout_s, timeout_s
+        while True:
+            addresses, complete = self._servers.find(model, version)
+            if self._know(addresses):
+                break
+            if self._closing.is_set():
+                raise UnavailableError(f"connecting to {self._servers.text} was given up")
+            if time.monotonic() + _PAUSE_S >= until:
+                why = "it stands for no server" if complete else "the name cannot be looked up"
+                raise UnavailableError(f"{self._servers.text} had no address within {timeout_s} s: {why}")
+            self._closing.wait(_PAUSE_S)
+            left_s = until - time.monotonic()
+        self._found = self._ask_all(model, version, left_s, [] if known is None else [known])
         self.served = _checked(self._found)
         return self.served
 
     def open(self, stats: Stats) -> None:
         """Be ready for lookups."""
         self._stats = stats
-        for address, served in self._found.items():
-            self._admit(address, served)
+        ready = {address: partial(self._away[address].open, served, stats) for address, served in self._found.items()}
+        if len(ready) == 1:
+            ready.popitem()[1]()
+        for opening in [self._lookers.submit(one) for one in ready.values()]:
+            opening.result()
+        for address in self._found:
+            self._admit(self._away[address])
         self._routes = _routes(self.served.spec, self._sets)
         more = len(self._sets) - 1
         if more:
@@ -71,12 +98,12 @@ class Shards:
     @property
     def attached(self) -> bool:
         """Whether a server of each shard lets its memory be read, now."""
-        return all(any(endpoint.attached for endpoint in one.replicas) for one in self._sets)
+        return bool(self._sets) and all(any(endpoint.attached for endpoint in one.replicas) for one in self._sets)
 
     @property
     def direct(self) -> bool:
         """Whether lookups that are not read from attached memory find connections of the direct lane."""
-        return all(any(endpoint.direct for endpoint in one.replicas) for one in self._sets)
+        return bool(self._sets) and all(any(endpoint.direct for endpoint in one.replicas) for one in self._sets)
 
     @property
     def breaker_open(self) -> bool:
@@ -127,6 +154,11 @@ class Shards:
             other.result()
         exchange.times = slowest(list(parts.values()))
 
+    def stop(self) -> None:
+        """End what waits for a server, without waiting for that; `close` is to follow."""
+        for endpoint in self._endpoints():
+            endpoint.stop()
+
     def forked(self) -> None:
         """In the child of a fork: let go of the connections without a word, for they are the parent's."""
         for endpoint in (*self._open.values(), *self._away.values()):
@@ -134,34 +166,60 @@ class Shards:
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""
-        self._close_all()
+        self.stop()  # all of them before one is waited for
         if self._watcher is not None:
-            self._watcher.join()  # soon: what it waits for is closed
-            self._close_all()  # what it may have opened meanwhile
+            self._watcher.join()  # soon: all that looks and opens finds its connection ended
+        self._lookers.shutdown()
+        for endpoint in self._endpoints():
+            endpoint.close()
         if self._fan_out is not None:
             self._fan_out.shutdown(wait=False)
 
-    def _close_all(self) -> None:
+    def _endpoints(self) -> list[Endpoint]:
         with self._lock:
-            endpoints = [*self._open.values(), *self._away.values()]
-        for endpoint in endpoints:
-            endpoint.close()
+            return [*self._open.values(), *self._away.values()]
 
     # --- who is there
 
-    def _ask_all(self, model: str | None, version: str | None, timeout_s: float) -> dict[str, ServedModel]:
-        """What each server holds, of those that answer in time. Raises PoolError if too few do."""
+    def _know(self, addresses: Iterable[str]) -> bool:
+        """Look for servers there from now on, unless all is closing; whether any are known."""
+        with self._lock:
+            for address in addresses:
+                if address not in self._open and address not in self._away and not self._closing.is_set():
+                    self._away[address] = Endpoint(address, self._ways, self._closing)
+            return bool(self._open or self._away) and not self._closing.is_set()
+
+    def _ask_all(
+        self, model: str | None, version: str | None, timeout_s: float, specs: list[ModelSpec]
+    ) -> dict[str, ServedModel]:
+        """What each server holds, of those that answer in time. Raises PoolError if too few do.
+
+        specs: those that are known by now. Another is sent and read once, by the first server that has it.
+        """
+
+        def spec_of(endpoint: Endpoint, held: pool_pb2.Model) -> ModelSpec:
+            known = next((spec for spec in specs if spec.digest == held.spec_digest), None)
+            if known is None and held.spec_json:
+                specs.append(known := read_spec(held))
+            if known is None:
+                request = pool_pb2.DescribeRequest(model=held.name, include_spec=True).SerializeToString()
+                answer = endpoint.describe(max(_LOOK_TIMEOUT_S, until - time.monotonic()), request)
+                specs.append(known := choose(answer, held.name, held.version).spec)
+            return known
+
         found: dict[str, ServedModel] = {}
+        until = time.monotonic() + timeout_s
         pool = ThreadPoolExecutor(len(self._away), "engrampool-connect")
         try:
-            asked = {pool.submit(one.describe, timeout_s): address for address, one in self._away.items()}
-            left, until = set(asked), time.monotonic() + timeout_s + _GRACE_S
-            while left and time.monotonic() < until and not self._closing.is_set():
+            request = BRIEF if specs or len(self._away) > 1 else DESCRIBE  # of one, all at once
+            asked = {pool.submit(one.describe, timeout_s, request): address for address, one in self._away.items()}
+            left = set(asked)
+            while left and time.monotonic() < until + _GRACE_S and not self._closing.is_set():
                 done, left = wait(left, _GRACE_S, "FIRST_COMPLETED")
                 for future in done:
                     address = asked[future]
                     try:
-                        served = choose(future.result(), model, version)
+                        served = choose(future.result(), model, version, partial(spec_of, self._away[address]))
                     except EngrampoolError as error:
                         if len(asked) == 1:
                             raise
@@ -181,65 +239,112 @@ class Shards:
             raise UnavailableError(f"none of {', '.join(self._away)} serves the model: {troubles or 'no answer'}")
         return found
 
-    def _admit(self, address: str, served: ServedModel) -> None:
-        """Use a server from now on."""
-        endpoint = self._away[address]
-        endpoint.open(served, self._stats)
+    def _admit(self, endpoint: Endpoint) -> None:
+        """Use a server, which is open, from now on."""
         with self._lock:
-            del self._away[address]
-            self.troubles.pop(address, None)
-            self._open[address] = endpoint
-            same = next((one for one in self._sets if one.parts == served.parts), None)
+            del self._away[endpoint.target]
+            self.troubles.pop(endpoint.target, None)
+            self._open[endpoint.target] = endpoint
+            same = next((one for one in self._sets if one.parts == endpoint.served.parts), None)
             if same is None:
-                same = ReplicaSet(served.parts, self._suspects, self._stats)
+                same = ReplicaSet(endpoint.served.parts, self._suspects, self._stats)
                 self._sets = (*self._sets, same)
-            same.replicas = (*same.replicas, endpoint)
+            same.use((*same.replicas, endpoint))
 
     def _watch(self) -> None:
         """Look for servers that were away, that hold other rows by now, and for new addresses of names."""
-        seen = 0
+        seen, said = 0, ""
         while True:
             seen = self._servers.wait(seen, _LOOK_S)
             if self._closing.is_set():
                 return
-            addresses, complete = self._servers.find(self.served.spec.name, self.served.version)
-            with self._lock:
-                for address in addresses:
-                    if address not in self._open and address not in self._away:
-                        self._away[address] = Endpoint(address, self._ways, self._closing)
-            if complete:
-                self._forget(addresses)
-            self._suspects.update(endpoint for endpoint in self._open.values() if endpoint.breaker.is_open)
-            while self._suspects:
-                endpoint = self._suspects.pop()
-                if self._open.get(endpoint.target) is endpoint:  # else it was let go of meanwhile
-                    self._examine(endpoint)
-            for address, endpoint in list(self._away.items()):
-                if self._closing.is_set():
-                    return
-                if (served := self._look(endpoint)) is not None:
-                    self._admit(address, served)
+            try:
+                self._look_around()
+                said = ""
+            except Exception as error:  # looking goes on whatever happens
+                if repr(error) != said and not self._closing.is_set():
+                    said = repr(error)
+                    _log.exception("looking for servers failed, and is tried again")
 
-    def _look(self, endpoint: Endpoint) -> ServedModel | None:
-        """What the server holds, if that is a shard of ours; else `troubles` says what it is instead."""
+    def _look_around(self) -> None:
+        """Look once at all that are away or suspect, side by side: it takes as long as one look."""
+        addresses, complete = self._servers.find(self.served.spec.name, self.served.version)
+        self._know(addresses)
+        if complete:
+            self._forget(addresses)
+        suspects = {endpoint for endpoint in self._open.values() if endpoint.breaker.is_open}
+        while self._suspects:
+            suspects.add(self._suspects.pop())
+        looks = [self._lookers.submit(self._safely, self._try, endpoint) for endpoint in list(self._away.values())]
+        # Others were let go of meanwhile.
+        examined = [endpoint for endpoint in suspects if self._open.get(endpoint.target) is endpoint]
+        looks += [self._lookers.submit(self._safely, self._examine, endpoint) for endpoint in examined]
+        wait(looks)
+
+    def _safely(self, look: Callable[[Endpoint], None], endpoint: Endpoint) -> None:
+        """Look at a server; whatever goes wrong is its trouble, and logged once unless it is one of ours."""
         try:
-            served = choose(endpoint.describe(_LOOK_TIMEOUT_S), self.served.spec.name, self.served.version)
-            if served.parts in [one.parts for one in self._sets]:
-                return served
-            self.troubles[endpoint.target] = f"it holds rows {dict(served.parts)}, which are no shard of this client's"
-        except EngrampoolError as error:
-            self.troubles[endpoint.target] = str(error)
-        except Exception as error:  # looking must go on; and gRPC has its own ways to say that a channel is closed
-            if not self._closing.is_set():
-                self.troubles[endpoint.target] = repr(error)
-                _log.exception("looking for %s failed", endpoint.target)
-        return None
+            look(endpoint)
+        except Exception as error:
+            ours = isinstance(error, EngrampoolError)
+            text = str(error) if ours else repr(error)
+            # gRPC has its own ways to say that a channel is closed.
+            if not ours and not self._closing.is_set() and self.troubles.get(endpoint.target) != text:
+                _log.exception("looking for %s failed, and is tried again", endpoint.target)
+            self.troubles[endpoint.target] = text
+
+    def _try(self, endpoint: Endpoint) -> None:
+        """Use a server that was away, if it holds a shard of ours now. Raises EngrampoolError and what nobody knows."""
+        served = self._look(endpoint)
+        if served.parts not in [one.parts for one in self._sets]:
+            rows = dict(served.parts)
+            raise SpecError(f"it holds rows {rows}, which are no shard of this client's")
+        try:
+            endpoint.open(served, self._stats)
+        except BaseException:  # it is half open
+            self._renew(endpoint)
+            raise
+        self._admit(endpoint)
+
+    def _look(self, endpoint: Endpoint) -> ServedModel:
+        """What the server holds of our version. Raises PoolError."""
+
+        def ours(held: pool_pb2.Model) -> ModelSpec:
+            spec = self.served.spec
+            if held.spec_digest != spec.digest:
+                raise ProtocolError(f"its specification has digest {held.spec_digest}, this client's {spec.digest}")
+            return spec
+
+        return choose(endpoint.describe(_LOOK_TIMEOUT_S), self.served.spec.name, self.served.version, ours)
 
     def _examine(self, endpoint: Endpoint) -> None:
         """Use a server no more that does not answer, or holds other rows than it did; it may come back."""
-        served = self._look(endpoint)
-        if (served is None or served.parts != endpoint.served.parts) and self._leave(endpoint):
+        try:
+            served = self._look(endpoint)
+        except EngrampoolError:
+            self._let_go(endpoint)
+            raise
+        if served.parts != endpoint.served.parts:
+            self._let_go(endpoint)
+            return
+        # Its limits may be others, and those of its set with them.
+        before, endpoint.served = endpoint.served, served
+        if (before.max_rows, before.max_answer_bytes) != (served.max_rows, served.max_answer_bytes):
             with self._lock:
+                for one in self._sets:
+                    if endpoint in one.replicas:
+                        one.use(one.replicas)
+
+    def _let_go(self, endpoint: Endpoint) -> None:
+        """Use a server no more, unless it is the last of its shard; look for it from now on."""
+        if self._leave(endpoint):
+            self._renew(endpoint)
+
+    def _renew(self, endpoint: Endpoint) -> None:
+        """Have a server that is not used any more looked for on new connections."""
+        endpoint.close()
+        with self._lock:
+            if not self._closing.is_set():
                 self._away[endpoint.target] = Endpoint(endpoint.target, self._ways, self._closing)
 
     def _forget(self, addresses: Collection[str]) -> None:
@@ -254,13 +359,10 @@ class Shards:
         with self._lock:
             for one in self._sets:
                 if endpoint in one.replicas and len(one.replicas) > 1:
-                    one.replicas = tuple(other for other in one.replicas if other is not endpoint)
+                    one.use(tuple(other for other in one.replicas if other is not endpoint))
                     del self._open[endpoint.target]
-                    break
-            else:
-                return False
-        endpoint.close()
-        return True
+                    return True
+        return False
 
 
 def _checked(found: Mapping[str, ServedModel]) -> ServedModel:

@@ -18,7 +18,7 @@ from engrampool_proto.errors import BatchError, EngrampoolError, WireError
 from engrampool_proto.spec import RowIds
 from engrampool_server.metrics import Metrics
 from engrampool_server.shared import InFlight
-from engrampool_server.tables import HeldModel, HeldTable
+from engrampool_server.tables import HeldModel, HeldTable, NotHeldError
 
 # Ids of answers in pieces up to this size are hashed and checked by the event loop, if it gathers too: some
 # milliseconds.
@@ -193,7 +193,8 @@ class Lookups:
         elif isinstance(error, WireError):
             code, reason = grpc.StatusCode.INVALID_ARGUMENT, "malformed-message"
         else:
-            code, reason = grpc.StatusCode.INVALID_ARGUMENT, "bad-batch"
+            reason = "not-held" if isinstance(error, NotHeldError) else "bad-batch"
+            code = grpc.StatusCode.INVALID_ARGUMENT
         self._metrics.refused.labels(reason).inc()
         return code, reason
 

@@ -32,6 +32,10 @@ _SPOT_CHECKS = 6
 _Block = TypeVar("_Block", Block, PatchBlock)
 
 
+class NotHeldError(BatchError):
+    """Rows of the table that this server does not hold; another one may."""
+
+
 class LoadCancelledError(EngrampoolError):
     """Loading was given up because the server is to stop."""
 
@@ -61,7 +65,7 @@ class HeldTable:
         return len(self.rows) == self.spec.num_rows
 
     def check(self, ids: RowIds) -> None:
-        """Raise BatchError naming the first id that is not held."""
+        """Raise BatchError naming the first id that is not held, NotHeldError if the table has it."""
         self._refuse(ids, first_outside(ids, self.row_start, self.row_stop))
 
     def gather(self, ids: RowIds, out: npt.NDArray[np.uint8]) -> None:
@@ -77,7 +81,8 @@ class HeldTable:
 
     def _refuse(self, ids: RowIds, at: int) -> None:
         if at >= 0:
-            raise BatchError(
+            kind = NotHeldError if ids[at] < self.spec.num_rows else BatchError
+            raise kind(
                 f"row id {ids[at]} at position {at} of layer {self.spec.layer} is out of range; "
                 f"this server holds rows {self.row_start} .. {self.row_stop - 1}"
             )

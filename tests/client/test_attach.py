@@ -454,6 +454,17 @@ def test_under_another_kernel_nothing_is_looked_at(lane, whole, other):
     assert "another machine" in made.reason
 
 
+def test_keeping_goes_on_after_what_nobody_thought_of(lane, whole, caplog):
+    made, asked = lane(answer(*whole))
+    asked.answer = RuntimeError("what is this")
+    asked.wait_asked(3)
+    eventually(lambda: not made.attached)
+    assert "what is this" in made.reason
+    assert caplog.records
+    asked.answer = answer(*whole)
+    eventually(lambda: made.attached)
+
+
 def test_a_lease_of_no_time_is_none(lane, whole):
     made, asked = lane(answer(*whole, valid_ms=0))
     asked.wait_asked(3)

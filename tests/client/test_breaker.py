@@ -16,7 +16,7 @@ class Probe:
 
     def __init__(self) -> None:
         self.asked = threading.Semaphore(0)
-        self._words: list[PoolError | None] = []
+        self._words: list[Exception | None] = []
         self._said = threading.Semaphore(0)
 
     def __call__(self) -> None:
@@ -26,7 +26,7 @@ class Probe:
         if word is not None:
             raise word
 
-    def say(self, word: PoolError | None) -> None:
+    def say(self, word: Exception | None) -> None:
         self._words.append(word)
         self._said.release()
 
@@ -198,3 +198,94 @@ def test_once_closed_it_opens_no_more(probe):
     one.failed(BROKEN)
     assert not one.is_open
     assert one._prober is None
+
+
+def test_silence_opens_it_once_a_probe_with_time_enough_is_not_answered_either(probe):
+    opened = threading.Event()
+    one = made(probe, failures=2, opened=opened.set)
+    for _ in range(4):  # more than enough; and who probes is not started twice
+        one.failed(DeadlineError("silent"))
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    assert not one.is_open
+    one.check()
+    probe.say(DeadlineError("silent for a second"))
+    assert opened.wait(LIMIT_S)
+    with pytest.raises(UnavailableError, match="failed 4 lookups in a row, the last with: silent for a second"):
+        one.check()
+    probe.say(None)
+    assert one.watched.wait(LIMIT_S)
+    assert not one.is_open
+    one.close()
+
+
+def test_deadlines_say_nothing_of_a_server_that_answers_a_probe(probe, monkeypatch):
+    monkeypatch.setattr(breaker, "_VOUCHED_S", 1000.0)
+    opened = []
+    one = made(probe, failures=1, opened=lambda: opened.append(True))
+    one.failed(DeadlineError("too short"))
+    probe.say(None)
+    assert one.watched.wait(LIMIT_S)
+    one._prober.join(LIMIT_S)
+    for _ in range(5):
+        one.failed(DeadlineError("too short"))
+    assert not one._prober.is_alive()
+    assert not opened
+    one.check()
+    one.failed(BROKEN)
+    assert opened
+    probe.say(None)
+    one.close()
+
+
+@pytest.mark.parametrize("reason", ["deadline", "not-asked"])
+def test_a_deadline_that_has_a_reason_is_no_silence(probe, reason):
+    one = made(probe, failures=1)
+    one.failed(DeadlineError("too late", reason))
+    assert one._prober is None
+    one.close()
+
+
+def test_a_failure_beside_silence_that_is_looked_into_opens_it_at_once(probe):
+    one = made(probe, failures=1)
+    one.failed(DeadlineError("silent"))
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    one.failed(BROKEN)
+    assert one.is_open
+    probe.say(BROKEN)
+    probe.say(None)
+    assert one.watched.wait(LIMIT_S)
+    assert not one.is_open
+    one.close()
+
+
+def test_probing_goes_on_after_what_nobody_thought_of(probe, caplog):
+    one = made(probe, failures=1)
+    one.failed(BROKEN)
+    for _ in range(3):
+        probe.say(ValueError("what is this"))
+    probe.say(None)
+    assert one.watched.wait(LIMIT_S)
+    assert not one.is_open
+    assert [line.getMessage() for line in caplog.records] == ["probing node:1 failed"]
+    one.close()
+
+
+def test_a_probe_that_is_refused_is_answered(probe):
+    one = made(probe, failures=1)
+    one.failed(BROKEN)
+    probe.say(OverloadedError("full", "overloaded"))
+    assert one.watched.wait(LIMIT_S)
+    assert not one.is_open
+    one.close()
+
+
+def test_it_does_not_open_where_nobody_would_close_it(probe, monkeypatch):
+    one = made(probe, failures=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no more threads")))
+        one.failed(BROKEN)
+    assert not one.is_open
+    one.failed(BROKEN)
+    assert one.is_open
+    probe.say(None)
+    one.close()

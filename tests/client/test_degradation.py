@@ -8,11 +8,12 @@ import pytest
 
 from engrampool_client import Client, DeadlineError, OverloadedError, UnavailableError
 from engrampool_client.delivery import Delivery
+from engrampool_client.endpoint import Endpoint
 from engrampool_client.testing import serve_process
 from engrampool_client.workers import Job
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import eventually, lasting_address
+from server_fixtures import LIMIT_S, GatherGate, eventually, lasting_address, pack, serve_thread
 
 TOKENS = np.arange(500, dtype=np.int32)
 LANES = ["off", "auto"]
@@ -31,7 +32,8 @@ def wait_until_closed(client: Client) -> None:
 
 
 @pytest.mark.parametrize("direct", LANES)
-def test_a_silent_server_is_masked_then_known_then_back(packed, direct):
+def test_a_silent_server_is_masked_then_known_then_back(packed, direct, monkeypatch):
+    monkeypatch.setattr("engrampool_client.endpoint._PROBE_TIMEOUT_S", 0.1)
     with (
         serve_process(packed, workers=1) as server,
         Client(server.address, direct=direct, on_failure="mask", breaker_failures=3, attach="off") as client,
@@ -46,7 +48,7 @@ def test_a_silent_server_is_masked_then_known_then_back(packed, direct):
                 assert client.stats.masked_tokens == {1: 500 * misses, 14: 500 * misses}
                 client._workers.submit(Job(Delivery([1]), lambda: True, (done := threading.Event()).set))
                 assert done.wait(60)
-            # One thread has counted the third by now, or is about to.
+            # One thread has counted the third by now, or is about to; another finds out whether it is silence.
             opened = threading.Event()
             while not client.breaker_open:
                 opened.wait(0.001)
@@ -62,6 +64,62 @@ def test_a_silent_server_is_masked_then_known_then_back(packed, direct):
         for layer, rows in wanted(client).items():
             assert np.array_equal(step.rows(layer), rows)
         assert client.stats.breaker_opened == 1
+
+
+@pytest.mark.parametrize("direct", LANES)
+def test_deadlines_that_pass_before_anything_is_sent_say_nothing_of_the_server(server, direct):
+    with Client(server, direct=direct, breaker_failures=1, attach="off") as client:
+        client.lookup(TOKENS[:5])
+        endpoint = client._shards._sets[0].replicas[0]
+        connections = None if endpoint._direct is None else set(endpoint._direct._open)
+        for _ in range(5):
+            with pytest.raises(DeadlineError):
+                client.lookup(TOKENS[:5], timeout_s=1e-9)
+            with pytest.raises(DeadlineError):
+                client.prefetch(TOKENS[:5], timeout_s=1e-9).rows(1)
+        client._workers.submit(Job(Delivery([1]), lambda: True, (done := threading.Event()).set))
+        assert done.wait(60)
+        assert endpoint.breaker._prober is None
+        assert connections is None or endpoint._direct._open == connections
+        client.lookup(TOKENS[:5])
+
+
+@pytest.mark.parametrize("direct", LANES)
+def test_deadlines_too_short_for_what_is_asked_do_not_open_the_breaker(tmp_path, direct, monkeypatch):
+    gate = GatherGate(monkeypatch)  # large lookups take as long as they like, small ones no time
+    with (
+        serve_thread(pack(tmp_path / "small"), gather_threads=8) as address,
+        Client(address, direct=direct, breaker_failures=3, attach="off", dedupe=False) as client,
+    ):
+        breaker = client._shards._sets[0].replicas[0].breaker
+        for _ in range(3):
+            with pytest.raises(DeadlineError):
+                client.lookup_rows({2: np.arange(2000)}, timeout_s=0.02)
+        eventually(lambda: breaker._prober is not None and not breaker._prober.is_alive(), "it was probed")
+        assert client.stats.breaker_opened == 0
+        assert client.lookup_rows({2: np.arange(3)})[2].shape == (3, 264)
+        gate.open.set()
+
+
+def test_a_client_closes_at_once_while_a_silent_server_is_probed(packed, monkeypatch):
+    monkeypatch.setattr("engrampool_client.endpoint._PROBE_TIMEOUT_S", 3600.0)
+    probing, probe = threading.Event(), Endpoint._probe
+
+    def probed(endpoint: Endpoint) -> None:
+        probing.set()
+        probe(endpoint)
+
+    monkeypatch.setattr(Endpoint, "_probe", probed)
+    with serve_process(packed, workers=1) as server:
+        client = Client(server.address, breaker_failures=1, attach="off")
+        closer = threading.Thread(target=client.close)
+        with server.frozen():
+            with pytest.raises(DeadlineError):
+                client.lookup(TOKENS, timeout_s=0.05)
+            assert probing.wait(LIMIT_S)
+            closer.start()
+            closer.join(LIMIT_S)
+            assert not closer.is_alive()
 
 
 @pytest.mark.parametrize("direct", LANES)

@@ -18,6 +18,7 @@ from engrampool_client.metrics import register
 from engrampool_proto import __version__
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.registry import Held, Member, Published, Registry
+from engrampool_proto.spec import ModelSpec
 from engrampool_proto.synthetic import synthetic_rows
 from etcd_process import EtcdProcess, running_etcd
 from server_fixtures import (
@@ -267,6 +268,61 @@ def test_a_version_that_is_gone_before_the_client_heard_is_asked_for_by_the_next
             assert np.array_equal(step.rows(9), versions.rows(TOKENS[:100])[versions.second][9])
             assert step.valid(9).all()
             assert one.version == versions.second
+
+
+def test_a_specification_that_stays_the_same_is_not_read_again(pool, versions, monkeypatch):
+    with Client(pool.url) as client:
+        read, spec = [], client.spec
+        monkeypatch.setattr(ModelSpec, "from_json", read.append)
+        pool.activate(versions.second)
+        eventually(lambda: client.version == versions.second)
+        assert not read
+        assert client.served.spec is spec
+
+
+@pytest.mark.parametrize("where", ["active", "look"])
+def test_following_goes_on_after_what_nobody_thought_of(pool, versions, where, monkeypatch, caplog):
+    monkeypatch.setattr("engrampool_client.following._AGAIN_S", 0.01)
+    with Client(pool.url) as client:
+        faults, servers = [], client._following.servers
+        call = getattr(servers, where)
+
+        def failing(*arguments):
+            if len(faults) < 3:
+                faults.append(where)
+                raise RuntimeError("what is this")
+            return call(*arguments)
+
+        monkeypatch.setattr(servers, where, failing)
+        if where == "look":  # as a lookup would that finds its version gone
+            client._following._doubts += 1
+        pool.activate(versions.second)
+        eventually(lambda: len(faults) == 3 or servers.wake(), "it failed")
+        eventually(lambda: client.version == versions.second)
+        assert [line.getMessage() for line in caplog.records if line.exc_info] == [
+            "following the active version failed, and is tried again"
+        ]
+    assert threads() == []
+
+
+def test_the_registry_is_followed_on_after_what_nobody_thought_of(pool, versions, monkeypatch, caplog):
+    monkeypatch.setattr("engrampool_client.discovery._AGAIN_S", 0.01)
+    follow, faults = Registry.follow, []
+
+    def failing(registry, changed, stop) -> None:
+        if len(faults) < 3:
+            faults.append(registry)
+            raise RuntimeError("what is this")
+        follow(registry, changed, stop)
+
+    monkeypatch.setattr(Registry, "follow", failing)
+    with Client(pool.url) as client:
+        pool.activate(versions.second)
+        eventually(lambda: client.version == versions.second)
+        assert len(faults) == 3
+        assert [line.getMessage() for line in caplog.records if line.exc_info] == [
+            "following the registry failed, and is tried again"
+        ]
 
 
 def test_asyncio_follows(pool, versions):

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,13 @@ from engrampool_client import (
     DeadlineError,
     OverloadedError,
     PoolError,
+    ProtocolError,
+    RejectedError,
+    Step,
     StepCancelledError,
     UnavailableError,
+    UnknownModelError,
+    UnknownVersionError,
 )
 from engrampool_client import latency as measured
 from engrampool_client.delivery import Delivery
@@ -32,11 +38,10 @@ from engrampool_client.direct import DirectLane
 from engrampool_client.latency import HedgeBudget, Latency
 from engrampool_client.replicas import ReplicaSet
 from engrampool_client.stats import Stats
-from engrampool_client.step import Step
 from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto import frames
 from engrampool_proto.v1 import pool_pb2
-from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
+from server_fixtures import LIMIT_S, Running, eventually, expected, lasting_address, pack, running
 
 COUNT = 50  # rows of each layer that peers are asked for
 NBYTES = 2 * 3 * COUNT
@@ -363,6 +368,136 @@ def test_what_is_not_late_spends_nothing(first):
     assert made._budget.ready
 
 
+# --- refusals
+
+
+@pytest.mark.parametrize("reason", ["too-many-rows", "bad-batch", None])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_a_request_that_is_refused_is_sent_once(reason, replicas):
+    all_of_them = [Replica(reply=RejectedError("no", reason)) for _ in range(replicas)]
+    made = set_of(*all_of_them)
+    with pytest.raises(RejectedError):
+        made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    assert sum(len(one.asked) for one in all_of_them) == 1
+    assert len(made._suspects) == 1  # its limits may be others by now
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        OverloadedError("busy", "overloaded"),
+        UnknownVersionError("gone", "unknown-version"),
+        UnknownModelError("gone", "unknown-model"),
+        RejectedError("elsewhere", "not-held"),
+        ProtocolError("what is this"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_one_refuses_is_asked_of_each_other_one_once(refusal):
+    refusing = [Replica(reply=refusal) for _ in range(3)]
+    with pytest.raises(type(refusal)):
+        set_of(*refusing).ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    assert [len(one.asked) for one in refusing] == [1, 1, 1]
+    well = Replica()
+    set_of(*refusing[:2], well).ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    assert [len(one.asked) for one in (*refusing, well)] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("first", [UnavailableError("it broke"), DeadlineError("slow")], ids=["away", "slow"])
+def test_who_could_not_answer_is_asked_again_and_who_refused_is_not(first):
+    other, refusing = Replica(reply=first), Replica(reply=OverloadedError("busy", "overloaded"))
+    made = set_of(other, refusing, known=False)
+    with pytest.raises(type(first)):
+        made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    assert (len(other.asked), len(refusing.asked)) == (2, 1)
+
+
+def test_a_deadline_that_had_passed_makes_nobody_slow():
+    late, other = Replica(reply=DeadlineError("too late", "not-asked")), Replica()
+    set_of(late, other, known=False).ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    assert not late.latency._whole
+
+
+# --- limits
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return pack(tmp_path_factory.mktemp("replicas") / "small")
+
+
+def refused(server: Running) -> float:
+    return server.scrape().get('engrampool_refused_total{reason="too-many-rows"}', 0)
+
+
+def rows_come(client: Client, ids: Any) -> bool:
+    return client.lookup_rows({2: ids})[2].tobytes() == expected(2, ids)
+
+
+@pytest.mark.parametrize("direct", ["off", "auto"])
+def test_limits_of_replicas_are_the_least_of_them(models, direct):
+    settings = {"direct": direct, "attach": "off"}
+    with running(models, max_rows_per_request=900) as one, running(models, max_answer_bytes=400 * 264) as other:
+        with Client([one.address, other.address], **settings) as client:
+            assert (client.served.max_rows, client.served.max_answer_bytes) == (900, 400 * 264)
+            for count in [401] * 4:
+                with pytest.raises(RejectedError, match="limits of 900 rows and 105600 bytes"):
+                    client.lookup_rows({2: np.arange(count)})
+                assert rows_come(client, np.arange(400))
+        assert refused(one) == refused(other) == 0
+
+
+@pytest.mark.parametrize("direct", ["off", "auto"])
+def test_a_part_over_the_limits_of_its_shard_is_asked_for_in_pieces(models, direct):
+    with ExitStack() as stack:
+        limits = [{"max_rows_per_request": 250}, {"max_answer_bytes": 1000 * 264}]
+        servers = [stack.enter_context(running(models, shard=f"{at}/2", **limits[at])) for at in (0, 1)]
+        client = stack.enter_context(Client([one.address for one in servers], direct=direct, attach="off"))
+        least = client.served
+        assert least.max_rows == 250 + servers[1].server._lookups.limits.max_rows_per_request
+        for ids in (np.arange(1500), np.arange(6000, 4600, -1), np.arange(3000) * 2, np.arange(5)):
+            assert rows_come(client, ids)
+        both = {2: np.arange(800), 9: np.arange(900)}
+        found = client.lookup_rows(both)
+        assert {layer: rows.tobytes() for layer, rows in found.items()} == {n: expected(n, both[n]) for n in both}
+        assert [refused(one) for one in servers] == [0, 0]
+
+
+@pytest.mark.parametrize("direct", ["off", "auto"])
+def test_a_replica_that_comes_later_is_asked_within_its_limits(models, direct, monkeypatch):
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    listen, ids = lasting_address(), np.arange(1000)
+    with running(models) as first, Client([first.address, listen], direct=direct, attach="off") as client:
+        assert rows_come(client, ids)
+        with running(models, listen=listen, max_rows_per_request=300) as second:
+            eventually(lambda: listen in client._shards._open, "it is found")
+            assert all(rows_come(client, ids) for _ in range(4))
+            assert refused(second) == 0
+            assert rows_of_layer(second) >= 1000
+
+
+def rows_of_layer(server: Running) -> float:
+    return server.scrape().get('engrampool_lookup_rows_total{layer="2",model="small"}', 0)
+
+
+def test_a_replica_that_came_back_with_less_room_costs_one_refusal(models, monkeypatch):
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    ids = np.arange(1000)
+    with (
+        running(models) as first,
+        running(models) as second,
+        Client([first.address, second.address], direct="off", attach="off") as client,
+    ):
+        lookups = second.server._lookups
+        lookups.limits = replace(lookups.limits, max_rows_per_request=300)  # as another server there would have
+        with pytest.raises(RejectedError, match="at most 300 in one request"):
+            eventually(lambda: not rows_come(client, ids), "its turn comes")
+        endpoint = client._shards._open[second.address]
+        eventually(lambda: endpoint.served.max_rows == 300, "it is looked at")
+        assert all(rows_come(client, ids) for _ in range(4))
+        assert refused(second) == 1
+
+
 # --- real servers
 
 
@@ -486,11 +621,6 @@ class CuttingProxy:
             thread.join()
         for one in [*self._listeners, *self._sockets]:
             one.close()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return pack(tmp_path_factory.mktemp("replicas") / "small")
 
 
 @pytest.mark.parametrize("direct", ["off", "auto"])

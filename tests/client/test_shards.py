@@ -1,7 +1,10 @@
 """Lookups over several servers: the same bytes, whoever holds which rows, and whoever is away."""
 
+import socket
 import threading
+from collections import Counter
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +13,17 @@ from hypothesis import strategies as st
 
 from engrampool_client import Client, SpecError, UnavailableError
 from engrampool_client.delivery import Delivery
-from engrampool_client.discovery import resolve
+from engrampool_client.discovery import Servers, resolve
+from engrampool_client.endpoint import Endpoint
 from engrampool_client.exchange import Exchange, Route
 from engrampool_client.served import ServedModel
+from engrampool_client.shards import Shards
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import lasting_address
+from engrampool_proto.v1 import pool_pb2
+from server_fixtures import LIMIT_S, eventually, lasting_address, serve_thread
 
 TOKENS = np.arange(700, dtype=np.int32) % 300
 ROWS = RowFormat((Segment("values", "uint8", 3),))
@@ -255,3 +261,214 @@ def test_replicas_that_are_only_slow_are_waited_for(packed, monkeypatch):
         servers[1].process.wait()
         for client in clients * 6:
             assert_same(client.lookup(TOKENS), wanted(client))
+
+
+# --- those that are away
+
+
+def test_all_that_are_away_are_looked_at_at_once(server, monkeypatch):
+    away = [f"127.0.0.1:{port}" for port in range(1, 65)]
+    together, describe, looks = threading.Barrier(len(away)), Endpoint.describe, Counter()
+
+    def silent(endpoint: Endpoint, timeout_s: float, *request: bytes) -> bytes:
+        if endpoint.target not in away:
+            return describe(endpoint, timeout_s, *request)
+        together.wait(LIMIT_S)  # each is silent until all are asked
+        looks[endpoint.target] += 1
+        raise UnavailableError("it is away")
+
+    monkeypatch.setattr(Endpoint, "describe", silent)
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    with Client([server, *away], attach="off") as client:
+        eventually(lambda: min(looks[address] for address in away) >= 3, "they are looked at again and again")
+        assert set(client._shards.troubles) == set(away)
+
+
+@pytest.mark.parametrize("where", ["name", "describe", "open"])
+def test_what_a_look_meets_is_logged_and_the_look_goes_on(packed, server, where, monkeypatch, caplog):
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    known, faults = [server], []
+
+    def fault(name: str) -> None:
+        if name == where and len(known) > 1 and len(faults) < 3:
+            faults.append(name)
+            raise RuntimeError("what is this")
+
+    def found(_: str) -> list[str]:
+        fault("name")
+        return list(known)
+
+    def failing(name: str):
+        call = getattr(Endpoint, name)
+
+        def first(*arguments):
+            fault(name)
+            return call(*arguments)
+
+        return first
+
+    monkeypatch.setattr("engrampool_client.discovery.resolve", found)
+    for name in ("describe", "open"):
+        monkeypatch.setattr(Endpoint, name, failing(name))
+    with serve_thread(packed) as later, Client("dns:///pool:1", attach="off") as client:
+        known.append(later)
+        eventually(lambda: later in client._shards._open, "it is found")
+        assert faults == [where] * 3
+        assert len([line for line in caplog.records if line.exc_info]) == 1
+        for _ in range(2):
+            assert_same(client.lookup(TOKENS), wanted(client))
+
+
+def test_a_client_closes_at_once_while_it_looks_for_servers(server, monkeypatch):
+    """Those that are away take connections, and say nothing."""
+    monkeypatch.setattr("engrampool_client.shards._LOOK_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    looked, describe = threading.Event(), Endpoint.describe
+
+    def looking(endpoint: Endpoint, timeout_s: float, *request: bytes) -> bytes:
+        if timeout_s == 3600:
+            looked.set()
+        return describe(endpoint, timeout_s, *request)
+
+    monkeypatch.setattr(Endpoint, "describe", looking)
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(8)]
+        addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in silent]
+        client = Client([server, *addresses], attach="off", connect_timeout_s=LIMIT_S)
+        assert looked.wait(LIMIT_S)
+        client.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engrampool-look")]
+
+
+# --- names
+
+
+@pytest.mark.parametrize("at_first", [None, []], ids=["unknown", "empty"])
+def test_a_name_that_has_no_address_yet_is_waited_for(server, at_first, monkeypatch):
+    answers = iter([at_first] * 3)
+    monkeypatch.setattr("engrampool_client.discovery.resolve", lambda _: next(answers, [server]))
+    with Client("dns:///pool:1", attach="off") as client:
+        assert_same(client.lookup(TOKENS), wanted(client))
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [(None, "the name cannot be looked up"), ([], "it stands for no server")],
+    ids=["unknown", "empty"],
+)
+def test_a_name_without_an_address_is_said_to_have_none_in_the_end(found, why, monkeypatch):
+    monkeypatch.setattr("engrampool_client.discovery.resolve", lambda _: found)
+    with pytest.raises(UnavailableError, match=rf"dns:///pool:1 had no address within 0\.3 s: {why}"):
+        Client("dns:///pool:1", connect_timeout_s=0.3)
+
+
+def test_waiting_for_an_address_ends_with_the_client(monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr("engrampool_client.discovery.resolve", lambda _: asked.set())
+    closing, ways = threading.Event(), SimpleNamespace(connections=1, max_steps=1)
+    shards, raised = Shards(Servers(["dns:///pool:1"]), ways, closing), []
+
+    def connect() -> None:
+        with pytest.raises(UnavailableError, match="given up") as told:
+            shards.connect(None, None, 3600.0)
+        raised.append(told.value)
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    assert asked.wait(LIMIT_S)
+    closing.set()
+    thread.join(LIMIT_S)
+    shards.close()
+    assert raised
+
+
+def test_a_name_that_is_looked_up_for_ever_holds_up_nobody(packed, server, monkeypatch):
+    monkeypatch.setattr("engrampool_client.discovery._PATIENCE_S", 0.01)
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    answered, asked, listen = threading.Event(), [], lasting_address()
+
+    def slow(target: str) -> list[str]:
+        if not target.startswith("dns:"):
+            return [target]
+        asked.append(target)
+        assert answered.wait(LIMIT_S)
+        return [server]
+
+    monkeypatch.setattr("engrampool_client.discovery.resolve", slow)
+    with pytest.raises(UnavailableError, match=r"had no address within 0\.2 s: the name cannot be looked up"):
+        Client("dns:///pool:1", connect_timeout_s=0.2)
+    with serve_thread(packed) as first, Client([first, listen, "dns:///pool:1"], attach="off") as client:
+        with serve_thread(packed, listen=listen):
+            eventually(lambda: listen in client._shards._open, "who comes back is found")
+        assert len(asked) == 2  # once by each client
+        answered.set()
+        eventually(lambda: server in client._shards._open, "and the name's, once it is looked up")
+
+
+def test_a_name_without_a_port_is_refused():
+    with pytest.raises(ValueError, match="'dns:///pool' has no port; it is dns:///NAME:PORT"):
+        Client("dns:///pool")
+
+
+# --- specifications
+
+
+@pytest.fixture
+def told(monkeypatch) -> SimpleNamespace:
+    """specs: how often one was read in this process. full, brief: answers to Describe with one, and without."""
+    counts = SimpleNamespace(specs=0, full=0, brief=0)
+    read, describe = ModelSpec.from_json, Endpoint.describe
+
+    def from_json(document) -> ModelSpec:
+        counts.specs += 1
+        return read(document)
+
+    def described(*arguments) -> bytes:
+        answer = describe(*arguments)
+        if any(held.spec_json for held in pool_pb2.DescribeResponse.FromString(answer).models):
+            counts.full += 1
+        else:
+            counts.brief += 1
+        return answer
+
+    monkeypatch.setattr(ModelSpec, "from_json", from_json)
+    monkeypatch.setattr(Endpoint, "describe", described)
+    return counts
+
+
+def test_a_specification_is_sent_and_read_once_however_many_servers_have_it(packed, server, told, monkeypatch):
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    known = [server]
+    monkeypatch.setattr("engrampool_client.discovery.resolve", lambda _: list(known))
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serve_thread(packed)) for _ in range(3)]
+        known += servers[:2]
+        told.specs = 0
+        client = stack.enter_context(Client("dns:///pool:1", attach="off"))
+        assert (told.specs, told.full) == (1, 1)
+        known.append(servers[2])
+        eventually(lambda: servers[2] in client._shards._open, "it is found")
+        assert (told.specs, told.full) == (1, 1)
+        assert told.brief >= 4
+        assert all(one.served.spec is client.spec for one in client._shards._open.values())
+
+
+def test_a_server_whose_specification_is_another_is_not_used(packed, server, monkeypatch):
+    monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
+    known, describe = [server], Endpoint.describe
+    monkeypatch.setattr("engrampool_client.discovery.resolve", lambda _: list(known))
+
+    def lying(endpoint: Endpoint, *arguments) -> bytes:
+        answer = pool_pb2.DescribeResponse.FromString(describe(endpoint, *arguments))
+        if endpoint.target != server:
+            answer.models[0].spec_digest = "0" * 32
+        return answer.SerializeToString()
+
+    monkeypatch.setattr(Endpoint, "describe", lying)
+    with serve_thread(packed) as other:
+        with Client("dns:///pool:1", attach="off") as client:
+            known.append(other)
+            eventually(lambda: f"digest {'0' * 32}" in client._shards.troubles.get(other, ""), "it is looked at")
+            assert list(client._shards._open) == [server]
+        with Client([server, other], attach="off") as client:
+            assert list(client._shards._open) == [server]

@@ -198,7 +198,7 @@ def test_a_deadline_waits_for_who_is_writing_and_lets_no_other_in():
     reader.start()
     assert cancelled.wait(10)  # the deadline has come, and told the call
     assert not settled.is_set()
-    with pytest.raises(StepCancelledError), delivery.writing():
+    with pytest.raises(DeadlineError), delivery.writing():
         pass
     written.set()
     writer.join()

@@ -334,7 +334,7 @@ def test_rows_and_layers_that_are_elsewhere_are_refused(packed):
         for call in (pool.lookup, pool.stream):
             assert refusal(lambda call=call: call(pool.by_ids((2, [0, stop - 1, stop])))) == (
                 invalid,
-                "bad-batch",
+                "not-held",
                 f"row id {stop} at position 2 of layer 2 is out of range; this server holds rows 0 .. {stop - 1}",
             )
             for ids in ([0], []):
