@@ -24,6 +24,8 @@ _SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3,
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _CALL = ("grpc_type", "grpc_service", "grpc_method")
 MODEL_INFO = "engrampool_model_info"
+# Why the direct lane cuts connections off.
+CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed")
 
 
 class Metrics:
@@ -53,7 +55,7 @@ class Metrics:
         self.queue = self._seconds("engrampool_lookup_queue_seconds", "From arrival to the start of work.")
         self.gather = self._seconds("engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.")
         self.refused = Counter("engrampool_refused", "Calls refused, by reason.", ("reason",), registry=registry)
-        self.in_flight = self._gauge("engrampool_in_flight_bytes", "Bytes of answers being worked on.")
+        self.in_flight = self._gauge("engrampool_in_flight_bytes", "Bytes of requests and answers in memory.")
         self.in_flight_limit = self._gauge("engrampool_in_flight_limit_bytes", "Their bound.", mode="livemax")
         self.direct_lookups = Counter(
             "engrampool_direct_lookups",
@@ -62,6 +64,14 @@ class Metrics:
             registry=registry,
         )
         self.direct_connections = self._gauge("engrampool_direct_connections", "Open connections of the direct lane.")
+        self.direct_cut = Counter(
+            "engrampool_direct_cut",
+            "Connections of the direct lane that were cut off, by reason.",
+            ("reason",),
+            registry=registry,
+        )
+        for reason in CUT_REASONS:  # which are all there are
+            self.direct_cut.labels(reason)
         self.table_bytes = self._gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table)
         self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
         self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))

@@ -17,12 +17,13 @@ from engrampool_server.direct import DirectLane
 from engrampool_server.entrance import Entrance
 from engrampool_server.health import SERVING, Health
 from engrampool_server.holdings import Holdings
+from engrampool_server.in_flight import InFlight
 from engrampool_server.lookups import Limits, Lookups
 from engrampool_server.metrics import CallMetrics, Metrics
 from engrampool_server.ports import ListenError
 from engrampool_server.service import PoolService
 from engrampool_server.setting_kinds import split_address
-from engrampool_server.shared import InFlight, Shared
+from engrampool_server.shared import Shared
 from engrampool_server.tables import HeldModel
 
 # Ids are at most 8 bytes; the rest of a request is small beside them.
