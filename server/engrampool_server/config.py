@@ -196,7 +196,7 @@ class ServerConfig:
         default=GIB,
         metadata=_about(
             Size(KIB, TIB),
-            "Bytes of answers not yet sent, beyond which lookups are refused; at least max_answer_bytes.",
+            "Bytes of requests and answers in memory, beyond which lookups are refused; at least max_answer_bytes.",
         ),
     )
     stream_chunk_bytes: int = field(

@@ -7,6 +7,8 @@ answer is gathered into buffers that the kernel copies from, and into one more w
 import asyncio
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import cast
 
 import grpc
@@ -15,9 +17,11 @@ import numpy.typing as npt
 
 from engrampool_proto import frames, wire
 from engrampool_proto.v1 import pool_pb2
-from engrampool_server import log
+from engrampool_server import log, peers
+from engrampool_server.callers import Callers
 from engrampool_server.entrance import Entrance
 from engrampool_server.lookups import (
+    SMALL_REQUEST_BYTES,
     Job,
     Lookups,
     Piece,
@@ -31,17 +35,22 @@ from engrampool_server.lookups import (
 from engrampool_server.metrics import Metrics
 
 _TICKET_VALID_S = 10.0
-# A connection without a ticket may stay for so long, and there may be so many of them.
+# A connection without a ticket may stay for so long.
 _HELLO_S = 5.0
-_MAX_STRANGERS = 64
 # How long a refusal that ends the connection may take to arrive, while what the peer still sends is thrown away.
 _LINGER_S = 2.0
-# For a caller without a deadline to take its answer.
-_PATIENCE_S = 600.0
+# Within so long a caller takes the next piece of its answer, and a request that has begun ends or goes on by so much.
+_PATIENCE_S = 10.0
+_PROGRESS_BYTES = 1 << 20
 _ACCEPT_AGAIN_S = 1.0
 # Beside the rows, in a buffer: heads and the end of the answer.
 _MARGIN_BYTES = 64 << 10
-_READ_BYTES = 64 << 10
+# What frames of a stranger and of a caller are read into. A larger request has memory of its own, which grows as bytes
+# come: whoever only promises them takes little.
+_HELLO_BYTES = frames.HEADER.size + frames.MAX_TICKET_BYTES + 1
+_READ_BYTES = SMALL_REQUEST_BYTES
+_FIRST_BYTES = 1 << 20
+_GROWTH = 4
 _SPARE_BUFFERS = 16
 _MAX_TEXT_BYTES = 3000
 _MESSAGE_AT = frames.HEADER.size + frames.TIMEOUT.size
@@ -59,11 +68,10 @@ class DirectLane:
         self._ok = metrics.direct_lookups.labels(grpc.StatusCode.OK.name)
         self._listening = False
         self._arriving: set[asyncio.Task[None]] = set()
-        self._connections: set[_Connection] = set()
-        self._strangers: dict[_Connection, None] = {}  # in the order of their arrival
+        self._connections: Callers[_Connection] = Callers()
         self._empty = asyncio.Event()
         # Of 0.5 to 4 MiB, two of gRPC's chunks were the fastest.
-        self.piece_bytes = 2 * lookups.limits.stream_chunk_bytes
+        self.piece_bytes = 2 * lookups.chunk_bytes
         self._buffer_bytes = max(lookups.inline_bytes, self.piece_bytes) + _MARGIN_BYTES
         self._spare: list[_Buffer] = []
         self.waste = memoryview(bytearray(_READ_BYTES))
@@ -74,11 +82,11 @@ class DirectLane:
         self._listening = True
         self.loop.add_reader(self._entrance.listener.fileno(), self._accept)
 
-    def admit_one(self) -> pool_pb2.OpenDirectResponse:
-        """Let a caller in, once. Raises RefusedError."""
-        ticket = self._entrance.tickets.issue(_TICKET_VALID_S)
+    def admit_one(self, peer: str) -> pool_pb2.OpenDirectResponse:
+        """Let a caller of that peer in, once. Raises RefusedError."""
+        ticket = self._entrance.tickets.issue(_TICKET_VALID_S, peer)
         if ticket is None:
-            text = "too many tickets were asked for and not used; try again later"
+            text = "too many tickets are asked for at this moment; try again later"
             raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", text)
         return pool_pb2.OpenDirectResponse(
             host=self._entrance.host.strip("[]"),
@@ -96,12 +104,12 @@ class DirectLane:
         self.loop.remove_reader(self._entrance.listener.fileno())
         if self._arriving:
             await asyncio.wait(self._arriving)
-        for connection in list(self._connections):
+        for connection in self._connections:
             connection.leave()
         try:
             await asyncio.wait_for(self._gone(), drain_s)
         except TimeoutError:
-            for connection in list(self._connections):
+            for connection in self._connections:
                 connection.abort()
             await self._gone()
 
@@ -122,7 +130,20 @@ class DirectLane:
             self.loop.call_later(_ACCEPT_AGAIN_S, self._accept_again)
             return
         accepted.setblocking(False)
-        task = self.loop.create_task(self._connect(accepted))
+        try:
+            connection = _Connection(self, peers.of_connection(accepted))
+            displaced = self._connections.come(connection, connection.peer)
+        except OSError:  # it left already
+            accepted.close()
+            return
+        except RefusedError as error:
+            with accepted, suppress(OSError):
+                accepted.send(self.refusal(error))
+            return
+        if displaced is not None:  # which has its transport: those after it came one by one
+            displaced.cut("stranger")
+        self._metrics.direct_connections.set(len(self._connections))
+        task = self.loop.create_task(self._connect(accepted, connection))
         self._arriving.add(task)
         task.add_done_callback(self._arriving.discard)
 
@@ -130,39 +151,43 @@ class DirectLane:
         if self._listening:
             self.loop.add_reader(self._entrance.listener.fileno(), self._accept)
 
-    async def _connect(self, accepted: socket.socket) -> None:
-        if accepted.family != socket.AF_UNIX:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # callers may vanish without a word
+    async def _connect(self, accepted: socket.socket, connection: "_Connection") -> None:
         try:
-            await self.loop.connect_accepted_socket(lambda: _Connection(self), accepted)
+            if accepted.family != socket.AF_UNIX:
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # callers may vanish without a word
+            await self.loop.connect_accepted_socket(lambda: connection, accepted)
         except OSError:  # it left already
             accepted.close()
+            self.left(connection)
 
     # --- for connections
-
-    def arrived(self, connection: "_Connection") -> None:
-        """Note a connection, without a ticket as yet."""
-        self._connections.add(connection)
-        self._strangers[connection] = None
-        if len(self._strangers) > _MAX_STRANGERS:
-            next(iter(self._strangers)).abort()
-        self._metrics.direct_connections.set(len(self._connections))
 
     def admit(self, connection: "_Connection", ticket: bytes) -> bool:
         """Whether the ticket lets the connection in."""
         good = self._entrance.tickets.take(ticket)
         if good:
-            self._strangers.pop(connection, None)
+            self._connections.admitted(connection)
         return good
 
     def left(self, connection: "_Connection") -> None:
         """Forget a connection."""
-        self._connections.discard(connection)
-        self._strangers.pop(connection, None)
+        self._connections.left(connection)
         self._metrics.direct_connections.set(len(self._connections))
         if not self._connections:
             self._empty.set()
+
+    def refusal(self, error: Exception) -> bytes:
+        """Count one of Refusals; gives the frame that says it."""
+        code, reason = self.lookups.refused(error)
+        self.ended(code)
+        text = str(error).encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")
+        refusal = pool_pb2.Refusal(code=code.value[0], reason=reason, text=text)
+        return frames.frame(frames.REFUSED, refusal.SerializeToString())
+
+    def cut(self, reason: str) -> None:
+        """Count a connection that is cut off."""
+        self._metrics.direct_cut.labels(reason).inc()
 
     def answered(self, job: Job, times: wire.ServerTimes) -> None:
         """Count a lookup that was answered."""
@@ -190,20 +215,27 @@ class _GoneError(Exception):
 
 
 class _Connection(asyncio.BufferedProtocol):
-    """One caller: says hello with its ticket, then asks for one thing at a time."""
+    """One caller: says hello with its ticket, then asks for one thing at a time.
 
-    def __init__(self, lane: DirectLane) -> None:
-        self._lane = lane
+    peer: whose it is; see peers.py.
+    """
+
+    def __init__(self, lane: DirectLane, peer: str) -> None:
+        self._lane, self.peer = lane, peer
         self._kind = frames.HELLO  # of the frame that may come next
-        self._view = self._small = memoryview(bytearray(_READ_BYTES))
+        self._view = self._small = memoryview(bytearray(_HELLO_BYTES))
         self._filled = 0
         self._form: _Form | None = None  # of the last small request
         # Answering: what comes meanwhile comes too early. Ending: what comes is thrown away. Leaving: the answer under
         # way is the last one.
         self._answering = self._ending = self._leaving = self._gone = False
+        self._unwanted: tuple[int, RefusedError] | None = None  # a request to be read to this end, then refused
         self._paused = self._unread = False
         self._resumed: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # to the end of anything but waiting for a request
+        self._held = 0  # bytes in flight, of the request and its answer
+        self._shown = False  # whether Prometheus saw them
 
     # --- the transport's calls
 
@@ -211,12 +243,13 @@ class _Connection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         # Whatever the system does not take at once pauses us: only then is a buffer still in use after `write`.
         self._transport.set_write_buffer_limits(high=0)
-        self._timer = self._lane.loop.call_later(_HELLO_S, self.abort)
-        self._lane.arrived(self)
+        self._within(_HELLO_S, "no-hello")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._ending or self._answering:  # whatever it is, it will not be read
             return self._lane.waste
+        if self._unwanted is not None:
+            return self._lane.waste[: self._unwanted[0] - self._filled]
         return self._view[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -226,8 +259,12 @@ class _Connection(asyncio.BufferedProtocol):
             self.abort()
             return
         self._filled += nbytes
-        if self._filled >= frames.HEADER.size:
+        if self._unwanted is not None:
+            self._pass_over(*self._unwanted)
+        elif self._filled >= frames.HEADER.size:
             self._read()
+        elif self._timer is None:
+            self._await_rest(0)
 
     def eof_received(self) -> bool:
         return False
@@ -239,12 +276,15 @@ class _Connection(asyncio.BufferedProtocol):
         self._paused = False
         if self._unread:
             self._unread = False
+            self._no_timer()
             self._transport.resume_reading()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gone = True
-        self._timer.cancel()
+        self._no_timer()
+        if not self._answering:  # else whoever does lets go, once nothing is gathered any more
+            self._let_go()
         self._lane.left(self)
         self._wake()
 
@@ -259,6 +299,54 @@ class _Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close at once."""
         self._transport.abort()
+
+    def cut(self, reason: str) -> None:
+        """Close at once, for a reason to be counted."""
+        self._lane.cut(reason)
+        self._transport.abort()
+
+    # --- bounds
+
+    def _within(self, seconds: float, reason: str) -> None:
+        """Have the connection cut off after that time, unless `_no_timer` is called before."""
+        self._no_timer()
+        self._timer = self._lane.loop.call_later(seconds, self.cut, reason)
+
+    def _no_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _await_rest(self, before: int) -> None:
+        """Have a request that has begun end or go on in time. before: bytes of it that were there the last time."""
+        if before and self._filled - before < _PROGRESS_BYTES:
+            self.cut("slow-request")
+        else:
+            self._timer = self._lane.loop.call_later(_PATIENCE_S, self._await_rest, self._filled)
+
+    def _reserve(self, nbytes: int) -> None:
+        """Count bytes as in flight, until `_let_go`. Raises RefusedError."""
+        self._lane.lookups.reserve(nbytes, self.peer)
+        self._held += nbytes
+
+    def _let_go(self) -> None:
+        """Nothing of a request or an answer is in memory any more."""
+        held, self._held = self._held, 0
+        self._lane.lookups.release(held, self.peer)
+        if self._shown:
+            self._shown = False
+            self._lane.lookups.show_in_flight()
+
+    def _show(self) -> None:
+        """Have Prometheus see what is in flight, and later that it is no more."""
+        self._shown = True
+        self._lane.lookups.show_in_flight()
+
+    def _fail(self) -> None:
+        """Something went wrong that no caller can be told: it is to be raised, and this connection ends."""
+        self._let_go()
+        self._lane.ended(grpc.StatusCode.INTERNAL)
+        self.cut("failed")
 
     # --- frames
 
@@ -277,11 +365,11 @@ class _Connection(asyncio.BufferedProtocol):
             self._end(invalid(text, "too-many-rows"))
             return
         total = frames.HEADER.size + length
-        if total > len(self._view):
-            larger = np.empty(total, np.uint8).data  # pages of it come into being as they are written
-            larger[: self._filled] = self._view[: self._filled]
-            self._view = larger
         if self._filled < total:
+            if self._timer is None:
+                self._await_rest(0)
+            if self._filled == len(self._view):
+                self._grow(total)
             return
         if self._filled > total:
             self._end(_malformed("one frame at a time: wait for the answer"))
@@ -291,18 +379,43 @@ class _Connection(asyncio.BufferedProtocol):
             self._filled = 0
             self._greet(ticket)
             return
+        if self._timer is not None:
+            self._no_timer()
         (timeout_us,) = frames.TIMEOUT.unpack_from(self._view, frames.HEADER.size)
         message = self._view[_MESSAGE_AT:total].toreadonly()
         self._view, self._filled = self._small, 0
         self._ask(message, timeout_us / 1e6 if timeout_us else None)
+
+    def _grow(self, total: int) -> None:
+        """Have room for more of a frame of `total` bytes; where there is none, for nothing of it."""
+        size = min(total, max(_FIRST_BYTES, _GROWTH * len(self._view)))
+        try:
+            self._reserve(size - self._held)
+        except RefusedError as error:
+            self._let_go()
+            self._view = self._small
+            self._unwanted = total, error
+            return
+        self._show()
+        larger = np.empty(size, np.uint8).data
+        larger[: self._filled] = self._view
+        self._view = larger
+
+    def _pass_over(self, total: int, error: RefusedError) -> None:
+        """Refuse a request that there was no room for, once all of it came: the next one may come after it."""
+        if self._filled == total:
+            self._unwanted, self._filled = None, 0
+            self._no_timer()
+            self._refuse(error)
 
     def _greet(self, ticket: bytes) -> None:
         if not self._lane.admit(self, ticket):
             text = "the ticket is not good, or no more; ask for one by OpenDirect"
             self._end(RefusedError(grpc.StatusCode.UNAUTHENTICATED, "bad-ticket", text))
             return
-        self._timer.cancel()
+        self._no_timer()
         self._kind = frames.REQUEST
+        self._view = self._small = memoryview(bytearray(_READ_BYTES))
         self._transport.write(frames.frame(frames.READY))
 
     def _ask(self, message: memoryview, timeout_s: float | None) -> None:
@@ -314,99 +427,72 @@ class _Connection(asyncio.BufferedProtocol):
                 job, form = lookups.check(message), None
             else:
                 job = form.job
-            lookups.reserve(job)
+            if job.answer_bytes + len(message) <= lookups.inline_bytes:
+                self._reserve(job.answer_bytes)
+                self._answer_small(job, form, message, arrived, timeout_s)
+            else:
+                self._reserve(lookups.bytes_in_pieces(job))
+                self._answering = True
+                self._task = self._lane.loop.create_task(self._answer_large(job, arrived, timeout_s))
         except Refusals as error:
+            self._let_go()
             self._refuse(error)
-            return
-        if job.answer_bytes + len(message) <= lookups.inline_bytes:
-            self._answer_small(job, form, message, arrived, timeout_s)
-        else:
-            self._answering = True
-            self._task = self._lane.loop.create_task(self._answer_large(job, arrived, timeout_s))
+        except BaseException:
+            self._fail()
+            raise
 
     def _answer_small(
         self, job: Job, form: "_Form | None", message: memoryview, arrived: float, timeout_s: float | None
     ) -> None:
-        """In one go, within the call that brought the request. form: that of the request, if it is known."""
+        """In one go, within the call that brought the request. form: that of the request, if it is known.
+
+        Raises one of Refusals.
+        """
         lane = self._lane
         begin = time.perf_counter()
-        try:
-            remaining_s = None if timeout_s is None else timeout_s - (begin - arrived)
-            if form is not None:
-                check_deadline(remaining_s)
-                for table, (_, ids) in zip(job.tables, job.request.tables, strict=True):
-                    table.check(ids)
-                layout = form.layout
-            else:
-                layout = _Layout(cut(job.resolve(remaining_s), lane.piece_bytes))
-                if job.request.tokens is None and len(message) <= len(self._small) - _MESSAGE_AT:
-                    self._form = _Form(message, job, layout)
-        except Refusals as error:
-            lane.lookups.release(job)
-            self._refuse(error)
-            return
+        remaining_s = None if timeout_s is None else timeout_s - (begin - arrived)
+        if form is not None:
+            check_deadline(remaining_s)
+            for table, (_, ids) in zip(job.tables, job.request.tables, strict=True):
+                table.check(ids)
+            layout = form.layout
+        else:
+            layout = _Layout(cut(job.resolve(remaining_s), lane.piece_bytes))
+            if job.request.tokens is None and len(message) <= len(self._small) - _MESSAGE_AT:
+                self._form = _Form(message, job, layout)
         buffer = lane.take_buffer(layout.nbytes)
-        try:
-            answer, times = layout.fill(buffer, arrived, begin)
-            self._transport.write(answer)
-        except BaseException:
-            lane.lookups.release(job)
-            self.abort()
-            raise
+        answer, times = layout.fill(buffer, arrived, begin)
+        self._transport.write(answer)
         if self._paused:
             self._answering = True
-            lane.lookups.show_in_flight()
-            self._task = lane.loop.create_task(self._wait_sent(job, buffer, timeout_s))
+            self._show()
+            self._task = lane.loop.create_task(self._wait_sent(buffer, timeout_s))
         else:
             lane.give_back(buffer)
-            lane.lookups.release(job)
+            self._let_go()
         lane.answered(job, times)
 
-    async def _wait_sent(self, job: Job, buffer: _Buffer, timeout_s: float | None) -> None:
+    async def _wait_sent(self, buffer: _Buffer, timeout_s: float | None) -> None:
         """The end of a small answer that the system did not take at once."""
-        timer = self._lane.loop.call_later(_PATIENCE_S if timeout_s is None else timeout_s, self.abort)
         try:
-            await self._sent()
-            self._lane.give_back(buffer)
-            self._answered()
+            with self._deadline(timeout_s):
+                await self._sent()
         except _GoneError:
-            pass
+            return
         finally:
-            timer.cancel()
-            self._lane.lookups.release(job)
-            self._lane.lookups.show_in_flight()
+            self._let_go()
+        self._lane.give_back(buffer)
+        self._answered()
 
     async def _answer_large(self, job: Job, arrived: float, timeout_s: float | None) -> None:
         """Piece by piece, each gathered while the one before it is sent; others have their turn between two."""
-        lane, lookups = self._lane, self._lane.lookups
-        timer = lane.loop.call_later(_PATIENCE_S if timeout_s is None else timeout_s, self.abort)
+        lane = self._lane
         buffers: list[_Buffer] = []
-        lookups.show_in_flight()
+        self._show()
         try:
             deadline = None if timeout_s is None else arrived + timeout_s
-            begin, pieces = await lookups.resolve_pieces(job, deadline, lane.piece_bytes)
-            gathered = time.perf_counter() - begin
-            size = max(map(_frame_bytes, pieces)) + _END_BYTES
-            buffers += [lane.take_buffer(size) for _ in pieces[:2]]
-
-            def fill(at: int) -> "asyncio.Future[tuple[int, float]]":
-                return lane.loop.run_in_executor(lookups.threads, _timed_fill, buffers[at % 2], pieces[at])
-
-            coming = None if lookups.gathers_inline else fill(0)
-            for at, piece in enumerate(pieces):
-                buffer = buffers[at % 2]
-                end, seconds = await coming if coming else _timed_fill(buffer, piece)
-                gathered += seconds
-                await self._sent()
-                if at + 1 < len(pieces):
-                    coming = coming and fill(at + 1)
-                    self._transport.write(buffer[:end].data)
-                    await asyncio.sleep(0)
-            times = server_times(arrived, begin, gathered)
-            stop = end + _END_BYTES
-            buffer[end:stop].data[:] = frames.end(times)
-            self._transport.write(buffer[:stop].data)
-            await self._sent()
+            with self._deadline(timeout_s):
+                times = await self._send_pieces(job, buffers, arrived, deadline)
         except _GoneError:
             lane.ended(grpc.StatusCode.CANCELLED)
             return
@@ -415,17 +501,55 @@ class _Connection(asyncio.BufferedProtocol):
             self._refuse(error)
             return
         except BaseException:
-            self.abort()
+            self._fail()
             raise
         finally:
-            timer.cancel()
-            lookups.release(job)
-            lookups.show_in_flight()
+            self._let_go()
         # Only where everything was sent: else the system may still read them.
         for buffer in buffers:
             lane.give_back(buffer)
         self._answered()
         lane.answered(job, times)
+
+    async def _send_pieces(
+        self, job: Job, buffers: list[_Buffer], arrived: float, deadline: float | None
+    ) -> wire.ServerTimes:
+        """Send an answer from `buffers`, which are taken here. Raises _GoneError, one of Refusals."""
+        lane, lookups = self._lane, self._lane.lookups
+        begin, pieces = await lookups.resolve_pieces(job, deadline, lane.piece_bytes)
+        gathered = time.perf_counter() - begin
+        size = max(map(_frame_bytes, pieces)) + _END_BYTES
+        buffers += [lane.take_buffer(size) for _ in pieces[:2]]
+
+        def fill(at: int) -> "asyncio.Future[tuple[int, float]]":
+            return lane.loop.run_in_executor(lookups.threads, _timed_fill, buffers[at % 2], pieces[at])
+
+        coming = None if lookups.gathers_inline else fill(0)
+        for at, piece in enumerate(pieces):
+            buffer = buffers[at % 2]
+            end, seconds = await coming if coming else _timed_fill(buffer, piece)
+            gathered += seconds
+            await self._sent()
+            if at + 1 < len(pieces):
+                coming = coming and fill(at + 1)
+                self._transport.write(buffer[:end].data)
+                await asyncio.sleep(0)
+        times = server_times(arrived, begin, gathered)
+        stop = end + _END_BYTES
+        buffer[end:stop].data[:] = frames.end(times)
+        self._transport.write(buffer[:stop].data)
+        await self._sent()
+        return times
+
+    @contextmanager
+    def _deadline(self, timeout_s: float | None) -> Iterator[None]:
+        """Close the connection when its caller waits no more."""
+        timer = None if timeout_s is None else self._lane.loop.call_later(timeout_s, self.abort)
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def _answered(self) -> None:
         """Be ready for the next request."""
@@ -434,10 +558,15 @@ class _Connection(asyncio.BufferedProtocol):
             self._transport.close()
 
     async def _sent(self) -> None:
-        """Until the system has taken all that was written. Raises _GoneError."""
-        while self._paused and not self._gone:
-            self._resumed = self._lane.loop.create_future()
-            await self._resumed
+        """Until the system has taken all that was written. Raises _GoneError, as for a caller who reads nothing."""
+        if self._paused and not self._gone:
+            timer = self._lane.loop.call_later(_PATIENCE_S, self.cut, "unread-answer")
+            try:
+                while self._paused and not self._gone:
+                    self._resumed = self._lane.loop.create_future()
+                    await self._resumed
+            finally:
+                timer.cancel()
         if self._gone or self._transport.is_closing():
             raise _GoneError
 
@@ -447,25 +576,20 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _refuse(self, error: Exception) -> None:
         """Say no to a request; the next one may come."""
-        self._say_no(error)
+        self._transport.write(self._lane.refusal(error))
         if self._paused:  # a caller who only asks, and never listens
             self._unread = True
             self._transport.pause_reading()
+            self._within(_PATIENCE_S, "unread-answer")
 
     def _end(self, error: RefusedError) -> None:
         """Say why, and close. What the peer still sends is read, or the system would take back what we said."""
         self._ending = True
-        self._say_no(error)
+        self._let_go()
+        self._transport.write(self._lane.refusal(error))
         self._transport.write_eof()
-        self._timer.cancel()
+        self._no_timer()
         self._timer = self._lane.loop.call_later(_LINGER_S, self.abort)
-
-    def _say_no(self, error: Exception) -> None:
-        code, reason = self._lane.lookups.refused(error)
-        self._lane.ended(code)
-        text = str(error).encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")
-        refusal = pool_pb2.Refusal(code=code.value[0], reason=reason, text=text)
-        self._transport.write(frames.frame(frames.REFUSED, refusal.SerializeToString()))
 
 
 def _malformed(text: str) -> RefusedError:

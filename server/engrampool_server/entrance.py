@@ -18,70 +18,105 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from engrampool_server.ports import ListenError, listen_on
 from engrampool_server.setting_kinds import split_address
 
 _ANY_HOST = ("0.0.0.0", "[::]")  # noqa: S104
-_NEXT = struct.Struct("<q")
-# Secret, and until when it is good, in nanoseconds of the monotonic clock; 0 for a slot that is free.
-_SLOT = struct.Struct("<32sq")
 _SLOTS = 1024
+# Of these, the most that one peer may have unused; the next one takes the place of its oldest.
+_OF_PEER = 64
+# How many slots to try that others are busy with, each of which takes microseconds.
+_TRIES = 16
+_SECRET_BYTES = 32
+# expires: in nanoseconds of the monotonic clock; 0 for a slot that is free.
+_SLOT = np.dtype([("expires", "i8"), ("peer", "i8"), ("secret", "u1", _SECRET_BYTES)])
 _INDEX = struct.Struct("<I")
 
 
 class Tickets:
-    """One-time tickets, in memory that forks share. A ticket is the number of its slot and 32 random bytes."""
+    """One-time tickets, in memory that forks share. A ticket is the number of its slot and 32 random bytes.
+
+    Whoever changes a slot locks it, and nobody waits for a lock: a process that is stopped while it has one keeps this
+    one slot, and the ticket in it, from the others.
+    """
 
     def __init__(self) -> None:
-        size = _NEXT.size + _SLOTS * _SLOT.size
         self._file = os.memfd_create("engrampool-tickets")
-        os.ftruncate(self._file, size)
-        self._memory = mmap.mmap(self._file, size)
+        os.ftruncate(self._file, _SLOTS * _SLOT.itemsize)
+        self._memory = mmap.mmap(self._file, _SLOTS * _SLOT.itemsize)
+        self._slots = np.frombuffer(self._memory, _SLOT)
 
-    def issue(self, valid_s: float) -> bytes | None:
-        """A fresh ticket; None if too many that are still good were never used."""
+    def issue(self, valid_s: float, peer: str) -> bytes | None:
+        """A fresh ticket; None if every slot that was tried was in use that very moment.
+
+        It takes the place of one that is no good any more. Else the oldest has to go: the peer's own if it has many, or
+        that of whichever peer has most of them.
+        """
         now = time.monotonic_ns()
-        with self._locked():
-            (index,) = _NEXT.unpack_from(self._memory)
-            # All are good for the same time, so the one after the newest is the oldest.
-            if _SLOT.unpack_from(self._memory, self._at(index))[1] > now:
-                return None
-            secret = secrets.token_bytes(32)
-            _SLOT.pack_into(self._memory, self._at(index), secret, now + int(valid_s * 1e9))
-            _NEXT.pack_into(self._memory, 0, (index + 1) % _SLOTS)
-        return _INDEX.pack(index) + secret
+        owner = hash(peer)  # the same in all processes of a server
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        for index, seen in self._candidates(owner, now):
+            with self._locked(index) as alone:
+                if alone and self._slots["expires"][index] == seen:
+                    self._slots[index] = (now + int(valid_s * 1e9), owner, np.frombuffer(secret, np.uint8))
+                    return _INDEX.pack(index) + secret
+        return None
 
     def take(self, ticket: bytes) -> bool:
         """Whether the ticket is good; it is so once."""
-        if len(ticket) != _INDEX.size + 32:
+        if len(ticket) != _INDEX.size + _SECRET_BYTES:
             return False
         (index,) = _INDEX.unpack_from(ticket)
         if index >= _SLOTS:
             return False
-        with self._locked():
-            secret, expires = _SLOT.unpack_from(self._memory, self._at(index))
+        with self._locked(index) as alone:
+            if not alone:  # another process is taking it, or has just given its place to another one
+                return False
+            slot = self._slots[index]
+            secret, expires = slot["secret"].tobytes(), int(slot["expires"])
             good = hmac.compare_digest(secret, ticket[_INDEX.size :]) and expires > time.monotonic_ns()
             if good:
-                _SLOT.pack_into(self._memory, self._at(index), bytes(32), 0)
+                self._slots["expires"][index] = 0
             return good
 
     def close(self) -> None:
         """Give the memory back, in this process."""
+        del self._slots
         self._memory.close()
         os.close(self._file)
 
-    @staticmethod
-    def _at(index: int) -> int:
-        return _NEXT.size + index * _SLOT.size
+    def _candidates(self, owner: int, now: int) -> list[tuple[int, int]]:
+        """Slots that a new ticket of `owner` may have, best first, and until when what is in them is good."""
+        expires, owners = self._slots["expires"].copy(), self._slots["peer"].copy()
+        good = expires > now
+        (own,) = np.nonzero(good & (owners == owner))
+        if len(own) >= _OF_PEER:
+            found = own
+        elif not good.all():
+            (found,) = np.nonzero(~good)
+            # Processes that look at one time are not to choose the same.
+            found = np.roll(found, -secrets.randbelow(len(found)))
+            return [(int(index), int(expires[index])) for index in found[:_TRIES]]
+        else:
+            peers, counts = np.unique(owners, return_counts=True)
+            (found,) = np.nonzero(owners == peers[counts.argmax()])
+        oldest = found[np.argsort(expires[found], kind="stable")][:_TRIES]
+        return [(int(index), int(expires[index])) for index in oldest]
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Alone among processes. The kernel lets go for one that dies."""
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
+    def _locked(self, index: int) -> Iterator[bool]:
+        """Whether this process has the slot to itself meanwhile. The kernel lets go for one that dies."""
         try:
-            yield
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+        except OSError:
+            yield False
+            return
+        try:
+            yield True
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, index)
 
 
 class Entrance:

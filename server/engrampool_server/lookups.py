@@ -16,13 +16,19 @@ import grpc
 from engrampool_proto import wire
 from engrampool_proto.errors import BatchError, EngrampoolError, WireError
 from engrampool_proto.spec import RowIds
+from engrampool_server.in_flight import InFlight
 from engrampool_server.metrics import Metrics
-from engrampool_server.shared import InFlight
 from engrampool_server.tables import HeldModel, HeldTable, NotHeldError
 
 # Ids of answers in pieces up to this size are hashed and checked by the event loop, if it gathers too: some
 # milliseconds.
 _INLINE_RESOLVE_BYTES = 64 << 20
+# Of an answer in pieces, what is in memory at one time: a stream has a message on its way, one that gRPC holds and the
+# next one; the direct lane two pieces of two chunks.
+_CHUNKS_HELD = 4
+_ID_BYTES = 8
+# Requests up to this size are not counted as in flight.
+SMALL_REQUEST_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Job:
     """A request that was found good: what to read, in the order of the answer.
 
     Either its ids are there, or `request.tokens` is to be hashed for `tables`.
-    answer_bytes: of rows, reserved until `Lookups.release`.
+    answer_bytes: of rows.
     """
 
     request: wire.LookupRequest
@@ -107,12 +113,16 @@ class Lookups:
 
     threads: for large answers. gathers_inline: all the same the event loop gathers what is sent in pieces.
     inline_bytes: requests with their answers up to this size are worked on by the event loop, with no hand-over.
+    chunk_bytes: rows in one message of a stream, about.
     """
 
     inline_bytes = 2 << 20
 
     def __init__(self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int) -> None:
         self.limits, self.in_flight, self._metrics = limits, in_flight, metrics
+        self.inline_bytes = min(self.inline_bytes, in_flight.share_bytes)
+        # What is sent in pieces must fit into the share of one peer, however small that is.
+        self.chunk_bytes = min(limits.stream_chunk_bytes, max(1, in_flight.share_bytes // _CHUNKS_HELD))
         self._models: dict[str, dict[str, HeldModel]] = {}
         # One there is always, for large answers that are asked for as one message.
         self.threads = ThreadPoolExecutor(max(1, gather_threads), "gather")
@@ -146,27 +156,36 @@ class Lookups:
             raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "unknown-version", text)
         return versions[version]
 
-    def admit(self, message: bytes | memoryview) -> Job:
-        """Read the request, check it, and reserve the bytes of its answer until `release`. Raises one of Refusals."""
-        job = self.check(message)
-        self.reserve(job)
-        self.show_in_flight()
-        return job
-
     def check(self, message: bytes | memoryview) -> Job:
         """Read the request, and check it. Raises one of Refusals."""
         self.check_ready()
         return self._check(wire.parse_request(message))
 
-    def reserve(self, job: Job) -> None:
-        """Count the bytes of its answer as in flight, until `release`. Raises RefusedError if they are too many."""
-        if not self.in_flight.reserve(job.answer_bytes):
-            text = f"{self.in_flight.total} bytes are in flight, of {self.in_flight.limit_bytes}; try again later"
-            raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", text)
+    def reserve(self, nbytes: int, peer: str) -> None:
+        """Count `nbytes` as in flight for `peer` (peers.py), until `release`. Raises RefusedError if they are too many.
 
-    def release(self, job: Job) -> None:
-        """The answer is on its way, or will never be."""
-        self.in_flight.release(job.answer_bytes)
+        To be called before the memory is taken.
+        """
+        if self.in_flight.reserve(nbytes, peer):
+            return
+        bound = self.in_flight
+        if nbytes > bound.share_bytes:
+            text = f"this takes {nbytes} bytes at once, and one caller may have {bound.share_bytes} at most"
+            raise invalid(f"{text}; split the request, or ask for a large answer by LookupStream", "too-many-rows")
+        text = f"{bound.total} bytes are in flight, of {bound.limit_bytes}"
+        if bound.total + nbytes <= bound.limit_bytes:
+            text += f"; {bound.of(peer)} of them are for {peer}, who may have no more than is free"
+            raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "peer-share", f"{text}; try again later")
+        raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", f"{text}; try again later")
+
+    def release(self, nbytes: int, peer: str) -> None:
+        """Bytes are on their way, or will never be."""
+        self.in_flight.release(nbytes, peer)
+
+    def bytes_in_pieces(self, job: Job) -> int:
+        """Memory that an answer in pieces takes at one time, ids that are hashed here with it."""
+        hashed = 0 if job.request.tokens is None else _ID_BYTES * sum(count for _, count, _ in job.counts)
+        return min(job.answer_bytes, _CHUNKS_HELD * self.chunk_bytes) + hashed
 
     def show_in_flight(self) -> None:
         """Have Prometheus see what is in flight; what comes and goes in between is not worth its time."""

@@ -27,6 +27,8 @@ _CALL = ("grpc_type", "grpc_service", "grpc_method")
 MODEL_INFO = "engrampool_model_info"
 # How often a process that answers flushes what it counted: so much is lost of one that is killed.
 FLUSH_S = 0.25
+# Why the direct lane cuts connections off.
+CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed")
 
 
 class Metrics:
@@ -55,12 +57,17 @@ class Metrics:
             "engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.", method
         )
         self.refused = self._counter("engrampool_refused", "Calls refused, by reason.", ("reason",))
-        self.in_flight = self._level("engrampool_in_flight_bytes", "Bytes of answers being worked on.")
+        self.in_flight = self._level("engrampool_in_flight_bytes", "Bytes of requests and answers in memory.")
         self.in_flight_limit = self._gauge("engrampool_in_flight_limit_bytes", "Their bound.", mode="livemax")
         self.direct_lookups = self._counter(
             "engrampool_direct_lookups", "Lookups over the direct lane, by code.", ("code",)
         )
         self.direct_connections = self._gauge("engrampool_direct_connections", "Open connections of the direct lane.")
+        self.direct_cut = self._counter(
+            "engrampool_direct_cut", "Connections of the direct lane that were cut off, by reason.", ("reason",)
+        )
+        for reason in CUT_REASONS:  # which are all there are
+            self.direct_cut.labels(reason)
         self.table_bytes = self._gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table)
         self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
         self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))

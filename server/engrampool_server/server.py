@@ -17,18 +17,24 @@ from engrampool_server.direct import DirectLane
 from engrampool_server.entrance import Entrance
 from engrampool_server.health import SERVING, Health
 from engrampool_server.holdings import Holdings
+from engrampool_server.in_flight import InFlight
 from engrampool_server.lookups import Limits, Lookups
 from engrampool_server.metrics import FLUSH_S, CallMetrics, Metrics
 from engrampool_server.ports import ListenError
 from engrampool_server.service import PoolService
 from engrampool_server.setting_kinds import split_address
-from engrampool_server.shared import InFlight, Shared
+from engrampool_server.shared import Shared
 from engrampool_server.tables import HeldModel
 
 # Ids are at most 8 bytes; the rest of a request is small beside them.
 _REQUEST_MARGIN_BYTES = 1 << 20
 # gRPC keeps the bound on messages in a C int.
 _INT32_MAX = 2**31 - 1
+# gRPC gives its handlers no way to end a call whose request never ends, or whose answer nobody reads. A connection of
+# this age takes no new calls, for which clients make another one by themselves, and is closed after the grace.
+_CONNECTION_AGE_S, _CONNECTION_GRACE_S = 600, 60
+# Calls at one time on one connection; more of them wait at the client.
+_CONNECTION_CALLS = 1024
 # How often to look, while draining, whether there is anything left to wait for.
 _IDLE_S = 0.1
 
@@ -76,6 +82,9 @@ class Server:
             ("grpc.so_reuseport", 0 if self._alone else 1),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_concurrent_streams", _CONNECTION_CALLS),
+            ("grpc.max_connection_age_ms", round(_CONNECTION_AGE_S * 1e3)),
+            ("grpc.max_connection_age_grace_ms", round(_CONNECTION_GRACE_S * 1e3)),
         ]
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
         service = PoolService(self._lookups, self._direct, config.attach != "off")

@@ -11,8 +11,18 @@ from engrampool_proto import __version__, wire
 from engrampool_proto.segment import boot_id
 from engrampool_proto.spec import canonical_json
 from engrampool_proto.v1 import pool_pb2
+from engrampool_server import peers
 from engrampool_server.direct import DirectLane
-from engrampool_server.lookups import Job, Lookups, Piece, Refusals, RefusedError, invalid, server_times
+from engrampool_server.lookups import (
+    SMALL_REQUEST_BYTES,
+    Job,
+    Lookups,
+    Piece,
+    Refusals,
+    RefusedError,
+    invalid,
+    server_times,
+)
 from engrampool_server.segments import Place
 from engrampool_server.tables import HeldModel, HeldTable
 
@@ -21,6 +31,8 @@ _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
 # How long a client may go on reading tables that it has mapped once nobody answers it any more: longer than a worker's
 # restart takes, and short enough that memory of a server that is gone does not stay for long.
 _ATTACH_VALID_S = 5.0
+# How long a caller may take to read one message of a stream.
+_PATIENCE_S = 10.0
 
 
 class PoolService:
@@ -35,6 +47,7 @@ class PoolService:
         # By model and include_spec: what was held, whether it could be mapped, and the answer. With the specification
         # that takes milliseconds to make.
         self._described: dict[tuple[str, bool], tuple[list[HeldModel], bool, bytes]] = {}
+        self._given_up: set[asyncio.Task[NoReturn]] = set()
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """By method name. The hot methods pass raw bytes, which wire.py reads and writes, and Describe what it kept."""
@@ -96,7 +109,7 @@ class PoolService:
             if self._direct is None:
                 text = "this server has no direct lane; look up over gRPC"
                 raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "no-direct-lane", text)
-            return self._direct.admit_one()
+            return self._direct.admit_one(peers.of_call(context.peer()))
         except RefusedError as error:
             await self._refuse(context, error)
 
@@ -122,10 +135,11 @@ class PoolService:
     async def _lookup(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
         arrived = time.perf_counter()
         try:
-            job = self._admit(message, context)
+            job = self._lookups.check(message)
             if job.answer_bytes > _MAX_MESSAGE_BYTES:
                 text = f"the answer would be {job.answer_bytes} bytes, more than one message holds; ask by LookupStream"
                 raise invalid(text, "too-many-rows")
+            self._hold(job.answer_bytes, message, context)
             if job.answer_bytes + len(message) <= self._lookups.inline_bytes:
                 answer, times = self._answer(job, context, arrived)
             else:
@@ -150,12 +164,14 @@ class PoolService:
 
     async def _lookup_stream(self, message: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         arrived = time.perf_counter()
-        loop = asyncio.get_running_loop()
+        loop, call = asyncio.get_running_loop(), asyncio.current_task()
+        assert call is not None
         try:
-            job = self._admit(message, context)
+            job = self._lookups.check(message)
+            hold = self._hold(self._lookups.bytes_in_pieces(job), message, context)
             remaining_s = context.time_remaining()
             deadline = None if remaining_s is None else time.perf_counter() + remaining_s
-            begin, pieces = await self._lookups.resolve_pieces(job, deadline, self._lookups.limits.stream_chunk_bytes)
+            begin, pieces = await self._lookups.resolve_pieces(job, deadline, self._lookups.chunk_bytes)
             gathered = time.perf_counter() - begin
             last = len(pieces) - 1
 
@@ -171,25 +187,62 @@ class PoolService:
                 else:
                     times = server_times(arrived, begin, gathered)
                     writer.set_times(times)
-                yield writer.message
+                timer = loop.call_later(_PATIENCE_S, self._give_up, call, context, hold, len(writer.message))
+                try:
+                    yield writer.message  # which returns once gRPC has room for another one
+                finally:
+                    timer.cancel()
         except Refusals as error:
             await self._refuse(context, error)
         self._lookups.count("LookupStream", job, times)
 
-    def _admit(self, message: bytes, context: grpc.aio.ServicerContext) -> Job:
-        """Read the request, check it, and reserve the bytes of its answer until the call is over."""
-        job = self._lookups.admit(message)
-        context.add_done_callback(lambda _: self._release(job))
-        return job
+    def _give_up(
+        self, call: asyncio.Task[None], context: grpc.aio.ServicerContext, hold: "_Hold", unread_bytes: int
+    ) -> None:
+        """End a stream whose caller does not read. What gRPC has of it stays until the caller reads on, or is gone."""
+        hold.kept_bytes = unread_bytes
+        call.cancel()
+        text = f"nothing of the answer was read for {_PATIENCE_S:g} s"
+        error = RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "unread-answer", text)
+        task = asyncio.create_task(self._refuse(context, error))
+        self._given_up.add(task)
 
-    def _release(self, job: Job) -> None:
-        self._lookups.release(job)
-        self._lookups.show_in_flight()
+        def over(ended: asyncio.Task[NoReturn]) -> None:
+            if not ended.cancelled():
+                ended.exception()  # there always is one; see `_refuse`
+            self._given_up.discard(ended)
+            hold.shrink(0)
+
+        task.add_done_callback(over)
+
+    def _hold(self, nbytes: int, message: bytes, context: grpc.aio.ServicerContext) -> "_Hold":
+        """Reserve the bytes of an answer, and of a large request, until the call is over. Raises RefusedError."""
+        if len(message) > SMALL_REQUEST_BYTES:
+            nbytes += len(message)
+        hold = _Hold(self._lookups, nbytes, peers.of_call(context.peer()))
+        context.add_done_callback(lambda _: hold.shrink(hold.kept_bytes))
+        return hold
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
         code, reason = self._lookups.refused(error)
         await context.abort(code, str(error), ((wire.REASON_KEY, reason),))
         raise AssertionError("abort always raises")
+
+
+class _Hold:
+    """Bytes in flight of one call. kept_bytes: of them, those that outlast its handler. Raises RefusedError."""
+
+    def __init__(self, lookups: Lookups, nbytes: int, peer: str) -> None:
+        lookups.reserve(nbytes, peer)
+        self._lookups, self._nbytes, self._peer = lookups, nbytes, peer
+        self.kept_bytes = 0
+        lookups.show_in_flight()
+
+    def shrink(self, nbytes: int) -> None:
+        """Give back all but `nbytes`."""
+        self._lookups.release(self._nbytes - nbytes, self._peer)
+        self._nbytes = nbytes
+        self._lookups.show_in_flight()
 
 
 def _gather_piece(piece: Piece, last: bool) -> tuple[wire.ResponseWriter, float]:

@@ -35,6 +35,7 @@ from engrampool_server.config import ServerConfig
 from engrampool_server.entrance import Entrance
 from engrampool_server.exporter import Processes, export, resident_memory
 from engrampool_server.holdings import Holdings, require_segments, show
+from engrampool_server.in_flight import InFlight, int64s
 from engrampool_server.link import Link, Report
 from engrampool_server.loader import LoadError, adopt, become_loader, discard
 from engrampool_server.metrics import Metrics
@@ -43,7 +44,7 @@ from engrampool_server.ports import listen_on, reserve
 from engrampool_server.preflight import OTHER_PROCESSES
 from engrampool_server.registrar import Cache, register
 from engrampool_server.setting_kinds import split_address
-from engrampool_server.shared import InFlight, Shared, free_slot, int64s
+from engrampool_server.shared import Shared, free_slot
 from engrampool_server.tables import HeldModel
 from engrampool_server.versions_held import Key, VersionsHeld
 from engrampool_server.worker import answer
@@ -89,7 +90,7 @@ class _Supervisor:
         self._config, self._directory = config, directory
         self._pid = os.getpid()
         slots = config.workers + OTHER_PROCESSES
-        self._shared = Shared(Metrics(), InFlight(config.max_in_flight_bytes, int64s(slots)))
+        self._shared = Shared(Metrics(), InFlight(config.max_in_flight_bytes, slots))
         self._metrics = self._shared.metrics
         self._pids, self._inherited = int64s(slots), int64s(slots)
         self._children = Children(

@@ -4,7 +4,6 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from direct_callers import Caller, caller, way_in
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
@@ -59,80 +59,6 @@ def nothing_left(server: Running) -> Iterator[None]:
     yield
     eventually(lambda: server.scrape()["engrampool_in_flight_bytes"] == 0, "nothing in flight")
     eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "no connection")
-
-
-def way_in(server: Running) -> pool_pb2.OpenDirectResponse:
-    with grpc.insecure_channel(server.address) as channel:
-        return pool_pb2_grpc.PoolStub(channel).OpenDirect(pool_pb2.OpenDirectRequest(), timeout=LIMIT_S)
-
-
-class Caller:
-    """A connection in frames."""
-
-    def __init__(self, where: pool_pb2.OpenDirectResponse) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", where.port), LIMIT_S)
-        self.ticket = where.ticket
-
-    def hello(self) -> "Caller":
-        self.socket.sendall(frames.frame(frames.HELLO, self.ticket))
-        assert self.receive() == (frames.READY, b"", b"")
-        return self
-
-    def exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            got = self.socket.recv(count - len(data))
-            if not got:
-                raise EOFError
-            data += got
-        return data
-
-    def receive(self) -> tuple[int, bytes, bytes]:
-        length, head, kind = frames.HEADER.unpack(self.exactly(12))
-        data = self.exactly(length)
-        return kind, data[:head], data[head:]
-
-    def ask(self, request: bytes, timeout_us: int = 0) -> None:
-        self.socket.sendall(frames.request_start(timeout_us, len(request)) + request)
-
-    def answer(self) -> list[bytes]:
-        """The frames of an answer, as messages of a stream."""
-        messages = []
-        while True:
-            kind, head, body = self.receive()
-            if kind == frames.END:
-                # What a stream says in its last message, the lane says after it.
-                messages[-1] += head
-                return messages
-            assert kind == frames.ROWS
-            layer, first = frames.parse_rows_head(head, len(body))
-            (run,) = wire.parse_response(head + body).tables
-            assert (run.layer, run.first, run.rows) == (layer, first, body)
-            messages.append(head + body)
-
-    def refusal(self) -> tuple[int, str, str]:
-        kind, head, body = self.receive()
-        assert (kind, body) == (frames.REFUSED, b"")
-        refused = pool_pb2.Refusal.FromString(head)
-        return refused.code, refused.reason, refused.text
-
-    def ended(self) -> bool:
-        try:
-            return not self.socket.recv(1)
-        except ConnectionResetError:
-            return True
-
-    def __enter__(self) -> "Caller":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-
-@contextmanager
-def caller(server: Running) -> Iterator[Caller]:
-    with Caller(way_in(server)) as made:
-        yield made.hello()
 
 
 # --- answers
@@ -349,28 +275,6 @@ def test_a_caller_who_leaves_in_mid_answer_frees_what_was_in_flight(server, pool
         lane.exactly(100)
         # Gone with a reset, as a killed process is.
         lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-@pytest.mark.usefixtures("nothing_left")
-def test_a_caller_who_never_reads_is_cut_off_at_its_deadline(server, pool, packed):
-    with running(packed, **ROOMY) as run, caller(run) as lane:
-        lane.ask(pool.by_ids((2, np.tile(np.arange(6500), 100))), timeout_us=300_000)
-        eventually(lambda: run.scrape()["engrampool_direct_connections"] == 0, "cut off")
-        eventually(lambda: run.scrape()["engrampool_in_flight_bytes"] == 0, "nothing is in flight")
-        eventually(lambda: run.scrape().get('engrampool_direct_lookups_total{code="CANCELLED"}') == 1, "it is counted")
-
-
-def test_strangers_have_little_time_and_little_room(packed, monkeypatch):
-    monkeypatch.setattr(direct, "_MAX_STRANGERS", 2)
-    with running(packed) as run:
-        where = way_in(run)
-        with Caller(where) as first, Caller(where) as second, Caller(where) as third:
-            assert first.ended()
-            second.hello()
-            monkeypatch.setattr(direct, "_HELLO_S", 0.05)
-            with Caller(where) as late:
-                assert late.ended()
-            third.socket.close()
 
 
 def test_a_server_that_stops_ends_the_answer_first(packed):

@@ -10,14 +10,16 @@ import grpc
 import numpy as np
 import pytest
 
+from direct_callers import caller
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.hashing import TokenBatch
+from engrampool_server import service
+from engrampool_server.in_flight import InFlight
 from engrampool_server.lookups import Limits, Lookups
 from engrampool_server.metrics import Metrics
 from engrampool_server.service import PoolService
-from engrampool_server.shared import InFlight
 from engrampool_server.table_files import PackedModel
-from engrampool_server.tables import load
+from engrampool_server.tables import HeldTable, load
 from server_fixtures import (
     LIMIT_S,
     SPEC,
@@ -52,21 +54,22 @@ def server(packed: Path) -> Iterator[Running]:
         yield run
 
 
+ROOM = 2 * MIB
 MANY = np.arange(2000)  # 528 000 bytes of layer 2: gathered by a thread
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[GatherGate]:
     """Every large gather waits for it. Made before the servers of a test, so that they stop after it opened."""
-    gate = GatherGate(monkeypatch)
+    gate = GatherGate(monkeypatch, 500)
     yield gate
     gate.open.set()
 
 
 @pytest.fixture
 def narrow(packed: Path, gate: GatherGate) -> Iterator[tuple[Running, RawPool]]:
-    """A server of one gather thread and room for 1 MiB in flight."""
-    limits = {"max_answer_bytes": MIB, "max_in_flight_bytes": MIB, "gather_threads": 1}
+    """A server of one gather thread and room for 2 MiB in flight, half of it for one peer."""
+    limits = {"max_answer_bytes": MIB, "max_in_flight_bytes": ROOM, "gather_threads": 1}
     with running(packed, **limits) as run, RawPool(run.address, version_of(packed)) as pool:
         yield run, pool
         gate.open.set()
@@ -86,9 +89,8 @@ def test_bytes_in_flight_are_bounded_and_given_back(narrow, gate, stream):
     assert in_flight(run) == 528_000
     for call in (pool.lookup, pool.stream):
         code, reason, text = refusal(lambda call=call: call(message))
-        assert (code, reason) == (EXHAUSTED, "overloaded")
-        assert "528000" in text
-        assert str(MIB) in text
+        assert (code, reason) == (EXHAUSTED, "peer-share")
+        assert f"528000 bytes are in flight, of {ROOM}; 528000 of them are for 127.0.0.1" in text
     # What still fits is answered meanwhile.
     assert rows_of(pool.lookup(pool.by_ids((2, [5])))) == {2: expected(2, [5])}
     gate.open.set()
@@ -144,6 +146,9 @@ class LateContext:
     def time_remaining(self):
         return 0.0
 
+    def peer(self):
+        return "ipv4:127.0.0.1:1"
+
     def add_done_callback(self, callback):
         self.ended = callback
 
@@ -157,7 +162,7 @@ class LateContext:
 def test_a_passed_deadline_is_refused_as_such(packed, ids, stream):
     async def ask():
         metrics, context = Metrics(), LateContext()
-        lookups = Lookups(Limits(10_000, MIB, MIB), InFlight(MIB), metrics, 1)
+        lookups = Lookups(Limits(10_000, MIB, MIB), InFlight(2 * MIB), metrics, 1)
         service = PoolService(lookups, None, attach=False)
         with PackedModel.open(packed) as model:
             lookups.add(load(model, "anon", False, 1, threading.Event(), lambda _: None))
@@ -179,6 +184,98 @@ def test_a_passed_deadline_is_refused_as_such(packed, ids, stream):
 
     with pytest.raises(EngrampoolError, match="deadline passed before work began"):
         asyncio.run(ask())
+
+
+# --- callers that do not read, or take too much
+
+
+@pytest.fixture
+def wide(packed: Path) -> Iterator[tuple[Running, RawPool]]:
+    """A server of small messages, with room for 32 MiB in flight."""
+    limits = {"max_answer_bytes": 32 * MIB, "max_in_flight_bytes": 32 * MIB, "stream_chunk_bytes": 256 * KIB}
+    with running(packed, **limits) as run, RawPool(run.address, version_of(packed)) as pool:
+        yield run, pool
+
+
+@pytest.fixture(scope="module")
+def tight(packed: Path) -> Iterator[RawPool]:
+    """A server of which one caller may hold 512 KiB."""
+    limits = {"max_answer_bytes": MIB, "max_in_flight_bytes": MIB}
+    with running(packed, **limits) as run, RawPool(run.address, version_of(packed)) as pool:
+        yield pool
+
+
+BULK = np.tile(np.arange(6500), 18)  # 30.9 MiB, more than any window
+
+
+def test_a_stream_that_is_not_read_holds_little_and_is_ended(wide, monkeypatch):
+    run, pool = wide
+    monkeypatch.setattr(service, "_PATIENCE_S", 0.2)
+    message = pool.by_ids((2, BULK))
+    call = pool.stream(message)
+    next(call)
+    assert in_flight(run) <= MIB + len(message)
+    with RawPool(run.address, pool.version) as other:
+        # All that it asks for, of the same peer, too.
+        assert joined(other.stream(other.by_ids((2, BULK[::-1])))) == {2: expected(2, BULK[::-1])}
+        # Of what was not read one message is left; it is gRPC's.
+        eventually(lambda: 0 < in_flight(run) < 300 * KIB, "it was given up")
+    code, reason, _ = refusal(lambda: call)
+    assert (code, reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "unread-answer")
+    eventually(lambda: in_flight(run) == 0, "nothing in flight")
+    assert run.scrape()['engrampool_refused_total{reason="unread-answer"}'] == 1
+
+
+@pytest.mark.parametrize("leaves", ["cancels", "closes"])
+def test_a_stream_that_was_given_up_is_over_once_its_caller_leaves(wide, monkeypatch, leaves):
+    run, pool = wide
+    monkeypatch.setattr(service, "_PATIENCE_S", 0.2)
+    with RawPool(run.address, pool.version) as other:
+        call = other.stream(other.by_ids((2, BULK)))
+        next(call)
+        eventually(lambda: 0 < in_flight(run) < 300 * KIB, "it was given up")
+        if leaves == "cancels":
+            call.cancel()
+            eventually(lambda: in_flight(run) == 0, "nothing in flight")
+    eventually(lambda: in_flight(run) == 0, "nothing in flight")
+
+
+def test_a_peer_that_takes_all_it_can_leaves_room_for_others(narrow, gate):
+    run, pool = narrow
+    greedy = pool.lookup.future(pool.by_ids((2, MANY)))
+    gate.wait_begun(1)
+    code, reason, _ = refusal(lambda: pool.stream(pool.by_ids((2, MANY))))
+    assert (code, reason) == (EXHAUSTED, "peer-share")
+    # Of another address, over the other lane: one bound for both.
+    with caller(run, "127.0.0.2") as other:
+        other.ask(pool.by_ids((2, MANY[:300])))
+        gate.open.set()
+        assert joined(other.answer()) == {2: expected(2, MANY[:300])}
+    assert rows_of(greedy.result(LIMIT_S)) == {2: expected(2, MANY)}
+
+
+def test_an_answer_that_one_caller_may_never_hold_is_to_be_asked_for_in_pieces(tight):
+    pool = tight
+    ids = np.arange(3800)
+    message = pool.by_ids((2, ids))
+    code, reason, text = refusal(lambda: pool.lookup(message))
+    assert (code, reason) == (INVALID, "too-many-rows")
+    assert "LookupStream" in text
+    assert joined(pool.stream(message)) == {2: expected(2, ids)}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ids", [[1], MANY], ids=["small", "large"])
+def test_what_goes_wrong_gives_its_bytes_back(wide, monkeypatch, ids, stream):
+    run, pool = wide
+    message = pool.by_ids((2, ids))
+    for place in ("gather", "check"):
+        with monkeypatch.context() as broken:
+            broken.setattr(HeldTable, place, lambda *_: (_ for _ in ()).throw(MemoryError))
+            code, _, _ = refusal(lambda: pool.stream(message) if stream else pool.lookup(message))
+        assert code is grpc.StatusCode.UNKNOWN
+        eventually(lambda: in_flight(run) == 0, "nothing in flight")
+    assert rows_of(pool.lookup(message)) == {2: expected(2, ids)}
 
 
 # --- concurrency

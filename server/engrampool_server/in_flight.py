@@ -1,0 +1,74 @@
+"""The bound on bytes of requests and answers that a server holds at one time, and each peer's share of it."""
+
+import mmap
+
+# Peers are told apart by a hash, which nobody outside can know: two that meet in one of these have one share.
+_BUCKETS = 512
+
+
+class InFlight:
+    """Bytes in flight in all processes of a server, and their bound. A peer may have no more of it than it leaves free.
+
+    So one peer alone has half of it at most, and there is room for one more always.
+
+    Each process writes its own slots only and reads all of them, so none can leave a sum wrong for the others, or keep
+    them waiting: the slots of a process that died are cleared by whoever started it.
+
+    processes: how many there may be; all are forked from the one that made this. slot: this process's number.
+    share_bytes: what one peer may have while there is no other.
+    """
+
+    def __init__(self, limit_bytes: int, processes: int = 1, slot: int = 0) -> None:
+        self.limit_bytes, self.share_bytes = limit_bytes, limit_bytes // 2
+        self.slot = slot
+        self._processes = processes
+        self._slots = int64s(processes)
+        self._of_peers = int64s(processes * _BUCKETS)  # those of one peer lie side by side
+
+    @property
+    def own(self) -> int:
+        """Bytes in flight in this process."""
+        return int(self._slots[self.slot])
+
+    @property
+    def total(self) -> int:
+        """Bytes in flight in all processes."""
+        return sum(self._slots)
+
+    def of(self, peer: str) -> int:
+        """Bytes that are in flight for a peer, in all processes."""
+        at = self._at(peer)
+        return sum(self._of_peers[at : at + self._processes])
+
+    def reserve(self, nbytes: int, peer: str) -> bool:
+        """Count `nbytes` as in flight for `peer`, unless that would exceed the bound, or its share."""
+        # Counted first and asked for afterwards: of two processes at once, neither may miss the other.
+        slots, of_peers, at = self._slots, self._of_peers, self._at(peer)
+        slots[self.slot] += nbytes
+        of_peers[at + self.slot] += nbytes
+        free = self.limit_bytes - sum(slots)
+        # With half of it free nobody can have more than is free.
+        if free >= self.share_bytes or 0 <= free >= sum(of_peers[at : at + self._processes]):
+            return True
+        self.release(nbytes, peer)
+        return False
+
+    def release(self, nbytes: int, peer: str) -> None:
+        """Count `nbytes` as in flight no more."""
+        self._slots[self.slot] -= nbytes
+        self._of_peers[self._at(peer) + self.slot] -= nbytes
+
+    def clear(self, slot: int) -> None:
+        """Forget what a process that died had in flight."""
+        self._slots[slot] = 0
+        for at in range(slot, len(self._of_peers), self._processes):
+            self._of_peers[at] = 0
+
+    def _at(self, peer: str) -> int:
+        """Where the slots of a peer begin, in all processes of this server and in no other server."""
+        return hash(peer) % _BUCKETS * self._processes
+
+
+def int64s(count: int) -> memoryview:
+    """Int64 [count], zeroed, in memory that forks share. One process writes an item, any reads it."""
+    return memoryview(mmap.mmap(-1, count * 8)).cast("q")
