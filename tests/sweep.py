@@ -124,12 +124,12 @@ class Sweep:
         self, client: Client, step: Step, ids: dict[int, np.ndarray], out: dict[int, np.ndarray] | None, usual_s: float
     ) -> None:
         told: list[int] = []
-        if self.random.random() < 0.3:
+        act = self.random.choice(["wait", "wait", "wait", "cancel", "drop", "leave", "first", "amend"])
+        self.seen[act] += 1
+        if self.random.random() < 0.3 and act not in ("drop", "first"):  # one that has a callback is not dropped
             step.add_callback(lambda _, layer: told.append(layer))
         if client.cache is not None and self.random.random() < 0.3 and step._hint is not None:
             step.hint([[int(token) for token in self.numbers.integers(0, self.spec.vocab_size, 3)]])
-        act = self.random.choice(["wait", "wait", "wait", "cancel", "drop", "leave", "first", "amend"])
-        self.seen[act] += 1
         if act in ("cancel", "drop", "amend"):
             time.sleep(usual_s * self.random.uniform(0.0, 1.2))
         if act == "drop":

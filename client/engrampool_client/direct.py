@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -51,7 +52,8 @@ class DirectLane:
         self._open_direct, self._target, self._most = open_direct, target, most
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
-        self._open: set[Connection] = set()
+        # Weakly: one that is lost, as Ctrl-C can come between any two lines, is closed and makes room for another.
+        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._opening = self._closed = False
         self._not_before, self._pause_s = 0.0, _FIRST_PAUSE_S
         self._opener = ThreadPoolExecutor(1, "engrampool-direct")
@@ -136,7 +138,7 @@ class DirectLane:
         """In the child of a fork: let go of the connections without a word, for they are the parent's."""
         self._closed = True
         self._idle.clear()
-        for connection in self._open:
+        for connection in list(self._open):
             connection.let_go()
 
     def close(self) -> None:
@@ -338,6 +340,11 @@ class Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:  # the server closed it, or `close` did
             return
+
+    def __del__(self) -> None:
+        """Of one that was lost."""
+        if hasattr(self, "_socket"):
+            self._socket.close()
 
     def close(self) -> None:
         """Give the socket back. Only by whoever uses it."""

@@ -16,6 +16,7 @@ from engrampool_server.direct import DirectLane
 from engrampool_server.lookups import (
     SMALL_REQUEST_BYTES,
     Job,
+    Limits,
     Lookups,
     Piece,
     Refusals,
@@ -44,9 +45,9 @@ class PoolService:
 
     def __init__(self, lookups: Lookups, direct: DirectLane | None, attach: bool) -> None:
         self._lookups, self._direct, self._may_attach = lookups, direct, attach
-        # By model and include_spec: what was held, whether it could be mapped, and the answer. With the specification
-        # that takes milliseconds to make.
-        self._described: dict[tuple[str, bool], tuple[list[HeldModel], bool, bytes]] = {}
+        # By model and include_spec: what was held, whether it could be mapped, the limits; and the answer, which takes
+        # milliseconds to make with the specification.
+        self._described: dict[tuple[str, bool], tuple[tuple[list[HeldModel], bool, Limits], bytes]] = {}
         self._given_up: set[asyncio.Task[NoReturn]] = set()
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
@@ -76,17 +77,16 @@ class PoolService:
             models = self._lookups.held(request.model)
         except RefusedError as error:
             await self._refuse(context, error)
-        attach = any(self._places(held) for held in models)
+        made_of = (models, any(self._places(held) for held in models), self._lookups.limits)
         key = (request.model, request.include_spec)  # callers may invent names, but only of what is held it comes here
         described = self._described.get(key)
-        if described is None or described[:2] != (models, attach):
-            described = (models, attach, self._description(models, attach, request.include_spec))
+        if described is None or described[0] != made_of:
+            described = (made_of, self._description(*made_of, request.include_spec))
             self._described[key] = described
-        return described[2]
+        return described[1]
 
-    def _description(self, models: list[HeldModel], attach: bool, include_spec: bool) -> bytes:
+    def _description(self, models: list[HeldModel], attach: bool, bounds: Limits, include_spec: bool) -> bytes:
         """A DescribeResponse."""
-        bounds = self._lookups.limits
         limits = pool_pb2.Limits(
             max_rows_per_request=bounds.max_rows_per_request,
             max_answer_bytes=bounds.max_answer_bytes,
