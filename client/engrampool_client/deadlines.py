@@ -22,7 +22,9 @@ class Deadlines:
         # Changed without the lock, by operations that are one step for other threads. True: its deadline has passed,
         # and whoever is still writing settles it.
         self._open: dict[Delivery, bool] = {}
-        self._changed = threading.Condition()
+        # Taken by itself: see delivery.py.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._wakes_at = inf
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -31,7 +33,7 @@ class Deadlines:
         """Settle it by its deadline, until `forget`. wake: False where the caller's own thread sees to that."""
         self._open[delivery] = False
         if wake and delivery.deadline < self._wakes_at:
-            with self._changed:
+            with self._lock:
                 if self._thread is None and not self._closed:
                     self._thread = threading.Thread(target=self._run, name="engrampool-deadlines", daemon=True)
                     self._thread.start()
@@ -48,14 +50,15 @@ class Deadlines:
 
     def forked(self, error: EngrampoolError) -> None:
         """In the child of a fork, which has no thread but its own: settle everything there."""
-        self._changed, self._closed, self._thread = threading.Condition(), True, None
+        self._lock, self._closed, self._thread = threading.RLock(), True, None
+        self._changed = threading.Condition(self._lock)
         for delivery in list(self._open):
             delivery.forked(error)
         self._open.clear()
 
     def close(self) -> None:
         """Watch no more."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify()
         if self._thread is not None:
@@ -63,7 +66,7 @@ class Deadlines:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._closed:
                     return
                 # Before it is looked at what there is: what comes meanwhile is seen, or sees this and notifies.

@@ -54,7 +54,10 @@ class Delivery:
         self.times: ServerTimes | None = None
         self.elapsed_s: float | None = None
         self._blank, self._on_end = blank, on_end
-        self._changed = threading.Condition()
+        # The lock itself, and not the condition, is what `with` takes: Ctrl-C can come between any two lines of Python,
+        # and a condition's own line between having the lock and saying so would leave it taken for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._done = self._closing = False
         self._working: bool | None = None
         self._writers: list[int] = []  # threads
@@ -97,7 +100,7 @@ class Delivery:
 
         In the thread that settles it; what it raises is logged.
         """
-        with self._changed:
+        with self._lock:
             self._callbacks.append(callback)
             self._calls.extend((callback, layer) for layer in self.layers if self.settled(layer))
         self._tell()
@@ -116,15 +119,16 @@ class Delivery:
         Nobody is settled while somebody is within; so wait for nothing here that `on_cancel` does not end.
         """
         thread = threading.get_ident()
-        with self._changed:
+        with self._lock:
             if self._closing:
                 raise self.error or StepCancelledError("the step has all its rows")
             self._writers.append(thread)
         try:
             yield
         finally:
-            with self._changed:
-                self._writers.remove(thread)
+            with self._lock:
+                if thread in self._writers:
+                    self._writers.remove(thread)
                 last = self._closing and not self._writers
             if last:
                 self._settle()
@@ -133,7 +137,7 @@ class Delivery:
         """Hand over the rows of layers that are complete; of no effect once it was given up."""
         if not rows:
             return
-        with self._changed:
+        with self._lock:
             if self._closing:
                 return
             now_s = time.perf_counter() - self.begun
@@ -144,8 +148,13 @@ class Delivery:
         self._tell()
 
     def end(self, error: EngrampoolError | None, times: ServerTimes | None = None) -> None:
-        """Settle what is not yet: those who brought rows bring no more, of an error or as all are there."""
-        with self._changed:
+        """Settle what is not yet: those who brought rows bring no more, of an error or as all are there.
+
+        This thread is not writing any more, even if it was interrupted before it could say so.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            self._writers = [writer for writer in self._writers if writer != thread]
             if not self._done:
                 self._close(error)
                 self.times = times
@@ -156,7 +165,7 @@ class Delivery:
 
         wait: until then, unless this thread is writing itself.
         """
-        with self._changed:
+        with self._lock:
             if not self._done:
                 self._close(error)
         self._cancel()
@@ -170,7 +179,7 @@ class Delivery:
 
     def on_cancel(self, cancel: Callable[[], Any]) -> None:
         """Have `cancel` called when it is given up, or at once if it was. It must not wait for anybody who writes."""
-        with self._changed:
+        with self._lock:
             self._cancels.append(cancel)
             given_up = self._closing
         if given_up:
@@ -182,7 +191,7 @@ class Delivery:
 
     def stand_in(self, blank: Blank) -> None:
         """Have `blank` make what stands in for rows that do not come, if anything was to."""
-        with self._changed:
+        with self._lock:
             if self._blank is not None and not self._done:
                 self._blank = blank
 
@@ -198,12 +207,12 @@ class Delivery:
 
     def begin_work(self) -> None:
         """Somebody works on it, until `end_work`."""
-        with self._changed:
+        with self._lock:
             self._working = True
 
     def end_work(self) -> None:
         """Nobody works on it any more."""
-        with self._changed:
+        with self._lock:
             self._working = False
             waiting, self._idle_callbacks = self._idle_callbacks, []
         for callback in waiting:
@@ -211,7 +220,7 @@ class Delivery:
 
     def on_idle(self, callback: Callable[[], Any]) -> None:
         """Have `callback` called once nobody works on it, or at once if nobody does."""
-        with self._changed:
+        with self._lock:
             if self._working:
                 self._idle_callbacks.append(callback)
                 return
@@ -219,7 +228,8 @@ class Delivery:
 
     def forked(self, error: EngrampoolError) -> None:
         """In the child of a fork, where nobody else is: settle it without a word to those of the parent."""
-        self._changed = threading.Condition()  # the old one may be another thread's for ever
+        self._lock = threading.RLock()  # the old one may be another thread's for ever
+        self._changed = threading.Condition(self._lock)
         if self.done:
             return
         # Settled before anything is let go of: the last reference to a step may be among that.
@@ -250,7 +260,7 @@ class Delivery:
 
     def _settle(self) -> None:
         """Settle every layer, unless somebody is writing: whoever leaves last does it then."""
-        with self._changed:
+        with self._lock:
             if not self._closing or self._writers:
                 return
             if not self._done:
@@ -295,7 +305,7 @@ class Delivery:
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         # Beyond what the system can count, a wait has no end.
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(condition, seconds if seconds < threading.TIMEOUT_MAX else None)
 
 

@@ -47,7 +47,9 @@ class Servers:
         self._registry = Registry(urls[0]) if urls else None
         self._state: State | None = None
         self._reading = threading.Lock()
-        self._changed = threading.Condition()
+        # Taken by itself: see delivery.py.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._turn = 0
         self._closed = threading.Event()
         self._follower: threading.Thread | None = None
@@ -130,13 +132,13 @@ class Servers:
 
     def wait(self, seen: int, timeout_s: float) -> int:
         """Wait until something changed since `seen`, which the last call gave (0 at first), or for `timeout_s`."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._turn != seen, timeout_s)
             return self._turn
 
     def wake(self) -> None:
         """Have every `wait` end: something else changed that those who wait look at."""
-        with self._changed:
+        with self._lock:
             self._turn += 1
             self._changed.notify_all()
 

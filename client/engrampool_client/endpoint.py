@@ -146,6 +146,9 @@ class Endpoint:
             for lane, part in zip(self._lanes[1:], parts[1:], strict=False):
                 others.append(self._parts.submit(self._fetch, lane, part, delivery, 0.0, deadline, patient, early))
             self._fetch(self._lanes[0], parts[0], delivery, spin_s, deadline, patient, early)
+        except KeyboardInterrupt:  # in this thread, and the others know nothing of it
+            delivery.give_up(StepCancelledError("the lookup was interrupted"), wait=False)
+            raise
         finally:  # whatever became of the first, nothing is written once the step has ended
             for other in others:
                 other.exception()

@@ -37,7 +37,9 @@ class Following:
         self.current = Generation(servers, how)
         self.trouble: str | None = None
         self.changes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
-        self._changed = threading.Condition()
+        # Taken by itself: see delivery.py.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
         self._thread: threading.Thread | None = None
         self._coming: Generation | None = None
@@ -64,13 +66,13 @@ class Following:
 
     def enter(self) -> Generation:
         """What a lookup goes by from beginning to end; `leave` is to follow."""
-        with self._changed:
+        with self._lock:
             self.current.uses += 1
             return self.current
 
     def leave(self, generation: Generation) -> None:
         """Go by it no more."""
-        with self._changed:
+        with self._lock:
             generation.uses -= 1
             last = not generation.uses and generation is not self.current
         if last:
@@ -83,11 +85,11 @@ class Following:
         """
         if self._thread is None:
             return False
-        with self._changed:
+        with self._lock:
             self._doubts = doubt = self._doubts + 1
         self.servers.wake()
         delivery.on_cancel(self._notify)
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(
                 lambda: self.current is not generation or self._settled >= doubt or self._closed or delivery.given_up,
                 min(delivery.deadline - time.monotonic(), threading.TIMEOUT_MAX),
@@ -101,7 +103,7 @@ class Following:
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             generations, coming = [self.current, *self._retired], self._coming
             self._changed.notify_all()
@@ -114,7 +116,7 @@ class Following:
             self._thread.join()
 
     def _notify(self) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def _follow(self) -> None:
@@ -132,7 +134,7 @@ class Following:
                 continue  # who has doubts is answered by a look that came to its end
             looked = doubts
             if active in (self.current.served.version, self._refused):  # there is none to wait for
-                with self._changed:
+                with self._lock:
                     self._settled = doubts
                     self._changed.notify_all()
 
@@ -150,7 +152,7 @@ class Following:
         return active
 
     def _close_idle(self) -> None:
-        with self._changed:
+        with self._lock:
             idle = [one for one in self._retired if not one.uses]
             self._retired = [one for one in self._retired if one.uses]
         for generation in idle:
@@ -159,7 +161,7 @@ class Following:
     def _move_to(self, version: str) -> None:
         """Have lookups begin by that version, if its servers are there and its specification is the same."""
         generation = Generation(self.servers, self._how)
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             self._coming = generation
@@ -169,7 +171,7 @@ class Following:
             if theirs.digest != ours.digest:
                 raise FingerprintError(ours.differences(theirs))
             generation.open(self._stats)
-            with self._changed:
+            with self._lock:
                 if self._closed:
                     raise StepCancelledError("the client was closed")
                 self._retired.append(self.current)

@@ -22,7 +22,11 @@ class GrpcLane:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, _OPTIONS)
+        self._abandoned: list[grpc.Channel] = []
+        self._connect()
+
+    def _connect(self) -> None:
+        self._channel = grpc.insecure_channel(self.target, _OPTIONS)
         self._lookup = self._channel.unary_unary(METHOD + "Lookup")
         self._lookup_stream = self._channel.unary_stream(METHOD + "LookupStream")
 
@@ -93,6 +97,14 @@ class GrpcLane:
                     _take(exchange, message, delivery)
         except grpc.RpcError as error:
             raise from_rpc(error, self.target) from error
+        except Exception:
+            raise
+        except BaseException:
+            # Ctrl-C may have come while gRPC had a lock of the channel's in hand, and then every call on it, and its
+            # end, would wait for ever.
+            self._abandoned.append(self._channel)
+            self._connect()
+            raise
         exchange.finish()
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from engrampool_client.delivery import Delivery
 from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Endpoint, Ways
-from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
+from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, StepCancelledError, UnavailableError
 from engrampool_client.exchange import Exchange, Route, slowest
 from engrampool_client.replicas import ReplicaSet
 from engrampool_client.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
@@ -144,6 +144,9 @@ class Shards:
         try:
             for shard in mine:
                 self._sets[shard].ask(parts[shard], delivery, spin_s, begun.pop(shard))
+        except KeyboardInterrupt:  # in this thread, and the others know nothing of it
+            delivery.give_up(StepCancelledError("the lookup was interrupted"), wait=False)
+            raise
         finally:  # whatever became of it, nothing is written once the step has ended
             for one in begun.values():
                 if one is not None:

@@ -10,6 +10,8 @@ from functools import partial
 from engrampool_client.delivery import Delivery
 from engrampool_client.errors import StepCancelledError
 
+# How long closing waits for a call that does not end though nobody wants its answer.
+_HELD_S = 2.0
 _log = logging.getLogger("engrampool")
 
 
@@ -38,7 +40,9 @@ class Workers:
 
     def __init__(self, most: int, name: str) -> None:
         self._most, self._most_ahead, self._name = most, max(1, most - 1), name
-        self._changed = threading.Condition()
+        # Taken by itself: see delivery.py.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         # By whether they are asked for ahead. What is planned waits in `_planned` for a place.
         self._new: tuple[deque[Job], deque[Job]] = (deque(), deque())
         self._planned: tuple[deque[Job], deque[Job]] = (deque(), deque())
@@ -50,7 +54,7 @@ class Workers:
 
     def submit(self, job: Job) -> bool:
         """Have it run in its turn. False if the workers are closed. Raises RuntimeError if no thread can be started."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return False
             self._new[job.ahead].append(job)
@@ -63,12 +67,27 @@ class Workers:
             return True
 
     def close(self) -> None:
-        """Run what was submitted, take nothing more, and wait for the threads to end."""
-        with self._changed:
+        """Run what was submitted, take nothing more, and wait for the threads to end.
+
+        A thread that a call holds though its lookup was given up is not waited for longer than a few seconds.
+        """
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
-        while others := self._threads - {threading.current_thread()}:
-            others.pop().join()
+        left = {threading.current_thread()}
+        while others := self._threads - left:
+            thread = others.pop()
+            thread.join(_HELD_S)
+            if thread.is_alive() and self._nothing_is_wanted():
+                _log.warning("closing without the end of %s, which a call holds", thread.name)
+                left.add(thread)
+
+    def _nothing_is_wanted(self) -> bool:
+        """Whether all that threads are at are calls whose lookups were given up."""
+        with self._lock:
+            waiting = [*self._new[0], *self._new[1], *self._planned[0], *self._planned[1]]
+            given_up = all(job.delivery.given_up for job in self._asking)
+            return not waiting and given_up and self._held + len(self._asking) >= len(self._threads)
 
     def _staff(self) -> None:
         """With the lock: see that a thread takes up what can be taken up."""
@@ -106,7 +125,7 @@ class Workers:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._idle += 1
                 self._changed.wait_for(lambda: self._closed or next(self._ready(), None) is not None)
                 self._idle -= 1
@@ -131,7 +150,7 @@ class Workers:
         """Whether it is to be asked for now, from a place that it has."""
         if not job.plan():
             return False
-        with self._changed:
+        with self._lock:
             if self._has_place(job):
                 self._asking.append(job)
                 return True
@@ -144,7 +163,7 @@ class Workers:
         return False
 
     def _look(self) -> None:
-        with self._changed:
+        with self._lock:
             self._staff()
 
     def _ask(self, job: Job) -> None:
@@ -152,7 +171,7 @@ class Workers:
         try:
             job.ask()
         finally:
-            with self._changed:
+            with self._lock:
                 if job in self._asking:
                     self._asking.remove(job)
                 else:
@@ -161,7 +180,7 @@ class Workers:
 
     def _leave(self, job: Job) -> None:
         """Let others have the place of a job that was given up; its thread is held until the call returns."""
-        with self._changed:
+        with self._lock:
             if job in self._asking and self._held < self._most:
                 self._asking.remove(job)
                 self._held += 1

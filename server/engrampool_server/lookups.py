@@ -120,7 +120,8 @@ class Lookups:
 
     def __init__(self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int) -> None:
         self.limits, self.in_flight, self._metrics = limits, in_flight, metrics
-        self.inline_bytes = min(self.inline_bytes, in_flight.share_bytes)
+        if in_flight.share_bytes < self.inline_bytes:
+            self.inline_bytes = in_flight.share_bytes
         # What is sent in pieces must fit into the share of one peer, however small that is.
         self.chunk_bytes = min(limits.stream_chunk_bytes, max(1, in_flight.share_bytes // _CHUNKS_HELD))
         self._models: dict[str, dict[str, HeldModel]] = {}
