@@ -245,6 +245,7 @@ class Delivery:
         if len(self.rows) < len(self.layers):
             self.error = self.error or error
         self._closing = True
+        self._changed.notify_all()  # `pause` waits for it
 
     def _cancel(self) -> None:
         """Tell those who are at work, each once."""

@@ -4,6 +4,7 @@ docs/PROTOCOL.md has the frames. gRPC is always there beside it: whatever is wro
 lookup is to go over gRPC, and the lane is tried again later, on a thread of its own.
 """
 
+import logging
 import select
 import socket
 import struct
@@ -11,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal
@@ -39,6 +39,7 @@ _TIMEVAL = struct.Struct("@ll")
 _HEADER_BYTES = frames.HEADER.size
 # The header of the last frame, as servers of ours write it.
 _END = frames.end(wire.ServerTimes(0, 0, 0))[:_HEADER_BYTES]
+_log = logging.getLogger("engrampool")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -56,7 +57,7 @@ class DirectLane:
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._opening = self._closed = False
         self._not_before, self._pause_s = 0.0, _FIRST_PAUSE_S
-        self._opener = ThreadPoolExecutor(1, "engrampool-direct")
+        self._opener: threading.Thread | None = None
         self._connect()  # here and now, so that the first lookup finds a connection
 
     @property
@@ -149,7 +150,8 @@ class DirectLane:
         for connection in connections:
             connection.shut()
         self._drop_idle()
-        self._opener.shutdown(wait=True)
+        if self._opener is not None:
+            self._opener.join(_OPEN_TIMEOUT_S)  # what it opens after that it closes itself
 
     def _put(self, connection: "Connection") -> None:
         self._idle.append(connection)
@@ -176,19 +178,28 @@ class DirectLane:
             if self._closed or self._opening or enough or time.monotonic() < self._not_before:
                 return
             self._opening = True
-            self._opener.submit(self._connect)
+            self._opener = threading.Thread(target=self._connect, name="engrampool-direct", daemon=True)
+            try:
+                self._opener.start()
+            except RuntimeError:  # the system gives no thread now
+                self._opening = False
 
     def _connect(self) -> None:
+        connection = None
         try:
             connection = Connection(self._open_direct(_OPEN_TIMEOUT_S), self._target)
         except (PoolError, OSError, WireError):
-            with self._lock:
-                self._opening = False
+            pass
+        except Exception:  # gRPC has its own ways to say that a channel is closed
+            if not self._closed:
+                _log.exception("the direct lane of %s could not be opened", self._target)
+        with self._lock:
+            self._opening = False
+            if connection is None:
                 self._not_before = time.monotonic() + self._pause_s
                 self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-            return
-        with self._lock:
-            self._opening, self._pause_s = False, _FIRST_PAUSE_S
+                return
+            self._pause_s = _FIRST_PAUSE_S
             self._open.add(connection)
         self._put(connection)
 

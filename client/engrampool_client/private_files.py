@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def create(path: Path) -> BinaryIO:
+def create(path: Path, buffering: int = -1) -> BinaryIO:
     """A fresh file to write to, of mode 0600 at most, whatever the umask is and whatever was there.
 
     A file of that name is removed first: who has it open, or has another name for it, reads nothing of the new one. A
     symbolic link is not followed, as it may be somebody else's. What is no file, such as /dev/null, is written to as
-    it is. Raises OSError.
+    it is. buffering: as for `open`. Raises OSError.
     """
     try:
         descriptor = _fresh(path)
@@ -21,7 +21,7 @@ def create(path: Path) -> BinaryIO:
             descriptor = _fresh(path)
         else:
             descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    return os.fdopen(descriptor, "wb")
+    return os.fdopen(descriptor, "wb", buffering)
 
 
 def _fresh(path: Path) -> int:

@@ -20,7 +20,6 @@ so is logged. Of a file that is damaged elsewhere nothing behind the damage is r
 import itertools
 import json
 import logging
-import os
 import queue
 import struct
 import threading
@@ -80,7 +79,8 @@ class Recorder:
         self.dropped = 0
         self.error: OSError | None = None
         try:
-            self._file: BinaryIO = private_files.create(path)
+            # Unbuffered: a fork's child must have nothing of it to write.
+            self._file: BinaryIO = private_files.create(path, buffering=0)
         except OSError as error:
             raise RecordError(f"{path} cannot be written to: {error.strerror or error}") from error
         dtypes = {str(table.layer): np.dtype(table.id_dtype).name for table in spec.tables}
@@ -105,9 +105,6 @@ class Recorder:
 
     def forked(self) -> None:
         """In the child of a fork: the file is the parent's, and so is what waits to be written to it."""
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._file.fileno(), inheritable=False)  # whatever is flushed from here on goes there
-        os.close(null)
         self._closed = True
 
     def close(self) -> None:
@@ -143,20 +140,18 @@ class Recorder:
             with self._lock:
                 self._waiting_bytes -= nbytes
                 self.dropped += not written
-            if self._waiting.empty():
-                self._write(b"", flush=True)
         with suppress(OSError):
             self._file.close()
         if self.dropped:
             _log.warning("%s lacks %d lookups (%s)", self._path, self.dropped, self.error or "the disk was too slow")
 
-    def _write(self, data: bytes, flush: bool = False) -> bool:
+    def _write(self, data: bytes) -> bool:
         """Whether it went; a full disk must not end the model's process, and nothing is written behind a gap."""
         if self.error is None:
             try:
-                self._file.write(data)
-                if flush:
-                    self._file.flush()
+                left = memoryview(data)
+                while left:
+                    left = left[self._file.write(left) :]
             except OSError as error:
                 self.error = error
         return self.error is None

@@ -10,6 +10,8 @@ from functools import partial
 from engrampool_client.delivery import Delivery
 from engrampool_client.errors import StepCancelledError
 
+# Threads that a call may hold whose lookup was given up, before such a lookup keeps its place.
+_MOST_HELD = 16
 # How long closing waits for a call that does not end though nobody wants its answer.
 _HELD_S = 2.0
 _log = logging.getLogger("engrampool")
@@ -35,7 +37,7 @@ class Workers:
     There is one thread more than places, so that planning never waits for a server: a lookup that the cache answers
     whole ends at once, however silent servers are. One place is never given to jobs asked for ahead, unless it is the
     only one: what is needed now finds a place. A job whose lookup is given up leaves its place at once, even if its
-    thread is still held by the call; of such threads there are `most` at most.
+    thread is still held by the call; there may be a few such threads beside the others.
     """
 
     def __init__(self, most: int, name: str) -> None:
@@ -181,7 +183,7 @@ class Workers:
     def _leave(self, job: Job) -> None:
         """Let others have the place of a job that was given up; its thread is held until the call returns."""
         with self._lock:
-            if job in self._asking and self._held < self._most:
+            if job in self._asking and self._held < _MOST_HELD:
                 self._asking.remove(job)
                 self._held += 1
                 self._staff()

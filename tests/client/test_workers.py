@@ -98,7 +98,8 @@ def test_planning_waits_for_no_place():
     workers.close()
 
 
-def test_a_job_that_is_given_up_leaves_its_place_at_once_and_only_so_many_threads_are_held():
+def test_a_job_that_is_given_up_leaves_its_place_at_once_and_only_so_many_threads_are_held(monkeypatch):
+    monkeypatch.setattr("engrampool_client.workers._MOST_HELD", 1)
     workers = Workers(1, "test")
     stuck = [busy(workers)]
     second = Gate().submit(workers)

@@ -1,0 +1,314 @@
+"""Lookups that are given up, by whatever way, end: at once, on time, and with nothing written afterwards."""
+
+import asyncio
+import gc
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from engrampool_client import AsyncClient, Client, DeadlineError, ForkedError
+from engrampool_client.plan import Plan
+from engrampool_client.record import Recording
+from engrampool_client.testing import serve_process
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import LIMIT_S, GatherGate, eventually, running
+
+# Many enough for a long answer, which comes piece by piece.
+TOKENS = np.arange(3000, dtype=np.int32) * 40
+FEW = TOKENS[:4]
+LANES = {"grpc": "off", "direct": "auto"}
+
+
+def expected(spec, tokens) -> dict[int, np.ndarray]:
+    return {layer: synthetic_rows(spec.table(layer), ids) for layer, ids in spec.hash(TokenBatch.of(tokens)).items()}
+
+
+def arrays(client: Client, tokens) -> dict[int, np.ndarray]:
+    tables = map(client.spec.table, client.spec.layers)
+    return {table.layer: np.full((len(tokens), table.heads, table.row_bytes), 0xA5, np.uint8) for table in tables}
+
+
+@pytest.fixture(scope="module")
+def silent(packed):
+    """A server that answers nothing while it is frozen."""
+    with serve_process(packed, workers=1) as server:
+        yield server
+
+
+@pytest.mark.parametrize("kept", ["", "cache"])
+def test_a_deadline_that_falls_while_rows_are_handed_over_ends_the_step(server, monkeypatch, kept):
+    finish = Plan._finish
+
+    def held_up(plan, layer):
+        rows = finish(plan, layer)
+        if layer == 14:
+            assert plan._delivery.pause(LIMIT_S)  # within what the caller's memory is written in
+        return rows
+
+    monkeypatch.setattr(Plan, "_finish", held_up)
+    told = []
+    with Client(server, on_failure="mask", attach="off", cache_bytes=1 << 20 if kept else 0) as client:
+        step = client.prefetch(TOKENS, timeout_s=0.5)
+        step.add_callback(lambda _, layer: told.append(layer))
+        rows, valid = step.rows(14), step.valid(14)
+        assert not rows[~valid].any()
+        assert np.array_equal(rows[valid], expected(client.spec, TOKENS)[14][valid])
+        assert sorted(told) == [1, 14]
+        assert step.done()
+        eventually(lambda: (client.stats.pending_bytes, client.stats.in_flight) == (0, 0), "nothing is pending")
+
+
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_a_step_that_nobody_waits_for_ends_at_its_deadline(silent, lane):
+    with Client(silent.address, direct=lane, attach="off", max_steps=1, on_failure="mask") as client, silent.frozen():
+        client.prefetch(FEW, timeout_s=60.0).add_callback(lambda *_: None)  # it has the only place
+        told = threading.Semaphore(0)
+        step = client.prefetch(FEW, timeout_s=0.1)
+        step.add_callback(lambda *_: told.release())
+        assert told.acquire(timeout=LIMIT_S)
+        assert told.acquire(timeout=LIMIT_S)
+        assert not step.valid(1).any()
+        assert client.stats.in_flight == 1
+
+
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_a_cancelled_step_and_a_hint_leave_their_place_to_who_needs_it(silent, lane):
+    settings = {"direct": lane, "attach": "off", "max_steps": 1, "cache_bytes": 1 << 20}
+    with Client(silent.address, **settings) as client:
+        with silent.frozen():
+            first = client.prefetch(FEW, timeout_s=600.0)
+            asking = client._workers._asking
+            eventually(lambda: [job.delivery for job in asking] == [first.delivery], "it asks")
+            first.cancel()
+            second = client.prefetch(FEW + 1, timeout_s=600.0)
+            eventually(lambda: [job.delivery for job in asking] == [second.delivery], "the next one asks")
+            # A hint has a place as long as nobody else needs it.
+            second.cancel()
+            assert second.hint(np.array([[7, 8, 9]]))
+            eventually(lambda: [job.hint for job in asking] == [True], "the hint asks")
+            third = client.prefetch(FEW + 2, timeout_s=600.0)
+            eventually(lambda: [job.delivery for job in asking] == [third.delivery], "the hint has given way")
+            eventually(lambda: not client.stats.pending_hint_bytes, "it has ended")
+        assert np.array_equal(third.rows(14), expected(client.spec, FEW + 2)[14])
+
+
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_rows_that_are_all_cached_wait_for_no_server(silent, lane):
+    settings = {"direct": lane, "attach": "off", "max_steps": 2, "cache_bytes": 1 << 20}
+    with Client(silent.address, **settings) as client:
+        step = client.prefetch(FEW)
+        step.wait()
+        kept = threading.Event()
+        step.delivery.on_idle(kept.set)
+        assert kept.wait(LIMIT_S)
+        with silent.frozen():
+            stuck = [client.prefetch(TOKENS[100 * at : 100 * at + 50], timeout_s=600.0) for at in range(1, 5)]
+            eventually(lambda: len(client._workers._asking) == 2, "every place is taken")
+            assert np.array_equal(client.prefetch(FEW, timeout_s=600.0).rows(14), expected(client.spec, FEW)[14])
+            assert not any(one.done() for one in stuck)
+
+
+@pytest.mark.parametrize("way", ["cancelled", "timed out", "closed", "dropped", "deadline"])
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_nothing_is_written_once_a_lookup_was_given_up(packed, monkeypatch, lane, way):
+    gate = GatherGate(monkeypatch)
+    with running(packed) as server:
+        client = Client(server.address, direct=lane, attach="off")
+        out = arrays(client, TOKENS)
+
+        async def lookup() -> None:
+            task = asyncio.create_task(AsyncClient(client).lookup(TOKENS, out=out))
+            await asyncio.to_thread(gate.wait_begun, 1)
+            if way == "cancelled":
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(task, 0.01)
+
+        try:
+            if way in ("cancelled", "timed out"):
+                asyncio.run(lookup())
+            else:
+                step = client.prefetch(TOKENS, out=out, timeout_s=0.05 if way == "deadline" else 60.0)
+                gate.wait_begun(1)
+                if way == "closed":
+                    client.close()
+                elif way == "deadline":
+                    with pytest.raises(DeadlineError):
+                        step.rows(1)
+                else:
+                    del step
+                    gc.collect()
+            before = {layer: array.copy() for layer, array in out.items()}
+            assert client.stats.pending_bytes == 0
+            gate.open.set()
+            # What the server had for it has been gathered, and sent or thrown away, by the time that this is over.
+            with Client(server.address, direct=lane, attach="off") as other:
+                assert np.array_equal(other.lookup(FEW)[14], expected(other.spec, FEW)[14])
+            eventually(lambda: server.scrape()["engrampool_in_flight_bytes"] == 0, "the server is through with it")
+            assert all(np.array_equal(out[layer], before[layer]) for layer in out)
+        finally:
+            gate.open.set()
+            client.close()
+
+
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_ctrl_c_in_a_lookup_leaves_nothing_behind(silent, lane):
+    with Client(silent.address, direct=lane, attach="off") as client:
+        with silent.frozen():
+            asked = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+            asked.start()
+            with pytest.raises(KeyboardInterrupt):
+                client.lookup(TOKENS[:100], timeout_s=60.0)
+        gc.collect()  # what the traceback referred to
+        assert (client.stats.pending_bytes, client.stats.in_flight) == (0, 0)
+        assert client.stats.steps["cancelled"] == 1
+        assert np.array_equal(client.lookup(FEW)[14], expected(client.spec, FEW)[14])
+
+
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_a_lookup_may_have_no_deadline_but_not_one_that_is_no_time(server, lane):
+    with Client(server, direct=lane, attach="off", timeout_s=math.inf, connect_timeout_s=math.inf) as client:
+        for tokens in (FEW, TOKENS):
+            for rows in (client.lookup(tokens), client.lookup(tokens, timeout_s=math.inf)):
+                assert np.array_equal(rows[14], expected(client.spec, tokens)[14])
+        assert np.array_equal(client.prefetch(FEW).rows(1), expected(client.spec, FEW)[1])
+        assert client.direct == (lane == "auto")
+        for bad in (0, -1.0, math.nan, -math.inf):
+            with pytest.raises(ValueError, match="timeout_s must be positive"):
+                client.prefetch(FEW, timeout_s=bad)
+            with pytest.raises(ValueError, match="timeout_s must be positive"):
+                client.lookup(FEW, timeout_s=bad)
+        assert client.stats.in_flight == 0
+
+
+def test_a_deadline_that_passed_before_anything_was_sent_costs_no_connection(server):
+    with Client(server, attach="off") as client:
+        (endpoint,) = client._shards._sets[0].replicas
+        client.lookup(FEW)
+        connections = set(endpoint._direct._open)
+        for _ in range(5):
+            with pytest.raises(DeadlineError):
+                client.lookup(FEW, timeout_s=1e-9)
+        assert set(endpoint._direct._open) == connections
+        assert client.direct
+        assert not client.breaker_open
+
+
+# --- another process
+
+
+def child(run) -> bytes:
+    """What `run` gives in a fork of this process."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        said = b"failed"
+        try:
+            said = run()
+        finally:
+            os.write(write, said)
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(pid, 0)
+    return said
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"direct": "off", "attach": "off"}, {"attach": "off", "cache_bytes": 1 << 20}, {"hashing": "server"}],
+    ids=["grpc", "direct", "hashed there"],
+)
+def test_a_child_is_told_that_the_client_is_its_parents_and_takes_nothing_from_it(packed, monkeypatch, settings):
+    gate = GatherGate(monkeypatch)
+    with running(packed) as server, Client(server.address, **settings) as client:
+        there = client.prefetch(FEW)
+        there.wait()
+        step = client.prefetch(TOKENS)
+        gate.wait_begun(1)
+
+        def run() -> bytes:
+            asks = [
+                lambda: client.lookup(FEW),
+                lambda: client.lookup_rows({1: np.zeros((2, 24), np.uint32)}),
+                lambda: client.prefetch(FEW),
+                lambda: client.amend(there, FEW),
+                lambda: asyncio.run(AsyncClient(client).lookup(FEW)),
+                lambda: step.rows(1),
+                lambda: step.wait(),
+                lambda: client.save_cache("never"),
+            ]
+            refused = []
+            for ask in asks:
+                try:
+                    ask()
+                except Exception as error:
+                    refused.append(f"{type(error).__name__} {os.getpid() if str(os.getpid()) in str(error) else 0}")
+            good = refused == [f"ForkedError {os.getpid()}"] * len(asks)
+            # What was there is the child's as well; and giving up is of no effect on the parent.
+            good &= np.array_equal(there.rows(14), expected(client.spec, FEW)[14])
+            step.cancel()
+            client.close()
+            return b"good" if good else repr(refused).encode()
+
+        assert child(run) == b"good"
+        gate.open.set()
+        assert np.array_equal(step.rows(14), expected(client.spec, TOKENS)[14])
+        assert client.stats.retries == 0
+        assert np.array_equal(client.lookup(FEW)[1], expected(client.spec, FEW)[1])
+
+
+def test_a_child_has_a_client_of_its_own_and_ends_as_processes_do(silent):
+    with Client(silent.address, attach="off") as client:
+        assert client.direct
+
+        def run() -> bytes:
+            with Client(silent.address, attach="off") as own:
+                return b"good" if np.array_equal(own.lookup(FEW)[1], expected(own.spec, FEW)[1]) else b"wrong rows"
+
+        assert child(run) == b"good"
+        assert np.array_equal(client.lookup(FEW)[14], expected(client.spec, FEW)[14])
+
+
+def test_parent_and_child_of_a_fork_both_end_as_processes_do(silent):
+    """By way of all that Python does then, with a client open and a step under way."""
+    program = (
+        "import os, sys; from engrampool_client import Client; pool = Client(sys.argv[1], attach='off');"
+        "step = pool.prefetch(list(range(2000))); pid = os.fork();"
+        "sys.exit(3) if not pid else print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), step.rows(14).shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, silent.address], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "3 (2000, 24, 264)\n"
+
+
+def test_a_recording_is_the_parents_alone(server, tmp_path):
+    path = tmp_path / "rows.rec"
+    with Client(server, attach="off", record=path) as client:
+        client.lookup(FEW)
+
+        def run() -> bytes:
+            with pytest.raises(ForkedError):
+                client.lookup(FEW)
+            client.close()
+            return b"good"
+
+        for _ in range(5):
+            assert child(run) == b"good"
+        client.lookup(FEW)
+        spec = client.spec
+    wanted = {layer: ids.tolist() for layer, ids in spec.hash(TokenBatch.of(FEW)).items()}
+    found = [{layer: ids.tolist() for layer, ids in one.ids.items()} for one in Recording(path).of(spec)]
+    assert found == [wanted, wanted]
