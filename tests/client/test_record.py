@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from engrampool_client import BatchError, Client, RecordError, private_files, record
 from engrampool_client.record import Recorder, Recording
 from engrampool_proto.hashing import TokenBatch
+from server_fixtures import eventually
 
 VOCAB = 129280
 HEADS = 24
@@ -45,18 +46,9 @@ def write(path, spec, *lookups) -> Recorder:
     return recorder
 
 
-def flushes(monkeypatch) -> threading.Semaphore:
-    """Released whenever a recorder has written all that waits."""
-    done, write_it = threading.Semaphore(0), Recorder._write
-
-    def counted(self, data, *arguments, **named):
-        written = write_it(self, data, *arguments, **named)
-        if not data:
-            done.release()
-        return written
-
-    monkeypatch.setattr(Recorder, "_write", counted)
-    return done
+def written(recorder: Recorder) -> None:
+    """Wait until nothing waits to be written."""
+    eventually(lambda: not recorder._waiting_bytes, "all is written")
 
 
 def lookup_of(layers: bytes, count: int, at_s: float = 0.0) -> bytes:
@@ -182,11 +174,10 @@ def test_nothing_is_waited_for_and_what_there_is_no_room_for_is_counted(spec, tm
 
 def test_room_is_given_back_once_written(spec, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "_MAX_WAITING_BYTES", 1000)
-    written = flushes(monkeypatch)
     recorder = Recorder(tmp_path / "stream", spec, "v")
     for value in range(5):
         recorder.rows({1: np.full(100, value)})
-        assert written.acquire(timeout=30)
+        written(recorder)
     recorder.close()
     assert recorder.dropped == 0
     assert [each.ids[1][0] for each in Recording(tmp_path / "stream")] == list(range(5))
@@ -205,7 +196,7 @@ def test_a_full_disk_costs_no_lookup(server, caplog):
 
 def test_nothing_is_written_behind_a_gap(spec, tmp_path, monkeypatch):
     """A disk that has room again later: the file ends where it was full."""
-    written, error = [], OSError(28, "No space left on device")
+    taken, error = [], OSError(28, "No space left on device")
 
     class Disk:
         def __init__(self):
@@ -215,27 +206,24 @@ def test_nothing_is_written_behind_a_gap(spec, tmp_path, monkeypatch):
             if self.full:
                 self.full = False
                 raise error
-            written.append(data)
-
-        def flush(self):
-            pass
+            taken.append(bytes(data))
+            return len(data)
 
         def close(self):
             raise error
 
     disk = Disk()
-    monkeypatch.setattr(private_files, "create", lambda _: disk)
-    idle = flushes(monkeypatch)
+    monkeypatch.setattr(private_files, "create", lambda _, buffering: disk)
     recorder = Recorder(tmp_path / "stream", spec, "v")
     recorder.rows({1: np.array([1])})
-    assert idle.acquire(timeout=30)
-    before = len(written)
+    written(recorder)
+    before = len(taken)
     disk.full = True
     recorder.rows({1: np.array([2])})
-    assert idle.acquire(timeout=30)
+    written(recorder)
     recorder.rows({1: np.array([3])})
     recorder.close()
-    assert (len(written), recorder.dropped, recorder.error) == (before, 2, error)
+    assert (len(taken), recorder.dropped, recorder.error) == (before, 2, error)
 
 
 def test_a_client_records_lookups_of_every_kind(server, spec, tmp_path):

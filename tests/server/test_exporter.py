@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engrampool_server.exporter import Processes
-from engrampool_server.shared import int64s
+from engrampool_server.in_flight import int64s
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
