@@ -14,11 +14,11 @@ import grpc
 
 from engrampool_client.testing import serve_process
 from engrampool_proto.v1 import pool_pb2
+from engrampool_server.in_flight import InFlight
 from engrampool_server.lookups import Limits, Lookups
 from engrampool_server.metrics import Metrics
 from engrampool_server.metrics_files import MetricsDirectory
 from engrampool_server.service import PoolService
-from engrampool_server.shared import InFlight
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import HeldModel
 from workload import Workload
