@@ -29,6 +29,7 @@ Direct = Literal["auto", "off"]
 
 # To get in. A port that is blocked costs this once, when a client is made.
 _OPEN_TIMEOUT_S = 1.0
+_STUCK_S = 10.0
 # Between tries after one that failed.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 # Answers up to half this size are read whole into memory of ours, and copied from there.
@@ -56,6 +57,7 @@ class DirectLane:
         # Weakly: one that is lost, as Ctrl-C can come between any two lines, is closed and makes room for another.
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._opening = self._closed = False
+        self._opening_since = 0.0
         self._not_before, self._pause_s = 0.0, _FIRST_PAUSE_S
         self._opener: threading.Thread | None = None
         self._connect()  # here and now, so that the first lookup finds a connection
@@ -175,9 +177,12 @@ class DirectLane:
         """Have one more connection opened, for later."""
         with self._lock:
             enough = len(self._open) >= self._most
-            if self._closed or self._opening or enough or time.monotonic() < self._not_before:
+            now = time.monotonic()
+            # One that takes longer than any step of its own may is held by something that will not let it go.
+            opening = self._opening and now < self._opening_since + _STUCK_S
+            if self._closed or opening or enough or now < self._not_before:
                 return
-            self._opening = True
+            self._opening, self._opening_since = True, now
             self._opener = threading.Thread(target=self._connect, name="engrampool-direct", daemon=True)
             try:
                 self._opener.start()

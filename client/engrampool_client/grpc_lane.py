@@ -1,11 +1,7 @@
 """Lookups over gRPC, for the blocking client."""
 
-import queue
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.experimental
@@ -20,18 +16,17 @@ from engrampool_proto.v1 import pool_pb2
 # The thread that reads a stream also drives its connection: without this gRPC hands every message from one to another.
 _OPTIONS = (*CHANNEL_OPTIONS, (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1))
 
-_T = TypeVar("_T")
-# What to call, where what it gives and raises belongs, and what is released then; None to end.
-_Calls = queue.SimpleQueue[tuple[Callable[[], Any], list[Any], threading.Lock] | None]
-
 
 class GrpcLane:
     """One connection to a server. Thread-safe."""
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self._channel = grpc.insecure_channel(target, _OPTIONS)
-        self._helper = _Helper()
+        self._given_up: list[grpc.Channel] = []
+        self._connect()
+
+    def _connect(self) -> None:
+        self._channel = grpc.insecure_channel(self.target, _OPTIONS)
         self._lookup = self._channel.unary_unary(METHOD + "Lookup")
         self._lookup_stream = self._channel.unary_stream(METHOD + "LookupStream")
 
@@ -48,8 +43,7 @@ class GrpcLane:
             remaining = deadline - time.monotonic()
             try:
                 # wait_for_ready also waits for a server that is not listening yet.
-                call = partial(describe, request, timeout=max(0.0, remaining), wait_for_ready=True)
-                answer: bytes = self._off_main(call)
+                answer: bytes = describe(request, timeout=max(0.0, remaining), wait_for_ready=True)
                 return answer
             except grpc.RpcError as rpc_error:
                 error = from_rpc(rpc_error, self.target)
@@ -65,8 +59,7 @@ class GrpcLane:
         """Ask for a way into the direct lane. Raises PoolError."""
         call = self._channel.unary_unary(METHOD + "OpenDirect")
         try:
-            request = pool_pb2.OpenDirectRequest().SerializeToString()
-            answer: bytes = self._off_main(partial(call, request, timeout=timeout_s))
+            answer: bytes = call(pool_pb2.OpenDirectRequest().SerializeToString(), timeout=timeout_s)
         except grpc.RpcError as error:
             raise from_rpc(error, self.target) from error
         try:
@@ -79,7 +72,7 @@ class GrpcLane:
         call = self._channel.unary_unary(METHOD + "Attach")
         request = pool_pb2.AttachRequest(model=model, version=version)
         try:
-            answer: bytes = self._off_main(partial(call, request.SerializeToString(), timeout=timeout_s))
+            answer: bytes = call(request.SerializeToString(), timeout=timeout_s)
         except grpc.RpcError as error:
             raise from_rpc(error, self.target) from error
         try:
@@ -92,9 +85,6 @@ class GrpcLane:
 
         Raises what the call fails with. Whatever it is once the lookup was given up, the delivery knows better.
         """
-        self._off_main(partial(self._fetch, exchange, timeout_s, delivery))
-
-    def _fetch(self, exchange: Exchange, timeout_s: float, delivery: Delivery) -> None:
         try:
             if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
@@ -107,64 +97,17 @@ class GrpcLane:
                     _take(exchange, message, delivery)
         except grpc.RpcError as error:
             raise from_rpc(error, self.target) from error
+        except KeyboardInterrupt:
+            # It may have come while gRPC held a lock of the channel's, and then every other call on it, and its end,
+            # waits for ever: it is not used any more, nor closed.
+            self._given_up.append(self._channel)
+            self._connect()
+            raise
         exchange.finish()
-
-    def _off_main(self, call: Callable[[], _T]) -> _T:
-        """Make a call, in a thread in which Ctrl-C cannot come."""
-        if threading.current_thread() is not threading.main_thread():
-            return call()
-        return self._helper.make(call)
 
     def close(self) -> None:
         """End the connection, and every call on it."""
         self._channel.close()
-        self._helper.close()
-
-
-class _Helper:
-    """A thread that makes the main thread's calls.
-
-    Ctrl-C is raised in the main thread, between any two lines of Python, and gRPC's are no exception: it may leave a
-    lock of the channel's taken, and every other call on that channel, and its end, would wait for ever.
-    """
-
-    def __init__(self) -> None:
-        self._calls: _Calls = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def make(self, call: Callable[[], _T]) -> _T:
-        """Have it made, and wait for what it gives or raises."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=_make_all, args=(self._calls,), name="engrampool-call", daemon=True)
-            self._thread.start()
-        made, outcome = threading.Lock(), list[Any]()
-        made.acquire()
-        self._calls.put((call, outcome, made))
-        try:
-            made.acquire()  # a lock of the system's own: nothing is left half way in here
-        except BaseException:
-            self.close()  # it is busy with what nobody waits for; the next call has another
-            raise
-        given, error = outcome
-        if error is not None:
-            raise error
-        return cast(_T, given)
-
-    def close(self) -> None:
-        """Have the thread end after the call that it is making."""
-        self._calls.put(None)
-        self._calls, self._thread = queue.SimpleQueue(), None
-
-
-def _make_all(calls: "_Calls") -> None:
-    while (one := calls.get()) is not None:
-        call, outcome, made = one
-        try:
-            outcome += call(), None
-        except BaseException as error:
-            outcome += None, error
-        made.release()
-        del one, call, outcome, made  # they hold on to a whole lookup
 
 
 def _take(exchange: Exchange, message: bytes, delivery: Delivery) -> None:
