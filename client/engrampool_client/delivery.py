@@ -101,7 +101,8 @@ class Delivery:
         In the thread that settles it; what it raises is logged.
         """
         with self._lock:
-            self._callbacks.append(callback)
+            if not self._done:
+                self._callbacks.append(callback)
             self._calls.extend((callback, layer) for layer in self.layers if self.settled(layer))
         self._tell()
 
