@@ -282,6 +282,12 @@ def test_a_forward_that_has_all_its_rows_cancels_nothing(client, came):
     assert (step.error is not None) == (came == [1])
 
 
+def test_a_step_that_nobody_closed_gives_its_buffers_back(client, spec):
+    pool = pooled.EngramPool(client, staging=True, buffers=1)
+    for _ in range(3):
+        assert pool.start(torch.arange(5)).rows(1).shape == (5, 24, 264)
+
+
 def test_a_forward_that_fails_leaves_the_pool_usable(client, spec):
     pool = pooled.EngramPool(client, staging=True, buffers=1)
     with pytest.raises(ZeroDivisionError), pool.start(tokens(12, 2000)):

@@ -282,6 +282,11 @@ class PooledStep:
         self._pool._running = None
         self.close()
 
+    def __del__(self) -> None:
+        """Of one that nobody closed: its buffers serve the next, once nothing is written into them any more."""
+        if not getattr(self, "_closed", True):
+            self.close()
+
     def _check_open(self) -> None:
         if self._closed:
             raise PoolError("the step has ended: start another for each forward")
