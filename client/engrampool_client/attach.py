@@ -132,8 +132,8 @@ class AttachLane:
             count = max(1, _PIECE_BYTES // row_bytes)
             for first in range(0, len(ids), count):
                 some = ids[first : first + count]
+                place = exchange.place(layer, first, len(some) * row_bytes)
                 with delivery.writing():
-                    place = exchange.place(layer, first, len(some) * row_bytes)
                     table.gather(some, np.frombuffer(place, np.uint8).reshape(-1, row_bytes))
                 if exchange.placed(layer, len(some) * row_bytes):
                     delivery.arrived(exchange.whole([layer]))

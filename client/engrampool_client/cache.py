@@ -74,7 +74,7 @@ class _Index:
     @classmethod
     def empty(cls, sets: int) -> "_Index":
         slots = sets * _WAYS
-        return cls(np.zeros(slots, np.int64), np.full(slots, _NOBODY, np.int16), np.zeros(slots, np.int32))
+        return cls(np.zeros(slots, np.int64), np.full(slots, _NOBODY, np.int16), np.arange(slots, dtype=np.int32))
 
     @classmethod
     def of(cls, buffer: Bytes) -> "_Index":
@@ -222,15 +222,14 @@ class HotRows:
         if hinted:
             self.hinted_wasted_bytes += (len(placed) - len(slots)) * self.entry_bytes
             self._unused[slots] = True
-        rows = self._index.rows
-        # What takes another's place takes its row, what comes into an empty slot the next row.
-        came = slots[~full]
-        rows[came] = np.arange(self.filled, self.filled + len(came))
-        self.filled += len(came)
-        self.evicted += len(slots) - len(came)
+        came = len(slots) - int(np.count_nonzero(full))
+        # In this order: Ctrl-C may come between any two lines, and no key may be found with another's row.
+        self._index.groups[slots] = _NOBODY
+        self.rows[self._index.rows.take(slots)] = entries
         self._index.keys[slots] = keys
         self._index.groups[slots] = groups
-        self.rows[rows.take(slots)] = entries
+        self.filled += came
+        self.evicted += len(slots) - came
 
     def _use(self, slots: Keys) -> int:
         """Take the hint from these slots, given any number of times; the bytes of those that had one."""

@@ -337,7 +337,11 @@ class Client:
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
         if self.cache is None or step.delivery.working is None:
             step.cancel()
-        return self._submit(*self._by_tokens(batch, layers, out, timeout_s, bounded=True), after=step)
+        amended, plan = self._by_tokens(batch, layers, out, timeout_s, bounded=True)
+        # Once the new step is done, nothing is written into the old one's arrays either.
+        amended.delivery.on_cancel(step.cancel)
+        after = None if step.delivery.given_up else step  # what was given up brings nothing more
+        return self._submit(amended, plan, after=after)
 
     def dummy(self, num_tokens: int, *, layers: Sequence[int] | None = None, out: Out | None = None) -> Step:
         """A step of `num_tokens` whose rows are zero and whose tokens are not valid; no server is asked.
@@ -349,7 +353,9 @@ class Client:
         check_outs(self.spec, out or {}, shapes)
         delivery, blank = Delivery(wanted), zeros(shapes, out)
         rows = {layer: blank(layer) for layer in wanted}
-        delivery.valid.update({layer: valid for layer, (_, valid) in rows.items()})
+        for layer, (_, valid) in rows.items():
+            valid.flags.writeable = False
+            delivery.valid[layer] = valid
         delivery.arrived({layer: given for layer, (given, _) in rows.items()})
         delivery.end(None)
         return Step(delivery)
@@ -425,7 +431,12 @@ class Client:
                 f"{self._max_pending_bytes}; wait for steps to end, or cancel some",
                 "client-full",
             )
-        self._deadlines.watch(delivery, wake=bounded)
+        try:
+            self._deadlines.watch(delivery, wake=bounded)
+        except RuntimeError as failure:
+            error = PoolError(f"the system gives the client no thread: {failure}")
+            delivery.end(error)
+            raise error from failure
         return delivery
 
     def _seconds(self, timeout_s: float | None) -> float:
@@ -434,7 +445,7 @@ class Client:
             timeout_s = self._timeout_s
         elif not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive; it is {timeout_s}")
-        return min(timeout_s, LONGEST_S)
+        return min(float(timeout_s), LONGEST_S)  # of whatever kind it is: clocks take no other
 
     def _ended(self, delivery: Delivery) -> None:
         masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in list(delivery.valid.items())}
@@ -555,10 +566,13 @@ class Client:
         if not self.stats.hint_began(delivery, nbytes, self._hint_limit_bytes):
             return False
         lookup = self._lookup(delivery, plan, hinted=True)
-        self._deadlines.watch(delivery)
         try:
+            self._deadlines.watch(delivery)
             self._begin(Job(delivery, lookup.plan, lookup.ask, ahead=True, hint=True))
         except PoolError:
+            return False
+        except RuntimeError:  # the system gives no thread
+            delivery.end(None)
             return False
         return True
 

@@ -30,13 +30,17 @@ class Deadlines:
         self._closed = False
 
     def watch(self, delivery: Delivery, wake: bool = True) -> None:
-        """Settle it by its deadline, until `forget`. wake: False where the caller's own thread sees to that."""
+        """Settle it by its deadline, until `forget`. wake: False where the caller's own thread sees to that.
+
+        Raises RuntimeError if the system gives no thread for it.
+        """
         self._open[delivery] = False
         if wake and delivery.deadline < self._wakes_at:
             with self._lock:
-                if self._thread is None and not self._closed:
-                    self._thread = threading.Thread(target=self._run, name="engrampool-deadlines", daemon=True)
-                    self._thread.start()
+                if (self._thread is None or not self._thread.is_alive()) and not self._closed:
+                    thread = threading.Thread(target=self._run, name="engrampool-deadlines", daemon=True)
+                    thread.start()
+                    self._thread = thread
                 self._changed.notify()
 
     def forget(self, delivery: Delivery) -> None:
@@ -77,10 +81,12 @@ class Deadlines:
                 if not due:
                     self._wakes_at = min((delivery.deadline for delivery, passed in known if not passed), default=inf)
                     limit_s = self._wakes_at - now
+                    del known, due  # they hold on to whole lookups
                     self._changed.wait(limit_s if limit_s < threading.TIMEOUT_MAX else None)
                     continue
-            for delivery in due:
-                self._expire(delivery)
+            del known
+            while due:
+                self._expire(due.pop())
 
     def _expire(self, delivery: Delivery) -> None:
         if delivery in self._open:

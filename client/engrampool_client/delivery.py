@@ -58,7 +58,7 @@ class Delivery:
         # and a condition's own line between having the lock and saying so would leave it taken for ever.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._done = self._closing = False
+        self._done = self._closing = self._telling = False
         self._working: bool | None = None
         self._writers: list[int] = []  # threads
         self._cancels: list[Callable[[], Any]] = []
@@ -169,6 +169,7 @@ class Delivery:
         with self._lock:
             if not self._done:
                 self._close(error)
+                self._telling = True
         self._cancel()
         self._settle()
         if wait and threading.get_ident() not in self._writers:
@@ -231,7 +232,10 @@ class Delivery:
         """In the child of a fork, where nobody else is: settle it without a word to those of the parent."""
         self._lock = threading.RLock()  # the old one may be another thread's for ever
         self._changed = threading.Condition(self._lock)
-        if self.done:
+        if self._done:
+            return
+        if len(self.rows) == len(self.layers):
+            self._closing = self._done = True
             return
         # Settled before anything is let go of: the last reference to a step may be among that.
         self.error, self._closing, self._done = error, True, True
@@ -276,7 +280,8 @@ class Delivery:
                 self._calls.extend((callback, layer) for layer in missing for callback in self._callbacks)
                 # They hold on to what they were made from.
                 self._blank, self._callbacks = None, []
-                self._cancels.clear()
+                if not self._telling:  # else they are about to be called
+                    self._cancels.clear()
         if (on_end := self._on_end) is not None:
             on_end(self)
             self._on_end = None

@@ -393,7 +393,11 @@ class Connection:
         start = frames.request_start(timeout_us, len(request))
         if send_by is not None:
             self._allow(send_by)
-        sent = self._socket.sendmsg((start, request)) - len(start)
+        sent = self._socket.sendmsg((start, request))
+        while sent < len(start):
+            self._allow(deadline if send_by is None else send_by)
+            sent += self._socket.send(start[sent:])
+        sent -= len(start)
         while sent < len(request):  # a large one, or a server that is busy
             self._allow(deadline if send_by is None else send_by)
             sent += self._socket.send(memoryview(request)[sent:])

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -26,6 +26,7 @@ from engrampool_client.grpc_lane import GrpcLane
 from engrampool_client.latency import Latency
 from engrampool_client.served import BRIEF, ServedModel
 from engrampool_client.settings import SPLIT_ABOVE_BYTES
+from engrampool_client.side_by_side import SideBySide
 from engrampool_client.stats import Stats
 
 Attach = Literal["auto", "off"]
@@ -141,19 +142,10 @@ class Endpoint:
         if len(parts) == 1:
             self._fetch(self._lanes[0], exchange, delivery, spin_s, deadline, patient, early, begun)
             return
-        others: list[Future[None]] = []
-        try:
+        with SideBySide(self._parts, delivery) as others:
             for lane, part in zip(self._lanes[1:], parts[1:], strict=False):
-                others.append(self._parts.submit(self._fetch, lane, part, delivery, 0.0, deadline, patient, early))
+                others.begin(self._fetch, lane, part, delivery, 0.0, deadline, patient, early)
             self._fetch(self._lanes[0], parts[0], delivery, spin_s, deadline, patient, early)
-        except KeyboardInterrupt:  # in this thread, and the others know nothing of it
-            delivery.give_up(StepCancelledError("the lookup was interrupted"), wait=False)
-            raise
-        finally:  # whatever became of the first, nothing is written once the step has ended
-            for other in others:
-                other.exception()
-        for other in others:
-            other.result()
         exchange.times = slowest(parts)
 
     def _splits(self, exchange: Exchange) -> bool:

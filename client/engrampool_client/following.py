@@ -98,8 +98,9 @@ class Following:
 
     def forked(self) -> None:
         """In the child of a fork: let go of the connections without a word, for they are the parent's."""
-        for generation in (self.current, *self._retired):
-            generation.shards.forked()
+        for generation in (self.current, *self._retired, self._coming):
+            if generation is not None:
+                generation.shards.forked()
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""

@@ -343,14 +343,19 @@ class Plan:
         self._rows[layer].reshape(len(valid), heads * row_bytes)[~valid] = 0
         return self._finish(layer), valid.reshape(leading)
 
-    def close(self) -> None:
-        """Let other lookups have the memory that rows were fetched into; once nobody asks for them any more."""
+    def close(self, again: bool = True) -> None:
+        """Let go of the memory that rows were fetched into, once nobody asks for them any more.
+
+        again: other lookups may have it.
+        """
         for entries in self._entries.values():
             for one in entries:
                 one.fetched = None
         self.exchange = None
         while self._scratch:
-            self._planner.scratch.give_back(self._scratch.pop())
+            buffer = self._scratch.pop()
+            if again:
+                self._planner.scratch.give_back(buffer)
 
     def _allocate(self, nbytes: int) -> Rows:
         self._scratch.append(self._planner.scratch.take(nbytes))
@@ -381,14 +386,14 @@ class Plan:
         keys = np.concatenate([major[0] for major in majors])
         groups = np.concatenate([major[1] for major in majors])
         # The lock is held until the rows are copied: until then nobody may put others in their place.
-        with cache.lock:
+        # Within `writing`, not around it: who leaves that last settles the step, which calls the caller's own code.
+        with self._delivery.writing(), cache.lock:
             slots = cache.find(keys, groups)
             start = taken = 0
-            with self._delivery.writing():
-                for layer, parts in self._entries.items():
-                    for one in parts:
-                        taken += self._copy(cache, layer, one, slots[start : start + one.count])
-                        start += one.count
+            for layer, parts in self._entries.items():
+                for one in parts:
+                    taken += self._copy(cache, layer, one, slots[start : start + one.count])
+                    start += one.count
         return taken
 
     def _copy(self, cache: HotRows, layer: int, one: _Entries, slots: npt.NDArray[np.int64]) -> int:

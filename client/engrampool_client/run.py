@@ -119,7 +119,7 @@ class Lookup:
         plan, by = self._plan, self._by
         self._exchange = self._plan = self._by = None
         if plan is not None:
-            plan.close()
+            plan.close(again=self.delivery.error is None)  # else, to be safe, nobody has it
         if by is not None:
             self._following.leave(by)
 

@@ -13,10 +13,11 @@ import numpy as np
 from engrampool_client.delivery import Delivery
 from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Endpoint, Ways
-from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, StepCancelledError, UnavailableError
+from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
 from engrampool_client.exchange import Exchange, Route, slowest
 from engrampool_client.replicas import ReplicaSet
 from engrampool_client.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
+from engrampool_client.side_by_side import SideBySide
 from engrampool_client.stats import Stats
 from engrampool_proto.spec import ModelSpec, Shard, ShardMap
 from engrampool_proto.v1 import pool_pb2
@@ -136,25 +137,17 @@ class Shards:
         # reads the first, the others are worked on. What cannot is asked for by threads.
         begun = {shard: self._sets[shard].begin(part, delivery) for shard, part in parts.items()}
         mine = [shard for shard, one in begun.items() if one is not None] or [next(iter(parts))]
-        others = [
-            self._fan_out.submit(self._sets[shard].ask, part, delivery, 0.0)
-            for shard, part in parts.items()
-            if shard not in mine
-        ]
-        try:
-            for shard in mine:
-                self._sets[shard].ask(parts[shard], delivery, spin_s, begun.pop(shard))
-        except KeyboardInterrupt:  # in this thread, and the others know nothing of it
-            delivery.give_up(StepCancelledError("the lookup was interrupted"), wait=False)
-            raise
-        finally:  # whatever became of it, nothing is written once the step has ended
-            for one in begun.values():
-                if one is not None:
-                    one.abandon()
-            for other in others:
-                other.exception()
-        for other in others:
-            other.result()
+        with SideBySide(self._fan_out, delivery) as others:
+            try:
+                for shard, part in parts.items():
+                    if shard not in mine:
+                        others.begin(self._sets[shard].ask, part, delivery, 0.0)
+                for shard in mine:
+                    self._sets[shard].ask(parts[shard], delivery, spin_s, begun.pop(shard))
+            finally:
+                for one in begun.values():
+                    if one is not None:
+                        one.abandon()
         exchange.times = slowest(list(parts.values()))
 
     def stop(self) -> None:

@@ -168,6 +168,8 @@ class Step:
 
 
 def _checked(timeout_s: float | None) -> float | None:
-    if timeout_s is not None and isnan(timeout_s):
+    if timeout_s is None:
+        return None
+    if isnan(timeout_s):
         raise ValueError("timeout_s must be a number of seconds; it is nan")
-    return timeout_s
+    return float(timeout_s)

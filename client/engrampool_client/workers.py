@@ -147,6 +147,7 @@ class Workers:
                     self._ask(job)
             except BaseException:
                 _log.exception("unexpected failure in a thread of the client")
+            job = None  # it holds on to a whole lookup
 
     def _plan(self, job: Job) -> bool:
         """Whether it is to be asked for now, from a place that it has."""
@@ -157,7 +158,11 @@ class Workers:
                 self._asking.append(job)
                 return True
             self._planned[job.ahead].append(job)
-            way = None if job.ahead else next((one for one in self._asking if one.hint), None)
+            way = (
+                None
+                if job.ahead
+                else next((one for one in self._asking if one.hint and not one.delivery.given_up), None)
+            )
         # It holds memory, and a version: let it go as soon as nobody wants it.
         job.delivery.on_cancel(self._look)
         if way is not None:

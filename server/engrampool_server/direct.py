@@ -465,6 +465,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._transport.write(answer)
         if self._paused:
             self._answering = True
+            self._form = None  # which would keep the buffer for as long as the connection is open
             self._show()
             self._task = lane.loop.create_task(self._wait_sent(buffer, timeout_s))
         else:

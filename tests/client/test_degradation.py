@@ -80,7 +80,7 @@ def test_deadlines_that_pass_before_anything_is_sent_say_nothing_of_the_server(s
         client._workers.submit(Job(Delivery([1]), lambda: True, (done := threading.Event()).set))
         assert done.wait(60)
         assert endpoint.breaker._prober is None
-        assert connections is None or endpoint._direct._open == connections
+        assert connections is None or set(endpoint._direct._open) == connections
         client.lookup(TOKENS[:5])
 
 
