@@ -1,7 +1,9 @@
+import itertools
 import json
 import os
 import stat
 import struct
+import sys
 import threading
 
 import numpy as np
@@ -439,3 +441,43 @@ def test_a_file_that_cannot_be_read_is_said_so(tmp_path):
         HotRows.open(tmp_path / "cache", "v1", LAYOUT)
     with pytest.raises(CacheFileError, match="Is a directory"):
         HotRows.open(tmp_path, "v1", LAYOUT)
+
+
+def test_ctrl_c_at_any_line_of_a_put_leaves_no_key_with_another_row():
+    """What is found is what was put, whatever line it was interrupted at, and room is never lost."""
+    keys = np.arange(400, dtype=np.int64)
+
+    def entries_of(keys, group):
+        return (keys[:, None] * 31 + np.arange(16) + 7 * group).astype(np.uint8)
+
+    for at in itertools.count():
+        cache, lines, raised = HotRows(20_000, 16), [at], []
+
+        def line(frame, event, arg, lines=lines, raised=raised):
+            if event == "line" and not raised:
+                lines[0] -= 1
+                if lines[0] < 0:
+                    raised.append(True)
+                    raise KeyboardInterrupt
+            return line
+
+        def call(frame, event, arg):
+            return line if frame.f_code.co_filename.endswith("/cache.py") else None
+
+        for group in range(4):  # until some have to make room
+            groups = np.full(len(keys), group, np.uint8)
+            sys.settrace(call if group == 2 else None)
+            try:
+                cache.put(keys, groups, entries_of(keys, group))
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+        for group in range(4):
+            found = cache.find(keys, np.full(len(keys), group, np.uint8))
+            there = found >= 0
+            assert np.array_equal(cache.rows[found[there]], entries_of(keys[there], group)), at
+        assert len(np.unique(cache._index.rows)) == len(cache.rows)
+        if not raised:
+            break
+    assert at > 20

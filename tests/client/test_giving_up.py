@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from engrampool_client import AsyncClient, Client, DeadlineError, ForkedError
+from engrampool_client import AsyncClient, Client, DeadlineError, ForkedError, PoolError
 from engrampool_client.plan import Plan
 from engrampool_client.record import Recording
 from engrampool_client.testing import serve_process
@@ -202,6 +202,62 @@ def test_a_deadline_that_passed_before_anything_was_sent_costs_no_connection(ser
         assert set(endpoint._direct._open) == connections
         assert client.direct
         assert not client.breaker_open
+
+
+@pytest.mark.parametrize("way", ["cancelled", "dropped", "deadline", "closed"])
+def test_an_old_steps_arrays_are_the_callers_once_the_new_step_is_done(packed, monkeypatch, way):
+    gate = GatherGate(monkeypatch)
+    with running(packed) as server:
+        client = Client(server.address, attach="off", cache_bytes=1 << 20)
+        try:
+            out = arrays(client, TOKENS)
+            old = client.prefetch(TOKENS, out=out, timeout_s=60.0)
+            gate.wait_begun(1)
+            new = client.amend(old, TOKENS + 1, timeout_s=0.05 if way == "deadline" else 60.0)
+            if way == "cancelled":
+                new.cancel()
+            elif way == "closed":
+                client.close()
+            elif way == "deadline":
+                with pytest.raises(DeadlineError):
+                    new.wait()
+            else:
+                del new
+                gc.collect()
+            before = {layer: array.copy() for layer, array in out.items()}
+            assert old.done()
+            gate.open.set()
+            eventually(lambda: server.scrape()["engrampool_in_flight_bytes"] == 0, "the server is through with it")
+            assert all(np.array_equal(out[layer], before[layer]) for layer in out)
+        finally:
+            gate.open.set()
+            client.close()
+
+
+def test_what_stands_for_a_number_is_one_and_deadlines_go_on_being_kept(silent):
+    with Client(silent.address, attach="off") as client:
+        for timeout_s in (np.float32(30), np.float16(30), np.int64(30), True):
+            client.prefetch(FEW, timeout_s=timeout_s).wait()
+        with pytest.raises(TypeError):
+            client.prefetch(FEW, timeout_s="1")
+        with silent.frozen():
+            told = threading.Semaphore(0)
+            client.prefetch(FEW, timeout_s=0.05).add_callback(lambda *_: told.release())
+            assert told.acquire(timeout=LIMIT_S)
+        assert client.stats.in_flight == 0
+
+
+def test_a_thread_that_cannot_be_started_fails_one_step_and_no_other(server, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Client(server, attach="off") as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(PoolError, match="no thread"):
+                client.prefetch(FEW)
+            assert (client.stats.in_flight, client.stats.pending_bytes) == (0, 0)
+        assert np.array_equal(client.prefetch(FEW).rows(1), expected(client.spec, FEW)[1])
 
 
 # --- another process

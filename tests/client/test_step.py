@@ -235,6 +235,40 @@ def test_who_gives_a_step_up_returns_once_nobody_writes(how):
     assert isinstance(delivery.error, StepCancelledError)
 
 
+def test_who_is_at_work_is_told_even_if_the_last_writer_settles_first():
+    step, delivery = step_of([1])
+    inside, leave, told = threading.Event(), threading.Event(), []
+
+    def write():
+        with delivery.writing():
+            inside.set()
+            leave.wait(LIMIT_S)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    inside.wait()
+    delivery.on_cancel(lambda: told.append(True))
+    tell = delivery._cancel
+
+    def late():
+        leave.set()
+        writer.join()
+        assert delivery.ended
+        tell()
+
+    delivery._cancel = late
+    step.cancel()
+    assert told == [True]
+
+
+def test_a_child_waits_for_no_end_of_a_step_that_has_its_rows():
+    step, delivery = step_of([1], time.monotonic() + 3600)
+    delivery.arrived({1: ROWS[1]})
+    delivery.forked(StepCancelledError("forked"))
+    step.wait(LIMIT_S)
+    assert step.error is None
+
+
 def test_a_step_that_somebody_is_to_be_told_of_is_not_dropped():
     step, delivery = step_of([1])
     told = []
