@@ -4,7 +4,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -412,19 +412,22 @@ class Client:
             shapes[table.layer] = (num_tokens, columns.stop - columns.start, table.row_bytes)
         return shapes
 
-    def _delivery(
+    def _step(
         self,
         layers: Sequence[int],
         shapes: Mapping[int, tuple[int, ...]],
         out: Out | None,
         timeout_s: float | None,
         bounded: bool,
-    ) -> Delivery:
+        hint: Callable[[npt.ArrayLike, bool], bool] | None = None,
+    ) -> Step:
         """One that counts. bounded: it counts among those that `max_pending_bytes` is for."""
         self._check_process()
         deadline = time.monotonic() + self._seconds(timeout_s)
         nbytes = sum(int(np.prod(shape)) for shape in shapes.values())
         delivery = Delivery(layers, deadline, zeros(shapes, out) if self._masks else None, self._ended)
+        # Before it counts: whatever happens from there on, a step that is lost ends by itself.
+        step = Step(delivery, self.stats, hint)
         if not self.stats.began(delivery, nbytes, self._max_pending_bytes if bounded else None):
             raise OverloadedError(
                 f"{self.stats.pending_bytes} bytes of rows are pending in this client, of max_pending_bytes "
@@ -437,7 +440,7 @@ class Client:
             error = PoolError(f"the system gives the client no thread: {failure}")
             delivery.end(error)
             raise error from failure
-        return delivery
+        return step
 
     def _seconds(self, timeout_s: float | None) -> float:
         """Until a step's deadline. Raises ValueError for what is no time to wait."""
@@ -464,9 +467,9 @@ class Client:
         wanted = self._layers(layers)
         shapes = self._shapes(batch.num_tokens, wanted)
         check_outs(self.spec, out or {}, shapes)
-        delivery = self._delivery(wanted, shapes, out, timeout_s, bounded)
         hint = None if self.cache is None else partial(self._hint, batch)
-        step = Step(delivery, self.stats, hint)
+        step = self._step(wanted, shapes, out, timeout_s, bounded, hint)
+        delivery = step.delivery
         if self._recorder is not None:
             self._recorder.tokens(batch, wanted)
 
@@ -486,8 +489,8 @@ class Client:
         # What is no array is refused where the ids are looked at.
         shapes = {layer: (*np.shape(rows[layer]), self.spec.table(layer).row_bytes) for layer in wanted}
         check_outs(self.spec, out or {}, shapes)
-        delivery = self._delivery(wanted, shapes, out, timeout_s, bounded)
-        step = Step(delivery, self.stats)
+        step = self._step(wanted, shapes, out, timeout_s, bounded)
+        delivery = step.delivery
         if self._recorder is not None:
             self._recorder.rows(rows)
 
