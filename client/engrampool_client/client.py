@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from engrampool_client.cache import HotRows
 from engrampool_client.deadlines import Deadlines
-from engrampool_client.delivery import Delivery
+from engrampool_client.delivery import Delivery, in_callback
 from engrampool_client.direct import Direct
 from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Attach, Ways
@@ -542,6 +542,7 @@ class Client:
         except BaseException as error:
             interrupted = StepCancelledError("the lookup was interrupted")
             step.delivery.end(error if isinstance(error, PoolError) else interrupted)
+            step.delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
             raise
         return {layer: step.rows(layer) for layer in step.layers}
 
@@ -602,6 +603,7 @@ class Client:
     def close(self) -> None:
         """End the connections; steps under way fail with StepCancelledError. Nothing is written once this returns.
 
+        In a callback of a step it does not wait for the client's threads, which end a little later.
         In a child of the process that the client was made in it does nothing: there is nothing that is the child's.
         """
         if self._forked is not None:
@@ -609,8 +611,9 @@ class Client:
         self._closing.set()
         self._deadlines.give_up_all(StepCancelledError("the client was closed"))
         self._following.close()
-        self._workers.close()
-        self._deadlines.close()
+        wait = not in_callback()  # some of these threads may wait for the callback, or be in one that closes, too
+        self._workers.close(wait)
+        self._deadlines.close(wait)
         if self._recorder is not None:
             self._recorder.close()
 

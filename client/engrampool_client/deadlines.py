@@ -60,12 +60,12 @@ class Deadlines:
             delivery.forked(error)
         self._open.clear()
 
-    def close(self) -> None:
-        """Watch no more."""
+    def close(self, wait: bool = True) -> None:
+        """Watch no more, and wait for the thread to end."""
         with self._lock:
             self._closed = True
             self._changed.notify()
-        if self._thread is not None:
+        if wait and self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:

@@ -15,6 +15,12 @@ from engrampool_proto.errors import BatchError
 from engrampool_proto.wire import ServerTimes
 
 _log = logging.getLogger("engrampool")
+_telling = threading.local()
+
+
+def in_callback() -> bool:
+    """Whether this thread runs a callback now: then others may wait for it, and it must not wait for them."""
+    return getattr(_telling, "depth", 0) > 0
 
 
 class Delivery:
@@ -305,10 +311,13 @@ class Delivery:
                 callback, layer = self._calls.popleft()
             except IndexError:  # another thread took it
                 return
+            _telling.depth = getattr(_telling, "depth", 0) + 1
             try:
                 callback(layer)
             except Exception:
                 _log.exception("a callback of a step failed for layer %s", layer)
+            finally:
+                _telling.depth -= 1
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         # Beyond what the system can count, a wait has no end.

@@ -68,7 +68,7 @@ class Workers:
                     raise
             return True
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         """Run what was submitted, take nothing more, and wait for the threads to end.
 
         A thread that a call holds though its lookup was given up is not waited for longer than a few seconds.
@@ -76,6 +76,8 @@ class Workers:
         with self._lock:
             self._closed = True
             self._changed.notify_all()
+        if not wait:
+            return
         left = {threading.current_thread()}
         while others := self._threads - left:
             thread = others.pop()

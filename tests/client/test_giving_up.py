@@ -260,6 +260,22 @@ def test_a_thread_that_cannot_be_started_fails_one_step_and_no_other(server, mon
         assert np.array_equal(client.prefetch(FEW).rows(1), expected(client.spec, FEW)[1])
 
 
+@pytest.mark.parametrize("kept", ["", "cache"])
+@pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
+def test_a_client_may_be_closed_in_callbacks_and_beside_them(server, lane, kept):
+    for _ in range(5):
+        client = Client(server, direct=lane, attach="off", cache_bytes=1 << 20 if kept else 0)
+        steps = [client.prefetch(TOKENS, timeout_s=30.0) for _ in range(6)]
+        for step in steps:
+            step.add_callback(lambda *_, client=client: client.close())
+        closer = threading.Thread(target=client.close, daemon=True)
+        closer.start()
+        closer.join(LIMIT_S)
+        assert not closer.is_alive()
+        assert all(step.done() for step in steps)
+        assert client.stats.pending_bytes == 0
+
+
 # --- another process
 
 
