@@ -85,3 +85,24 @@ def test_every_status_becomes_the_error_that_the_page_says():
         ("any other", "PoolError")
     }
     assert all(become[name] == {"PoolError"} for name in others)
+
+
+def test_every_anchor_is_a_heading():
+    for page in PAGES:
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith("http"):
+                continue
+            linked = page.parent / link if link else page
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name} links to {link}#{anchor}"
+
+
+def test_no_sentence_opens_with_what_or_whose():
+    # As a subject it has the reader wait for the verb. Headers of tables, and questions, are no sentences of that kind.
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for paragraph in re.split(r"\n\s*(?:\n|- |\* |\d+\. )", text):
+            for sentence in re.split(r"(?<=[.!?:]) +", " ".join(paragraph.split()).lstrip("*-> ")):
+                opens = re.match(r"\**(What|Whose)\b", sentence)
+                assert not opens or sentence.endswith("?"), f"{page.name}: {sentence}"
