@@ -87,6 +87,14 @@ def test_every_status_becomes_the_error_that_the_page_says():
     assert all(become[name] == {"PoolError"} for name in others)
 
 
+def test_every_thread_of_the_client_is_on_the_page_of_processes():
+    page = (ROOT / "docs/PROCESSES.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "client/engrampool_client").rglob("*.py")]
+    named = {name for source in sources for name in re.findall(r'"(engrampool-[a-z]+)"', source)}
+    assert "engrampool-deadlines" in named
+    assert not {name for name in named if f"`{name}`" not in page}
+
+
 def test_every_anchor_is_a_heading():
     for page in PAGES:
         for link, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
