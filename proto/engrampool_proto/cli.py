@@ -8,7 +8,7 @@ from typing import NoReturn
 import click
 
 from engrampool_proto import __version__
-from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.errors import EngrampoolError, how_to_install
 
 _GROUP = "engrampool.commands"
 
@@ -36,7 +36,7 @@ class _Commands(click.Group):
 
 def _unavailable(name: str, error: ModuleNotFoundError) -> click.Command:
     """Stands in for a command whose packages are not installed; says which."""
-    hint = f"needs the package {error.name!r}: pip install 'engrampool[server]'"
+    hint = f"needs the package {error.name!r}: {how_to_install('server')}"
 
     def fail(**_: object) -> NoReturn:
         raise EngrampoolError(f"{name} {hint}")

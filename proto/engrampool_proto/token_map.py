@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engrampool_proto.errors import EngrampoolError, SpecError
+from engrampool_proto.errors import EngrampoolError, SpecError, how_to_install
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class TokenMap:
             from tokenizers import Regex, Tokenizer, normalizers
         except ImportError as error:
             raise EngrampoolError(
-                "reading a tokenizer.json needs the 'tokenizers' package: pip install 'engrampool[tokenizer]'"
+                f"reading a tokenizer.json needs the 'tokenizers' package: {how_to_install('tokenizer')}"
             ) from error
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -49,7 +49,7 @@ def test_every_command_and_option_shown_exists():
     shown = re.findall(
         r"engrampool (\w+)((?: +[^\s#`]+)*)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
     )
-    used = "pack inspect verify serve rows lookup doctor plan publish rollback patch"
+    used = "synth pack inspect verify serve rows lookup doctor plan publish rollback patch"
     assert {name for name, _ in shown} == set(used.split())
     help_of = {
         name: subprocess.run(

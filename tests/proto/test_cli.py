@@ -10,7 +10,7 @@ import click
 import pytest
 
 from engrampool_proto import __version__, cli
-from engrampool_proto.errors import EngrampoolError, SpecError
+from engrampool_proto.errors import EngrampoolError, SpecError, how_to_install
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "engrampool"
 
@@ -112,6 +112,6 @@ def test_a_command_whose_packages_are_missing_says_which(monkeypatch, capsys):
     monkeypatch.setattr(cli, "entry_points", lambda group: [point])
     assert ending(monkeypatch, "serve", "--port", "1", "x") == 1
     err = capsys.readouterr().err
-    assert err == "engrampool: serve needs the package 'not_installed': pip install 'engrampool[server]'\n"
+    assert err == f"engrampool: serve needs the package 'not_installed': {how_to_install('server')}\n"
     assert ending(monkeypatch, "--help") == 0
     assert "serve" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Rows as tensors of a PyTorch model. Needs engrampool[torch].
+"""Rows as tensors of a PyTorch model. Needs the extra `torch`.
 
 pool = EngramPool(Client("memory-node:50051"), device="cuda")
 embedding = PooledEmbedding(pool, layer=1)  # in the place of the layer's nn.Embedding
