@@ -13,7 +13,6 @@ from typing import Any
 import hash_reference
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, models
 
 Bytes = npt.NDArray[np.uint8]
 WORDS = 40  # of the tokenizer, which maps each to itself
@@ -63,8 +62,8 @@ class Published:
         if index:
             self._json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         if self.tokenizer is not None:
-            tokenizer = Tokenizer(models.WordLevel(self.tokenizer, unk_token="word0"))
-            (directory / "tokenizer.json").write_bytes(self.bytes_before_json + tokenizer.to_str().encode())
+            words = {"type": "WordLevel", "vocab": self.tokenizer, "unk_token": "word0"}
+            self._json(directory / "tokenizer.json", {"version": "1.0", "added_tokens": [], "model": words})
         return directory
 
     def _json(self, path: Path, document: Any) -> None:
