@@ -85,20 +85,29 @@ def lookup(
 @click.command()
 @click.option("--model", "directory", type=_PATH, help="A packed model.")
 @click.option("--config", type=_PATH, help="Or the model's config.json,")
-@click.option("--tokenizer", type=_PATH, help="with its tokenizer.json where the model hashes through one.")
+@click.option("--tokenizer", type=_PATH, help="with its tokenizer.json where the model hashes through one,")
+@click.option(
+    "--eos-token-id", type=click.IntRange(min=0), help="and the token that ends a text where the config lists several."
+)
 @_TOKENS
 @_OUT
 @_JSON
 def rows(
-    directory: Path | None, config: Path | None, tokenizer: Path | None, tokens: Path, out: Path, as_json: bool
+    directory: Path | None,
+    config: Path | None,
+    tokenizer: Path | None,
+    eos_token_id: int | None,
+    tokens: Path,
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Hash a token sequence, without a table or a server: row ids [T, heads], one array a layer, named layer_L."""
     if (directory is None) == (config is None):
         raise click.UsageError("give either --model, or --config with --tokenizer")
-    if directory is not None and tokenizer is not None:
-        raise click.UsageError("--tokenizer goes with --config; a packed model has its token map in it")
+    if directory is not None and (tokenizer is not None or eos_token_id is not None):
+        raise click.UsageError("--tokenizer and --eos-token-id go with --config; a packed model has both in it")
     if config is not None:
-        spec = blueprint(load_config(config), tokenizer).spec
+        spec = blueprint(load_config(config), tokenizer, eos_token_id=eos_token_id).spec
     else:
         assert directory is not None
         spec = _packed_spec(directory)
@@ -112,7 +121,7 @@ def _packed_spec(directory: Path) -> ModelSpec:
     """Only the specification: hashing needs no table, so the table files need not be there."""
     manifest = directory / "manifest.json"
     try:
-        return ModelSpec.from_json(json.loads(manifest.read_text(encoding="utf-8"))["spec"])
+        return ModelSpec.from_json(json.loads(manifest.read_bytes())["spec"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, EngrampoolError):
             raise

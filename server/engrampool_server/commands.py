@@ -52,14 +52,17 @@ _file_mib = click.option(
 @click.option("--checkpoint", type=_PATH, required=True, help="Directory with config.json and safetensors files.")
 @_out
 @_name
+@click.option(
+    "--eos-token-id", type=click.IntRange(min=0), help="The token that ends a text, where config.json lists several."
+)
 @_file_mib
 @_quiet
-def pack(checkpoint: Path, out: Path, name: str | None, file_mib: int, quiet: bool) -> None:
+def pack(checkpoint: Path, out: Path, name: str | None, eos_token_id: int | None, file_mib: int, quiet: bool) -> None:
     """Pack the Engram tables of a Hugging Face checkpoint into files that `serve` loads.
 
     A run that was interrupted goes on where it stopped when it is started again.
     """
-    version = pack_checkpoint(checkpoint, out, name, file_bytes=file_mib << 20, quiet=quiet)
+    version = pack_checkpoint(checkpoint, out, name, eos_token_id=eos_token_id, file_bytes=file_mib << 20, quiet=quiet)
     click.echo(f"packed {out}, version {version}")
 
 
