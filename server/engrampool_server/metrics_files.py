@@ -58,8 +58,9 @@ def become(writer: str) -> None:
 
 def _create() -> tuple[Path, int]:
     problems = []
-    for parent in (_SHM, Path(tempfile.gettempdir())):
+    for directory in (lambda: _SHM, tempfile.gettempdir):  # which looks for one, and there may be none
         try:
+            parent = Path(directory())
             _remove_stale(parent)
             while True:
                 path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
@@ -69,7 +70,7 @@ def _create() -> tuple[Path, int]:
                     return path, lock
                 os.close(lock)  # another server's start took it for left behind, before it was locked
         except OSError as error:
-            problems.append(f"{parent}: {error.strerror}")
+            problems.append(f"{error.filename or 'TMPDIR'}: {error.strerror}")
     raise EngrampoolError(f"no directory for metrics can be made ({'; '.join(problems)}); set TMPDIR")
 
 
