@@ -262,6 +262,14 @@ def test_files_without_an_index_are_all_looked_into(tmp_path: Path) -> None:
     refused(bare, tmp_path, "has no model-00002-of-00003.safetensors, and no model.safetensors.index.json")
     (bare / "model-00003-of-00003.safetensors").rename(bare / "model-00002-of-00003.safetensors")
     refused(bare, tmp_path, "has no model-00003-of-00003.safetensors")
+    checkpoint.save(tmp_path / "bare", 3, index=False)
+    for number in range(3):  # some writers count from 0
+        (bare / f"model-{number + 1:05}-of-00003.safetensors").rename(bare / f"model-{number:05}-of-00003.safetensors")
+    assert pack(bare, tmp_path / "c") == pack(indexed, tmp_path / "d")
+    (bare / "model-00002-of-00003.safetensors").unlink()
+    refused(bare, tmp_path, "has no model-00002-of-00003.safetensors")
+    for file in bare.glob("*.safetensors"):
+        file.unlink()
     shutil.copytree(checkpoint.save(tmp_path / "bare", 3, index=False), tmp_path / "twice")
     shutil.copy(bare / "model-00001-of-00003.safetensors", tmp_path / "twice" / "other.safetensors")
     refused(tmp_path / "twice", tmp_path, "twice, in model-00001-of-00003.safetensors and in other.safetensors")
