@@ -248,7 +248,7 @@ QWEN_FORMS = (
 
 
 def longcat(form: str = "flash", padding: int = 0) -> Published:
-    """form: "flash", or "2.0" with the `oe_` keys and flat names. padding: more rows of each head's tensor."""
+    """form: "flash", "2.0" with the `oe_` keys and flat names, or "int8". padding: more rows of each head's tensor."""
     reference = {
         "vocab_size": 200,
         "eos_token_id": 2,
@@ -265,11 +265,16 @@ def longcat(form: str = "flash", padding: int = 0) -> Published:
     tensors, rows = {}, []
     for head, size in enumerate(model[0].head_sizes):
         name = f"model.oe_embed_tokens{head}" if form == "2.0" else f"model.ngram_embeddings.embedders.{head}"
-        tensors[f"{name}.weight"] = noise("BF16", size + padding, 16)
-        rows.append(tensors[f"{name}.weight"].data[:size])
+        tensors[f"{name}.weight"] = noise("I8" if form == "int8" else "BF16", size + padding, 16)
+        columns = [tensors[f"{name}.weight"].data]
+        if form == "int8":
+            tensors[f"{name}.weight_scale"] = Tensor("F32", [size + padding], noise("F32", size + padding, 1).data)
+            columns.append(tensors[f"{name}.weight_scale"].data)
+        rows.append(np.concatenate(columns, axis=1)[:size])
         beside = f"model.oe_embed_proj{head}" if form == "2.0" else f"model.ngram_embeddings.post_projs.{head}"
         tensors[f"{beside}.weight"] = noise("BF16", 96, 16)
-    return Published(config, tensors, {0: np.concatenate(rows)}, model, 200, "bfloat16 16")
+    row_format = "int8 16, float32 1" if form == "int8" else "bfloat16 16"
+    return Published(config, tensors, {0: np.concatenate(rows)}, model, 200, row_format)
 
 
 def gemma_ple(*, stated: bool = True) -> Published:
