@@ -43,6 +43,7 @@ class Published:
     row_format: str
     scale: float | None = None
     tokenizer: dict[str, int] | None = None
+    added: dict[str, int] = field(default_factory=dict)
     bytes_before_json: bytes = b""
     more: dict[str, Tensor] = field(default_factory=lambda: {"model.norm.weight": noise("BF16", 64)})
 
@@ -63,7 +64,9 @@ class Published:
             self._json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         if self.tokenizer is not None:
             words = {"type": "WordLevel", "vocab": self.tokenizer, "unk_token": "word0"}
-            self._json(directory / "tokenizer.json", {"version": "1.0", "added_tokens": [], "model": words})
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+            added = [{"id": number, "content": content, **flags} for content, number in self.added.items()]
+            self._json(directory / "tokenizer.json", {"version": "1.0", "added_tokens": added, "model": words})
         return directory
 
     def _json(self, path: Path, document: Any) -> None:

@@ -317,6 +317,10 @@ def test_a_tokenizer_that_skips_ids_is_refused_naming_them(tmp_path: Path) -> No
     checkpoint = published.deepseek_v41()
     del checkpoint.tokenizer["word7"], checkpoint.tokenizer["word9"]
     refused(checkpoint, tmp_path, "tokens up to the id 39, and none with the id 7, 9;")
+    checkpoint = published.deepseek_v41()
+    checkpoint.added = {"<begin>": 40, "<end>": 43}  # `tokenizers` itself would make them 40 and 41
+    refused(checkpoint, tmp_path, "tokens up to the id 43, and none with the id 41, 42;")
+    checkpoint.added = {}
     checkpoint.tokenizer = {"word0": 0, "last": 50}
     refused(checkpoint, tmp_path, "none with the id 1, 2, 3, 4, 5, 6, 7, 8 and 41 more")
 
