@@ -126,7 +126,7 @@ def v41() -> ModelSpec:
         "engram_head_dim": 256,
         "engram_pad_token_id": 2,
     }
-    return DEEPSEEK_V41.build(config, token_map, "v41").spec
+    return DEEPSEEK_V41.build(config, token_map, "v41", None).spec
 
 
 def ngrams_of(corpus: Corpus) -> Ngrams:

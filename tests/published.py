@@ -43,6 +43,7 @@ class Published:
     row_format: str
     scale: float | None = None
     tokenizer: dict[str, int] | None = None
+    added: dict[str, int] = field(default_factory=dict)
     bytes_before_json: bytes = b""
     more: dict[str, Tensor] = field(default_factory=lambda: {"model.norm.weight": noise("BF16", 64)})
 
@@ -63,7 +64,9 @@ class Published:
             self._json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         if self.tokenizer is not None:
             words = {"type": "WordLevel", "vocab": self.tokenizer, "unk_token": "word0"}
-            self._json(directory / "tokenizer.json", {"version": "1.0", "added_tokens": [], "model": words})
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+            added = [{"id": number, "content": content, **flags} for content, number in self.added.items()]
+            self._json(directory / "tokenizer.json", {"version": "1.0", "added_tokens": added, "model": words})
         return directory
 
     def _json(self, path: Path, document: Any) -> None:
@@ -248,7 +251,7 @@ QWEN_FORMS = (
 
 
 def longcat(form: str = "flash", padding: int = 0) -> Published:
-    """form: "flash", or "2.0" with the `oe_` keys and flat names. padding: more rows of each head's tensor."""
+    """form: "flash", "2.0" with the `oe_` keys and flat names, or "int8". padding: more rows of each head's tensor."""
     reference = {
         "vocab_size": 200,
         "eos_token_id": 2,
@@ -265,11 +268,16 @@ def longcat(form: str = "flash", padding: int = 0) -> Published:
     tensors, rows = {}, []
     for head, size in enumerate(model[0].head_sizes):
         name = f"model.oe_embed_tokens{head}" if form == "2.0" else f"model.ngram_embeddings.embedders.{head}"
-        tensors[f"{name}.weight"] = noise("BF16", size + padding, 16)
-        rows.append(tensors[f"{name}.weight"].data[:size])
+        tensors[f"{name}.weight"] = noise("I8" if form == "int8" else "BF16", size + padding, 16)
+        columns = [tensors[f"{name}.weight"].data]
+        if form == "int8":
+            tensors[f"{name}.weight_scale"] = Tensor("F32", [size + padding], noise("F32", size + padding, 1).data)
+            columns.append(tensors[f"{name}.weight_scale"].data)
+        rows.append(np.concatenate(columns, axis=1)[:size])
         beside = f"model.oe_embed_proj{head}" if form == "2.0" else f"model.ngram_embeddings.post_projs.{head}"
         tensors[f"{beside}.weight"] = noise("BF16", 96, 16)
-    return Published(config, tensors, {0: np.concatenate(rows)}, model, 200, "bfloat16 16")
+    row_format = "int8 16, float32 1" if form == "int8" else "bfloat16 16"
+    return Published(config, tensors, {0: np.concatenate(rows)}, model, 200, row_format)
 
 
 def gemma_ple(*, stated: bool = True) -> Published:

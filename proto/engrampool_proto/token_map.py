@@ -1,6 +1,7 @@
 """The token map ("compressed tokenizer") of DeepSeek's Engram: token ids that read alike share one id."""
 
 import base64
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,6 +96,8 @@ class TokenMap:
             if is_pointer(raw):
                 raise SpecError(f"{path} {ADVICE}")
             tokenizer = Tokenizer.from_str(raw.decode("utf-8-sig"))
+            # The library gives added tokens other ids than the file, silently, where the file's skip some.
+            added = {token["content"]: token["id"] for token in json.loads(raw).get("added_tokens") or []}
         except Exception as error:  # `tokenizers` raises plain Exception for a bad file
             if isinstance(error, SpecError):
                 raise
@@ -113,7 +116,7 @@ class TokenMap:
                 normalizers.Replace(placeholder, " "),
             ]
         )
-        vocab_size = _count_ids(path, tokenizer.get_vocab(with_added_tokens=True))
+        vocab_size = _count_ids(path, {**tokenizer.get_vocab(with_added_tokens=False), **added})
         texts = tokenizer.decode_batch([[token] for token in range(vocab_size)], skip_special_tokens=False)
         new_ids: dict[str, int] = {}
         ids = np.empty(vocab_size, np.int32)

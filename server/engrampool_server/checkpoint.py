@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from math import isfinite, prod
 from pathlib import Path
 from types import TracebackType
@@ -322,12 +322,14 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _check_numbers(directory: Path, files: Sequence[str]) -> None:
     """Without an index, a file that is missing is told by the numbers of the others."""
-    there = set(files)
-    for before, digits, count in [numbered.groups() for numbered in map(_NUMBERED.fullmatch, files) if numbered]:
-        for number in range(1, int(digits)):
-            name = f"{before}{number:0{len(digits)}}-of-{count}.safetensors"
-            if name not in there:
-                raise CheckpointError(f"{directory} has no {name}, and no {INDEX_NAME} that says it is not needed")
-        last = f"{before}{count}-of-{count}.safetensors"
-        if last not in there:
-            raise CheckpointError(f"{directory} has no {last}, and no {INDEX_NAME} that says it is not needed")
+    groups: dict[tuple[str, str], dict[int, str]] = {}
+    for file, numbered in zip(files, map(_NUMBERED.fullmatch, files), strict=True):
+        if numbered is not None:
+            before, number, of = numbered.groups()
+            groups.setdefault((before, of), {})[int(number)] = file
+    for (before, of), there in groups.items():
+        first = 0 if 0 in there else 1  # some count from 0
+        missing = next(number for number in count(first) if number not in there)
+        if missing < first + int(of):
+            name = f"{before}{missing:0{len(of)}}-of-{of}.safetensors"
+            raise CheckpointError(f"{directory} has no {name}, and no {INDEX_NAME} that says it is not needed")

@@ -120,6 +120,7 @@ def test_rows_that_begin_anywhere_in_memory_are_read():
         (NVFP4, None),
         (NVFP4, 0.5),
         (V41, 0.5),
+        (RowFormat((Segment("values", "float8_e4m3fn", 32), Segment("scales", "float32", 1))), None),
         (RowFormat((Segment("values", "int8", 8),)), None),
         (RowFormat((Segment("rows", "float32", 8),)), None),
         (RowFormat((Segment("scales", "float8_e8m0fnu", 8), Segment("values", "float8_e4m3fn", 256))), None),

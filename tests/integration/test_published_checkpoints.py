@@ -40,6 +40,7 @@ FORMS: dict[str, Callable[[], Published]] = {
     "longcat": published.longcat,
     "longcat 2.0": lambda: published.longcat("2.0"),
     "longcat padded": lambda: published.longcat(padding=5),
+    "longcat int8, a scale a row": lambda: published.longcat("int8", padding=5),
     "gemma-ple": published.gemma_ple,
     "gemma-ple without vocab_size_per_layer_input": lambda: published.gemma_ple(stated=False),
 }

@@ -262,6 +262,14 @@ def test_files_without_an_index_are_all_looked_into(tmp_path: Path) -> None:
     refused(bare, tmp_path, "has no model-00002-of-00003.safetensors, and no model.safetensors.index.json")
     (bare / "model-00003-of-00003.safetensors").rename(bare / "model-00002-of-00003.safetensors")
     refused(bare, tmp_path, "has no model-00003-of-00003.safetensors")
+    checkpoint.save(tmp_path / "bare", 3, index=False)
+    for number in range(3):  # some writers count from 0
+        (bare / f"model-{number + 1:05}-of-00003.safetensors").rename(bare / f"model-{number:05}-of-00003.safetensors")
+    assert pack(bare, tmp_path / "c") == pack(indexed, tmp_path / "d")
+    (bare / "model-00002-of-00003.safetensors").unlink()
+    refused(bare, tmp_path, "has no model-00002-of-00003.safetensors")
+    for file in bare.glob("*.safetensors"):
+        file.unlink()
     shutil.copytree(checkpoint.save(tmp_path / "bare", 3, index=False), tmp_path / "twice")
     shutil.copy(bare / "model-00001-of-00003.safetensors", tmp_path / "twice" / "other.safetensors")
     refused(tmp_path / "twice", tmp_path, "twice, in model-00001-of-00003.safetensors and in other.safetensors")
@@ -309,6 +317,10 @@ def test_a_tokenizer_that_skips_ids_is_refused_naming_them(tmp_path: Path) -> No
     checkpoint = published.deepseek_v41()
     del checkpoint.tokenizer["word7"], checkpoint.tokenizer["word9"]
     refused(checkpoint, tmp_path, "tokens up to the id 39, and none with the id 7, 9;")
+    checkpoint = published.deepseek_v41()
+    checkpoint.added = {"<begin>": 40, "<end>": 43}  # `tokenizers` itself would make them 40 and 41
+    refused(checkpoint, tmp_path, "tokens up to the id 43, and none with the id 41, 42;")
+    checkpoint.added = {}
     checkpoint.tokenizer = {"word0": 0, "last": 50}
     refused(checkpoint, tmp_path, "none with the id 1, 2, 3, 4, 5, 6, 7, 8 and 41 more")
 

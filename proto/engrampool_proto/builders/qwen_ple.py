@@ -99,7 +99,7 @@ def _stored_table(stored: Stored, table: TableSpec, values: int) -> tuple[TableS
     if sum(rows) < sum(table.hash.head_rows()) or sum(rows) - table.num_rows > spare_rows(table):
         raise SpecError(
             f"the checkpoint has {sum(rows)} rows of {name} in {len(tensors)} tensors, {tensors[0].name} to "
-            f"{tensors[-1].name}; config.json gives {table.num_rows}: either is incomplete, or of another model"
+            f"{tensors[-1].name}; config.json gives {table.num_rows}: a part is missing, or one is another model's"
         )
     left, weights = table.num_rows, []
     for tensor, num_rows in zip(tensors, rows, strict=True):
