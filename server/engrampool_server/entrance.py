@@ -44,7 +44,7 @@ class Tickets:
 
     def __init__(self) -> None:
         self._file = os.memfd_create("engrampool-tickets")
-        os.ftruncate(self._file, _SLOTS * _SLOT.itemsize)
+        os.posix_fallocate(self._file, 0, _SLOTS * _SLOT.itemsize)  # else who writes where none is left is killed
         self._memory = mmap.mmap(self._file, _SLOTS * _SLOT.itemsize)
         self._slots = np.frombuffer(self._memory, _SLOT)
 

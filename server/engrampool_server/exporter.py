@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler
@@ -10,21 +10,21 @@ from wsgiref.simple_server import WSGIRequestHandler
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import ThreadingWSGIServer
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from engrampool_server.metrics import MODEL_INFO
+from engrampool_server.metrics_files import MetricsMemory
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def export(
-    listener: socket.socket, directory: Path, processes: "Processes", beat: Callable[[], None], beat_s: float
+    listener: socket.socket, memory: MetricsMemory, processes: "Processes", beat: Callable[[], None], beat_s: float
 ) -> None:
     """Answer scrapes on `listener` for ever. beat: called every `beat_s` seconds and after each scrape."""
     registry = CollectorRegistry()
-    registry.register(_Files(directory))
+    registry.register(_All(memory))
     registry.register(processes)
     with _HttpServer(listener, beat) as server:
         server.set_app(make_wsgi_app(registry))
@@ -49,25 +49,16 @@ class _Silent(WSGIRequestHandler):
         """The log is for events of the server's life."""
 
 
-class _Files(Collector):
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+class _All(Collector):
+    def __init__(self, memory: MetricsMemory) -> None:
+        self._memory = memory
 
     def collect(self) -> Iterator[Metric]:
-        """The sums of all files. One that was only just made is empty still, and not for prometheus_client to read."""
-        files = [str(path) for path in self._directory.glob("*.db") if _size(path)]
-        merged: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
-        for metric in merged:
-            if metric.name == MODEL_INFO:  # files keep every series for ever, that of a version withdrawn as 0
+        """The sums of all processes."""
+        for metric in self._memory.collect():
+            if metric.name == MODEL_INFO:  # every series stays for ever, that of a version withdrawn as 0
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # gauges of a process that ended just now
-        return 0
 
 
 @dataclass(frozen=True)

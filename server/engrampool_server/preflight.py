@@ -14,8 +14,6 @@ __all__ = ["Line", "Machine", "Need", "PreflightError", "Report", "Room", "check
 OVERHEAD_BYTES = 512 << 20
 # What a worker has for itself: interpreter state, connections, metrics. The answers are counted apart.
 WORKER_BYTES = 64 << 20
-# The files of one process's metrics, which lie in /dev/shm.
-METRICS_BYTES = 1 << 20
 # Beside the workers, at most: supervisor, exporter, registrar, and the lobby or a worker on its way in or out.
 OTHER_PROCESSES = 4
 CONNECTIONS = 64
@@ -187,12 +185,10 @@ def _lines(need: Need, memory: str, lock_memory: bool, machine: Machine) -> Iter
             "raise the container's memory limit (Kubernetes resources.limits.memory, docker --memory)",
         )
     if memory == "shm":
-        # Memory mapped from a full /dev/shm kills whoever touches it, so there must be room for the metrics, too.
-        metrics_bytes = (need.workers + OTHER_PROCESSES) * METRICS_BYTES
-        size = -(-(need.table_bytes + metrics_bytes) // _GIB)
+        size = -(-need.table_bytes // _GIB)
         yield Line(
             "/dev/shm",  # noqa: S108
-            need.missing_bytes + metrics_bytes,
+            need.missing_bytes,
             machine.shm_available_bytes,
             f"mount a larger /dev/shm (docker --shm-size={size}g, Kubernetes emptyDir with medium: Memory)",
         )

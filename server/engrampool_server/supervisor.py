@@ -39,7 +39,7 @@ from engrampool_server.in_flight import InFlight, int64s
 from engrampool_server.link import Link, Report
 from engrampool_server.loader import LoadError, adopt, become_loader, discard
 from engrampool_server.metrics import Metrics
-from engrampool_server.metrics_files import MetricsDirectory, become
+from engrampool_server.metrics_files import SUPERVISOR, MetricsMemory, become
 from engrampool_server.ports import listen_on, reserve
 from engrampool_server.preflight import OTHER_PROCESSES
 from engrampool_server.registrar import Cache, register
@@ -75,19 +75,19 @@ def supervise(config: ServerConfig) -> None:
     reason = jit.not_kept()
     if reason is not None:
         log.event("kernels-not-kept", level="warning", reason=reason)
-    directory = MetricsDirectory()
+    memory = MetricsMemory()
     try:
-        directory.use("supervisor")
-        _Supervisor(config, directory).run()
+        memory.use(SUPERVISOR)
+        _Supervisor(config, memory).run()
     finally:
-        directory.close()
+        memory.close()
 
 
 class _Supervisor:
     """Workers are known by number, from 0, whoever the process is at the time."""
 
-    def __init__(self, config: ServerConfig, directory: MetricsDirectory) -> None:
-        self._config, self._directory = config, directory
+    def __init__(self, config: ServerConfig, memory: MetricsMemory) -> None:
+        self._config, self._memory = config, memory
         self._pid = os.getpid()
         slots = config.workers + OTHER_PROCESSES
         self._shared = Shared(Metrics(), InFlight(config.max_in_flight_bytes, slots))
@@ -233,7 +233,7 @@ class _Supervisor:
         assert self._metrics_listener is not None
         processes = Processes(self._pid, self._pids, self._inherited)
         link.ready()
-        export(self._metrics_listener, self._directory.path, processes, link.beat, link.beat_s)
+        export(self._metrics_listener, self._memory, processes, link.beat, link.beat_s)
 
     def _start_registrar(self) -> None:
         config = self._config
@@ -264,7 +264,6 @@ class _Supervisor:
 
     def _live(self, role: str, index: int, slot: int, link: Link, work: Callable[[Link], None]) -> None:
         """What a child does."""
-        self._directory.leave()
         become(str(slot))
         self._shared.in_flight.slot = slot
         if self._orders is not None:
@@ -343,7 +342,7 @@ class _Supervisor:
     def _ended(self, child: Child) -> None:
         self._shared.in_flight.clear(child.slot)
         self._pids[child.slot] = 0
-        self._directory.forget(str(child.slot))
+        self._memory.forget(str(child.slot))
         if current := self._workers.get(child.index) is child:
             del self._workers[child.index]
             self._metrics.workers.set(self._ready_workers())
