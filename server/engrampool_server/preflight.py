@@ -71,8 +71,8 @@ class Need:
 
     @property
     def descriptors(self) -> int:
-        """Descriptors to be open at one time in one process; that which starts the workers has a pipe to each."""
-        return self.files + CONNECTIONS + DESCRIPTOR_MARGIN + self.workers - 1
+        """Descriptors to be open at one time in one process; that which starts the workers has two pipes to each."""
+        return self.files + CONNECTIONS + DESCRIPTOR_MARGIN + 2 * (self.workers - 1)
 
     def huge_pages(self, page_bytes: int) -> int:
         """Pages of `page_bytes` that hold the tables, at most: every table but one may end in a page barely used."""

@@ -54,6 +54,8 @@ _STOP_MARGIN_S = 5.0
 _LOBBY_DRAIN_S = 1.0
 # For the registry to be told that this server leaves, before it does.
 _LEAVE_S = 2.5
+# For the log to be taken, at the end.
+_LAST_LINES_S = 1.0
 # Of why a version could not be loaded, for the registry.
 _REASON_CHARS = 500
 # In place of a worker's number.
@@ -80,6 +82,8 @@ def supervise(config: ServerConfig) -> None:
         memory.use(SUPERVISOR)
         _Supervisor(config, memory).run()
     finally:
+        log.count_dropped(lambda lines: None)
+        log.tend(_LAST_LINES_S)
         memory.close()
 
 
@@ -92,6 +96,7 @@ class _Supervisor:
         slots = config.workers + OTHER_PROCESSES
         self._shared = Shared(Metrics(), InFlight(config.max_in_flight_bytes, slots))
         self._metrics = self._shared.metrics
+        log.count_dropped(self._metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)
         self._children = Children(
             config.worker_timeout_s, signalled=self._signalled, said=self._said, ended=self._ended, start=self._start

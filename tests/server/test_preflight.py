@@ -147,11 +147,11 @@ def test_answers_are_held_beside_the_tables():
     }
 
 
-def test_each_worker_needs_memory_page_tables_and_a_pipe():
+def test_each_worker_needs_memory_page_tables_and_two_pipes():
     machine = replace(ROOMY, mem_available_bytes=10 * GIB, descriptor_limit=100)
     one, four = (short(replace(NEED, workers=workers), "anon", False, machine) for workers in (1, 4))
     assert four["host memory"] - one["host memory"] == 3 * (64 + 20) * MIB
-    assert four["file descriptors"] - one["file descriptors"] == 3
+    assert four["file descriptors"] - one["file descriptors"] == 6
     one, four = (
         short(replace(NEED, workers=n), "hugetlb", False, replace(machine, mem_available_bytes=0)) for n in (1, 4)
     )
