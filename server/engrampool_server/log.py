@@ -68,10 +68,8 @@ class _Lines(logging.Handler):
                 self._drop(1)
                 return
             if self._dropped:
-                about = {"name": record.name, "msg": "lines-dropped", "levelname": "WARNING"}
-                about_dropped = logging.makeLogRecord({**about, "fields": {"lines": self._dropped}})
-                self._dropped = 0
-                self._keep(self.format(about_dropped).encode() + b"\n")
+                lines, self._dropped = self._dropped, 0
+                event("lines-dropped", level="warning", lines=lines)  # which comes here again
             self._keep(line)
             self._write()
         except Exception:

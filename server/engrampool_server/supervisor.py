@@ -98,6 +98,7 @@ class _Supervisor:
         self._metrics = self._shared.metrics
         log.count_dropped(self._metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)
+        self._ready_now = int64s(1)  # whether somebody answers lookups: 0 or 1
         self._children = Children(
             config.worker_timeout_s, signalled=self._signalled, said=self._said, ended=self._ended, start=self._start
         )
@@ -168,7 +169,7 @@ class _Supervisor:
         if self._stopping:
             return
         self._serving = True
-        self._metrics.serving.set(1)
+        self._show_serving()
         log.event("serving", listen=self._config.listen, metrics=metrics)
         self._register()
         self._follow(lambda: False)
@@ -238,7 +239,9 @@ class _Supervisor:
         assert self._metrics_listener is not None
         processes = Processes(self._pid, self._pids, self._inherited)
         link.ready()
-        export(self._metrics_listener, self._memory, processes, link.beat, link.beat_s)
+        export(
+            self._metrics_listener, self._memory, processes, lambda: bool(self._ready_now[0]), link.beat, link.beat_s
+        )
 
     def _start_registrar(self) -> None:
         config = self._config
@@ -302,7 +305,15 @@ class _Supervisor:
                 self._stop(self._leaving, self._config.drain_s)
             else:
                 self._roll_next()
+        self._show_workers()
+
+    def _show_workers(self) -> None:
         self._metrics.workers.set(self._ready_workers())
+        self._show_serving()
+
+    def _show_serving(self) -> None:
+        self._metrics.serving.set(self._serving)
+        self._ready_now[0] = self._serving and self._ready_workers() > 0
 
     def _ready_workers(self) -> int:
         return sum(child.ready_s is not None for child in self._workers.values())
@@ -323,7 +334,7 @@ class _Supervisor:
                 self._children.kill(child)
             return
         self._stopping, self._serving, self._stop_begun_s = True, False, time.monotonic()
-        self._metrics.serving.set(0)
+        self._show_serving()
         self._children.start_none()
         self._to_roll.clear()
         registrar = next((child for child in self._children if child.role == "registrar"), None)
@@ -350,7 +361,7 @@ class _Supervisor:
         self._memory.forget(str(child.slot))
         if current := self._workers.get(child.index) is child:
             del self._workers[child.index]
-            self._metrics.workers.set(self._ready_workers())
+            self._show_workers()
         if child.role != "loader" and (child.kill_s is None or child.hung):
             log.event(
                 "worker-died", level="error", worker=child.name, pid=child.pid, status=child.status, error=child.failure
