@@ -269,7 +269,7 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path
     """Resolve every setting: the flag if given, else the environment's value, else the file's, else the default.
 
     flags: what a command with `serve_options` was called with, by field name; None is a flag not given.
-    environ: all of it; ENGRAMPOOL_* is ours. ENGRAMPOOL_MODELS is separated as PATH is.
+    environ: all of it; ENGRAMPOOL_* is ours, and none of it that is empty. ENGRAMPOOL_MODELS is separated as PATH is.
     file: TOML, one top-level key a field. Relative directories start at the working directory, as in flags.
 
     Raises ConfigError for an unknown name or a wrong value in any source, overridden or not, for settings that
@@ -327,7 +327,8 @@ def _from_file(file: Path | None) -> Iterator[tuple[str, Any, str]]:
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
     for variable, value in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX) or _SERVICE_LINK.fullmatch(f"{variable}={value}"):
+        # Who has a file of variables, or a template, cannot leave one out; what is empty counts as not set.
+        if not variable.startswith(ENVIRONMENT_PREFIX) or not value or _SERVICE_LINK.fullmatch(f"{variable}={value}"):
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if _VARIABLES.get(name) != variable:

@@ -8,7 +8,18 @@ from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.segment import TRAILER_BYTES
 from engrampool_server.machine import Machine, Room
 
-__all__ = ["Line", "Machine", "Need", "PreflightError", "Report", "Room", "check", "format_bytes", "raise_soft_limits"]
+__all__ = [
+    "Line",
+    "Machine",
+    "Need",
+    "PreflightError",
+    "Report",
+    "Room",
+    "check",
+    "format_bytes",
+    "raise_soft_limits",
+    "require_address_space",
+]
 
 # Beside the tables: interpreter, libraries, load buffers, connections.
 OVERHEAD_BYTES = 512 << 20
@@ -208,12 +219,34 @@ def _lines(need: Need, memory: str, lock_memory: bool, machine: Machine) -> Iter
             machine.lock_limit_bytes,
             "ulimit -l unlimited (systemd LimitMEMLOCK=infinity, docker --ulimit memlock=-1), or CAP_IPC_LOCK",
         )
+    if machine.address_limit_bytes is not None:
+        yield _address_space(need, machine)
     yield Line(
         "file descriptors",
         need.descriptors,
         machine.descriptor_limit,
         f"ulimit -n {need.descriptors} (systemd LimitNOFILE, docker --ulimit nofile)",
         counted=True,
+    )
+
+
+def require_address_space(answer_bytes: int) -> None:
+    """Raise this process's soft limit on address space to its hard limit; PreflightError if no table at all would fit.
+
+    `check` has that, too, but a process that may map so little does not come to it.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    Report((_address_space(Need(0, 0, answer_bytes=answer_bytes), Machine.read()),)).raise_if_short()
+
+
+def _address_space(need: Need, machine: Machine) -> Line:
+    """Of the process that has most: it maps all tables, and may have all answers in hand."""
+    return Line(
+        "address space",
+        machine.address_used_bytes + need.table_bytes + OVERHEAD_BYTES + need.answer_bytes,
+        machine.address_limit_bytes,
+        "ulimit -v unlimited (systemd LimitAS=infinity)",
     )
 
 

@@ -41,7 +41,7 @@ from engrampool_server.loader import LoadError, adopt, become_loader, discard
 from engrampool_server.metrics import Metrics
 from engrampool_server.metrics_files import SUPERVISOR, MetricsMemory, become
 from engrampool_server.ports import listen_on, reserve
-from engrampool_server.preflight import OTHER_PROCESSES
+from engrampool_server.preflight import OTHER_PROCESSES, require_address_space
 from engrampool_server.registrar import Cache, register
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import Shared, free_slot
@@ -74,6 +74,8 @@ def supervise(config: ServerConfig) -> None:
     running then.
     """
     log.event("starting", version=__version__, models=[str(path) for path in config.models])
+    jit.require_compiler()
+    require_address_space(config.max_in_flight_bytes)
     reason = jit.not_kept()
     if reason is not None:
         log.event("kernels-not-kept", level="warning", reason=reason)

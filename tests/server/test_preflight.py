@@ -242,3 +242,15 @@ def test_limits_of_this_process_are_really_raised():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_limit_on_address_space_is_compared_with_tables_and_answers():
+    machine = replace(ROOMY, address_limit_bytes=12 * GIB, address_used_bytes=GIB)
+    need = replace(NEED, answer_bytes=2 * GIB)
+    assert short(NEED, "anon", False, machine) == {}
+    for memory in ("anon", "shm", "hugetlb", "file:/mnt"):  # each maps them
+        assert short(need, memory, False, replace(machine, directory_available_bytes=None)) == {
+            "address space": GIB + 512 * MIB
+        }
+    assert "ulimit -v unlimited" in str(check(need, "anon", False, machine))
+    assert "address space" not in str(check(need, "anon", False, ROOMY))
