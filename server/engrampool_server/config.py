@@ -91,7 +91,10 @@ class ServerConfig:
     )
     listen: str = field(
         default="127.0.0.1:50051",
-        metadata=_about(Listen(), "Where lookups are answered; port 0 is any free one."),
+        metadata=_about(
+            Listen(may_be_unix=True),
+            "Where lookups are answered; port 0 is any free one, a Unix socket is for clients on this machine.",
+        ),
     )
     metrics: str = field(
         default="127.0.0.1:9464",
@@ -102,7 +105,7 @@ class ServerConfig:
         metadata=_about(
             Direct(),
             "Where the direct lane listens: lookups over plain sockets, for clients that gRPC let in. auto is any free"
-            " port of the host of `listen`.",
+            " port of the host of `listen`, or a Unix socket beside that of `listen`.",
         ),
     )
     registry: str = field(
@@ -245,7 +248,7 @@ class ServerConfig:
             )
         name = "listen" if self.advertise == "auto" else "advertise"
         address: str = getattr(self, name)
-        if split_address(address)[0] in _WILDCARDS:
+        if address.startswith("unix:") or split_address(address)[0] in _WILDCARDS:
             raise ConfigError(
                 f"{name}: nobody can reach a server at {address}; set --advertise HOST:PORT, the address that clients "
                 "of the registry are to be given"

@@ -92,12 +92,12 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
-        host, _ = split_address(config.listen)
         try:
             port = self._grpc.add_insecure_port(config.listen)
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
-        self.address = f"{host}:{port}"
+        is_path = config.listen.startswith("unix:")
+        self.address = config.listen if is_path else f"{split_address(config.listen)[0]}:{port}"
         await self._grpc.start()
         self._flush()
 

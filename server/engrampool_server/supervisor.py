@@ -46,6 +46,7 @@ from engrampool_server.registrar import Cache, register
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import Shared, free_slot
 from engrampool_server.tables import HeldModel
+from engrampool_server.unix_gate import UnixGate
 from engrampool_server.versions_held import Key, VersionsHeld
 from engrampool_server.worker import answer
 
@@ -118,6 +119,7 @@ class _Supervisor:
         self._loads: dict[Key, tuple[float, bool]] = {}
         self._orders: socket.socket | None = None
         self._metrics_listener: socket.socket | None = None
+        self._gate: UnixGate | None = None
         self._serving = self._stopping = False
 
     def run(self) -> None:
@@ -130,6 +132,8 @@ class _Supervisor:
         finally:
             if self._shared.entrance is not None:
                 self._shared.entrance.close()
+            if self._gate is not None:
+                self._gate.close()
 
     def _serve(self) -> None:
         """From the first look at the models until a signal to stop."""
@@ -187,7 +191,11 @@ class _Supervisor:
         for reason in ("died", "hung"):
             self._metrics.worker_restarts.labels(reason)
         # Kept, so that the port is ours for as long as we live.
-        address, self._reserved = reserve(self._config.listen)
+        if self._config.listen.startswith("unix:"):
+            self._gate = UnixGate(Path(self._config.listen.removeprefix("unix:")))
+            address = self._gate.address
+        else:
+            address, self._reserved = reserve(self._config.listen)
         self._config = replace(self._config, listen=address)
         self._shared.entrance = Entrance.open(self._config.direct, address)
         if self._config.metrics == "off":
@@ -233,6 +241,8 @@ class _Supervisor:
         if self._metrics_listener is not None:
             self._metrics_listener.close()
         config = self._config
+        if self._gate is not None:
+            config = replace(config, listen=self._gate.own(self._shared.in_flight.slot))
         if not serving:
             config = replace(config, drain_s=min(config.drain_s, _LOBBY_DRAIN_S))
         answer(config, self._shared, link, serving=serving)
@@ -288,6 +298,8 @@ class _Supervisor:
     def _said(self, child: Child, report: Report) -> None:
         if report.ready and child.role == "worker":
             self._ready(child)
+        if report.ready:
+            self._point()
         if report.loaded is not None:
             # A counter goes on only.
             nbytes, of_bytes = max(report.loaded[0], child.loaded_bytes), report.loaded[1]
@@ -316,6 +328,17 @@ class _Supervisor:
     def _show_serving(self) -> None:
         self._metrics.serving.set(self._serving)
         self._ready_now[0] = self._serving and self._ready_workers() > 0
+
+    def _point(self) -> None:
+        """Have callers of a Unix socket reach a worker that answers, or the lobby while there is none."""
+        if self._gate is None:
+            return
+        workers = [child for _, child in sorted(self._workers.items())]
+        lobbies = [child for child in self._children if child.role == "lobby"]
+        for child in (*workers, *lobbies):
+            if child.ready_s is not None and child.kill_s is None:
+                self._gate.point(child.slot)
+                return
 
     def _ready_workers(self) -> int:
         return sum(child.ready_s is not None for child in self._workers.values())
@@ -364,6 +387,7 @@ class _Supervisor:
         if current := self._workers.get(child.index) is child:
             del self._workers[child.index]
             self._show_workers()
+        self._point()
         if child.role != "loader" and (child.kill_s is None or child.hung):
             log.event(
                 "worker-died", level="error", worker=child.name, pid=child.pid, status=child.status, error=child.failure

@@ -24,7 +24,7 @@ addresses = st.builds(
 directory_names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0:/"), min_size=1, max_size=12)
 VALUES = {
     "models": st.lists(directory_names.map(lambda name: f"/{name}"), min_size=1, max_size=3, unique_by=Path),
-    "listen": addresses,
+    "listen": addresses | directory_names.map(lambda name: f"unix:/{name}"),
     "metrics": addresses | st.just("off"),
     "direct": addresses | st.sampled_from(["auto", "off"]) | directory_names.map(lambda name: f"unix:/{name}"),
     # A registry has demands on other settings, and named shards want a placement: see below.
@@ -66,6 +66,8 @@ BAD = {
         "[host]:1",
         "10.0.0.256:1",
         "a b:1",
+        "unix:",
+        "unix:a\0b",
         "off",
         1,
     ],
