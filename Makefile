@@ -1,5 +1,6 @@
 # make demo   set up, pack a model of about 250 MB, serve it, run real text through it
 # make test   set up, lint, type-check, run every test
+# make test-quick  the tests that start no other program, for between two changes
 # make test-torch  the tests that need PyTorch, which is installed for them and which the others do without
 # make test-ray  the tests that need Ray, likewise
 # make tiny-lm  train a small Engram model, serve its tables, and compare every logit with tables in the process
@@ -10,14 +11,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# Two processes share the tests; what one has not begun the other may take.
+AT_ONCE ?= --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-torch test-ray tiny-lm lint stubs bench bench-quick clean
+.PHONY: demo test test-quick test-torch test-ray tiny-lm lint stubs bench bench-quick clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(AT_ONCE)
+
+test-quick: $(VENV)/dev-installed
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow"
 
 test-torch: $(VENV)/torch-installed
 	$(BIN)/python -m pytest tests/client/test_torch.py tests/integration/test_tiny_engram_lm.py

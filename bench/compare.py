@@ -1,11 +1,13 @@
-"""Another commit beside this one: the same lookups, in turn, in one run.
+"""Another commit beside this one: the same lookups, slice by slice in turn, in one run.
 
     git worktree add --detach ../before COMMIT
     python bench/compare.py ../before PACKED_MODEL
 
-Each round starts a server and a client of one tree and then of the other, by the public API that both have. Printed are
-medians over rounds of each tree's median time, and of the ratios; lookups back to back, and steps with the pauses that
-decoding has between two of them.
+A server and a client of each tree run all the while, used by the public API that both have. Every measurement is a
+short slice of one tree beside one of the other, each first in turn, so that what else the machine does falls on both.
+Printed are medians over slices: of each tree's median time, of the ratio of the two, with the quarter below and above,
+and of the ratio of the client's processor time a lookup. Lookups go back to back, or with the pauses that decoding has
+between two steps.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,44 +26,85 @@ import numpy as np
 LANES = {"direct": {"attach": "off"}, "grpc": {"attach": "off", "direct": "off"}, "attached": {}}
 TOKENS = (1, 8, 64, 1024)
 PAUSE_S = 0.008
+LEAST = 5  # lookups a slice
 
 
-def measure(model: Path, tables: Path, seconds: float) -> dict[str, float]:
-    """Median times in microseconds, by what was measured."""
+def answer(model: Path, tables: Path) -> None:
+    """Measure what each line of the input names, and print the medians: microseconds, and those of the processor."""
     from engrampool_client import Client
     from engrampool_client.testing import serve_process
 
-    found = {}
-    with serve_process(model, workers=1, memory=f"file:{tables}") as server:
+    with ExitStack() as stack:
+        server = stack.enter_context(serve_process(model, workers=1, memory=f"file:{tables}"))
+        calls: dict[str, tuple[Callable[[np.ndarray], object], list[np.ndarray], float]] = {}
         for lane, how in LANES.items():
-            with Client(server.address, keep_memory=True, **how) as client:
-                random = np.random.default_rng(1)
-                for count in TOKENS:
-                    batches = [random.integers(0, client.spec.vocab_size, count).astype(np.int32) for _ in range(16)]
-                    for one in batches:
-                        client.lookup(one)
-                    found[f"{lane}, {count}, back to back"] = _median_us(batches, client.lookup, seconds, 0.0)
-                    step = lambda batch, client=client: client.prefetch(batch).rows(14)  # noqa: E731
-                    found[f"{lane}, {count}, a step"] = _median_us(batches, step, seconds, PAUSE_S)
-        with Client(server.address, keep_memory=True, attach="off", cache_bytes=64 << 20) as client:
-            batches = [np.arange(64, dtype=np.int32)]
-            for _ in range(5):
-                client.lookup(batches[0])
-            step = lambda batch: client.prefetch(batch).rows(14)  # noqa: E731
-            found["all cached, 64, a step"] = _median_us(batches, step, seconds, 0.002)
-    return found
+            client = stack.enter_context(Client(server.address, keep_memory=True, **how))
+            random = np.random.default_rng(1)
+            for count in TOKENS:
+                batches = [random.integers(0, client.spec.vocab_size, count).astype(np.int32) for _ in range(16)]
+                for one in batches:
+                    client.lookup(one)
+                calls[f"{lane}, {count}, back to back"] = client.lookup, batches, 0.0
+                calls[f"{lane}, {count}, a step"] = _step(client), batches, PAUSE_S
+        client = stack.enter_context(Client(server.address, keep_memory=True, attach="off", cache_bytes=64 << 20))
+        cached = [np.arange(64, dtype=np.int32)]
+        for _ in range(5):
+            client.lookup(cached[0])
+        calls["all cached, 64, a step"] = _step(client), cached, 0.002
+        print(json.dumps(list(calls)), flush=True)
+        for line in sys.stdin:
+            name, seconds = json.loads(line)
+            print(json.dumps(_slice(*calls[name], seconds)), flush=True)
 
 
-def _median_us(batches: list[np.ndarray], call, seconds: float, pause_s: float) -> float:
-    took, end, at = [], time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or len(took) < 20:
+def _step(client) -> Callable[[np.ndarray], object]:
+    last = max(client.spec.layers)
+    return lambda batch: client.prefetch(batch).rows(last)
+
+
+def _slice(
+    call: Callable[[np.ndarray], object], batches: list[np.ndarray], pause_s: float, seconds: float
+) -> tuple[float, float]:
+    took, end, cpu = [], time.perf_counter() + seconds, time.process_time()
+    while time.perf_counter() < end or len(took) < LEAST:
         if pause_s:
             time.sleep(pause_s)
         begin = time.perf_counter()
-        call(batches[at % len(batches)])
+        call(batches[len(took) % len(batches)])
         took.append(time.perf_counter() - begin)
-        at += 1
-    return statistics.median(took) * 1e6
+    return statistics.median(took) * 1e6, (time.process_time() - cpu) / len(took) * 1e6
+
+
+class Tree:
+    """A server and a client of one tree, in a process of their own."""
+
+    def __init__(self, root: Path, options: argparse.Namespace) -> None:
+        path = os.pathsep.join(str(root / part) for part in ("proto", "server", "client"))
+        command = [sys.executable, __file__, str(root), str(options.model.resolve()), "--answer"]
+        self._process = subprocess.Popen(
+            [*command, "--tables", str(options.tables)],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.names: list[str] = self._line()
+
+    def measure(self, name: str, seconds: float) -> list[float]:
+        """The time of a lookup and the processor's, in microseconds."""
+        print(json.dumps([name, seconds]), file=self._process.stdin, flush=True)
+        found: list[float] = self._line()
+        return found
+
+    def _line(self):
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End client and server."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def main() -> None:
@@ -67,39 +112,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the root of the other tree")
     parser.add_argument("model", type=Path, help="a packed model")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each measurement")
+    parser.add_argument("--rounds", type=int, default=20, help="slices of each measurement and tree")
+    parser.add_argument("--seconds", type=float, default=0.25, help="for each slice")
     parser.add_argument("--tables", type=Path, default=Path("/dev/shm"), help="where servers keep tables")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.model, options.tables, options.seconds)))
+    if options.answer:
+        answer(options.model, options.tables)
         return
-    trees = {"before": options.before.resolve(), "now": Path(__file__).resolve().parents[1]}
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
-    for number in range(options.rounds):
-        # Whoever comes second may have the better or the worse of it.
-        for name in sorted(trees, reverse=number % 2 == 1):
-            results[name].append(_of(trees[name], options))
-    print(f"{'what':36} {'before us':>10} {'now us':>10} {'now / before (least - most)':>28}")
-    for what in results["now"][0]:
-        before, now = ([one[what] for one in results[name]] for name in ("before", "now"))
-        ratios = sorted(b / a for a, b in zip(before, now, strict=True))
-        print(
-            f"{what:36} {statistics.median(before):10.0f} {statistics.median(now):10.0f} "
-            f"{statistics.median(ratios):12.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})"
-        )
-
-
-def _of(tree: Path, options: argparse.Namespace) -> dict[str, float]:
-    path = os.pathsep.join(str(tree / root) for root in ("proto", "server", "client"))
-    command = [sys.executable, __file__, str(options.before), str(options.model.resolve()), "--measure"]
-    command += ["--seconds", str(options.seconds), "--tables", str(options.tables)]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True, text=True
-    )
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    with ExitStack() as stack:
+        before = Tree(options.before.resolve(), options)
+        stack.callback(before.close)
+        now = Tree(Path(__file__).resolve().parents[1], options)
+        stack.callback(now.close)
+        print(f"{'what':30} {'before us':>10} {'now us':>8} {'now / before (quarters)':>25} {'processor':>10}")
+        for what in now.names:
+            found: dict[Tree, list[list[float]]] = {before: [], now: []}
+            for number in range(options.rounds):
+                # Whoever comes second may have the better or the worse of it.
+                for tree in (before, now) if number % 2 == 0 else (now, before):
+                    found[tree].append(tree.measure(what, options.seconds))
+            times, processor = (
+                [
+                    (one[at], other[at], other[at] / one[at])
+                    for one, other in zip(found[before], found[now], strict=True)
+                ]
+                for at in (0, 1)
+            )
+            was, is_now, _ = (statistics.median(column) for column in zip(*times, strict=True))
+            low, middle, high = statistics.quantiles([ratio for *_, ratio in times], n=4)
+            used = statistics.median(ratio for *_, ratio in processor)
+            print(
+                f"{what:30} {was:10.0f} {is_now:8.0f} {middle:11.2f} ({low:.2f} - {high:.2f}) {used:10.2f}", flush=True
+            )
 
 
 if __name__ == "__main__":

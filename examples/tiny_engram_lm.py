@@ -6,7 +6,7 @@ Then the same prompts run through the model twice: with the tables in its own me
 from the server. Prefill in chunks, then token by token, greedy and sampled: every logit must be the same, bit for bit,
 whatever the client's settings. Ends with exit code 1 if one is not.
 
-Needs engrampool[server,torch] and safetensors.
+Needs the extras `server` and `torch`, and safetensors.
 """
 
 import argparse

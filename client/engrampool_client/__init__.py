@@ -5,27 +5,32 @@ with Client("memory-node:50051") as pool:
     rows = step.rows(1)                 # uint8 [T, heads, row_bytes], when layer 1 runs
 """
 
-from engrampool_client.aio import AsyncClient, AsyncStep
-from engrampool_client.client import Client, Step
-from engrampool_client.errors import (
-    BatchError,
-    CacheFileError,
-    DeadlineError,
-    EngrampoolError,
-    FingerprintError,
-    ForkedError,
-    OverloadedError,
-    PoolError,
-    ProtocolError,
-    RecordError,
-    RejectedError,
-    SpecError,
-    StepCancelledError,
-    UnavailableError,
-    UnknownModelError,
-    UnknownVersionError,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from engrampool_proto import __version__
+
+if TYPE_CHECKING:
+    from engrampool_client.aio import AsyncClient, AsyncStep
+    from engrampool_client.client import Client, Step
+    from engrampool_client.errors import (
+        BatchError,
+        CacheFileError,
+        DeadlineError,
+        EngrampoolError,
+        FingerprintError,
+        ForkedError,
+        OverloadedError,
+        PoolError,
+        ProtocolError,
+        RecordError,
+        RejectedError,
+        SpecError,
+        StepCancelledError,
+        UnavailableError,
+        UnknownModelError,
+        UnknownVersionError,
+    )
 
 __all__ = [
     "AsyncClient",
@@ -50,3 +55,20 @@ __all__ = [
     "UnknownVersionError",
     "__version__",
 ]
+
+# The others are errors. Each is imported when it is first asked for: a command line's help does not wait for gRPC.
+_MODULES = {"AsyncClient": "aio", "AsyncStep": "aio", "Client": "client", "Step": "client"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+        globals()[name] = value
+        return value
+    if name == "errors":  # without an import of its own, as it was always there
+        return import_module(f"{__name__}.errors")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -82,8 +82,8 @@ class Client:
     breaker_failures: after so many lookups in a row that found the server unreachable or silent, lookups fail at once
         until a probe in the background is answered; 0 never.
     retry_s: how long, from the moment a connection broke, lookups go on asking. 0 never asks twice.
-    connect_timeout_s: bound on connecting, a server that is still loading included; and before on what is waited for a
-        registry and an active version there.
+    connect_timeout_s: how long servers are waited for, those that still load included. A registry, and an active
+        version there, is waited for as long before; a silent one adds up to 2 s for each of its endpoints.
     max_steps: prefetches worked on at once; further ones wait for a place, not their callers.
     max_pending_bytes: rows of prefetches that have not ended; `prefetch` raises OverloadedError beyond.
 

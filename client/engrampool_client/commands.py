@@ -1,22 +1,24 @@
-"""The client's subcommands of `engrampool`."""
+"""The client's subcommands of `engrampool`.
+
+Each imports what it needs when it runs, so that help and mistakes are answered at once.
+"""
 
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
-import numpy.typing as npt
 
 from engrampool_client import private_files
-from engrampool_client.client import Client
-from engrampool_client.discovery import Servers
-from engrampool_client.errors import BatchError, EngrampoolError
-from engrampool_client.exchange import Hashing
-from engrampool_proto.builders import blueprint, load_config
-from engrampool_proto.hashing import TokenBatch, exactly
-from engrampool_proto.spec import ModelSpec
+from engrampool_proto.errors import BatchError, EngrampoolError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from engrampool_client.exchange import Hashing
+    from engrampool_proto.spec import ModelSpec
 
 _PATH = click.Path(path_type=Path)
 _TOKENS = click.option("--tokens", required=True, type=_PATH, help="int32 [T] as .npy: one sequence from its start.")
@@ -26,6 +28,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print a summary as
 
 def read_target(context: click.Context, param: click.Parameter, value: str) -> str:
     """What `Client` takes as its target, else a usage error."""
+    from engrampool_client.discovery import Servers
+
     try:
         Servers([value])
     except ValueError as error:
@@ -54,7 +58,7 @@ def lookup(
     server: str,
     name: str | None,
     version: str | None,
-    hashing: Hashing,
+    hashing: "Hashing",
     config: Path | None,
     tokenizer: Path | None,
     timeout_s: float,
@@ -63,6 +67,8 @@ def lookup(
     as_json: bool,
 ) -> None:
     """Fetch the rows of a token sequence: uint8 [T, heads, row_bytes], one array a layer, named layer_L."""
+    from engrampool_client.client import Client
+
     ids = read_tokens(tokens)
     settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
     with Client(server, name, version, hashing=hashing, **settings) as pool:  # type: ignore[arg-type]
@@ -85,20 +91,32 @@ def lookup(
 @click.command()
 @click.option("--model", "directory", type=_PATH, help="A packed model.")
 @click.option("--config", type=_PATH, help="Or the model's config.json,")
-@click.option("--tokenizer", type=_PATH, help="with its tokenizer.json where the model hashes through one.")
+@click.option("--tokenizer", type=_PATH, help="with its tokenizer.json where the model hashes through one,")
+@click.option(
+    "--eos-token-id", type=click.IntRange(min=0), help="and the token that ends a text where the config lists several."
+)
 @_TOKENS
 @_OUT
 @_JSON
 def rows(
-    directory: Path | None, config: Path | None, tokenizer: Path | None, tokens: Path, out: Path, as_json: bool
+    directory: Path | None,
+    config: Path | None,
+    tokenizer: Path | None,
+    eos_token_id: int | None,
+    tokens: Path,
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Hash a token sequence, without a table or a server: row ids [T, heads], one array a layer, named layer_L."""
     if (directory is None) == (config is None):
         raise click.UsageError("give either --model, or --config with --tokenizer")
-    if directory is not None and tokenizer is not None:
-        raise click.UsageError("--tokenizer goes with --config; a packed model has its token map in it")
+    if directory is not None and (tokenizer is not None or eos_token_id is not None):
+        raise click.UsageError("--tokenizer and --eos-token-id go with --config; a packed model has both in it")
+    from engrampool_proto.builders import blueprint, load_config
+    from engrampool_proto.hashing import TokenBatch
+
     if config is not None:
-        spec = blueprint(load_config(config), tokenizer).spec
+        spec = blueprint(load_config(config), tokenizer, eos_token_id=eos_token_id).spec
     else:
         assert directory is not None
         spec = _packed_spec(directory)
@@ -108,19 +126,25 @@ def rows(
     _report({"model": spec.name, "spec_digest": spec.digest, **_shapes(ids, hashed), "out": str(out)}, as_json)
 
 
-def _packed_spec(directory: Path) -> ModelSpec:
+def _packed_spec(directory: Path) -> "ModelSpec":
     """Only the specification: hashing needs no table, so the table files need not be there."""
+    from engrampool_proto.spec import ModelSpec
+
     manifest = directory / "manifest.json"
     try:
-        return ModelSpec.from_json(json.loads(manifest.read_text(encoding="utf-8"))["spec"])
+        return ModelSpec.from_json(json.loads(manifest.read_bytes())["spec"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, EngrampoolError):
             raise
         raise EngrampoolError(f"{manifest} cannot be read as a packed model's manifest: {error}") from error
 
 
-def read_tokens(path: Path) -> npt.NDArray[np.int32]:
+def read_tokens(path: Path) -> "npt.NDArray[np.int32]":
     """One sequence of token ids, [T], from a .npy file of integers. Raises BatchError."""
+    import numpy as np
+
+    from engrampool_proto.hashing import exactly
+
     try:
         tokens = np.load(path, allow_pickle=False)
     except OSError as error:
@@ -133,8 +157,10 @@ def read_tokens(path: Path) -> npt.NDArray[np.int32]:
     return exactly(str(path), tokens, np.int32)
 
 
-def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
+def _write(path: Path, arrays: "dict[str, npt.NDArray[Any]]") -> None:
     """All or nothing: a full disk leaves no half file under the name asked for. Rows and row ids tell n-grams."""
+    import numpy as np
+
     partial = path.with_name(f".{path.name}.partial")
     try:
         with private_files.create(partial) as file:
@@ -144,7 +170,7 @@ def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _shapes(tokens: npt.NDArray[np.int32], arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+def _shapes(tokens: "npt.NDArray[np.int32]", arrays: "dict[str, npt.NDArray[Any]]") -> dict[str, Any]:
     shapes = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
     return {"tokens": len(tokens), "arrays": shapes}
 

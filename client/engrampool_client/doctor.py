@@ -6,24 +6,25 @@ time, and tries what might change that (diagnosis.py). docs/CLIENT.md says how e
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from engrampool_client.client import Client
 from engrampool_client.commands import read_target, read_tokens
-from engrampool_client.diagnosis import WORTH, Doctor, Phase, Report, Verdict, best_size
-from engrampool_client.errors import BatchError, RecordError, SpecError
-from engrampool_client.record import Recording
-from engrampool_client.replay import Clock, Text, phases_of_recording, phases_of_text
-from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.errors import BatchError, SpecError
+
+if TYPE_CHECKING:
+    from engrampool_client.diagnosis import Phase, Report, Verdict
+    from engrampool_client.replay import Clock
 
 EXPOSED = 3
 _YOUNG = "lookups were still making the process larger, which costs time and ends: see docs/CLIENT.md"
 
 
-def print_report(report: Report) -> None:
+def print_report(report: "Report") -> None:
     """For people."""
+    from engrampool_client.diagnosis import WORTH, best_size
+
     click.echo(f"{report.model} {report.version} on {report.server}; lookups go over: {report.lane}")
     at = f"p{report.percentile:g}"
     for phase in report.phases:
@@ -72,17 +73,17 @@ def print_report(report: Report) -> None:
             click.echo(f"{phase.name}: exposed; hidden with: {', or '.join(remedies) or 'none of those tried'}")
 
 
-def _title(phase: Phase) -> str:
+def _title(phase: "Phase") -> str:
     return f"{phase.name}: {phase.forwards} forwards of {phase.num_tokens} tokens, {phase.forward_s * 1e3:.1f} ms each"
 
 
-def _rows(phase: Phase) -> str:
+def _rows(phase: "Phase") -> str:
     total = sum(phase.bytes.values())
     sources = ", ".join(f"{name} {count / total:.0%}" for name, count in phase.bytes.items() if count)
     return f"{total / 1e6:.2f} MB a forward, by source: {sources or 'none came'}"
 
 
-def _verdict(verdict: Verdict, at: str) -> str:
+def _verdict(verdict: "Verdict", at: str) -> str:
     masked = f"; {verdict.masked_tokens} tokens went without their rows" if verdict.masked_tokens else ""
     return f"{_margin(verdict.margin_s)} at {at} ({_margin(verdict.p50_s)} at p50){masked}"
 
@@ -114,8 +115,10 @@ def _clocks(
     layer_ms: Path | None,
     prefill: tuple[int, float | None],
     decode: tuple[int, float | None],
-) -> dict[str, Clock]:
+) -> "dict[str, Clock]":
     """By phase. Raises click.UsageError, BatchError for a file that is none."""
+    from engrampool_client.replay import Clock
+
     sizes = {"prefill": prefill, "decode": decode}
     clocks = {}
     if layer_ms is not None:
@@ -205,6 +208,13 @@ def doctor(
 
     Run it where the model runs. Exit codes: 0 every layer is hidden, 3 some layer is exposed, 1 and 2 errors.
     """
+    from engrampool_client.client import Client
+    from engrampool_client.diagnosis import Doctor
+    from engrampool_client.errors import RecordError
+    from engrampool_client.record import Recording
+    from engrampool_client.replay import Text, phases_of_recording, phases_of_text
+    from engrampool_proto.hashing import TokenBatch
+
     if bool(tokens) == (record is not None):
         raise click.UsageError("give either --tokens or --record")
     clocks = _clocks(layers, layer_ms, (prefill_tokens, prefill_ms), (decode_batch, decode_ms))

@@ -1,6 +1,7 @@
 """Whether what is served is what the engine that runs here reads: its config and tokenizer, its layout, its row ids."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy.typing as npt
 from engrampool_client.errors import FingerprintError
 from engrampool_client.plan import Layout
 from engrampool_proto.builders import blueprint, load_config
+from engrampool_proto.builders.blueprint import spare_rows
 from engrampool_proto.errors import BatchError, SpecError
 from engrampool_proto.hashing import TokenBatch, exactly
-from engrampool_proto.spec import ModelSpec
+from engrampool_proto.spec import ModelSpec, TableSpec
 from engrampool_proto.token_map import TokenMap
 
 
@@ -26,10 +28,35 @@ def check_fingerprint(served: ModelSpec, config: str | Path | None, tokenizer: s
         if tokenizer is not None:
             raise SpecError("a tokenizer is compared through a config: give both")
         return
-    ours = blueprint(load_config(Path(config)), None if tokenizer is None else Path(tokenizer), served.name).spec
+    stated = load_config(Path(config))
+    listed = stated.get("eos_token_id")
+    eos = None
+    if isinstance(listed, list) and listed:
+        stops = [getattr(table.hash, "stop", None) for table in served.tables]
+        eos = next((one for one in listed if one in stops), listed[0])
+    made = blueprint(stated, None if tokenizer is None else Path(tokenizer), served.name, eos_token_id=eos)
+    ours = made.spec if made.rows_stated else _as_stored(made.spec, served)
     differences = ours.differences(served)
     if differences:
         raise FingerprintError(differences)
+
+
+def _as_stored(ours: ModelSpec, served: ModelSpec) -> ModelSpec:
+    """`ours` with rows stored as the served ones are, and with their padding, which a config does not tell."""
+
+    def values(table: TableSpec) -> int:
+        first = table.row_format.segments[0]
+        return first.length * (2 if first.dtype == "float4_e2m1fn_x2" else 1)
+
+    tables = []
+    for table in ours.tables:
+        theirs = served.table(table.layer) if table.layer in served.layers else table
+        if values(table) == values(theirs):
+            table = replace(table, row_format=theirs.row_format)
+        if 0 <= theirs.num_rows - sum(table.hash.head_rows()) <= spare_rows(table):
+            table = replace(table, num_rows=theirs.num_rows)
+        tables.append(table)
+    return replace(ours, tables=tuple(tables))
 
 
 def check_layout(

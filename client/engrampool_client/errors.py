@@ -122,6 +122,7 @@ __all__ = [
     "DeadlineError",
     "EngrampoolError",
     "FingerprintError",
+    "ForkedError",
     "OverloadedError",
     "PoolError",
     "ProtocolError",

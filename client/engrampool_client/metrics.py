@@ -1,4 +1,4 @@
-"""A client's counters for Prometheus. Needs engrampool[metrics]; docs/CLIENT.md lists the metrics.
+"""A client's counters for Prometheus. Needs the extra `metrics`; docs/CLIENT.md lists the metrics.
 
 collector = register(client)    # beside the process's other metrics, wherever those are exposed
 ...

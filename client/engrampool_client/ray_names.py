@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from engrampool_client.errors import UnavailableError
+from engrampool_proto.errors import how_to_install
 
 # As `up` names them.
 _NAMESPACE = "engrampool"
@@ -35,7 +36,7 @@ def addresses(name: str) -> list[str] | None:
     Raises UnavailableError where Ray is not installed.
     """
     if find_spec("ray") is None:
-        raise UnavailableError(f"ray:///{name} needs the package ray here: pip install 'engrampool[ray]'")
+        raise UnavailableError(f"ray:///{name} needs the package ray here: {how_to_install('ray')}")
     with _lock:
         asked = _names.setdefault(name, _Name(name))
     return asked.addresses()

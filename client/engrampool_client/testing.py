@@ -1,6 +1,6 @@
 """Real servers for tests, as child processes: the program is started, none of its code is imported.
 
-The interpreter that runs the tests must have engrampool[server].
+The interpreter that runs the tests must have the extra `server`.
 """
 
 import collections

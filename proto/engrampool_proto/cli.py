@@ -1,21 +1,25 @@
 """The `engrampool` program: finds its subcommands by entry point, so that it imports neither server nor client."""
 
+import ast
 import importlib
 import resource
 import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from engrampool_proto import __version__
-from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.errors import EngrampoolError, how_to_install
 
 _GROUP = "engrampool.commands"
 
 
 class _Commands(click.Group):
-    """Loads a subcommand when it is asked for; `--help` lists all without importing the server's dependencies."""
+    """Loads a subcommand when it is asked for. `--help` lists all and loads none: some take seconds to import."""
 
     def _found(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=_GROUP)}
@@ -34,10 +38,43 @@ class _Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:  # commands import what they need when they run
+            if (error.name or "engrampool").startswith("engrampool"):
+                raise  # a mistake of ours
+            raise EngrampoolError(f"{ctx.invoked_subcommand} {_hint(error)}") from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        found = sorted(self._found().items())
+        limit = formatter.width - 6 - max((len(name) for name, _ in found), default=0)  # as click has it
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _summary(point, limit)) for name, point in found])
+
+
+def _summary(point: EntryPoint, limit: int) -> str:
+    """The first sentence of a command's docstring, read from its source; "" where there is none to be read."""
+    about = _docstrings(point.module).get(point.attr)
+    return click.Command(point.name, help=about).get_short_help_str(limit)
+
+
+@cache
+def _docstrings(module: str) -> dict[str, str | None]:
+    """Of the functions of a module, by name."""
+    package, _, inner = module.partition(".")
+    found = find_spec(package)  # which imports nothing, as it is of a package at the top
+    for folder in (found and found.submodule_search_locations) or ():
+        source = Path(folder, *inner.split(".")).with_suffix(".py")
+        if source.is_file():
+            functions = (one for one in ast.parse(source.read_bytes()).body if isinstance(one, ast.FunctionDef))
+            return {one.name: ast.get_docstring(one) for one in functions}
+    return {}
+
 
 def _unavailable(name: str, error: ModuleNotFoundError) -> click.Command:
     """Stands in for a command whose packages are not installed; says which."""
-    hint = f"needs the package {error.name!r}: pip install 'engrampool[server]'"
+    hint = _hint(error)
 
     def fail(**_: object) -> NoReturn:
         raise EngrampoolError(f"{name} {hint}")
@@ -45,6 +82,10 @@ def _unavailable(name: str, error: ModuleNotFoundError) -> click.Command:
     settings = {"ignore_unknown_options": True}
     arguments: list[click.Parameter] = [click.Argument(["arguments"], nargs=-1)]
     return click.Command(name, callback=fail, params=arguments, help=f"({hint})", context_settings=settings)
+
+
+def _hint(error: ModuleNotFoundError) -> str:
+    return f"needs the package {error.name!r}: {how_to_install('server')}"
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

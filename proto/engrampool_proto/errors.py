@@ -18,3 +18,8 @@ class BatchError(EngrampoolError, ValueError):
 
 class WireError(EngrampoolError, ValueError):
     """Message bytes are truncated, malformed or not the message they should be."""
+
+
+def how_to_install(extra: str) -> str:
+    """For error texts: what to type to get the packages of an extra. No registry has ours under its bare name."""
+    return f"pip install '.[{extra}]' in engrampool's source directory, or a wheel built there with [{extra}]"

@@ -18,7 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.errors import EngrampoolError, how_to_install
 from engrampool_proto.pool_state import (
     Active,
     Held,
@@ -395,7 +395,7 @@ class Registry:
 def require_etcd3gw(url: str) -> None:
     """Raise RegistryError where the package is missing that the registry `url` is asked through."""
     if find_spec("etcd3gw") is None:
-        raise RegistryError(f"the registry {url} needs the package 'etcd3gw': pip install 'engrampool[etcd]'")
+        raise RegistryError(f"the registry {url} needs the package 'etcd3gw': {how_to_install('etcd')}")
 
 
 class _Watch:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from engrampool_proto.errors import EngrampoolError, SpecError
+from engrampool_proto.errors import EngrampoolError, SpecError, how_to_install
+from engrampool_proto.lfs import ADVICE, is_pointer
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +81,23 @@ class TokenMap:
         vocabulary token; other text by its NFKC, NFD, accent-free, lower-case form with runs of white space made one
         space and the ends stripped, or by itself if nothing is left. Ids are given in order of first appearance.
 
-        Raises SpecError if the file cannot be read as a tokenizer, EngrampoolError if `tokenizers` is not installed.
+        Raises SpecError if the file cannot be read as a tokenizer or skips an id, EngrampoolError if `tokenizers` is
+        not installed.
         """
         try:
             from tokenizers import Regex, Tokenizer, normalizers
         except ImportError as error:
             raise EngrampoolError(
-                "reading a tokenizer.json needs the 'tokenizers' package: pip install 'engrampool[tokenizer]'"
+                f"reading a tokenizer.json needs the 'tokenizers' package: {how_to_install('tokenizer')}"
             ) from error
         try:
-            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            raw = path.read_bytes()
+            if is_pointer(raw):
+                raise SpecError(f"{path} {ADVICE}")
+            tokenizer = Tokenizer.from_str(raw.decode("utf-8-sig"))
         except Exception as error:  # `tokenizers` raises plain Exception for a bad file
+            if isinstance(error, SpecError):
+                raise
             raise SpecError(f"{path} cannot be read as a tokenizer.json: {error}") from error
         # A private-use character holds the place of a lone space, which stripping would make empty.
         placeholder = "\ue000"
@@ -106,7 +113,7 @@ class TokenMap:
                 normalizers.Replace(placeholder, " "),
             ]
         )
-        vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        vocab_size = _count_ids(path, tokenizer.get_vocab(with_added_tokens=True))
         texts = tokenizer.decode_batch([[token] for token in range(vocab_size)], skip_special_tokens=False)
         new_ids: dict[str, int] = {}
         ids = np.empty(vocab_size, np.int32)
@@ -119,3 +126,22 @@ class TokenMap:
                 key = normalizer.normalize_str(text) or text
             ids[token] = new_ids.setdefault(key, len(new_ids))
         return cls(ids)
+
+
+def _count_ids(path: Path, vocabulary: Mapping[str, int]) -> int:
+    """How many token ids there are. Raises SpecError naming what is wrong unless each is one token's, from 0 on."""
+    tokens: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        if number in tokens:
+            raise SpecError(f"{path} gives two tokens the id {number}: {tokens[number]!r} and {token!r}")
+        tokens[number] = token
+    if not tokens:
+        raise SpecError(f"{path} has no tokens")
+    missing = sorted(set(range(max(tokens))) - tokens.keys())
+    if missing:
+        named = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise SpecError(
+            f"{path} has tokens up to the id {max(tokens)}, and none with the id {named}; a token map needs one for "
+            "every id. Give those ids the placeholders that the model was trained with"
+        )
+    return len(tokens)

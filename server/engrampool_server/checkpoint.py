@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,25 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_proto.builders import Blueprint, blueprint, load_config
+from engrampool_proto.builders import Blueprint, Part, Stored, blueprint, load_config
+from engrampool_proto.builders.blueprint import spare_rows
+from engrampool_proto.builders.stored import STORED_DTYPES
 from engrampool_proto.errors import EngrampoolError, SpecError
+from engrampool_proto.lfs import ADVICE, is_pointer
 from engrampool_proto.spec import ModelSpec, Segment, TableSpec
 from engrampool_server.safetensors_header import HeaderError, Tensor, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# What a segment's dtype is called in a header. Some writers know no E8M0 and store its bytes as they are.
-STORED_DTYPES = {
-    "uint8": ("U8",),
-    "int8": ("I8",),
-    "float8_e4m3fn": ("F8_E4M3",),
-    "float8_e5m2": ("F8_E5M2",),
-    "float8_e8m0fnu": ("F8_E8M0", "U8"),
-    "float4_e2m1fn_x2": ("U8",),
-    "bfloat16": ("BF16",),
-    "float16": ("F16",),
-    "float32": ("F32",),
-}
+_NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 
 
 class CheckpointError(EngrampoolError):
@@ -60,13 +53,20 @@ class _StoredTensor:
                 raise CheckpointError(f"{self.path} became shorter while {self.tensor.name} was read from it")
             out, offset = out[count:], offset + count
 
+    def all(self) -> bytes:
+        """All of the bytes, for a tensor of a few numbers."""
+        raw = bytearray(self.tensor.nbytes)
+        self.read(0, memoryview(raw))
+        return bytes(raw)
+
 
 @dataclass(frozen=True)
 class _Column:
-    """One segment of all rows of a table: `tensors[i]` begins with row `starts[i]`."""
+    """One segment of all rows of a table: `tensors[i]` holds those of `parts[i]`, which begin with row `starts[i]`."""
 
     where: slice
     starts: list[int]
+    parts: tuple[Part, ...]
     tensors: list[_StoredTensor]
 
     def read(self, start: int, out: npt.NDArray[np.uint8]) -> None:
@@ -75,7 +75,7 @@ class _Column:
         part = bisect_right(self.starts, start) - 1
         while row < stop:
             stored, first = self.tensors[part], self.starts[part]
-            count = min(stop, first + stored.tensor.shape[0]) - row
+            count = min(stop, first + self.parts[part].num_rows) - row
             stored.read((row - first) * out.shape[1], out[row - start : row - start + count].data.cast("B"))
             row, part = row + count, part + 1
 
@@ -87,32 +87,36 @@ class Checkpoint:
     `open` it in a `with`; `read_rows` may be called from several threads until it is closed.
     """
 
-    def __init__(self, directory: Path, name: str | None, stack: ExitStack) -> None:
+    def __init__(self, directory: Path, name: str | None, eos_token_id: int | None, stack: ExitStack) -> None:
         self._stack = stack
-        plan = _blueprint(directory, name)
-        wanted = [suffix for parts in plan.parts.values() for part in parts for suffix in part.tensors.values()]
-        stored = _find(directory, [*wanted, *plan.scales.values()], stack)
-        scales = {layer: _scalar(stored[suffix]) for layer, suffix in plan.scales.items()}
+        config = _config(directory)
+        files = _Files(directory, stack)
+        plan = _blueprint(directory, config, name, eos_token_id, files)
+        wanted = [tensor for parts in plan.parts.values() for part in parts for tensor in part.tensors.values()]
+        stored = {tensor: files.tensor(tensor) for tensor in wanted}
+        scales = {layer: _one_scale([files.tensor(name) for name in names]) for layer, names in plan.scales.items()}
+        for tensor, constants in plan.constants.items():
+            _compare(files.tensor(tensor), constants)
         self.spec: ModelSpec = with_scales(plan.spec, scales)
         self._columns = {
             table.layer: [_column(table, segment, plan, stored) for segment in table.row_format.segments]
             for table in self.spec.tables
         }
-        files = {tensor.path: os.fstat(tensor.descriptor) for tensor in stored.values()}
+        read = {tensor.path: os.fstat(tensor.descriptor) for tensor in stored.values()}
         self.source: dict[str, Any] = {
-            "checkpoint files": [[path.name, s.st_size, s.st_mtime_ns] for path, s in sorted(files.items())]
+            "checkpoint files": [[path.name, s.st_size, s.st_mtime_ns] for path, s in sorted(read.items())]
         }
         self._scratch = threading.local()
 
     @classmethod
-    def open(cls, directory: Path, name: str | None = None) -> "Checkpoint":
+    def open(cls, directory: Path, name: str | None = None, eos_token_id: int | None = None) -> "Checkpoint":
         """Read config, tokenizer and headers, and find every tensor; reads no rows.
 
-        name: the model's name; its family's by default.
+        name: the model's name; its family's by default. eos_token_id: which one, where config.json lists several.
         Raises CheckpointError naming the tensor or file, what was expected and what was found.
         """
         with ExitStack() as stack:
-            checkpoint = cls(directory, name, stack)
+            checkpoint = cls(directory, name, eos_token_id, stack)
             checkpoint._stack = stack.pop_all()
         return checkpoint
 
@@ -154,12 +158,27 @@ def with_scales(spec: ModelSpec, scales: Mapping[int, float]) -> ModelSpec:
     return replace(spec, tables=tuple(replace(t, scale=scales.get(t.layer, t.scale)) for t in spec.tables))
 
 
-def _blueprint(directory: Path, name: str | None) -> Blueprint:
+def _config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; give the one that holds the model's config.json")
+    try:
+        return load_config(directory / "config.json")
+    except SpecError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _blueprint(
+    directory: Path, config: Mapping[str, Any], name: str | None, eos_token_id: int | None, files: "_Files"
+) -> Blueprint:
     tokenizer = directory / "tokenizer.json"
     try:
-        return blueprint(load_config(directory / "config.json"), tokenizer if tokenizer.is_file() else None, name)
+        return blueprint(
+            config,
+            tokenizer if tokenizer.is_file() else None,
+            name,
+            eos_token_id=eos_token_id,
+            stored=Stored(files, files.describe),
+        )
     except SpecError as error:
         raise CheckpointError(f"{directory}: {error}") from error
 
@@ -168,14 +187,27 @@ def _column(table: TableSpec, segment: Segment, plan: Blueprint, stored: Mapping
     parts = plan.parts[table.layer]
     tensors = [stored[part.tensors[segment.name]] for part in parts]
     for part, found in zip(parts, tensors, strict=True):
-        dtypes, shape = STORED_DTYPES[segment.dtype], (part.num_rows, segment.length)
-        if found.tensor.dtype not in dtypes or found.tensor.shape != shape:
+        dtypes, shape = STORED_DTYPES[segment.dtype], found.tensor.shape
+        width = (segment.length,) if shape[1:] or segment.length > 1 else ()  # one number a row may be [n] or [n, 1]
+        fits = shape[1:] == width and 0 <= prod(shape[:1]) - part.num_rows <= spare_rows(table)
+        if found.tensor.dtype not in dtypes or not fits:
             raise CheckpointError(
-                f"{found.path}: {found.tensor.name} must be {' or '.join(dtypes)} {list(shape)}, as config.json says; "
-                f"it is {found.tensor.dtype} {list(found.tensor.shape)}"
+                f"{found.path}: {found.tensor.name} must be {' or '.join(dtypes)} {[part.num_rows, *width]}, as "
+                f"config.json says; it is {found.tensor.dtype} {list(shape)}"
             )
     starts = list(accumulate((part.num_rows for part in parts[:-1]), initial=0))
-    return _Column(table.row_format.slice_of(segment.name), starts, tensors)
+    return _Column(table.row_format.slice_of(segment.name), starts, parts, tensors)
+
+
+def _one_scale(tensors: Sequence[_StoredTensor]) -> float:
+    values = [_scalar(tensor) for tensor in tensors]
+    for tensor, value in zip(tensors, values, strict=True):
+        if value != values[0]:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.tensor.name} is {value}, {tensors[0].tensor.name} is {values[0]}; "
+                "a table has one scale"
+            )
+    return values[0]
 
 
 def _scalar(stored: _StoredTensor) -> float:
@@ -184,71 +216,118 @@ def _scalar(stored: _StoredTensor) -> float:
         raise CheckpointError(
             f"{stored.path}: {tensor.name} must be one F32 or BF16 number; it is {tensor.dtype} {list(tensor.shape)}"
         )
-    raw = bytearray(tensor.nbytes)
-    stored.read(0, memoryview(raw))
     # A bfloat16 is the upper half of a float32.
-    value = float(np.frombuffer(bytes(raw).rjust(4, b"\0"), "<f4")[0])
+    value = float(np.frombuffer(stored.all().rjust(4, b"\0"), "<f4")[0])
     if not isfinite(value):
         raise CheckpointError(f"{stored.path}: {tensor.name} must be a finite scale; it is {value}")
     return value
 
 
-def _find(directory: Path, suffixes: Iterable[str], stack: ExitStack) -> dict[str, _StoredTensor]:
-    """Each suffix's tensor, found under any prefix that ends at a dot."""
-    files = _tensor_files(directory)
-    names: dict[str, str | None] = dict.fromkeys(suffixes)
-    for name in files:
-        start = 0
-        while True:
-            suffix = name[start:]
-            if suffix in names:
-                first = names[suffix]
-                if first is not None:
-                    raise CheckpointError(f"{directory} has two tensors {suffix}: {first} and {name}")
-                names[suffix] = name
-            start = name.find(".", start) + 1
-            if not start:
-                break
-    missing = [suffix for suffix, name in names.items() if name is None]
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{directory} has no tensor {missing[0]} under any prefix{others}; config.json needs it")
-    opened: dict[str, tuple[int, dict[str, Tensor]]] = {}
-    stored = {}
-    for suffix, full_name in names.items():
-        assert full_name is not None
-        path = directory / files[full_name]
-        if path.name not in opened:
-            opened[path.name] = _open(path, full_name, stack)
-        descriptor, tensors = opened[path.name]
-        if full_name not in tensors:
-            raise CheckpointError(f"{path} does not hold {full_name}, although {INDEX_NAME} says so")
-        stored[suffix] = _StoredTensor(path, descriptor, tensors[full_name])
-    return stored
+def _compare(stored: _StoredTensor, constants: tuple[int, ...]) -> None:
+    """Refuse a checkpoint whose own constants of the hash are not those that rows will be looked up by."""
+    tensor, dtypes = stored.tensor, {"I64": "<i8", "I32": "<i4"}
+    if tensor.dtype not in dtypes or prod(tensor.shape) != len(constants):
+        raise CheckpointError(
+            f"{stored.path}: {tensor.name} must be {len(constants)} integers, I64 or I32, as config.json says; it is "
+            f"{tensor.dtype} {list(tensor.shape)}"
+        )
+    found = tuple(np.frombuffer(stored.all(), dtypes[tensor.dtype]).tolist())
+    if found != constants:
+        raise CheckpointError(
+            f"{stored.path}: {tensor.name} is {list(found)}, config.json gives {list(constants)}; one of them is not "
+            "the model's, and rows would be looked up in the wrong places"
+        )
 
 
-def _tensor_files(directory: Path) -> dict[str, str]:
-    """File name of every tensor, by tensor name."""
-    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
-    if index.exists():
-        try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} cannot be read as an index of tensors: {error!r}") from error
-        if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
-            raise CheckpointError(f"{index}: weight_map must give each tensor the name of a file beside it")
-        return files
-    if not single.exists():
-        raise CheckpointError(f"{directory} has neither {INDEX_NAME} nor {SINGLE_NAME}")
-    with ExitStack() as stack:
-        return dict.fromkeys(_open(single, "every tensor", stack)[1], SINGLE_NAME)
+class _Files(Mapping[str, str]):
+    """File name of every tensor of a directory, by tensor name. A header is read when one of its tensors is asked for.
+
+    Raises CheckpointError for files that are not there, or not whole.
+    """
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self._directory, self._stack = directory, stack
+        self._opened: dict[str, tuple[int, dict[str, Tensor]]] = {}
+        index = directory / INDEX_NAME
+        self._names = _weight_map(index) if index.exists() else self._all_names()
+
+    def _all_names(self) -> dict[str, str]:
+        single = self._directory / SINGLE_NAME
+        files = sorted(path.name for path in self._directory.glob("*.safetensors"))
+        if single.exists():
+            files = [single.name]
+        if not files:
+            raise CheckpointError(f"{self._directory} has neither {INDEX_NAME} nor {SINGLE_NAME}, nor parts of it")
+        _check_numbers(self._directory, files)
+        names: dict[str, str] = {}
+        for file in files:
+            for name in self._open(file, "tensors")[1]:
+                if name in names:
+                    raise CheckpointError(
+                        f"{self._directory} has the tensor {name} twice, in {names[name]} and in {file}, and no "
+                        f"{INDEX_NAME} that says which counts"
+                    )
+                names[name] = file
+        return names
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a tensor."""
+        tensor = self.tensor(name).tensor
+        return tensor.dtype, tensor.shape
+
+    def tensor(self, name: str) -> _StoredTensor:
+        """A tensor, with its file opened."""
+        path = self._directory / self._names[name]
+        descriptor, tensors = self._open(path.name, name)
+        if name not in tensors:
+            raise CheckpointError(f"{path} does not hold {name}, although {INDEX_NAME} says so")
+        return _StoredTensor(path, descriptor, tensors[name])
+
+    def _open(self, file: str, wanted: str) -> tuple[int, dict[str, Tensor]]:
+        if file not in self._opened:
+            path = self._directory / file
+            try:
+                descriptor = self._stack.enter_context(path.open("rb", buffering=0)).fileno()
+                self._opened[file] = descriptor, read_header(descriptor)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path}, which should hold {wanted}, cannot be opened: {error.strerror}"
+                ) from error
+            except HeaderError as error:
+                raise CheckpointError(f"{path} {error}; download it again") from error
+        return self._opened[file]
+
+    def __getitem__(self, name: str) -> str:
+        return self._names[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
-def _open(path: Path, wanted: str, stack: ExitStack) -> tuple[int, dict[str, Tensor]]:
+def _weight_map(index: Path) -> dict[str, str]:
     try:
-        descriptor = stack.enter_context(path.open("rb", buffering=0)).fileno()
-        return descriptor, read_header(descriptor)
-    except OSError as error:
-        raise CheckpointError(f"{path}, which should hold {wanted}, cannot be opened: {error.strerror}") from error
-    except HeaderError as error:
-        raise CheckpointError(f"{path} {error}; download it again") from error
+        raw = index.read_bytes()
+        if is_pointer(raw):
+            raise CheckpointError(f"{index} {ADVICE}")
+        files = json.loads(raw)["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index} cannot be read as an index of tensors: {error!r}") from error
+    if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
+        raise CheckpointError(f"{index}: weight_map must give each tensor the name of a file beside it")
+    return files
+
+
+def _check_numbers(directory: Path, files: Sequence[str]) -> None:
+    """Without an index, a file that is missing is told by the numbers of the others."""
+    there = set(files)
+    for before, digits, count in [numbered.groups() for numbered in map(_NUMBERED.fullmatch, files) if numbered]:
+        for number in range(1, int(digits)):
+            name = f"{before}{number:0{len(digits)}}-of-{count}.safetensors"
+            if name not in there:
+                raise CheckpointError(f"{directory} has no {name}, and no {INDEX_NAME} that says it is not needed")
+        last = f"{before}{count}-of-{count}.safetensors"
+        if last not in there:
+            raise CheckpointError(f"{directory} has no {last}, and no {INDEX_NAME} that says it is not needed")

@@ -1,4 +1,7 @@
-"""The server's subcommands of `engrampool`; each only reads its options and says what was done."""
+"""The server's subcommands of `engrampool`; each only reads its options and says what was done.
+
+Each imports what it needs when it runs, so that help and mistakes are answered at once.
+"""
 
 import json
 from pathlib import Path
@@ -6,20 +9,11 @@ from typing import Any
 
 import click
 
-from engrampool_server.config import ServerConfig
-from engrampool_server.pack import pack as pack_checkpoint
-from engrampool_server.patch import patch as make_patch
-from engrampool_server.patch_files import open_any
-from engrampool_server.preflight import format_bytes
-from engrampool_server.progress import byte_progress
-from engrampool_server.segments import find_backing, free, survey
 from engrampool_server.sources import Location, parse_location, redact
-from engrampool_server.synth import CONFIGS
-from engrampool_server.synth import synth as write_synthetic
-from engrampool_server.synth_checkpoint import synth_checkpoint
-from engrampool_server.table_files import TableFileError
-from engrampool_server.table_writer import FILE_BYTES
-from engrampool_server.verify import damaged_blocks, summary, summary_text
+
+# Of synth.CONFIGS, and of table_writer.
+_FAMILIES = ("deepseek-v4.1", "engram-demo", "qwen-ple", "longcat", "gemma-ple")
+_FILE_MIB = 2048
 
 _PATH = click.Path(path_type=Path)
 
@@ -42,7 +36,7 @@ _quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
 _file_mib = click.option(
     "--file-mib",
     type=click.IntRange(min=1),
-    default=FILE_BYTES >> 20,
+    default=_FILE_MIB,
     show_default=True,
     help="Largest size of a table file, in MiB.",
 )
@@ -52,19 +46,24 @@ _file_mib = click.option(
 @click.option("--checkpoint", type=_PATH, required=True, help="Directory with config.json and safetensors files.")
 @_out
 @_name
+@click.option(
+    "--eos-token-id", type=click.IntRange(min=0), help="The token that ends a text, where config.json lists several."
+)
 @_file_mib
 @_quiet
-def pack(checkpoint: Path, out: Path, name: str | None, file_mib: int, quiet: bool) -> None:
+def pack(checkpoint: Path, out: Path, name: str | None, eos_token_id: int | None, file_mib: int, quiet: bool) -> None:
     """Pack the Engram tables of a Hugging Face checkpoint into files that `serve` loads.
 
     A run that was interrupted goes on where it stopped when it is started again.
     """
-    version = pack_checkpoint(checkpoint, out, name, file_bytes=file_mib << 20, quiet=quiet)
+    from engrampool_server.pack import pack as pack_checkpoint
+
+    version = pack_checkpoint(checkpoint, out, name, eos_token_id=eos_token_id, file_bytes=file_mib << 20, quiet=quiet)
     click.echo(f"packed {out}, version {version}")
 
 
 @click.command()
-@click.option("--like", type=click.Choice(list(CONFIGS)), required=True, help="Model family.")
+@click.option("--like", type=click.Choice(_FAMILIES), required=True, help="Model family.")
 @click.option(
     "--vocab-size",
     type=click.IntRange(min=2),
@@ -98,6 +97,9 @@ def synth(
 
     docs/FORMAT.md has the function; `engrampool_proto.synthetic` computes it.
     """
+    from engrampool_server.synth import synth as write_synthetic
+    from engrampool_server.synth_checkpoint import synth_checkpoint
+
     if out is not None and checkpoint_out:
         raise click.UsageError(f"two directories to write, {out} and {checkpoint_out}; give one")
     out = Path(checkpoint_out) if checkpoint_out else out
@@ -121,6 +123,8 @@ def patch(base: Location, new: Location, out: Path, quiet: bool) -> None:
 
     A server that holds BASE serves NEW's rows by it in little more memory; `publish` it to a registry.
     """
+    from engrampool_server.patch import patch as make_patch
+
     version = make_patch(base, new, out, quiet=quiet)
     click.echo(f"wrote {out}, version {version}")
 
@@ -130,6 +134,9 @@ def patch(base: Location, new: Location, out: Path, quiet: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def inspect(directory: Location, as_json: bool) -> None:
     """Say what the packed model or patch at a directory or URL is. Checks manifest and files, reads no rows."""
+    from engrampool_server.patch_files import open_any
+    from engrampool_server.verify import summary, summary_text
+
     with open_any(directory) as model:
         click.echo(json.dumps(summary(model)) if as_json else summary_text(model))
 
@@ -139,6 +146,11 @@ def inspect(directory: Location, as_json: bool) -> None:
 @_quiet
 def verify(directory: Location, quiet: bool) -> None:
     """Read every block of the packed model or patch at a directory or URL and check it; names each that is damaged."""
+    from engrampool_server.patch_files import open_any
+    from engrampool_server.progress import byte_progress
+    from engrampool_server.table_files import TableFileError
+    from engrampool_server.verify import damaged_blocks
+
     with open_any(directory) as model:
         with byte_progress("verifying", model.nbytes, quiet=quiet) as bar:
             errors = damaged_blocks(model, bar.update)
@@ -162,6 +174,10 @@ def verify(directory: Location, quiet: bool) -> None:
 @click.option("--free", "free_unused", is_flag=True, help="Free those that no server uses.")
 def segments(kinds: tuple[str, ...], free_unused: bool) -> None:
     """List the tables that lie in memory for the next start of a server, of this user only."""
+    from engrampool_server.config import ServerConfig
+    from engrampool_server.preflight import format_bytes
+    from engrampool_server.segments import find_backing, free, survey
+
     for kind in kinds:
         memory = ServerConfig(models=(Path(),), memory=kind).memory
         backing = find_backing(memory)

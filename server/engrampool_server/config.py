@@ -317,7 +317,7 @@ def _from_file(file: Path | None) -> Iterator[tuple[str, Any, str]]:
     if file is None:
         return
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
+        document = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or not TOML

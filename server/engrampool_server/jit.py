@@ -1,30 +1,76 @@
-"""Compiling kernels with numba: when their module is imported, to run without the GIL, kept on disk where possible."""
+"""Compiling kernels with numba: when their module is imported, to run without the GIL, kept on disk where possible.
 
+`python -m engrampool_server.jit` compiles all of them ahead, for each level of processor, into the installed package:
+whoever can read it starts without a compiler's seconds, from a read-only file system and as any user.
+"""
+
+import hashlib
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
+import llvmlite.binding
 from numba import config, njit, types
+from numba.core.caching import InTreeCacheLocator
 
 from engrampool_proto.errors import EngrampoolError
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
+AHEAD = Path(__file__).with_name("compiled")
+# As LLVM calls them, the best first, and what each has beyond the next. Everything else is "generic".
+_X86_LEVELS = {
+    "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+    "x86-64-v3": "avx avx2 bmi bmi2 f16c fma lzcnt movbe",
+    "x86-64-v2": "cx16 popcnt sahf sse3 sse4.1 sse4.2 ssse3",
+}
+_LOCATORS = "NUMBA_CACHE_LOCATOR_CLASSES"
+_OURS = "engrampool_server.jit.AheadCacheLocator"
+
 _not_kept: dict[str, str] = {}
+_reads_ahead = False
+
+
+class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
+    """Where numba finds what was compiled ahead. numba's own locators read only from where they could write."""
+
+    def __init__(self, py_func: Any, py_file: str) -> None:
+        super().__init__(py_func, py_file)
+        self._cache_path = str(AHEAD / config.CPU_NAME)
+
+    def ensure_cache_path(self) -> None:
+        """Nothing: it is there, and may be read-only."""
+
+    def get_source_stamp(self) -> str:
+        """Of the file's bytes, as installing, copying and image layers change its time."""
+        return hashlib.sha256(Path(self._py_file).read_bytes()).hexdigest()
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> Self | None:
+        """Always, as whoever names this class has seen to it that there is something."""
+        return cls(py_func, py_file)
 
 
 def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     """Compile a function for each of `signatures` at once, so that no request waits for a compiler.
 
-    What was compiled is kept in NUMBA_CACHE_DIR, else beside the source, else in the user's cache directory. Where none
-    can be written it is compiled at each start; `not_kept` tells.
+    What was compiled ahead is read. Else what is compiled is kept in NUMBA_CACHE_DIR, else beside the source, else in
+    the user's cache directory. Where none can be written it is compiled at each start; `not_kept` tells.
     """
 
     def compile_now(function: Kernel) -> Kernel:
+        compiled: Kernel
         try:
-            compiled: Kernel = njit(list(signatures), nogil=True, cache=True)(function)
-        except (RuntimeError, OSError) as error:  # no directory to write to; no space left in it
-            _not_kept[function.__name__] = str(error).replace(os.linesep, " ")
+            compiled = njit(list(signatures), nogil=True, cache=True)(function)
+        except Exception as error:  # no directory to write to, no space left in it, damaged files, whatever they hold
+            if _reads_ahead:
+                _leave_ahead()
+                return compile_now(function)
+            _not_kept[function.__name__] = f"{type(error).__name__}: {error}".replace(os.linesep, " ")
             compiled = njit(list(signatures), nogil=True)(function)
         return compiled
 
@@ -48,3 +94,54 @@ def not_kept() -> str | None:
 def view(dtype: Any, ndim: int = 1, layout: str = "C") -> Any:
     """The type of an array that is only read. It may be writable, and lie at any address, as views of messages do."""
     return types.Array(dtype, ndim, layout, readonly=True, aligned=False)
+
+
+def level() -> str:
+    """The best level that this processor, and what lets us have of it, is of."""
+    if platform.machine() != "x86_64":
+        return "generic"
+    features = llvmlite.binding.get_host_cpu_features()
+    best = "generic"
+    for name, needed in reversed(_X86_LEVELS.items()):
+        if not all(features.get(feature, False) for feature in needed.split()):
+            break
+        best = name
+    return best
+
+
+def compile_ahead(*levels: str) -> None:
+    """Compile every kernel of the server for these levels, all by default, into AHEAD.
+
+    Raises subprocess.CalledProcessError where that fails, after a message of its own.
+    """
+    x86 = _X86_LEVELS if platform.machine() == "x86_64" else ()
+    code = "import sys, engrampool_server.supervisor; from engrampool_server import jit; sys.exit(jit.not_kept())"
+    for name in levels or (*x86, "generic"):
+        (AHEAD / name).mkdir(parents=True, exist_ok=True)
+        environ = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", _LOCATORS: _OURS}
+        subprocess.run([sys.executable, "-c", code], env=environ, check=True)  # noqa: S603
+
+
+def _use_ahead() -> None:
+    """Read what was compiled ahead for this processor, unless somebody told numba otherwise."""
+    global _reads_ahead
+    name = os.environ.get("NUMBA_CPU_NAME") or level()
+    if (AHEAD / name).is_dir() and not {"NUMBA_CPU_FEATURES", _LOCATORS} & os.environ.keys():
+        # In the environment, as numba reads all of it again whenever something there has changed.
+        os.environ |= {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", _LOCATORS: _OURS}
+        config.reload_config()
+        _reads_ahead = True
+
+
+def _leave_ahead() -> None:
+    """Look where numba does by itself: what was compiled ahead is of other sources or another numba, or damaged."""
+    global _reads_ahead
+    del os.environ[_LOCATORS]
+    config.reload_config()
+    _reads_ahead = False
+
+
+if __name__ == "__main__":
+    compile_ahead(*sys.argv[1:])
+else:
+    _use_ahead()

@@ -110,7 +110,7 @@ def decode_document(raw: bytes, wanted: str, keys: Set[str]) -> dict[str, Any]:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise TableFileError(f"is {len(raw)} bytes long; the limit is {MAX_MANIFEST_BYTES}")
     try:
-        document = json.loads(raw.decode())
+        document = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise TableFileError(f"is not JSON: {error}") from error
     if not isinstance(document, dict):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 from engrampool_proto.builders import blueprint, load_config
 from engrampool_proto.sharding import MAX_SHARDS, Part, ShardBy, cut, is_shard_name, part_nbytes, placement_json
 from engrampool_proto.spec import ModelSpec, TableSpec
+from engrampool_server.checkpoint import Checkpoint, CheckpointError
 from engrampool_server.preflight import Need, format_bytes
 from engrampool_server.raw_model import RawModel
 from engrampool_server.setting_kinds import KIB, TIB, Size
@@ -168,6 +170,11 @@ def spec_of(location: Location) -> ModelSpec:
     """What a packed model, or a checkpoint of which there are config.json and tokenizer.json at least, consists of."""
     if RawModel.lies_in(location):
         tokenizer = location / "tokenizer.json"
-        return blueprint(load_config(location / "config.json"), tokenizer if tokenizer.is_file() else None).spec
+        config = load_config(location / "config.json")
+        listed = config.get("eos_token_id")
+        eos = listed[0] if isinstance(listed, list) and listed else None  # what is held is the same with any
+        with suppress(CheckpointError), Checkpoint.open(location, None, eos) as checkpoint:
+            return checkpoint.spec  # its tensors tell how long rows are, where the config does not
+        return blueprint(config, tokenizer if tokenizer.is_file() else None, eos_token_id=eos).spec
     with PackedModel.open(location) as packed:
         return packed.spec

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from engrampool_proto.lfs import ADVICE, is_pointer
+
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 # What we write starts its data on a page, so that it can be mapped or read past the page cache.
 DATA_ALIGNMENT = 4096
@@ -51,6 +53,8 @@ def read_header(file: int) -> dict[str, Tensor]:
 def header_of(size: int, read: Callable[[int], bytes]) -> dict[str, Tensor]:
     """The tensors of a file of `size` bytes, as `read_header`. read: its first so many bytes; may raise."""
     head = read(min(size, DATA_ALIGNMENT))  # as a rule this is all of it, in one request
+    if is_pointer(head):
+        raise HeaderError(ADVICE)
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if size < _LENGTH_BYTES:
         raise HeaderError(f"is {size} bytes long, too short for a safetensors file")

@@ -9,7 +9,6 @@ import click
 from engrampool_proto.malloc import pin_malloc
 from engrampool_server import log
 from engrampool_server.config import load_config, render, serve_options
-from engrampool_server.supervisor import supervise
 
 
 @click.command()
@@ -26,6 +25,9 @@ def serve(file: Path | None, print_config: bool, **flags: Any) -> None:
     if print_config:
         click.echo(render(resolved), nl=False)
         return
+    # Not before: this compiles the kernels, where none are kept.
+    from engrampool_server.supervisor import supervise
+
     if resolved.config.pin_malloc:
         pin_malloc()
     log.configure(resolved.config.log_level)

@@ -34,7 +34,7 @@ def part_of(spec: ModelSpec, config: ServerConfig) -> Part:
 def read_placement(file: Path, spec: ModelSpec) -> dict[str, Part]:
     """The parts of a model by name; docs/OPERATIONS.md has the form. Raises ShardError, SpecError."""
     try:
-        return placed(json.loads(file.read_text(encoding="utf-8")), spec)
+        return placed(json.loads(file.read_bytes()), spec)
     except OSError as error:
         raise ShardError(f"cannot read {file}: {error.strerror}") from error
     except SpecError as error:

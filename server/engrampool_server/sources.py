@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.errors import EngrampoolError, how_to_install
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 # How many blocks each loading thread should have asked for at a time. A file system is read ahead; a store answers each
@@ -221,7 +221,7 @@ class _Store:
             import obstore
             import obstore.store
         except ImportError as error:
-            raise SourceError(f"{url} needs obstore: pip install 'engrampool[sources]'") from error
+            raise SourceError(f"{url} needs obstore: {how_to_install('sources')}") from error
         parts = urlsplit(url.text)
         # An endpoint that is plain HTTP is one that somebody asked for by its name.
         options: Any = {"allow_http": True, "read_timeout": READ_TIMEOUT, "timeout": timedelta(minutes=5)}

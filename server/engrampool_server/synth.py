@@ -110,7 +110,7 @@ def synthetic_model(like: str, size: int, tokenizer: Path | None = None, name: s
     assert builder is not None
     if builder.needs_tokenizer and tokenizer is None:
         identity = TokenMap(np.arange(DEEPSEEK_TOKEN_IDS, dtype=np.int32))
-        plan = builder.build(config, identity, name or builder.name)
+        plan = builder.build(config, identity, name or builder.name, None)
     else:
         plan = blueprint(config, tokenizer, name)
     if like == "deepseek-v4.1":

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from engrampool_proto.builders import Part, find_builder
+from engrampool_proto.builders.stored import STORED_DTYPES
 from engrampool_proto.errors import SpecError
 from engrampool_proto.spec import Segment, TableSpec
-from engrampool_server.checkpoint import INDEX_NAME, STORED_DTYPES
+from engrampool_server.checkpoint import INDEX_NAME
 from engrampool_server.progress import byte_progress
 from engrampool_server.safetensors_header import encode_header
 from engrampool_server.staging import Staging, staging
@@ -36,7 +37,8 @@ def synth_checkpoint(
     if tokenizer is None and builder is not None and builder.needs_tokenizer:
         raise SpecError(f"a {like} checkpoint holds a tokenizer.json, which is hashed through: give one (--tokenizer)")
     tensors = [tensor for parts in model.blueprint.parts.values() for part in parts for tensor in part.tensors.values()]
-    tensors += model.blueprint.scales.values()
+    scales = [name for names in model.blueprint.scales.values() for name in names]
+    tensors += scales
     files = {
         tensor: f"model-{number:05}-of-{len(tensors):05}.safetensors" for number, tensor in enumerate(tensors, start=1)
     }
@@ -49,14 +51,14 @@ def synth_checkpoint(
                 for part in model.blueprint.parts[table.layer]:
                     _write_part(stage, pool, table, start, part, files, bar.update)
                     start += part.num_rows
-        for tensor in model.blueprint.scales.values():
+        for tensor in scales:
             header, _ = encode_header([(_PREFIX + tensor, "F32", ())])
             stage.write(files[tensor], header + np.array(SYNTHETIC_SCALE, "<f4").tobytes())
         if tokenizer is not None:
             stage.write("tokenizer.json", tokenizer.read_bytes())
         stage.write("config.json", json.dumps(model.config, indent=2).encode())
         weight_map = {_PREFIX + tensor: file for tensor, file in files.items()}
-        index = {"metadata": {"total_size": model.spec.nbytes + 4 * len(model.blueprint.scales)}}
+        index = {"metadata": {"total_size": model.spec.nbytes + 4 * len(scales)}}
         stage.write(INDEX_NAME, json.dumps({**index, "weight_map": weight_map}, indent=2).encode())
         stage.publish()
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import click
 
-from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.errors import EngrampoolError, how_to_install
 from engrampool_proto.sharding import MAX_SHARDS, cut
 from engrampool_server.config import load_config
 from engrampool_server.plan import ShardPlan, spec_of
@@ -112,7 +112,7 @@ def _on_ray() -> ModuleType:
     try:
         from engrampool_server import on_ray
     except ModuleNotFoundError as error:
-        raise EngrampoolError(f"the package {error.name!r} is not installed: pip install 'engrampool[ray]'") from error
+        raise EngrampoolError(f"the package {error.name!r} is not installed: {how_to_install('ray')}") from error
     return on_ray
 
 

@@ -1,5 +1,6 @@
 """Servers that are away, silent or slow cost a step what was agreed, and rows are right or marked."""
 
+import re
 import threading
 from contextlib import contextmanager
 
@@ -39,25 +40,24 @@ def test_a_silent_server_is_masked_then_known_then_back(packed, direct, monkeypa
         Client(server.address, direct=direct, on_failure="mask", breaker_failures=3, attach="off") as client,
     ):
         with server.frozen():
-            for misses in range(1, 4):
-                assert not client.breaker_open
+            misses = 0
+            # A deadline that passed before anything was sent does not count: how often that happens is the machine's.
+            while not client.breaker_open:
                 step = client.prefetch(TOKENS, timeout_s=0.05)
                 assert not step.rows(1).any()
                 assert not step.valid(1).any()
                 assert not step.valid(14).any()
+                misses += 1
                 assert client.stats.masked_tokens == {1: 500 * misses, 14: 500 * misses}
                 client._workers.submit(Job(Delivery([1]), lambda: True, (done := threading.Event()).set))
                 assert done.wait(60)
-            # One thread has counted the third by now, or is about to; another finds out whether it is silence.
-            opened = threading.Event()
-            while not client.breaker_open:
-                opened.wait(0.001)
+            assert misses >= 3
             # Now a step with a long deadline costs none of it.
             step = client.prefetch(TOKENS, timeout_s=3600)
             assert not step.valid(1).any()
             assert isinstance(step.error, UnavailableError)
             assert step.error.reason == "breaker-open"
-            assert "failed 3 lookups in a row" in str(step.error)
+            assert re.search(r"failed \d+ lookups in a row", str(step.error))
         wait_until_closed(client)
         step = client.prefetch(TOKENS)
         assert step.valid(1).all()
@@ -87,15 +87,16 @@ def test_deadlines_that_pass_before_anything_is_sent_say_nothing_of_the_server(s
 @pytest.mark.parametrize("direct", LANES)
 def test_deadlines_too_short_for_what_is_asked_do_not_open_the_breaker(tmp_path, direct, monkeypatch):
     gate = GatherGate(monkeypatch)  # large lookups take as long as they like, small ones no time
+    monkeypatch.setattr("engrampool_client.endpoint._PROBE_TIMEOUT_S", LIMIT_S)
     with (
         serve_thread(pack(tmp_path / "small"), gather_threads=8) as address,
         Client(address, direct=direct, breaker_failures=3, attach="off", dedupe=False) as client,
     ):
         breaker = client._shards._sets[0].replicas[0].breaker
-        for _ in range(3):
+        while breaker._prober is None:  # on a busy machine some deadlines pass before anything is sent
             with pytest.raises(DeadlineError):
                 client.lookup_rows({2: np.arange(2000)}, timeout_s=0.02)
-        eventually(lambda: breaker._prober is not None and not breaker._prober.is_alive(), "it was probed")
+        eventually(lambda: not breaker._prober.is_alive(), "it was probed")
         assert client.stats.breaker_opened == 0
         assert client.lookup_rows({2: np.arange(3)})[2].shape == (3, 264)
         gate.open.set()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -162,7 +163,10 @@ def test_nothing_is_written_once_a_lookup_was_given_up(packed, monkeypatch, lane
 
 
 @pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
-def test_ctrl_c_in_a_lookup_leaves_nothing_behind(silent, lane):
+def test_ctrl_c_in_a_lookup_leaves_nothing_behind(silent, lane, request):
+    # Programs that a shell starts in the background ignore it, and this may be one.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Client(silent.address, direct=lane, attach="off") as client:
         with silent.frozen():
             asked = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))

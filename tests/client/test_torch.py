@@ -80,9 +80,23 @@ def test_values_alone_with_and_without_a_scale_for_the_table(stored, scale, dtyp
     rows = raw.reshape(-1, 16 * kind.itemsize)
     numbers = rows.view(kind).astype(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        expected = (numbers if scale is None else numbers * np.float32(scale)).astype(DTYPES[dtype])
+        factor = None if scale is None else np.float32(ml_dtypes.bfloat16(scale))
+        expected = (numbers if factor is None else numbers * factor).astype(DTYPES[dtype])
     row_format = RowFormat((Segment("values", stored, 16),))
     assert_same_bits(pooled.dequantize(torch.from_numpy(rows), row_format, scale, dtype), expected)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1 / 3, 0.0123, 1.0039062])
+def test_a_scale_of_the_table_is_rounded_as_the_engines_round_it(scale):
+    rows = torch.from_numpy(np.tile(EVERY_BYTE, (2, 1)))
+    row_format = RowFormat((Segment("values", "float8_e4m3fn", 256),))
+    # vLLM and SGLang: rows.to(bfloat16) * weight_scale, which is a bfloat16 parameter.
+    engine = rows.view(torch.float8_e4m3fn).to(torch.bfloat16) * torch.tensor(scale).to(torch.bfloat16)
+    found = pooled.dequantize(rows, row_format, scale)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.nan_to_num(-1e30), engine.nan_to_num(-1e30))
+    unrounded = (rows.view(torch.float8_e4m3fn).to(torch.float32) * scale).to(torch.bfloat16)
+    assert not torch.equal(found.nan_to_num(-1e30), unrounded.nan_to_num(-1e30))
 
 
 def test_rows_that_begin_anywhere_in_memory_are_read():
@@ -372,7 +386,7 @@ def test_rows_with_one_scale_for_the_table(tmp_path):
         pool = pooled.EngramPool(client, dtype=torch.float32)
         with pool.start(ids):
             numbers = expected_rows(spec, 3, ids).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-            assert_same_bits(pooled.PooledEmbedding(pool, 3)(), numbers * np.float32(0.3))
+            assert_same_bits(pooled.PooledEmbedding(pool, 3)(), numbers * np.float32(ml_dtypes.bfloat16(0.3)))
 
 
 def test_the_module_has_no_parameters_and_leaves_the_table_in_the_checkpoint(pool):

@@ -10,12 +10,14 @@ import grpc
 import numpy as np
 import pytest
 
+from container import Container, Containers, NotPermittedError, containers
 from engrampool_client import Client
 from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.builders import blueprint
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.table_writer import write_tables
+from server_fixtures import expected, pack, version_of
 
 # Qwen's family needs no tokenizer. Two layers, so that a sum by layer has something to tell apart.
 CONFIG = {
@@ -88,3 +90,53 @@ def client_process(server) -> Iterator[ClientProcess]:
         yield ClientProcess(process, f"127.0.0.1:{port}")
         process.stdin.close()  # it ends with its input
         assert process.wait(30) == 0
+
+
+LOOK = """
+import sys
+from server_fixtures import RawPool, rows_of
+with RawPool(sys.argv[1], sys.argv[2]) as pool:
+    print(rows_of(pool.lookup(pool.by_ids((2, [0])), timeout=30))[2].hex())
+"""
+HEALTH = Path(__file__).parents[2] / "deploy/healthcheck.py"
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Iterator[Containers]:
+    """Where containers can be started."""
+    try:
+        with containers(tmp_path_factory.mktemp("containers")) as made:
+            yield made
+    except NotPermittedError as error:
+        pytest.skip(f"no containers of namespaces: {error}")
+
+
+@pytest.fixture(scope="session")
+def to_mount(tmp_path_factory) -> Path:
+    """A packed model that has as many heads as there are shards, and more."""
+    return pack(tmp_path_factory.mktemp("models") / "to-mount")
+
+
+@pytest.fixture(scope="session")
+def serves(place, to_mount) -> Callable[[Container], None]:
+    """Starts the server in a container: it must read its kernels, be well by the image's check, and answer.
+
+    What differs in nothing that matters is started once.
+    """
+    done = []
+
+    def check(container: Container) -> None:
+        if container in done:
+            return
+        with place.serving(container) as server:
+            # Else they were compiled, as it starts where nothing can be kept.
+            assert server._find("kernels-not-kept") is None
+            listen = container.environment["ENGRAMPOOL_LISTEN"]
+            health = place.run(str(HEALTH), ENGRAMPOOL_LISTEN=listen)
+            assert (health.returncode, health.stderr) == (0, "")
+            address = listen.replace("0.0.0.0", "127.0.0.1")
+            looked = place.run("-c", LOOK, address, version_of(to_mount))
+            assert (looked.stdout.strip(), looked.stderr) == (expected(2, [0]).hex(), "")
+        done.append(container)
+
+    return check

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from container import Container
 from engrampool_server.config import ServerConfig, load_config, split_address
 
 ROOT = Path(__file__).parents[2]
@@ -103,16 +104,12 @@ def test_the_image_runs_as_nobody_special():
     }
 
 
-def test_the_image_finds_the_kernels_that_were_compiled_for_it():
-    built, run = (
-        {name: value for name, value in (pair.split("=", 1) for pair in line.split()) if name.startswith("NUMBA")}
-        for line in instructions("ENV")
-    )
-    # Where it differed in anything, they would be compiled again at each start.
-    assert built == run
-    (user,) = instructions("USER")
-    directory = run["NUMBA_CACHE_DIR"]
-    assert f"--from=build --chown={user} {directory} {directory}" in instructions("COPY")
+def test_the_image_has_kernels_for_every_processor_and_user():
+    stages = DOCKERFILE.split("\nFROM ")
+    assert "/opt/engrampool/bin/python -m engrampool_server.jit" in stages[1]
+    # Within what is copied as a whole, belongs to root, and is nobody's to write to.
+    assert "COPY --from=build /opt/engrampool /opt/engrampool" in stages[2]
+    assert "NUMBA" not in DOCKERFILE
 
 
 def check_health(listen: str) -> "subprocess.CompletedProcess[str]":
@@ -214,3 +211,28 @@ def test_grafana_lets_everybody_look_and_nobody_change():
     # The account that Grafana makes has a password that everybody knows.
     assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
     assert environment["GF_AUTH_BASIC_ENABLED"] == "false"
+
+
+# Whoever the platform makes of it: the image's user, or any number in the group of root, as OpenShift does.
+@pytest.mark.parametrize("user", [None, (1_234_567, 0)], ids=["the image's user", "any user"])
+def test_the_server_starts_as_compose_starts_it(serves, to_mount, user):
+    service = SERVICES["engrampool"]
+    imposed = {"read_only", "cap_drop", "security_opt", "shm_size", "ulimits", "volumes", "environment"}
+    other = {"build", "image", "init", "restart", "ports", "stop_grace_period", "healthcheck"}
+    assert service.keys() == imposed | other, "is there something new to impose?"
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["ulimits"] == {"memlock": -1}
+    (volume,) = service["volumes"]
+    (image_user,) = instructions("USER")
+    mebibytes = re.fullmatch(r"(\d+)m", service["shm_size"])[1]
+    serves(
+        Container(
+            {**image_environment(), **service["environment"]},
+            user or tuple(map(int, image_user.split(":"))),
+            mounts={volume["target"]: f"--bind -o {'ro' if volume['read_only'] else 'rw'} {to_mount}"},
+            shm_bytes=int(mebibytes) << 20,
+            unlimited_memlock=True,
+        )
+    )

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from container import Container
 from engrampool_client import Client
 from engrampool_client.testing import serve_process
 from engrampool_proto import __version__
@@ -671,3 +673,51 @@ def test_the_guide_speaks_of_what_there_is():
         assert named in objects
     for patch in re.findall(r"-p '(.*)'", GUIDE):
         json.loads(patch)
+
+
+UPLOAD = """
+import json, sys
+from pathlib import Path
+from stores import s3_server
+with s3_server() as s3:
+    s3.upload(Path(sys.argv[1]), sys.argv[2])
+    print(json.dumps(s3.environ), flush=True)
+    sys.stdin.read()
+"""
+
+
+def as_started(pod: Pod, model: Path) -> Container:
+    """What the kubelet would make of a pod, in which `check_restricted` has found nothing else that matters."""
+    context, mounts = pod.spec["securityContext"], {}
+    for path, volume in pod.mounts().items():
+        (mount,) = (one for one in pod.container["volumeMounts"] if one["mountPath"] == path)
+        empty = volume.get("emptyDir")
+        if empty is None:
+            assert mount["readOnly"]
+            mounts[path] = f"--bind -o ro {model}"
+        elif empty.get("medium") == "HugePages":
+            mounts[path] = f"-t hugetlbfs -o pagesize=2M,mode=2770,gid={context['fsGroup']} none"
+        else:
+            size = quantity(empty["sizeLimit"])
+            mounts[path] = f"-t tmpfs -o mode=2777,gid={context['fsGroup']},size={size} none"
+    user = context["runAsUser"], context["runAsGroup"]
+    return Container(pod.environment(), user, (context["fsGroup"],), mounts, RUNTIME_SHM_BYTES)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDS if not name.startswith("guide")])
+def test_the_server_starts_as_its_pod_starts_it(place, serves, to_mount, name):
+    pod = next(pods(build(name)))
+    container = as_started(pod, to_mount)
+    if pod.config().memory == "hugetlb" and not Machine.read().huge_pages_available:
+        pytest.skip("no huge pages are reserved here: sysctl vm.nr_hugepages=8")
+    if not isinstance(pod.config().models[0], Url):
+        serves(container)
+        return
+    # A store, where the container can reach it, and the Secret with what leads there.
+    where = str(pod.config().models[0]).removeprefix("s3://")
+    words = [*place.network, sys.executable, "-c", UPLOAD, to_mount, where]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    with subprocess.Popen(words, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as store:
+        secret = json.loads(store.stdout.readline())
+        serves(replace(container, environment={**container.environment, **secret}))
+        store.stdin.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from engrampool_server.machine import Machine, Room
-from engrampool_server.preflight import Need, check
+from engrampool_server.preflight import OVERHEAD_BYTES, WORKER_BYTES, Need, check
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,3 +66,8 @@ def test_the_resources_are_what_preflight_checks():
         for line in check(Need(1 << 20, files=1), memory, True, machine).lines
     }
     assert {resource.strip("`") for resource, *_ in table("resource")} == checked
+
+
+def test_the_memory_beside_the_tables_is_what_preflight_sets_aside():
+    said = f"{OVERHEAD_BYTES >> 20} MiB, and {WORKER_BYTES >> 20} MiB for each worker after the first"
+    assert said in (ROOT / "docs/OPERATIONS.md").read_text()

@@ -4,8 +4,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engrampool_client.testing import serve_process
@@ -45,11 +47,33 @@ def test_the_client_pages_step_runs_as_written(address):
     assert "ServerTimes(" in done.stdout
 
 
+def test_the_steps_succeed_in_their_order(tmp_path):
+    steps = README[README.index("## Step by step") : README.index("**Try it with your model's clock**")]
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", steps, re.DOTALL) for line in block.splitlines()]
+    lines = [line for line in lines if not re.match(r"python3.11 -m venv|pip install", line)]
+    program = {"engrampool": f"{sys.executable} -m engrampool_proto", "python": sys.executable}
+    with ExitStack() as running:
+        address = ""
+        for line in lines:
+            # As written, but for the size, to save time, and the ports, which may be taken.
+            name, rest = line.replace("--vocab-size 20000", "--vocab-size 500").split(" ", 1)
+            if rest.startswith("serve"):
+                model = tmp_path / re.search(r"--model (\S+)", rest)[1]
+                address = running.enter_context(serve_process(model)).address
+                continue
+            command = f"{program[name]} {rest.replace('127.0.0.1:50051', address)}"
+            done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), line
+    with np.load(tmp_path / "rows.npz") as rows, np.load(tmp_path / "ids.npz") as ids:
+        assert {name: rows[name].shape for name in rows} == dict.fromkeys(("layer_1", "layer_14"), (4, 24, 264))
+        assert {name: ids[name].shape for name in ids} == dict.fromkeys(("layer_1", "layer_14"), (4, 24))
+
+
 def test_every_command_and_option_shown_exists():
     shown = re.findall(
         r"engrampool (\w+)((?: +[^\s#`]+)*)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
     )
-    used = "pack inspect verify serve rows lookup doctor plan publish rollback patch"
+    used = "synth pack inspect verify serve rows lookup doctor plan publish rollback patch"
     assert {name for name, _ in shown} == set(used.split())
     help_of = {
         name: subprocess.run(

@@ -147,7 +147,7 @@ def may_mount() -> bool:
     return subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not may_mount(), reason="this process may not mount a file system of its own")
+@pytest.mark.skipif(not may_mount(), reason="this process may not mount a file system of its own; root may")
 def test_unused_tables_of_other_models_go_where_that_makes_room_and_only_there(packed, tmp_path):
     """3 MiB of room: for one or the other, never for the third."""
     other = pack(tmp_path / "other", replace(SPEC, name="other"))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from typing import Any
 
 import golden_vectors
@@ -90,7 +91,7 @@ def test_qwen():
         assert sum(part.num_rows for part in parts) == made.spec.table(layer).num_rows
         assert len({part.num_rows for part in parts[:-1]}) == 1
     # The config counts layers from 1, tensors from 0.
-    assert made.parts[2][5].tensors == {"values": "layers.1.ple.ngram_embedding.shard_5.weight"}
+    assert made.parts[2][5].tensors == {"values": "layers.1.ple.ple_embedding.ngram_embedding.shard_5.weight"}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,8 @@ def test_qwen():
         ({"quantization_config": {"quant_method": "fp8"}}, "float8_e4m3fn 160", "weight_scale"),
         ({"ple_embedding_dtype": "nvfp4"}, "float4_e2m1fn_x2 80, float8_e4m3fn 10", "weight_scale_2"),
         ({"torch_dtype": "float16"}, "float16 160", None),
+        ({"ple_embedding_dtype": "torch.bfloat16", "torch_dtype": "float16"}, "bfloat16 160", None),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "bfloat16 160", None),
         (
             {"quantization_config": {"quant_method": "fp8", "ignored_layers": ["a", "model.ngram_embedding"]}},
             "bfloat16 160",
@@ -111,7 +114,7 @@ def test_qwen_row_formats(change, rows, scale):
     made = blueprint({**CONFIGS["qwen-ple"], **change})
     segments = made.spec.table(1).row_format.segments
     assert ", ".join(f"{s.dtype} {s.length}" for s in segments) == rows
-    assert made.scales.get(1) == (scale and f"layers.0.ple.ngram_embedding.{scale}")
+    assert made.scales.get(1) == (scale and (f"layers.0.ple.ple_embedding.ngram_embedding.{scale}",))
     assert made.parts[1][0].tensors.keys() == {s.name for s in segments}
 
 
@@ -194,9 +197,16 @@ def test_the_wrong_tokenizer_is_refused(tokenizer_path):
         blueprint({**V41, "engram_compressed_vocab_size": 99093}, tokenizer_path)
 
 
-def test_other_table_sizes_than_stated_are_refused(tokenizer_path):
-    with pytest.raises(SpecError, match=r"engram_num_embeddings \[384006168, 384016683\]; .* 384016682"):
-        blueprint({**V41, "engram_num_embeddings": [384006168, 384016683]}, tokenizer_path)
+@pytest.mark.parametrize("rows", [[384006168], [384006168, 384016681], [384006168, 384016682 + 17_000_000]])
+def test_other_table_sizes_than_stated_are_refused(tokenizer_path, rows):
+    with pytest.raises(SpecError, match=rf"engram_num_embeddings {re.escape(str(rows))}; .* 384016682"):
+        blueprint({**V41, "engram_num_embeddings": rows}, tokenizer_path)
+
+
+def test_a_stated_table_may_be_padded(tokenizer_path):
+    spec = blueprint({**V41, "engram_num_embeddings": [384006168, 384016896]}, tokenizer_path).spec
+    assert [table.num_rows for table in spec.tables] == [384006168, 384016896]
+    assert spec.table(14).hash == blueprint(V41, tokenizer_path).spec.table(14).hash
 
 
 def test_what_v41_may_leave_out(tokenizer_path):
@@ -209,11 +219,11 @@ def test_what_v41_may_leave_out(tokenizer_path):
 WRONG = [None, True, "8", 2.5, float("nan"), -1, 2**63, 10**400, [], [None], ["1"], [-1], [2**63], [1.5], {}, {"a": 1}]
 OPTIONAL = {
     "qwen-ple": {"torch_dtype", "dtype", "ple_embedding_dtype", "make_ngram_vocab_size_divisible_by", "ngram_size"}
-    | {"heads_per_ngram", "seed", "split_ngram_parts", "ple_embed_dim"},
+    | {"heads_per_ngram", "seed", "split_ngram_parts", "ple_embed_dim", "ngram_vocab_size_base"},
     "deepseek-v4.1": {"engram_num_embeddings", "engram_compressed_vocab_size"},
     "engram-demo": {"torch_dtype", "dtype", "seed"},
     "longcat": {"torch_dtype", "dtype"},
-    "gemma-ple": {"torch_dtype", "dtype", "vocab_size"},
+    "gemma-ple": {"torch_dtype", "dtype", "vocab_size", "vocab_size_per_layer_input"},
 }
 
 

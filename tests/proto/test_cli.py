@@ -10,7 +10,7 @@ import click
 import pytest
 
 from engrampool_proto import __version__, cli
-from engrampool_proto.errors import EngrampoolError, SpecError
+from engrampool_proto.errors import EngrampoolError, SpecError, how_to_install
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "engrampool"
 
@@ -112,6 +112,25 @@ def test_a_command_whose_packages_are_missing_says_which(monkeypatch, capsys):
     monkeypatch.setattr(cli, "entry_points", lambda group: [point])
     assert ending(monkeypatch, "serve", "--port", "1", "x") == 1
     err = capsys.readouterr().err
-    assert err == "engrampool: serve needs the package 'not_installed': pip install 'engrampool[server]'\n"
+    assert err == f"engrampool: serve needs the package 'not_installed': {how_to_install('server')}\n"
     assert ending(monkeypatch, "--help") == 0
     assert "serve" in capsys.readouterr().out
+
+
+def test_a_command_that_misses_a_package_when_it_runs_says_which(monkeypatch, capsys, command):
+    def needy(count):
+        import not_installed.at_all  # noqa: F401
+
+    command(needy)
+    assert ending(monkeypatch, "it") == 1
+    assert capsys.readouterr().err.startswith("engrampool: it needs the package 'not_installed': pip install ")
+
+
+def test_a_module_of_ours_that_is_missing_is_not_hidden(monkeypatch, command):
+    def wrong(count):
+        import engrampool_proto.no_such_module  # noqa: F401
+
+    command(wrong)
+    monkeypatch.setattr(sys, "argv", ["engrampool", "it"])
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        cli.main()

@@ -141,7 +141,7 @@ def test_without_etcd3gw(monkeypatch):
     monkeypatch.setitem(sys.modules, "etcd3gw", None)
     registry = Registry("etcd://127.0.0.1:1")
     for call in (registry.read, lambda: registry.follow(print, threading.Event())):
-        with pytest.raises(RegistryError, match=r"pip install 'engrampool\[etcd\]'"):
+        with pytest.raises(RegistryError, match=r"pip install '\.\[etcd\]'"):
             call()
 
 

@@ -55,6 +55,8 @@ def end_of_patience(monkeypatch: pytest.MonkeyPatch, impatient: None) -> threadi
     cut_off = direct._Connection.cut
 
     def cut_later(connection: Any, reason: str) -> None:
+        if reason == "unread-answer" and not connection._paused:
+            return  # read in the end, by a machine that is busy
         if reached.is_set():
             cut_off(connection, reason)
         else:

@@ -87,10 +87,11 @@ def test_an_answer_that_is_not_read_is_counted_until_its_connection_ends(server,
         read_to_its_end(made)
 
 
-def test_clients_notice_nothing_of_connections_that_grow_old(server, packed, monkeypatch):
+def test_clients_notice_nothing_of_connections_that_grow_old(packed, monkeypatch):
+    monkeypatch.setattr(server_module, "_CONNECTION_AGE_S", 0.5)  # and a call that is under way has time to end
     seen = set()
     of_call = peers.of_call
     monkeypatch.setattr(peers, "of_call", lambda peer: seen.add(peer) or of_call(peer))
-    with RawPool(server.address, version_of(packed)) as pool:
+    with running(packed) as server, RawPool(server.address, version_of(packed)) as pool:
         while len(seen) < 4:  # each connection has a port of its own
             assert rows_of(pool.lookup(pool.by_ids((2, [5])), timeout=LIMIT_S)) == {2: expected(2, [5])}

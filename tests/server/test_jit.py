@@ -1,11 +1,17 @@
 """Where compiled kernels are kept, and who needs a compiler at all."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import llvmlite.binding
+import pytest
+
+import engrampool_server
 from engrampool_client.testing import serve_process
+from engrampool_server import jit
 from server_fixtures import RawPool, expected, pack, rows_of, version_of
 
 # Numba looks for a writable directory in several places. None is left here, as in a read-only container without a home.
@@ -54,3 +60,112 @@ def test_the_commands_on_files_need_no_compiler(tmp_path: Path):
     directory = pack(tmp_path / "small")
     code = "import sys; sys.modules.update(numba=None, llvmlite=None); from engrampool_proto.cli import main; "
     assert "small" in python(f"{code} sys.argv[1:] = ['inspect', {str(directory)!r}]; main()")
+
+
+class Installed:
+    """A copy of the server's package with one kernel more, to compile ahead; a test may damage it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.package = directory / "engrampool_server"
+        ignored = shutil.ignore_patterns("__pycache__", "compiled")
+        shutil.copytree(Path(engrampool_server.__file__).parent, self.package, ignore=ignored)
+        self.source = self.package / "small.py"
+        self.source.write_text(
+            "from numba import types\n"
+            "from engrampool_server.jit import kernel\n\n"
+            "@kernel(types.int64(types.int64))\n"
+            "def add_one(x):\n    return x + 1\n"
+        )
+        self.elsewhere = directory / "elsewhere"
+
+    def run(self, code: str, **environ: str) -> list[str]:
+        """What code of this package prints, with NUMBA_CACHE_DIR at `elsewhere`."""
+        path = os.pathsep.join([str(self.package.parent), *sys.path])
+        return python(code, PYTHONPATH=path, NUMBA_CACHE_DIR=str(self.elsewhere), **environ).split()
+
+    def compile_ahead(self) -> None:
+        (self.package / "compiled" / jit.level()).mkdir(parents=True)
+        self.run("import engrampool_server.small")
+
+    def start(self, **environ: str) -> tuple[str, str, str]:
+        """How many kernels were read, how many were compiled, and why they are not kept."""
+        code = (
+            "from engrampool_server import jit, small; k = small.add_one; assert k(1) == 2; "
+            "reason = jit.not_kept(); print(sum(k.stats.cache_hits.values()), sum(k.stats.cache_misses.values()), "
+            "reason and reason.split(':')[0])"
+        )
+        return tuple(self.run(code, **environ))
+
+    @property
+    def kept_elsewhere(self) -> list[Path]:
+        return list(self.elsewhere.rglob("*.nbi"))
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Installed:
+    return Installed(tmp_path)
+
+
+def test_kernels_that_were_compiled_ahead_are_read_also_after_copying(installed):
+    installed.compile_ahead()
+    os.utime(installed.source, (0, 0.5))  # as layers of images keep no fractions
+    moved = installed.package.parent / "moved" / "engrampool_server"
+    shutil.copytree(installed.package, moved)
+    shutil.rmtree(installed.package)
+    installed.package = moved
+    assert installed.start() == ("1", "0", "None")
+    assert not installed.elsewhere.exists()
+
+
+def test_kernels_of_other_sources_are_compiled_again(installed):
+    installed.compile_ahead()
+    installed.source.write_text(installed.source.read_text() + "# changed\n")
+    assert installed.start() == ("0", "1", "None")
+
+
+@pytest.mark.skipif(jit.level() == "generic", reason="this processor is of no other level than generic")
+def test_kernels_of_another_level_are_not_read(installed):
+    installed.compile_ahead()
+    assert installed.start(NUMBA_CPU_NAME="generic") == ("0", "1", "None")
+    assert installed.kept_elsewhere
+
+
+def test_damaged_kernels_that_were_compiled_ahead_are_compiled_and_kept_elsewhere(installed):
+    installed.compile_ahead()
+    for path in (installed.package / "compiled").rglob("*.nb?"):
+        path.write_bytes(b"")
+    assert installed.start() == ("0", "1", "None")
+    assert installed.start() == ("1", "0", "None")
+    assert installed.kept_elsewhere
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_damaged_kernels_are_compiled_and_the_server_says_so(installed, kind):
+    assert installed.start() == ("0", "1", "None")
+    for path in installed.elsewhere.rglob(f"*.{kind}"):
+        path.write_bytes(path.read_bytes()[:10])
+    assert installed.start()[2] in ("UnpicklingError", "EOFError")
+
+
+V2 = dict.fromkeys(["cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3"], True)
+V3 = V2 | dict.fromkeys(["avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"], True)
+V4 = V3 | dict.fromkeys(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"], True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "level"),
+    [
+        ("x86_64", {}, "generic"),
+        ("x86_64", V2, "x86-64-v2"),
+        ("x86_64", V3, "x86-64-v3"),
+        ("x86_64", V4, "x86-64-v4"),
+        # A hypervisor may hide any of them.
+        ("x86_64", V4 | {"avx2": False}, "x86-64-v2"),
+        ("x86_64", V3 | {"sse3": False}, "generic"),
+        ("aarch64", V3, "generic"),
+    ],
+)
+def test_the_level_is_one_of_which_nothing_is_missing(monkeypatch, machine, features, level):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
+    assert jit.level() == level

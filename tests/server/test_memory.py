@@ -24,7 +24,12 @@ def free_huge_pages() -> int:
 
 KINDS = [
     "anon",
-    pytest.param("hugetlb", marks=pytest.mark.skipif(free_huge_pages() < 2, reason="no huge pages are reserved here")),
+    pytest.param(
+        "hugetlb",
+        marks=pytest.mark.skipif(
+            free_huge_pages() < 2, reason="no huge pages are reserved; `sysctl vm.nr_hugepages=32` does"
+        ),
+    ),
 ]
 
 

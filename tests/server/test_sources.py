@@ -396,7 +396,7 @@ def test_an_object_that_became_shorter_is_noticed(http):
 
 def test_what_to_install_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(SourceError, match=r"s3://b/m needs obstore: pip install 'engrampool\[sources\]'"):
+    with pytest.raises(SourceError, match=r"s3://b/m needs obstore: pip install '\.\[sources\]'"):
         PackedModel.open(Url("s3://b/m"))
 
 

@@ -1,4 +1,4 @@
-"""Rows as tensors of a PyTorch model. Needs engrampool[torch].
+"""Rows as tensors of a PyTorch model. Needs the extra `torch`.
 
 pool = EngramPool(Client("memory-node:50051"), device="cuda")
 embedding = PooledEmbedding(pool, layer=1)  # in the place of the layer's nn.Embedding
@@ -40,9 +40,9 @@ def dequantize(
     """The numbers that rows stand for: uint8 [..., row_bytes] -> `dtype` [..., dim], on the device of `rows`.
 
     row_format, scale: of the `TableSpec`. A segment `values` of floats may be followed by `scales`, float8_e8m0fnu,
-    each for an equal run of values; or every value is multiplied by `scale`. The result is the exact product rounded
-    once to `dtype`, except that a product with `scale` is float32 first. May be a view of `rows` where nothing is to
-    be done.
+    each for an equal run of values; or every value is multiplied by `scale`, which is rounded to bfloat16 first, as the
+    engines do. The result is the exact product rounded once to `dtype`, except that a product with `scale` is float32
+    first. May be a view of `rows` where nothing is to be done.
 
     Raises BatchError unless `rows` are of this format, SpecError for a format whose meaning the specification does not
     tell (nvfp4: the order of the two values of a byte, and of its roundings), ValueError for another dtype than
@@ -62,7 +62,8 @@ def dequantize(
         runs = values.to(exact).unflatten(-1, (scales, dim // scales))
         return runs.mul_(factors.unsqueeze(-1)).flatten(-2).to(dtype)
     if scale is not None:
-        return (values.to(torch.float32) * scale).to(dtype)
+        rounded = torch.tensor(scale, dtype=torch.float32).to(torch.bfloat16).item()
+        return (values.to(torch.float32) * rounded).to(dtype)
     return values.to(dtype)
 
 

@@ -5,6 +5,7 @@ V4.1 one size for all orders and rows of float8 values with one power-of-two sca
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,11 @@ from engrampool_proto.builders.blueprint import (
     float_dtype,
     integer,
     integers,
+    spare_rows,
 )
 from engrampool_proto.builders.primes import next_prime
+from engrampool_proto.builders.rows import rows_of
+from engrampool_proto.builders.stored import Stored
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import XorMix
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
@@ -77,16 +81,11 @@ def _tables(
     return tables
 
 
-def _blueprint(name: str, token_map: TokenMap, tables: list[TableSpec], tensors: Mapping[str, str]) -> Blueprint:
-    spec = ModelSpec(name, token_map.vocab_size, tuple(sorted(tables, key=lambda t: t.layer)), token_map)
-    parts = {
-        table.layer: (Part(table.num_rows, {s: f"layers.{table.layer}.{tensor}" for s, tensor in tensors.items()}),)
-        for table in tables
-    }
-    return Blueprint(spec, parts)
+def _model(name: str, token_map: TokenMap, tables: list[TableSpec]) -> ModelSpec:
+    return ModelSpec(name, token_map.vocab_size, tuple(sorted(tables, key=lambda t: t.layer)), token_map)
 
 
-def _build_v41(config: Mapping[str, Any], token_map: TokenMap | None, name: str) -> Blueprint:
+def _build_v41(config: Mapping[str, Any], token_map: TokenMap | None, name: str, stored: Stored | None) -> Blueprint:
     assert token_map is not None
     layers = integers(config, "engram_layer_ids")
     max_ngram = integer(config, "engram_max_ngram_size", low=2, high=MAX_NGRAM)
@@ -109,13 +108,23 @@ def _build_v41(config: Mapping[str, Any], token_map: TokenMap | None, name: str)
     if config.get("engram_num_embeddings") is not None:
         stated = integers(config, "engram_num_embeddings", high=2**63 - 1)
         derived = [table.num_rows for table in tables]
-        if stated != derived:
-            raise SpecError(f"config.json says engram_num_embeddings {stated}; its head sizes sum to {derived}")
-    tensors = {"values": "engram.embed.weight", "scales": "engram.embed.scale"}
-    return _blueprint(name, token_map, tables, tensors)
+        if len(stated) != len(derived) or not all(
+            0 <= rows - table.num_rows <= spare_rows(table) for rows, table in zip(stated, tables, strict=True)
+        ):
+            raise SpecError(
+                f"config.json says engram_num_embeddings {stated}; its head sizes sum to {derived}, and a table has "
+                "at most a few rows more"
+            )
+        tables = [replace(table, num_rows=rows) for table, rows in zip(tables, stated, strict=True)]
+    names = {layer: [f"layers.{layer}.engram.embed.weight", f"layers.{layer}.engram.embed.scale"] for layer in layers}
+    if stored is not None:
+        needed = iter(stored.need([[tensor] for pair in names.values() for tensor in pair]))
+        names = {layer: [next(needed).name, next(needed).name] for layer in layers}
+    parts = {t.layer: (Part(t.num_rows, dict(zip(("values", "scales"), names[t.layer], strict=True))),) for t in tables}
+    return Blueprint(_model(name, token_map, tables), parts, rows_stated=True)
 
 
-def _build_demo(config: Mapping[str, Any], token_map: TokenMap | None, name: str) -> Blueprint:
+def _build_demo(config: Mapping[str, Any], token_map: TokenMap | None, name: str, stored: Stored | None) -> Blueprint:
     assert token_map is not None
     sizes = integers(config, "engram_vocab_size")
     max_ngram = integer(config, "max_ngram_size", low=2, high=MAX_NGRAM)
@@ -130,8 +139,24 @@ def _build_demo(config: Mapping[str, Any], token_map: TokenMap | None, name: str
     rows = RowFormat((Segment("values", float_dtype(config, "float32"), dim // heads),))
     pad, seed = integer(config, "pad_id"), integer(config, "seed", 0, high=2**63 - 1)
     tables = _tables(integers(config, "layer_ids"), sizes, heads, seed, pad, token_map, rows)
-    return _blueprint(name, token_map, tables, {"values": "engram.multi_head_embedding.embedding.weight"})
+    parts: dict[int, tuple[Part, ...]] = {}
+    scales, constants = {}, {}
+    for at, table in enumerate(tables):
+        embedding = f"layers.{table.layer}.engram.multi_head_embedding"
+        parts[table.layer] = (Part(table.num_rows, {"values": f"{embedding}.embedding.weight"}),)
+        constants[f"{embedding}.offsets"] = tuple(int(first) for first in table.head_offsets)
+        if stored is not None:
+            (tensor,) = stored.need([list(parts[table.layer][0].tensors.values())])
+            rows, parts[table.layer], scale = rows_of(stored, [(tensor, table.num_rows)], dim // heads)
+            tables[at] = replace(table, row_format=rows)
+            if scale:
+                scales[table.layer] = scale
+    return Blueprint(_model(name, token_map, tables), parts, scales, constants)
 
 
-DEEPSEEK_V41 = Builder("deepseek-v4.1", ("engram_layer_ids", "engram_max_ngram_size"), True, _build_v41)
-ENGRAM_DEMO = Builder("engram-demo", ("engram_vocab_size", "max_ngram_size", "n_head_per_ngram"), True, _build_demo)
+DEEPSEEK_V41 = Builder(
+    "deepseek-v4.1", (("engram_layer_ids", "engram_max_ngram_size"),), ("engram.",), True, _build_v41
+)
+ENGRAM_DEMO = Builder(
+    "engram-demo", (("engram_vocab_size", "max_ngram_size", "n_head_per_ngram"),), ("engram.",), True, _build_demo
+)
