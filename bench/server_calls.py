@@ -17,7 +17,7 @@ from engrampool_proto.v1 import pool_pb2
 from engrampool_server.in_flight import InFlight
 from engrampool_server.lookups import Limits, Lookups
 from engrampool_server.metrics import Metrics
-from engrampool_server.metrics_files import MetricsDirectory
+from engrampool_server.metrics_files import MetricsMemory
 from engrampool_server.service import PoolService
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import HeldModel
@@ -82,14 +82,14 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=300)
     chosen = parser.parse_args()
     workload = Workload.make(chosen.data, chosen.vocab_size)
-    directory = MetricsDirectory()
+    memory = MetricsMemory()
     try:
-        directory.use("0")
+        memory.use("0")
         metrics = Metrics()
         print(f"counting a lookup: {microseconds(book_keeping(metrics), chosen.calls, 100):.1f} us")
         print(f"Describe's handler: {microseconds(handler(workload.packed, metrics), chosen.calls):.1f} us")
     finally:
-        directory.close()
+        memory.close()
     with serve_process(workload.packed, workers=1) as server, grpc.insecure_channel(server.address) as channel:
         describe = channel.unary_unary("/engrampool.v1.Pool/Describe")
         message = REQUEST.SerializeToString()

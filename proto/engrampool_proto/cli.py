@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import resource
 import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -106,9 +107,19 @@ def main() -> NoReturn:
         _fail("interrupted")
     except click.ClickException as error:
         _fail(error.format_message())
-    except (EngrampoolError, OSError, MemoryError) as error:
-        _fail(str(error) or type(error).__name__)
+    except EngrampoolError as error:
+        _fail(str(error))
+    except (OSError, MemoryError, ImportError) as error:
+        _fail(f"{str(error) or type(error).__name__}{_address_space_hint()}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _address_space_hint() -> str:
+    """Where that is limited, libraries that cannot be loaded and memory that is not given say nothing of it."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return ""
+    return f" (this process may have {limit >> 20} MiB of address space only: ulimit -v unlimited)"
 
 
 def _fail(message: str) -> NoReturn:

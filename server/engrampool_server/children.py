@@ -16,11 +16,12 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server import log
 from engrampool_server.link import GarbledError, Lines, Link, Report, shown
+from engrampool_server.overheard import Overheard
 
 # A child that ends soon after its start, again and again, is started less and less often.
 _FIRST_DELAY_S, MAX_DELAY_S = 0.1, 10.0
@@ -37,6 +38,8 @@ _LAST_READS = 64
 # For work on a thread to end that nobody wants any more: it may be held up by a file system that does not answer.
 _GIVE_UP_S = 5.0
 _LONGEST_WAIT_S = 3600.0
+# For the log to be taken, before a process ends.
+_LAST_LINES_S = 0.2
 _PR_SET_PDEATHSIG = 1
 _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SIGNALS = (*_HANDED_ON, signal.SIGCHLD)
@@ -48,7 +51,7 @@ _T = TypeVar("_T")
 class Child:
     """role: what it does. index: what is started again in its place has the same. slot: see Shared.
 
-    report: its pipe, to read.
+    report: its pipe, to read. overheard: its standard error.
     heard_s, ready_s: when it was last heard of (at first, forked), and ready. busy_s: when it was last seen to be at
     work, and cpu_s: how much it had done. kill_s: once it was told to end, when waiting for that is over. hung: it was
     killed because it was silent. is_garbled: what it said was not understood. failure: why it ended, as it said itself.
@@ -61,6 +64,7 @@ class Child:
     slot: int
     pid: int
     report: int
+    overheard: Overheard
     heard_s: float
     ready_s: float | None = None
     busy_s: float = 0.0
@@ -117,6 +121,7 @@ class Children(Collection[Child]):
         self._delay_s: dict[int, float] = {}
         self._turned_s = time.monotonic()
         self._has_thread = False
+        self._handlers: dict[signal.Signals, Any] = {}
         self._selector = selectors.DefaultSelector()
         self._life_reader, self._life_writer = os.pipe()
         self._wake_reader, self._wake_writer = os.pipe()
@@ -127,9 +132,12 @@ class Children(Collection[Child]):
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in _SIGNALS:
-            signal.signal(number, lambda *_: None)  # the wake-up pipe has it
+            self._handlers[number] = signal.signal(number, lambda *_: None)  # the wake-up pipe has it
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:  # that is still to be told, to somebody who may not listen: a signal is to end that
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
         for pid in self._by_pid:
             os.kill(pid, signal.SIGKILL)
         for pid in self._by_pid:
@@ -157,6 +165,9 @@ class Children(Collection[Child]):
             for key, _ in self._selector.select(wait_s):
                 if key.data is None:
                     self._take_signals()
+                elif isinstance(key.data, Overheard):
+                    if key.data.reader >= 0 and not key.data.read():
+                        self._overhear_no_more(key.data)
                 elif key.data.report >= 0:  # it may have ended just now
                     self._hear(key.data)
             now = time.monotonic()
@@ -166,6 +177,7 @@ class Children(Collection[Child]):
                     child.heard_s = now
             self._turned_s = now
             self._keep_deadlines(now)
+            log.tend()
 
     def on_thread(self, work: Callable[[threading.Event], _T], is_off: Callable[[], bool]) -> _T | None:
         """What `work` gives, while children and signals are looked after; None once `is_off`.
@@ -260,6 +272,7 @@ class Children(Collection[Child]):
                     while reads < _LAST_READS and child.report >= 0 and self._hear(child):
                         reads += 1
                     self._close(child)
+                    self._overhear_no_more(child.overheard)
                     code = os.waitstatus_to_exitcode(ended[1])
                     child.status = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     self._ended(child)
@@ -299,6 +312,11 @@ class Children(Collection[Child]):
         os.close(child.report)
         child.report = -1
 
+    def _overhear_no_more(self, overheard: Overheard) -> None:
+        if overheard.reader >= 0:
+            self._selector.unregister(overheard.reader)
+            overheard.close()
+
     def _garbled(self, child: Child, line: bytes, error: str) -> None:
         """Log, once for a child, that it says what cannot be understood. Such a line counts for nothing."""
         if not child.is_garbled:
@@ -309,25 +327,32 @@ class Children(Collection[Child]):
     def fork(self, role: str, index: int, slot: int, work: Callable[[Link], None]) -> Child:
         """Start a child that does `work`, and ends with it. Raises OSError."""
         reader, writer = os.pipe()
+        overheard = None
         # No signal may reach the child before it has handlers of its own.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
+            overheard = Overheard()
             pid = os.fork()
             if not pid:
                 os.close(reader)
                 os.set_blocking(writer, False)
+                overheard.take_over()
                 link = Link(self._life_reader, writer, min(_BEAT_S, self._timeout_s / 4))
                 self._live(_name(role, index), link, work)
         except OSError:
             os.close(reader)
+            if overheard is not None:
+                overheard.leave()
             raise
         finally:
             os.close(writer)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.set_blocking(reader, False)
-        child = Child(role, index, slot, pid, reader, time.monotonic())
+        overheard.listen(_name(role, index), pid)
+        child = Child(role, index, slot, pid, reader, overheard, time.monotonic())
         self._by_pid[pid] = child
         self._selector.register(reader, selectors.EVENT_READ, child)
+        self._selector.register(overheard.reader, selectors.EVENT_READ, overheard)
         return child
 
     def _live(self, name: int | str, link: Link, work: Callable[[Link], None]) -> NoReturn:
@@ -350,6 +375,7 @@ class Children(Collection[Child]):
             for child in self:
                 if child.report >= 0:  # else it is ending
                     os.close(child.report)
+                child.overheard.leave()
             work(link)
             code = 0
         except EngrampoolError as error:
@@ -358,6 +384,7 @@ class Children(Collection[Child]):
             log.event("worker-failed", level="error", worker=name, error=traceback.format_exc())
             link.failed(repr(error))
         finally:
+            log.tend(_LAST_LINES_S)
             os._exit(code)
 
     def start_again(self, child: Child) -> None:

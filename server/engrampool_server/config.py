@@ -91,7 +91,10 @@ class ServerConfig:
     )
     listen: str = field(
         default="127.0.0.1:50051",
-        metadata=_about(Listen(), "Where lookups are answered; port 0 is any free one."),
+        metadata=_about(
+            Listen(may_be_unix=True),
+            "Where lookups are answered; port 0 is any free one, a Unix socket is for clients on this machine.",
+        ),
     )
     metrics: str = field(
         default="127.0.0.1:9464",
@@ -102,7 +105,7 @@ class ServerConfig:
         metadata=_about(
             Direct(),
             "Where the direct lane listens: lookups over plain sockets, for clients that gRPC let in. auto is any free"
-            " port of the host of `listen`.",
+            " port of the host of `listen`, or a Unix socket beside that of `listen`.",
         ),
     )
     registry: str = field(
@@ -245,7 +248,7 @@ class ServerConfig:
             )
         name = "listen" if self.advertise == "auto" else "advertise"
         address: str = getattr(self, name)
-        if split_address(address)[0] in _WILDCARDS:
+        if address.startswith("unix:") or split_address(address)[0] in _WILDCARDS:
             raise ConfigError(
                 f"{name}: nobody can reach a server at {address}; set --advertise HOST:PORT, the address that clients "
                 "of the registry are to be given"
@@ -269,7 +272,7 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path
     """Resolve every setting: the flag if given, else the environment's value, else the file's, else the default.
 
     flags: what a command with `serve_options` was called with, by field name; None is a flag not given.
-    environ: all of it; ENGRAMPOOL_* is ours. ENGRAMPOOL_MODELS is separated as PATH is.
+    environ: all of it; ENGRAMPOOL_* is ours, and none of it that is empty. ENGRAMPOOL_MODELS is separated as PATH is.
     file: TOML, one top-level key a field. Relative directories start at the working directory, as in flags.
 
     Raises ConfigError for an unknown name or a wrong value in any source, overridden or not, for settings that
@@ -327,7 +330,8 @@ def _from_file(file: Path | None) -> Iterator[tuple[str, Any, str]]:
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
     for variable, value in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX) or _SERVICE_LINK.fullmatch(f"{variable}={value}"):
+        # Who has a file of variables, or a template, cannot leave one out; what is empty counts as not set.
+        if not variable.startswith(ENVIRONMENT_PREFIX) or not value or _SERVICE_LINK.fullmatch(f"{variable}={value}"):
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if _VARIABLES.get(name) != variable:

@@ -44,7 +44,7 @@ class Tickets:
 
     def __init__(self) -> None:
         self._file = os.memfd_create("engrampool-tickets")
-        os.ftruncate(self._file, _SLOTS * _SLOT.itemsize)
+        os.posix_fallocate(self._file, 0, _SLOTS * _SLOT.itemsize)  # else who writes where none is left is killed
         self._memory = mmap.mmap(self._file, _SLOTS * _SLOT.itemsize)
         self._slots = np.frombuffer(self._memory, _SLOT)
 
@@ -136,13 +136,17 @@ class Entrance:
         """Listen as the setting `direct` says, for a server whose `listen` is this. Raises ListenError."""
         if direct == "off":
             return None
+        if direct == "auto" and listen.startswith("unix:"):
+            direct = f"{listen}.direct"
         if direct.startswith("unix:"):
             path = Path(direct.removeprefix("unix:")).absolute()
             return cls(_listen_unix(path), "", 0, str(path))
-        called, _ = split_address(listen)
+        # Who reaches this server by a Unix socket is on this machine.
+        called = "localhost" if listen.startswith("unix:") else split_address(listen)[0]
         host, port = (called, 0) if direct == "auto" else split_address(direct)
         listener = listen_on(f"{host}:{port}", "the direct lane")
-        return cls(listener, "" if host in (called, *_ANY_HOST) else host, listener.getsockname()[1], "")
+        told = "" if host in (called, *_ANY_HOST) else host
+        return cls(listener, told or ("localhost" if listen.startswith("unix:") else ""), listener.getsockname()[1], "")
 
     @property
     def address(self) -> str:

@@ -5,36 +5,51 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import ThreadingWSGIServer
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from engrampool_server.metrics import MODEL_INFO
+from engrampool_server.metrics_files import MetricsMemory
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def export(
-    listener: socket.socket, directory: Path, processes: "Processes", beat: Callable[[], None], beat_s: float
+    listener: socket.socket,
+    memory: MetricsMemory,
+    processes: "Processes",
+    is_ready: Callable[[], bool],
+    beat: Callable[[], None],
+    beat_s: float,
 ) -> None:
-    """Answer scrapes on `listener` for ever. beat: called every `beat_s` seconds and after each scrape."""
+    """Answer on `listener` for ever, see `Http`. beat: called every `beat_s` seconds and after each answer."""
     registry = CollectorRegistry()
-    registry.register(_Files(directory))
+    registry.register(_All(memory))
     registry.register(processes)
-    with _HttpServer(listener, beat) as server:
-        server.set_app(make_wsgi_app(registry))
+    with Http(listener, registry, is_ready, beat) as server:
         server.serve_forever(beat_s)
 
 
-class _HttpServer(ThreadingWSGIServer):
-    """On a socket that listens already, so that a port in use is told before anything is loaded."""
+class Http(ThreadingWSGIServer):
+    """Answers /metrics from a registry, and /healthz and /readyz: that this server lives, and that it answers lookups.
 
-    def __init__(self, listener: socket.socket, beat: Callable[[], None]) -> None:
+    listener: listens already, so that a port in use is told before anything is loaded. beat: called after each answer,
+    and from time to time.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        registry: CollectorRegistry,
+        is_ready: Callable[[], bool],
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(listener.getsockname()[:2], _Silent, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -42,6 +57,27 @@ class _HttpServer(ThreadingWSGIServer):
         self.server_name = str(host)
         self.setup_environ()
         self.service_actions = beat  # type: ignore[method-assign]
+        self._metrics = make_wsgi_app(registry)
+        self._is_ready = is_ready
+        self.set_app(self._answer)
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            metrics: Iterable[bytes] = self._metrics(environ, start_response)
+            return metrics
+        if path == "/healthz":
+            status, text = "200 OK", "alive"
+        elif path == "/readyz":
+            ready = self._is_ready()
+            status, text = ("200 OK", "serving") if ready else ("503 Service Unavailable", "not serving")
+        else:
+            status, text = "404 Not Found", "there are /metrics, /healthz and /readyz"
+        if status == "200 OK" and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            status, text = "405 Method Not Allowed", "ask by GET"
+        body = b"" if environ["REQUEST_METHOD"] == "HEAD" else f"{text}\n".encode()
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text) + 1))])
+        return [body]
 
 
 class _Silent(WSGIRequestHandler):
@@ -49,25 +85,16 @@ class _Silent(WSGIRequestHandler):
         """The log is for events of the server's life."""
 
 
-class _Files(Collector):
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+class _All(Collector):
+    def __init__(self, memory: MetricsMemory) -> None:
+        self._memory = memory
 
     def collect(self) -> Iterator[Metric]:
-        """The sums of all files. One that was only just made is empty still, and not for prometheus_client to read."""
-        files = [str(path) for path in self._directory.glob("*.db") if _size(path)]
-        merged: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
-        for metric in merged:
-            if metric.name == MODEL_INFO:  # files keep every series for ever, that of a version withdrawn as 0
+        """The sums of all processes."""
+        for metric in self._memory.collect():
+            if metric.name == MODEL_INFO:  # every series stays for ever, that of a version withdrawn as 0
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # gauges of a process that ended just now
-        return 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from engrampool_server.machine import Machine
 from engrampool_server.metrics import Metrics
 from engrampool_server.preflight import Need, PreflightError, Report, check, raise_soft_limits
 from engrampool_server.raw_model import RawModel
-from engrampool_server.segments import file_name, find_backing, free, sweep
+from engrampool_server.segments import check_writable, file_name, find_backing, free, sweep
 from engrampool_server.shards import part_of
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import HeldModel, identities, load
@@ -53,7 +53,7 @@ class Holdings:
     def open(self) -> None:
         """Open every model and check the machine.
 
-        Raises TableFileError, CheckpointError, PreflightError; ShardError, SpecError if there is no such shard.
+        Raises TableFileError, CheckpointError, PreflightError, SegmentError; ShardError, SpecError for no such shard.
         """
         shard = self._config.shard
         for directory in self._config.models:
@@ -94,6 +94,8 @@ class Holdings:
             workers=self._workers,
             present_bytes=sum(identity.nbytes for identity in wanted if file_name(identity) in names),
         )
+        if backing is not None and need.missing_bytes:
+            check_writable(backing, config.memory)
         raise_soft_limits(need, config.lock_memory)
 
         def compare() -> Report:

@@ -17,6 +17,8 @@ import llvmlite.binding
 from numba import config, njit, types
 from numba.core.caching import InTreeCacheLocator
 
+from engrampool_proto.errors import EngrampoolError
+
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 AHEAD = Path(__file__).with_name("compiled")
@@ -73,6 +75,15 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
         return compiled
 
     return compile_now
+
+
+def require_compiler() -> None:
+    """Raise EngrampoolError where kernels are not compiled: as Python they are slow, and overflow otherwise."""
+    if config.DISABLE_JIT:
+        raise EngrampoolError(
+            "numba compiles nothing, since NUMBA_DISABLE_JIT is set (or disable_jit in .numba_config.yaml), and the "
+            "server cannot do without; unset it"
+        )
 
 
 def not_kept() -> str | None:

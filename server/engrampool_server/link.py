@@ -13,6 +13,7 @@ from typing import Any
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.registry import Published
+from engrampool_server import log
 
 # What is published is the longest line: some hundred bytes for each version.
 _LONGEST_BYTES = 8 << 20
@@ -47,6 +48,7 @@ class Link:
     def beat(self) -> None:
         """Give a sign of life."""
         self._say("beat", b"")
+        log.tend()
 
     def ready(self) -> None:
         """Say that this process does its work now."""

@@ -1,89 +1,176 @@
 """One JSON object a line on standard error, for each event in the server's life.
 
-Whoever reads them may stand still; no process of the server does so for that: what nobody takes is dropped.
+Whoever reads them may stand still; no process of the server does so for that: a bounded number of lines is kept for
+them, and what comes beyond is dropped and counted.
 """
 
 import json
 import logging
 import os
 import select
+import socket
+import stat
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 _LOGGER = logging.getLogger("engrampool")
 # Which process of the server speaks.
 _PROCESS: dict[str, int] = {}
-# How long a reader may take to take something, the first time that it does not.
-_PATIENCE_MS = 200
+# What a process keeps of lines that nobody takes.
+_KEPT_BYTES = 256 << 10
+_PAUSE_MS = 10
 
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage(), **_PROCESS}
-        # What the contract's package says, which is of registries, is no event of ours.
-        line.update(getattr(record, "fields", {"event": "registry", "message": record.getMessage()}))
+        # What the contract's package says is of registries; what others say is no event of ours.
+        ours = record.name.partition(".")[0] == _LOGGER.name
+        said = {"event": "registry"} if ours else {"event": "library", "logger": record.name}
+        line.update(getattr(record, "fields", {**said, "message": record.getMessage()}))
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
 class _Lines(logging.Handler):
-    """Writes lines to a descriptor, for as long as somebody takes them."""
+    """Writes lines to a descriptor, as fast as somebody takes them, and never waits for that.
+
+    counted: called with how many lines were dropped, by `tend`.
+    """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self._descriptor = descriptor
-        self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
-        self._is_stuck = False
-        self._left = b""  # to be written before all else
-        self._dropped = 0
+        self.setFormatter(_JsonLines())
+        self._descriptor, self._send = _unblocked(descriptor)
+        self._kept: deque[bytes] = deque()
+        self._kept_bytes = 0
+        # Since a line last said so, and since they were last counted.
+        self._dropped = self._uncounted = 0
+        self.counted: Callable[[int], object] = lambda lines: None
         os.register_at_fork(after_in_child=self._begin_anew)
 
     def _begin_anew(self) -> None:
-        """What is left is the parent's to write."""
-        self._left, self._dropped = b"", 0
+        """What is kept is the parent's to write, and to count."""
+        self._kept.clear()
+        self._kept_bytes = self._dropped = self._uncounted = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the line, or drop it."""
+        """Write the line, or keep it until somebody takes it, or drop it."""
         try:
-            if not self._write():
-                self._dropped += 1
+            self._write()
+            line = self.format(record).encode() + b"\n"
+            if self._kept and self._kept_bytes + len(line) > _KEPT_BYTES:
+                self._drop(1)
                 return
             if self._dropped:
                 lines, self._dropped = self._dropped, 0
                 event("lines-dropped", level="warning", lines=lines)  # which comes here again
-            self._left += self.format(record).encode() + b"\n"
+            self._keep(line)
             self._write()
         except Exception:
             self.handleError(record)
 
-    def _write(self) -> bool:
-        """Write what is left. Whether all of it was taken."""
-        while self._left:
-            if not self._poll.poll(0 if self._is_stuck else _PATIENCE_MS):
-                self._is_stuck = True
-                return False
-            self._is_stuck = False
+    def tend(self, within_s: float) -> None:
+        """Write what is kept, for up to so long, and count what was dropped."""
+        until_s = time.monotonic() + within_s
+        self.acquire()
+        try:
+            self._write()
+            while self._kept and time.monotonic() < until_s:
+                poll = select.poll()
+                poll.register(self._descriptor, select.POLLOUT)
+                poll.poll(_PAUSE_MS)
+                self._write()
+            lines, self._uncounted = self._uncounted, 0
+        finally:
+            self.release()
+        if lines:  # without the lock: who counts may log
+            self.counted(lines)
+
+    def _keep(self, line: bytes) -> None:
+        self._kept.append(line)
+        self._kept_bytes += len(line)
+
+    def _drop(self, lines: int) -> None:
+        self._dropped += lines
+        self._uncounted += lines
+
+    def _write(self) -> None:
+        """Write as much of what is kept as is taken now."""
+        while self._kept:
             try:
-                # A pipe that takes anything takes so much.
-                written = os.write(self._descriptor, self._left[: select.PIPE_BUF])
-            except OSError:  # nobody reads it ever again
-                self._left = b""
-                return True
-            self._left = self._left[written:]
-        return True
+                written = self._send(self._kept[0])
+            except BlockingIOError:
+                return
+            except OSError:  # nobody reads it ever again, or the disk is full
+                self._drop(len(self._kept))
+                self._kept.clear()
+                self._kept_bytes = 0
+                return
+            self._kept_bytes -= written
+            if written == len(self._kept[0]):
+                self._kept.popleft()
+            else:
+                self._kept[0] = self._kept[0][written:]
+
+
+def _unblocked(descriptor: int) -> tuple[int, Callable[[bytes], int]]:
+    """A descriptor of our own for the same file, and what writes to it without waiting; raises BlockingIOError.
+
+    That a file does not block is said of an open file, which we share with who started us, and with a whole terminal.
+    So a pipe or a terminal is opened once more, and a socket is told so with each call.
+    """
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISSOCK(mode):
+        peer = socket.socket(fileno=os.dup(descriptor))
+        return peer.fileno(), lambda line: peer.send(line, socket.MSG_DONTWAIT)
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        try:
+            own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:  # another user's
+            pass
+        else:
+            return own, lambda line: os.write(own, line)
+    same = os.dup(descriptor)
+    poll = select.poll()
+    poll.register(same, select.POLLOUT)
+
+    def write(line: bytes) -> int:
+        if not poll.poll(0):
+            raise BlockingIOError
+        # A pipe that takes anything takes so much, unless somebody else is faster.
+        return os.write(same, line[: select.PIPE_BUF])
+
+    return same, write
 
 
 def configure(level: str) -> None:
-    """Send events of at least `level` (debug, info, warning, error) to standard error."""
+    """Send events of at least `level` (debug, info, warning, error) to standard error; of libraries, warnings."""
     handler = _Lines(sys.stderr.fileno())
-    handler.setFormatter(_JsonLines())
     _LOGGER.handlers[:] = [handler]
     _LOGGER.setLevel(level.upper())
     _LOGGER.propagate = False
+    logging.getLogger().handlers[:] = [handler]
+    logging.captureWarnings(True)
+
+
+def tend(within_s: float = 0.0) -> None:
+    """Write what nobody took before, for up to so long. To be called from time to time, and before a process ends."""
+    for handler in _LOGGER.handlers:
+        if isinstance(handler, _Lines):
+            handler.tend(within_s)
+
+
+def count_dropped(counted: Callable[[int], object]) -> None:
+    """Have `tend` call this with how many lines were dropped since."""
+    for handler in _LOGGER.handlers:
+        if isinstance(handler, _Lines):
+            handler.counted = counted
 
 
 def of_worker(index: int) -> None:

@@ -35,6 +35,8 @@ class Machine:
     lock_limit_bytes: what this process may lock, once its soft limit is raised; None too where it has CAP_IPC_LOCK.
     descriptor_limit: descriptors this process may have open, once its soft limit is raised.
     transparent_huge_pages: "always", "madvise" or "never".
+    address_limit_bytes: of address space, for each process, once its soft limit is raised.
+    address_used_bytes: of that, what this process has by now, as will its children.
     """
 
     mem_available_bytes: int | None
@@ -49,6 +51,8 @@ class Machine:
     transparent_huge_pages: str | None
     directory_available_bytes: int | None = None
     directory_in_memory: bool = False
+    address_limit_bytes: int | None = None
+    address_used_bytes: int = 0
 
     @property
     def available_bytes(self) -> float:
@@ -83,6 +87,8 @@ class Machine:
             transparent_huge_pages=modes[1] if modes else None,
             directory_available_bytes=None if directory is None else _free_bytes(directory),
             directory_in_memory=directory is not None and in_memory(directory, root),
+            address_limit_bytes=_hard_limit(root, "Max address space"),
+            address_used_bytes=_kibibytes(_colon_fields(_read(root / "proc/self/status")).get("VmSize")) or 0,
         )
 
 

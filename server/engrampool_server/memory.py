@@ -69,7 +69,10 @@ def populate(view: npt.NDArray[np.uint8]) -> None:
     """
     start, length = _pages(view)
     if _LIBC.madvise(start, length, _MADV_POPULATE_WRITE) and ctypes.get_errno() != errno.EINVAL:
-        raise OutOfMemoryError(f"no memory is left for the tables: {os.strerror(ctypes.get_errno())}")
+        # EFAULT: the first write would have been a SIGBUS.
+        full = ctypes.get_errno() == errno.EFAULT
+        why = "the file system that they lie in is full" if full else os.strerror(ctypes.get_errno())
+        raise OutOfMemoryError(f"no memory is left for the tables: {why}")
 
 
 def lock_pages(table: npt.NDArray[np.uint8], present: bool) -> None:

@@ -78,6 +78,9 @@ class Metrics:
         self.worker_restarts = Counter(
             "engrampool_worker_restarts", "Workers replaced because they ended or hung.", ("reason",), registry=registry
         )
+        self.log_dropped = Counter(
+            "engrampool_log_dropped_lines", "Lines of the log that nobody took in time.", registry=registry
+        )
         self._answered: dict[tuple[str, str], tuple[Times, Times, Times]] = {}
         self._tables: dict[tuple[str, int], tuple[Count, Count]] = {}
         self.model_info = self._gauge(MODEL_INFO, "Models held; always 1.", ("model", "version", "spec_digest"))

@@ -16,7 +16,7 @@ import xxhash
 
 from engrampool_server.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, IsPatchError, TableFileError
 from engrampool_server.safetensors_header import HeaderError, Tensor, header_of
-from engrampool_server.sources import File, Location, NotThereError, ReadError, Source, open_source
+from engrampool_server.sources import File, Location, NotPermittedError, NotThereError, ReadError, Source, open_source
 from engrampool_server.staging import JOURNAL_NAME, PARTIAL_SUFFIX
 
 # check(scratch): read a block into `scratch`, uint8 of its size; raises TableFileError if it is damaged.
@@ -150,6 +150,8 @@ def _open(source: Source, directory: Location, expected: Wanted) -> File:
     path = directory / expected.name
     try:
         file = source.open(expected.name)
+    except NotPermittedError as error:
+        raise TableFileError(f"{path}, with {expected.table}, cannot be opened: {error}") from error
     except ReadError as error:
         raise TableFileError(f"{path}, with {expected.table}, cannot be opened: {error}; {_ADVICE}") from error
 

@@ -8,14 +8,23 @@ from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.segment import TRAILER_BYTES
 from engrampool_server.machine import Machine, Room
 
-__all__ = ["Line", "Machine", "Need", "PreflightError", "Report", "Room", "check", "format_bytes", "raise_soft_limits"]
+__all__ = [
+    "Line",
+    "Machine",
+    "Need",
+    "PreflightError",
+    "Report",
+    "Room",
+    "check",
+    "format_bytes",
+    "raise_soft_limits",
+    "require_address_space",
+]
 
 # Beside the tables: interpreter, libraries, load buffers, connections.
 OVERHEAD_BYTES = 512 << 20
 # What a worker has for itself: interpreter state, connections, metrics. The answers are counted apart.
 WORKER_BYTES = 64 << 20
-# The files of one process's metrics, which lie in /dev/shm.
-METRICS_BYTES = 1 << 20
 # Beside the workers, at most: supervisor, exporter, registrar, and the lobby or a worker on its way in or out.
 OTHER_PROCESSES = 4
 CONNECTIONS = 64
@@ -73,8 +82,8 @@ class Need:
 
     @property
     def descriptors(self) -> int:
-        """Descriptors to be open at one time in one process; that which starts the workers has a pipe to each."""
-        return self.files + CONNECTIONS + DESCRIPTOR_MARGIN + self.workers - 1
+        """Descriptors to be open at one time in one process; that which starts the workers has two pipes to each."""
+        return self.files + CONNECTIONS + DESCRIPTOR_MARGIN + 2 * (self.workers - 1)
 
     def huge_pages(self, page_bytes: int) -> int:
         """Pages of `page_bytes` that hold the tables, at most: every table but one may end in a page barely used."""
@@ -187,12 +196,10 @@ def _lines(need: Need, memory: str, lock_memory: bool, machine: Machine) -> Iter
             "raise the container's memory limit (Kubernetes resources.limits.memory, docker --memory)",
         )
     if memory == "shm":
-        # Memory mapped from a full /dev/shm kills whoever touches it, so there must be room for the metrics, too.
-        metrics_bytes = (need.workers + OTHER_PROCESSES) * METRICS_BYTES
-        size = -(-(need.table_bytes + metrics_bytes) // _GIB)
+        size = -(-need.table_bytes // _GIB)
         yield Line(
             "/dev/shm",  # noqa: S108
-            need.missing_bytes + metrics_bytes,
+            need.missing_bytes,
             machine.shm_available_bytes,
             f"mount a larger /dev/shm (docker --shm-size={size}g, Kubernetes emptyDir with medium: Memory)",
         )
@@ -212,12 +219,34 @@ def _lines(need: Need, memory: str, lock_memory: bool, machine: Machine) -> Iter
             machine.lock_limit_bytes,
             "ulimit -l unlimited (systemd LimitMEMLOCK=infinity, docker --ulimit memlock=-1), or CAP_IPC_LOCK",
         )
+    if machine.address_limit_bytes is not None:
+        yield _address_space(need, machine)
     yield Line(
         "file descriptors",
         need.descriptors,
         machine.descriptor_limit,
         f"ulimit -n {need.descriptors} (systemd LimitNOFILE, docker --ulimit nofile)",
         counted=True,
+    )
+
+
+def require_address_space(answer_bytes: int) -> None:
+    """Raise this process's soft limit on address space to its hard limit; PreflightError if no table at all would fit.
+
+    `check` has that, too, but a process that may map so little does not come to it.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    Report((_address_space(Need(0, 0, answer_bytes=answer_bytes), Machine.read()),)).raise_if_short()
+
+
+def _address_space(need: Need, machine: Machine) -> Line:
+    """Of the process that has most: it maps all tables, and may have all answers in hand."""
+    return Line(
+        "address space",
+        machine.address_used_bytes + need.table_bytes + OVERHEAD_BYTES + need.answer_bytes,
+        machine.address_limit_bytes,
+        "ulimit -v unlimited (systemd LimitAS=infinity)",
     )
 
 

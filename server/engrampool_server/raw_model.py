@@ -37,7 +37,10 @@ class RawModel:
         """Whether `directory` holds a checkpoint, and no packed model. One in an object store is to be packed first."""
         if not isinstance(directory, Path):
             return False
-        return (directory / "config.json").is_file() and not (directory / MANIFEST_NAME).exists()
+        try:
+            return (directory / "config.json").is_file() and not (directory / MANIFEST_NAME).exists()
+        except PermissionError:  # who opens it as a packed model will say so
+            return False
 
     @property
     def version(self) -> str | None:

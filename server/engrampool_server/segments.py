@@ -27,7 +27,14 @@ from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.segment import TRAILER_BYTES, Identity, read_trailer, write_trailer
 from engrampool_server import log
 from engrampool_server.machine import in_memory
-from engrampool_server.memory import OutOfMemoryError, advise_huge_pages, can_populate, huge_page_bytes, protect
+from engrampool_server.memory import (
+    OutOfMemoryError,
+    advise_huge_pages,
+    can_populate,
+    huge_page_bytes,
+    populate,
+    protect,
+)
 
 # Of a whole segment, by the setting `attach`. Only its owner writes to one, whoever may read it.
 MODES = {"off": 0o600, "user": 0o600, "group": 0o640, "all": 0o644}
@@ -107,6 +114,17 @@ def find_backing(memory: str, mounts: Path = Path("/proc/mounts"), attach: str =
     return None
 
 
+def check_writable(backing: Backing, memory: str) -> None:
+    """Raise SegmentError, which names the setting `memory`, where no segment can be made."""
+    if backing.directory.is_dir() and not os.access(backing.directory, os.W_OK | os.X_OK):
+        read_only = os.statvfs(backing.directory).f_flag & os.ST_RDONLY
+        why = "read-only" if read_only else f"not writable for user {os.geteuid()}"
+        raise SegmentError(
+            f"{backing.directory}, where tables are to lie (memory = {memory!r}), is {why}: mount it writable, or give "
+            "memory another place, such as anon"
+        )
+
+
 class Segment:
     """A segment in use by this process, and by its forks. adopted: it was there, whole; else it is to be filled.
 
@@ -134,11 +152,12 @@ class Segment:
     def finish(self) -> None:
         """Say that all rows are there and right, make them read-only, and share the segment with other servers.
 
-        Raises SegmentError if they cannot be stored.
+        Raises SegmentError if they cannot be stored, OutOfMemoryError.
         """
         try:
             # Rows first: after a crash of the machine, no trailer may be there without them.
             os.fsync(self._descriptor)
+            populate(self._memory[-TRAILER_BYTES:])
             self._memory[-TRAILER_BYTES:] = np.frombuffer(write_trailer(self._identity), np.uint8)
             os.fsync(self._descriptor)
         except OSError as error:

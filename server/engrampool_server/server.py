@@ -3,24 +3,23 @@
 import asyncio
 import threading
 import time
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from engrampool_proto.wire import SERVICE
 from engrampool_server import log
 from engrampool_server.config import ServerConfig
 from engrampool_server.direct import DirectLane
 from engrampool_server.entrance import Entrance
+from engrampool_server.exporter import Http
 from engrampool_server.health import SERVING, Health
 from engrampool_server.holdings import Holdings
 from engrampool_server.in_flight import InFlight
 from engrampool_server.lookups import Limits, Lookups
 from engrampool_server.metrics import FLUSH_S, CallMetrics, Metrics
-from engrampool_server.ports import ListenError
+from engrampool_server.ports import ListenError, listen_on
 from engrampool_server.service import PoolService
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import Shared
@@ -59,7 +58,7 @@ class Server:
         self._holdings = Holdings(config, self._shared.metrics)
         self._grpc: grpc.aio.Server | None = None
         self._direct: DirectLane | None = None
-        self._metrics_http: tuple[WSGIServer, threading.Thread] | None = None
+        self._metrics_http: tuple[Http, threading.Thread] | None = None
         self._flushing: asyncio.TimerHandle | None = None
         self._cancel_load = threading.Event()
         self.address = self.metrics_address = ""
@@ -93,12 +92,12 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
-        host, _ = split_address(config.listen)
         try:
             port = self._grpc.add_insecure_port(config.listen)
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
-        self.address = f"{host}:{port}"
+        is_path = config.listen.startswith("unix:")
+        self.address = config.listen if is_path else f"{split_address(config.listen)[0]}:{port}"
         await self._grpc.start()
         self._flush()
 
@@ -110,13 +109,12 @@ class Server:
     def _listen_metrics(self) -> None:
         if self._config.metrics == "off":
             return
-        host, port = split_address(self._config.metrics)
-        try:
-            server, thread = start_http_server(port, host.strip("[]"), self._shared.metrics.registry)
-        except OSError as error:
-            raise ListenError(f"cannot listen on {self._config.metrics} for metrics: {error.strerror}") from error
+        listener = listen_on(self._config.metrics, "metrics")
+        server = Http(listener, self._shared.metrics.registry, lambda: self._lookups.ready and self._grpc is not None)
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
         self._metrics_http = (server, thread)
-        self.metrics_address = f"{host}:{server.server_port}"
+        self.metrics_address = f"{split_address(self._config.metrics)[0]}:{server.server_port}"
 
     async def load(self) -> None:
         """Read every table, then serve them. Raises what reading and allocating raise."""

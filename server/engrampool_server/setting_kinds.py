@@ -194,16 +194,21 @@ class Boolean:
 
 @dataclass(frozen=True)
 class Listen:
-    """Where to listen, as gRPC takes it: a host name or address, and a port. Where `may_be_off`, also "off"."""
+    """Where to listen, as gRPC takes it: a host name or address, and a port. Where they may be, also others.
+
+    may_be_off: "off". may_be_unix: the path of a Unix socket.
+    """
 
     may_be_off: bool = False
+    may_be_unix: bool = False
     unit = ""
     metavar = "HOST:PORT"
 
     @property
     def allowed(self) -> str:
         """The form."""
-        return "HOST:PORT, IPv6 in brackets, port 0..65535" + (', or "off"' if self.may_be_off else "")
+        also = [word for may_be, word in ((self.may_be_unix, '"unix:PATH"'), (self.may_be_off, '"off"')) if may_be]
+        return " or ".join(["HOST:PORT, IPv6 in brackets, port 0..65535" + "," * bool(also), *also])
 
     def parse(self, value: Any) -> str:
         """From text only. Resolves no names."""
@@ -211,6 +216,8 @@ class Listen:
             raise ValueError
         if self.may_be_off and value == "off":
             return value
+        if self.may_be_unix and value.startswith("unix:"):
+            return f"unix:{_path(value.removeprefix('unix:'))}"
         host, port = split_address(value)
         return f"{host}:{port}"
 

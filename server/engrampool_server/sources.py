@@ -51,6 +51,10 @@ class NotThereError(ReadError):
     """There is no such file, directory or bucket."""
 
 
+class NotPermittedError(ReadError):
+    """This user may not read it."""
+
+
 @dataclass(frozen=True)
 class Url:
     """A directory of an object store, or a file in it: {s3,gs}://BUCKET/PATH, az://CONTAINER/PATH, http(s)://HOST/PATH.
@@ -196,6 +200,10 @@ class _LocalFile:
 
 
 def _read_error(error: OSError) -> ReadError:
+    if isinstance(error, PermissionError):
+        return NotPermittedError(
+            f"{error.strerror}: user {os.geteuid()} may not read it; change owner or mode of it, or of its directory"
+        )
     kind = NotThereError if isinstance(error, FileNotFoundError | NotADirectoryError) else ReadError
     return kind(error.strerror)
 

@@ -39,13 +39,14 @@ from engrampool_server.in_flight import InFlight, int64s
 from engrampool_server.link import Link, Report
 from engrampool_server.loader import LoadError, adopt, become_loader, discard
 from engrampool_server.metrics import Metrics
-from engrampool_server.metrics_files import MetricsDirectory, become
+from engrampool_server.metrics_files import SUPERVISOR, MetricsMemory, become
 from engrampool_server.ports import listen_on, reserve
-from engrampool_server.preflight import OTHER_PROCESSES
+from engrampool_server.preflight import OTHER_PROCESSES, require_address_space
 from engrampool_server.registrar import Cache, register
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import Shared, free_slot
 from engrampool_server.tables import HeldModel
+from engrampool_server.unix_gate import UnixGate
 from engrampool_server.versions_held import Key, VersionsHeld
 from engrampool_server.worker import answer
 
@@ -54,6 +55,8 @@ _STOP_MARGIN_S = 5.0
 _LOBBY_DRAIN_S = 1.0
 # For the registry to be told that this server leaves, before it does.
 _LEAVE_S = 2.5
+# For the log to be taken, at the end.
+_LAST_LINES_S = 1.0
 # Of why a version could not be loaded, for the registry.
 _REASON_CHARS = 500
 # In place of a worker's number.
@@ -72,27 +75,33 @@ def supervise(config: ServerConfig) -> None:
     running then.
     """
     log.event("starting", version=__version__, models=[str(path) for path in config.models])
+    jit.require_compiler()
+    require_address_space(config.max_in_flight_bytes)
     reason = jit.not_kept()
     if reason is not None:
         log.event("kernels-not-kept", level="warning", reason=reason)
-    directory = MetricsDirectory()
+    memory = MetricsMemory()
     try:
-        directory.use("supervisor")
-        _Supervisor(config, directory).run()
+        memory.use(SUPERVISOR)
+        _Supervisor(config, memory).run()
     finally:
-        directory.close()
+        log.count_dropped(lambda lines: None)
+        log.tend(_LAST_LINES_S)
+        memory.close()
 
 
 class _Supervisor:
     """Workers are known by number, from 0, whoever the process is at the time."""
 
-    def __init__(self, config: ServerConfig, directory: MetricsDirectory) -> None:
-        self._config, self._directory = config, directory
+    def __init__(self, config: ServerConfig, memory: MetricsMemory) -> None:
+        self._config, self._memory = config, memory
         self._pid = os.getpid()
         slots = config.workers + OTHER_PROCESSES
         self._shared = Shared(Metrics(), InFlight(config.max_in_flight_bytes, slots))
         self._metrics = self._shared.metrics
+        log.count_dropped(self._metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)
+        self._ready_now = int64s(1)  # whether somebody answers lookups: 0 or 1
         self._children = Children(
             config.worker_timeout_s, signalled=self._signalled, said=self._said, ended=self._ended, start=self._start
         )
@@ -110,6 +119,7 @@ class _Supervisor:
         self._loads: dict[Key, tuple[float, bool]] = {}
         self._orders: socket.socket | None = None
         self._metrics_listener: socket.socket | None = None
+        self._gate: UnixGate | None = None
         self._serving = self._stopping = False
 
     def run(self) -> None:
@@ -122,6 +132,8 @@ class _Supervisor:
         finally:
             if self._shared.entrance is not None:
                 self._shared.entrance.close()
+            if self._gate is not None:
+                self._gate.close()
 
     def _serve(self) -> None:
         """From the first look at the models until a signal to stop."""
@@ -163,7 +175,7 @@ class _Supervisor:
         if self._stopping:
             return
         self._serving = True
-        self._metrics.serving.set(1)
+        self._show_serving()
         log.event("serving", listen=self._config.listen, metrics=metrics)
         self._register()
         self._follow(lambda: False)
@@ -179,7 +191,11 @@ class _Supervisor:
         for reason in ("died", "hung"):
             self._metrics.worker_restarts.labels(reason)
         # Kept, so that the port is ours for as long as we live.
-        address, self._reserved = reserve(self._config.listen)
+        if self._config.listen.startswith("unix:"):
+            self._gate = UnixGate(Path(self._config.listen.removeprefix("unix:")))
+            address = self._gate.address
+        else:
+            address, self._reserved = reserve(self._config.listen)
         self._config = replace(self._config, listen=address)
         self._shared.entrance = Entrance.open(self._config.direct, address)
         if self._config.metrics == "off":
@@ -225,6 +241,8 @@ class _Supervisor:
         if self._metrics_listener is not None:
             self._metrics_listener.close()
         config = self._config
+        if self._gate is not None:
+            config = replace(config, listen=self._gate.own(self._shared.in_flight.slot))
         if not serving:
             config = replace(config, drain_s=min(config.drain_s, _LOBBY_DRAIN_S))
         answer(config, self._shared, link, serving=serving)
@@ -233,7 +251,9 @@ class _Supervisor:
         assert self._metrics_listener is not None
         processes = Processes(self._pid, self._pids, self._inherited)
         link.ready()
-        export(self._metrics_listener, self._directory.path, processes, link.beat, link.beat_s)
+        export(
+            self._metrics_listener, self._memory, processes, lambda: bool(self._ready_now[0]), link.beat, link.beat_s
+        )
 
     def _start_registrar(self) -> None:
         config = self._config
@@ -264,7 +284,6 @@ class _Supervisor:
 
     def _live(self, role: str, index: int, slot: int, link: Link, work: Callable[[Link], None]) -> None:
         """What a child does."""
-        self._directory.leave()
         become(str(slot))
         self._shared.in_flight.slot = slot
         if self._orders is not None:
@@ -279,6 +298,8 @@ class _Supervisor:
     def _said(self, child: Child, report: Report) -> None:
         if report.ready and child.role == "worker":
             self._ready(child)
+        if report.ready:
+            self._point()
         if report.loaded is not None:
             # A counter goes on only.
             nbytes, of_bytes = max(report.loaded[0], child.loaded_bytes), report.loaded[1]
@@ -298,7 +319,26 @@ class _Supervisor:
                 self._stop(self._leaving, self._config.drain_s)
             else:
                 self._roll_next()
+        self._show_workers()
+
+    def _show_workers(self) -> None:
         self._metrics.workers.set(self._ready_workers())
+        self._show_serving()
+
+    def _show_serving(self) -> None:
+        self._metrics.serving.set(self._serving)
+        self._ready_now[0] = self._serving and self._ready_workers() > 0
+
+    def _point(self) -> None:
+        """Have callers of a Unix socket reach a worker that answers, or the lobby while there is none."""
+        if self._gate is None:
+            return
+        workers = [child for _, child in sorted(self._workers.items())]
+        lobbies = [child for child in self._children if child.role == "lobby"]
+        for child in (*workers, *lobbies):
+            if child.ready_s is not None and child.kill_s is None:
+                self._gate.point(child.slot)
+                return
 
     def _ready_workers(self) -> int:
         return sum(child.ready_s is not None for child in self._workers.values())
@@ -319,7 +359,7 @@ class _Supervisor:
                 self._children.kill(child)
             return
         self._stopping, self._serving, self._stop_begun_s = True, False, time.monotonic()
-        self._metrics.serving.set(0)
+        self._show_serving()
         self._children.start_none()
         self._to_roll.clear()
         registrar = next((child for child in self._children if child.role == "registrar"), None)
@@ -343,10 +383,11 @@ class _Supervisor:
     def _ended(self, child: Child) -> None:
         self._shared.in_flight.clear(child.slot)
         self._pids[child.slot] = 0
-        self._directory.forget(str(child.slot))
+        self._memory.forget(str(child.slot))
         if current := self._workers.get(child.index) is child:
             del self._workers[child.index]
-            self._metrics.workers.set(self._ready_workers())
+            self._show_workers()
+        self._point()
         if child.role != "loader" and (child.kill_s is None or child.hung):
             log.event(
                 "worker-died", level="error", worker=child.name, pid=child.pid, status=child.status, error=child.failure

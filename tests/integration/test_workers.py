@@ -524,7 +524,7 @@ def test_a_successor_that_does_not_start_changes_nothing(packed, crashing):
 # --- the end
 
 
-def test_a_server_whose_log_nobody_takes_goes_on_and_says_so_later(packed):
+def test_a_server_whose_log_nobody_takes_goes_on_and_says_all_of_it_later(packed):
     command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--workers=2"]
     command += ["--listen=127.0.0.1:0", "--metrics=off"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
@@ -545,44 +545,40 @@ def test_a_server_whose_log_nobody_takes_goes_on_and_says_so_later(packed):
             with RawPool(server.address, version_of(packed)) as pool:
                 pool.lookup(pool.by_ids((2, [1])), timeout=LIMIT_S, wait_for_ready=True)
             # Somebody takes lines again.
-            os.set_blocking(process.stderr.fileno(), False)
-            while process.stderr.read(4096):
-                pass
             os.close(own)
-            os.set_blocking(process.stderr.fileno(), True)
             process.terminate()
             said = [json.loads(line) for line in process.stderr if line.startswith(b"{")]
             assert process.wait(LIMIT_S) == 0
         finally:
             process.kill()
-        assert {"lines-dropped", "stopping", "stopped"} <= {line["event"] for line in said}
-        assert next(line["lines"] for line in said if line["event"] == "lines-dropped") >= 2
+        told = [line["event"] for line in said]
+        assert (told.count("worker-died"), told[-1]) == (2, "stopped")
+        assert "stopping" in told
 
 
-def metrics_directories(server: ServerProcess) -> list[Path]:
-    """Those that the server's processes have files open in."""
-    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
-    return sorted({Path(found) for found in re.findall(r"(/\S*engrampool-metrics-\w+)/", maps)})
+def files_there() -> set[Path]:
+    """What servers that hold tables in private memory might leave lying."""
+    return {
+        path for parent in ("/dev/shm", tempfile.gettempdir()) for path in Path(parent).glob("engrampool-metrics-*")
+    }
 
 
-def test_a_killed_supervisor_leaves_no_process_no_port_and_in_the_end_no_file(packed):
+def test_a_killed_supervisor_leaves_no_process_no_port_and_no_file(packed):
+    before = files_there()
     with serve_process(packed, workers=2) as server:
         processes = family(server)
-        (directory,) = metrics_directories(server)
         assert len(processes) == 4
         server.process.kill()
         server.process.wait()
         eventually(lambda: not any(map(alive, processes)), "all processes are gone")
         listen, metrics = server.address, server.metrics_address
     with serve_process(packed, workers=2, listen=listen, metrics=metrics) as server:
-        assert not directory.exists()
-        (own,) = metrics_directories(server)
         with RawPool(listen, version_of(packed)) as pool:
             ask(pool)
         wait_counted(server, 3)
         server.process.terminate()
         assert server.process.wait(LIMIT_S) == 0
-        assert not own.exists()
+    assert files_there() <= before
 
 
 def test_a_server_killed_again_and_again_starts_again_each_time(packed):

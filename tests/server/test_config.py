@@ -24,7 +24,7 @@ addresses = st.builds(
 directory_names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0:/"), min_size=1, max_size=12)
 VALUES = {
     "models": st.lists(directory_names.map(lambda name: f"/{name}"), min_size=1, max_size=3, unique_by=Path),
-    "listen": addresses,
+    "listen": addresses | directory_names.map(lambda name: f"unix:/{name}"),
     "metrics": addresses | st.just("off"),
     "direct": addresses | st.sampled_from(["auto", "off"]) | directory_names.map(lambda name: f"unix:/{name}"),
     # A registry has demands on other settings, and named shards want a placement: see below.
@@ -66,6 +66,8 @@ BAD = {
         "[host]:1",
         "10.0.0.256:1",
         "a b:1",
+        "unix:",
+        "unix:a\0b",
         "off",
         1,
     ],
@@ -209,7 +211,7 @@ def test_a_wrong_value_names_itself_and_the_range(name, value, file):
         with pytest.raises(ConfigError) as caught:
             load_config({"models": ["/m"], name: value}, {}, None)
         assert f"{name}: {value!r} from flag {flag_of(name, value)}" in str(caught.value)
-    if isinstance(value, str) and name != "models":
+    if isinstance(value, str) and value and name != "models":  # an empty variable is as if it were not set
         with pytest.raises(ConfigError) as caught:
             load_config({"models": ["/m"]}, {f"ENGRAMPOOL_{name.upper()}": value}, None)
         assert f"{name}: {value!r} from environment ENGRAMPOOL_{name.upper()}" in str(caught.value)
@@ -268,6 +270,17 @@ def test_unknown_variables(variable, hint):
     with pytest.raises(ConfigError) as caught:
         load_config({"models": ["/m"]}, {variable: "50051"}, None)
     assert f"unknown environment variable {variable}='50051'; {hint}" in str(caught.value)
+
+
+def test_empty_variables_are_as_if_they_were_not_set(file):
+    file.write_text("drain_s = 3.0")
+    names = [setting.name for setting in fields(ServerConfig)]
+    empty = {f"ENGRAMPOOL_{name.upper()}": "" for name in names} | {"ENGRAMPOOL_ANYTHING": ""}
+    resolved = load_config({"models": ["/m"]}, empty, file)
+    assert resolved == load_config({"models": ["/m"]}, {}, file)
+    assert resolved.config.drain_s == 3.0
+    with pytest.raises(ConfigError, match="models: none given"):
+        load_config({}, empty, None)
 
 
 def test_unknown_flags_are_called_as_flags():

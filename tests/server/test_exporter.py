@@ -88,21 +88,19 @@ def test_the_real_processes_of_this_machine_are_read():
 # Writers come and go in one slot; a third is cut off in the middle of making its files.
 WRITERS = """
 import os, sys
-from pathlib import Path
 from prometheus_client import generate_latest, CollectorRegistry
-from engrampool_server.exporter import _Files
+from engrampool_server.exporter import _All
 from engrampool_server.metrics import Metrics
-from engrampool_server.metrics_files import MetricsDirectory, become
+from engrampool_server.metrics_files import MetricsMemory, become
 
-directory = MetricsDirectory()
-directory.use("supervisor")
+memory = MetricsMemory()
+memory.use("supervisor")
 metrics = Metrics()
 metrics.serving.set(1)
 
 def child(slot, rows, in_flight):
     pid = os.fork()
     if not pid:
-        directory.leave()
         become(slot)
         metrics.rows.labels("m", "1").inc(rows)
         metrics.lookup.labels("m", "Lookup").observe(0.01)
@@ -113,7 +111,7 @@ def child(slot, rows, in_flight):
     os.waitpid(pid, 0)
 
 registry = CollectorRegistry()
-registry.register(_Files(directory.path))
+registry.register(_All(memory))
 def show():
     text = generate_latest(registry).decode()
     print(*(line for line in text.splitlines() if line.startswith(tuple(sys.argv[1:]))), sep="|")
@@ -122,17 +120,15 @@ show()
 child("0", 3, 10)
 child("1", 4, 20)
 show()
-directory.forget("0")
+memory.forget("0")
 child("0", 100, 5)
-(directory.path / "counter_2.db").touch()
+os.ftruncate(memory._memory, 40 << 24)  # and a third made its part, and wrote nothing
 show()
 for slot in "01":
-    directory.forget(slot)
+    memory.forget(slot)
+memory.forget("20")  # who never counted
 show()
-print(sorted(path.name for path in directory.path.iterdir() if path.name.startswith("gauge")))
-path = directory.path
-directory.close()
-print(path.exists())
+memory.close()
 """
 
 
@@ -144,7 +140,7 @@ def test_counters_survive_their_process_and_gauges_do_not():
         "engrampool_lookup_seconds_count",
     ]
     done = subprocess.run([sys.executable, "-c", WRITERS, *names], capture_output=True, text=True, timeout=60)
-    *shown, left, exists = done.stdout.splitlines()
+    shown = done.stdout.splitlines()
 
     def parsed(text: str) -> dict[str, float]:
         return {line.split("{")[0].split()[0]: float(line.split()[-1]) for line in text.split("|")}
@@ -174,39 +170,35 @@ def test_counters_survive_their_process_and_gauges_do_not():
             "engrampool_lookup_seconds_count": 3,
         },
     ], done.stderr
-    assert left == "['gauge_livemax_supervisor.db', 'gauge_livesum_supervisor.db']"
-    assert exists == "False"
 
 
-LEFT = """
-import os, sys
-from engrampool_server.metrics_files import MetricsDirectory
-directory = MetricsDirectory()
-print(directory.path, flush=True)
-sys.stdin.read()
-os._exit(0)  # as if killed: nothing is removed
+FULL = """
+import logging, resource
+from engrampool_server import metrics_files
+from engrampool_server.metrics import Metrics
+
+said = []
+class Heard(logging.Handler):
+    def emit(self, record):
+        said.append((record.getMessage(), record.fields["part"]))
+logging.getLogger("engrampool").addHandler(Heard())
+memory = metrics_files.MetricsMemory()
+memory.use("supervisor")
+metrics = Metrics()
+metrics.workers.set(3)
+# From here on the memory does not grow.
+def refuse(*_):
+    raise OSError(28, "No space left on device")
+metrics_files.os.posix_fallocate = refuse
+for number in range(2000):
+    metrics.load_seconds.labels(f"model-{number}").set(1)
+metrics.workers.set(4)
+found = {sample.name: sample.value for metric in memory.collect() for sample in metric.samples if not sample.labels}
+kept = sum(len(metric.samples) for metric in memory.collect() if metric.name == "engrampool_load_seconds")
+print(said, found["engrampool_workers"], 0 < kept < 2000)
 """
 
 
-def test_a_directory_left_behind_goes_at_the_next_start_and_one_in_use_stays(tmp_path):
-    def start() -> tuple[subprocess.Popen[str], Path]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", LEFT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        return process, Path(process.stdout.readline().strip())
-
-    first, one = start()
-    second, other = start()
-    assert one != other
-    assert one.is_dir()
-    first.communicate()
-    third, last = start()
-    assert [path.is_dir() for path in (one, other, last)] == [False, True, True]
-    second.communicate()
-    third.communicate()
-    fourth, path = start()
-    fourth.kill()
-    fourth.communicate()
-    assert not other.exists()
-    assert not last.exists()
-    path.rmdir()
+def test_series_without_memory_are_not_counted_and_all_others_are():
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[('metrics-full', 'gauge_livesum_supervisor.db')] 4.0 True\n", done.stderr

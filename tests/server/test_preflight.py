@@ -33,7 +33,6 @@ NEED = Need(table_bytes=10 * GIB, files=3, tables=2)
 # Of the supervisor and of one worker, for tables of 10 GiB.
 PAGE_TABLES = 40 * MIB
 # Of the worker, and of four processes beside it.
-METRICS = 5 * MIB
 
 
 def short(need, memory, lock_memory, machine):
@@ -48,7 +47,7 @@ def test_the_real_machine_is_compared():
 def test_what_is_not_known_is_no_limit_and_what_is_not_there_is_short():
     machine = Machine(None, None, 0, 2 * MIB, 0, 0, None, None, None, None)
     assert check(NEED, "anon", True, machine).ok
-    assert short(NEED, "shm", False, machine) == {"/dev/shm": 10 * GIB + METRICS}
+    assert short(NEED, "shm", False, machine) == {"/dev/shm": 10 * GIB}
     assert short(NEED, "hugetlb", False, machine) == {"reserved huge pages": 10 * GIB + 4 * MIB}
 
 
@@ -68,7 +67,7 @@ def test_a_roomy_machine_suffices(memory, lock_memory):
         ("anon", False, "mem_available_bytes", 10 * GIB + 512 * MIB + PAGE_TABLES, "host memory", "serve fewer tables"),
         ("shm", False, "mem_available_bytes", 10 * GIB + 512 * MIB + PAGE_TABLES, "host memory", "serve fewer tables"),
         ("hugetlb", False, "mem_available_bytes", 512 * MIB, "host memory", "serve fewer tables"),
-        ("shm", False, "shm_available_bytes", 10 * GIB + METRICS, "/dev/shm", "docker --shm-size=11g"),
+        ("shm", False, "shm_available_bytes", 10 * GIB, "/dev/shm", "docker --shm-size=10g"),
         ("anon", True, "lock_limit_bytes", 10 * GIB, "locked memory", "ulimit -l unlimited"),
         ("anon", False, "descriptor_limit", 3 + 64 + 64, "file descriptors", "ulimit -n 131"),
     ],
@@ -112,7 +111,7 @@ def test_huge_pages_of_a_group_are_a_limit_of_their_own():
 
 
 def test_what_lies_in_segments_already_is_not_needed_again():
-    machine = replace(ROOMY, mem_available_bytes=GIB, shm_available_bytes=METRICS, huge_pages_available=0)
+    machine = replace(ROOMY, mem_available_bytes=GIB, shm_available_bytes=0, huge_pages_available=0)
     present = replace(NEED, present_bytes=10 * GIB)
     assert short(present, "shm", False, machine) == {}
     assert short(present, "hugetlb", False, machine) == {}
@@ -148,11 +147,11 @@ def test_answers_are_held_beside_the_tables():
     }
 
 
-def test_each_worker_needs_memory_page_tables_and_a_pipe():
+def test_each_worker_needs_memory_page_tables_and_two_pipes():
     machine = replace(ROOMY, mem_available_bytes=10 * GIB, descriptor_limit=100)
     one, four = (short(replace(NEED, workers=workers), "anon", False, machine) for workers in (1, 4))
     assert four["host memory"] - one["host memory"] == 3 * (64 + 20) * MIB
-    assert four["file descriptors"] - one["file descriptors"] == 3
+    assert four["file descriptors"] - one["file descriptors"] == 6
     one, four = (
         short(replace(NEED, workers=n), "hugetlb", False, replace(machine, mem_available_bytes=0)) for n in (1, 4)
     )
@@ -173,7 +172,7 @@ def test_the_error_names_every_resource_that_is_short():
     for part in (
         "host memory: 10.6 GiB needed, 4.0 GiB available, short by 6.6 GiB: ",
         "memory of cgroup /pod: 10.6 GiB needed, 1.0 GiB available, short by 9.6 GiB: ",
-        "/dev/shm: 10.1 GiB needed, 64.0 MiB available, short by 10.0 GiB: ",
+        "/dev/shm: 10.0 GiB needed, 64.0 MiB available, short by 10.0 GiB: ",
         "file descriptors: 131 needed, 100 available, short by 31: ",
     ):
         assert part in str(caught.value)
@@ -243,3 +242,15 @@ def test_limits_of_this_process_are_really_raised():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_limit_on_address_space_is_compared_with_tables_and_answers():
+    machine = replace(ROOMY, address_limit_bytes=12 * GIB, address_used_bytes=GIB)
+    need = replace(NEED, answer_bytes=2 * GIB)
+    assert short(NEED, "anon", False, machine) == {}
+    for memory in ("anon", "shm", "hugetlb", "file:/mnt"):  # each maps them
+        assert short(need, memory, False, replace(machine, directory_available_bytes=None)) == {
+            "address space": GIB + 512 * MIB
+        }
+    assert "ulimit -v unlimited" in str(check(need, "anon", False, machine))
+    assert "address space" not in str(check(need, "anon", False, ROOMY))
