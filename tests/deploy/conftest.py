@@ -130,7 +130,7 @@ def serves(place, to_mount) -> Callable[[Container], None]:
             return
         with place.serving(container) as server:
             # Else they were compiled, as it starts where nothing can be kept.
-            assert server._find("kernels-not-kept") is None
+            server.wait_until(lambda lines: all(line["event"] != "kernels-not-kept" for line in lines))
             listen = container.environment["ENGRAMPOOL_LISTEN"]
             health = place.run(str(HEALTH), ENGRAMPOOL_LISTEN=listen)
             assert (health.returncode, health.stderr) == (0, "")
