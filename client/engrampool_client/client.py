@@ -38,6 +38,7 @@ from engrampool_client.settings import LONGEST_S, check_settings
 from engrampool_client.shards import Shards
 from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
+from engrampool_client.status import ClientStatus, brief, client_status
 from engrampool_client.step import Step
 from engrampool_client.workers import Job, Workers
 from engrampool_proto.hashing import TokenBatch
@@ -161,30 +162,51 @@ class Client:
             pin_malloc()
         servers = Servers([target] if isinstance(target, str) else list(target))
         self.target, self._hashing, self._timeout_s, self._spin_s = servers.text, hashing, timeout_s, spin_s
-        connect_timeout_s = min(connect_timeout_s, LONGEST_S)
         self._masks = on_failure == "mask"
         self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes
         self._closing = threading.Event()
         ways = Ways(connections, attach, direct, retry_s, breaker_failures, max_steps)
         self._following = Following(servers, How(ways, hashing, heads, dedupe, cache_bytes))
         self._recorder: Recorder | None = None
-        try:
-            # Of every version that is followed: hashing and layout must not change under a model that runs.
-            self.spec = self._following.connect(model, version, connect_timeout_s).spec
-            check_fingerprint(self.spec, config, tokenizer)
-            self.stats = Stats(self.spec.layers)
-            self._following.open(self.stats, None if warm is None else Path(warm))
-            if record is not None:
-                self._recorder = Recorder(Path(record), self.spec, self.version)
-        except BaseException:
-            self._closing.set()
-            self._following.close()
-            raise
         self._workers = Workers(max_steps, "engrampool")
         self._deadlines = Deadlines()
         self._forked: ForkedError | None = None
         self._made_by = os.getpid()
-        _clients.add(self)
+        files = [None if path is None else Path(path) for path in (config, tokenizer, warm, record)]
+        self._begin_connecting(partial(self._connect, model, version, min(connect_timeout_s, LONGEST_S), *files))
+
+    def _begin_connecting(self, connect: Callable[[], None]) -> None:
+        """Here and now; the client of asyncio does it later, and elsewhere."""
+        connect()
+
+    def _connect(
+        self,
+        model: str | None,
+        version: str | None,
+        timeout_s: float,
+        config: Path | None,
+        tokenizer: Path | None,
+        warm: Path | None,
+        record: Path | None,
+    ) -> None:
+        """Find out what is served, and be ready for lookups. `close`, in any thread, ends it by a PoolError."""
+        try:
+            # Of every version that is followed: hashing and layout must not change under a model that runs.
+            self.spec = self._following.connect(model, version, timeout_s).spec
+            check_fingerprint(self.spec, config, tokenizer)
+            self.stats = Stats(self.spec.layers)
+            self._following.open(self.stats, warm)
+            if record is not None:
+                self._recorder = Recorder(record, self.spec, self.version)
+            if self._closing.is_set():
+                raise PoolError("the client was closed")
+            _clients.add(self)
+        except BaseException as error:
+            closed = self._closing.is_set()
+            self.close()
+            if closed and isinstance(error, Exception):  # gRPC has its own ways to say that a channel is closed
+                raise PoolError("the client was closed while it connected") from error
+            raise
 
     @property
     def served(self) -> ServedModel:
@@ -230,6 +252,22 @@ class Client:
     def breaker_open(self) -> bool:
         """Whether lookups fail at once, as a server that they need is away."""
         return self._shards.breaker_open
+
+    def status(self) -> ClientStatus:
+        """What there is to know of the client now, as JSON types: its servers, and why one is not used or not attached.
+
+        docs/CLIENT.md lists the keys. No server is asked, and no lock is waited for. Never fails: of a client that is
+        closed, or another process's, "why_unusable" says so.
+        """
+        return client_status(self._following, self.stats, self._workers, self._hashing, self._why_unusable())
+
+    def _why_unusable(self) -> str | None:
+        if self._forked is not None:
+            return str(self._forked)
+        return "the client is closed" if self._closing.is_set() else None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {brief(self.status())}>"
 
     @property
     def _shards(self) -> Shards:

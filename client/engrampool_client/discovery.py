@@ -116,7 +116,7 @@ class Servers:
                 failure = UnavailableError(f"no registry was there within {timeout_s} s: {error}")
             except UnknownVersionError as error:
                 failure = error
-            if time.monotonic() + _PAUSE_S >= deadline:
+            if self._closed.is_set() or time.monotonic() + _PAUSE_S >= deadline:
                 raise failure
             self._closed.wait(_PAUSE_S)
         self._follower = threading.Thread(target=self._follow, name="engrampool-registry", daemon=True)

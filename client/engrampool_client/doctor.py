@@ -16,6 +16,7 @@ from engrampool_client.diagnosis import WORTH, Doctor, Phase, Report, Verdict, b
 from engrampool_client.errors import BatchError, RecordError, SpecError
 from engrampool_client.record import Recording
 from engrampool_client.replay import Clock, Text, phases_of_recording, phases_of_text
+from engrampool_client.status import lines
 from engrampool_proto.hashing import TokenBatch
 
 EXPOSED = 3
@@ -24,7 +25,10 @@ _YOUNG = "lookups were still making the process larger, which costs time and end
 
 def print_report(report: Report) -> None:
     """For people."""
-    click.echo(f"{report.model} {report.version} on {report.server}; lookups go over: {report.lane}")
+    status = report.status
+    click.echo(f"{report.model} {report.version} on {status['target']}; lookups go over: {status['lane']}")
+    for line in lines(status):
+        click.echo(f"  {line}")
     at = f"p{report.percentile:g}"
     for phase in report.phases:
         click.echo(f"\n{_title(phase)}")

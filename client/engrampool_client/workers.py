@@ -68,6 +68,16 @@ class Workers:
                     raise
             return True
 
+    @property
+    def asking(self) -> int:
+        """Jobs that have a place."""
+        return len(self._asking)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for a place, or to be planned."""
+        return sum(map(len, (*self._new, *self._planned)))
+
     def close(self, wait: bool = True) -> None:
         """Run what was submitted, take nothing more, and wait for the threads to end.
 
