@@ -217,6 +217,16 @@ def eventually(condition: Callable[[], Any], what: str = "") -> Any:
         time.sleep(0.005)
 
 
+def used(client: Any) -> list[str]:
+    """Addresses of the servers that a client uses."""
+    return [one["address"] for one in client.status()["servers"] if one["used"]]
+
+
+def unused(client: Any) -> dict[str, str]:
+    """Address -> why, of the servers that a client knows and does not use."""
+    return {one["address"]: one["why_unused"] for one in client.status()["servers"] if not one["used"]}
+
+
 class Events(logging.Handler):
     """What was logged, as (event, fields)."""
 

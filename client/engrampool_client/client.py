@@ -259,7 +259,10 @@ class Client:
         docs/CLIENT.md lists the keys. No server is asked, and no lock is waited for. Never fails: of a client that is
         closed, or another process's, "why_unusable" says so.
         """
-        return client_status(self._following, self.stats, self._workers, self._hashing, self._why_unusable())
+        on_failure: OnFailure = "mask" if self._masks else "raise"
+        return client_status(
+            self._following, self.stats, self._workers, self._hashing, on_failure, self._why_unusable()
+        )
 
     def _why_unusable(self) -> str | None:
         if self._forked is not None:

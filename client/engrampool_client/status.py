@@ -89,6 +89,8 @@ class ClientStatus(TypedDict):
     spec_digest: str
     why_unusable: str | None
     hashing: Literal["local", "server"]
+    heads: list[int] | None
+    on_failure: Literal["raise", "mask"]
     lane: Lane
     breaker_open: bool
     servers_in_trouble: int
@@ -99,11 +101,16 @@ class ClientStatus(TypedDict):
 
 
 def client_status(
-    following: Following, stats: Stats, workers: Workers, hashing: Literal["local", "server"], why_unusable: str | None
+    following: Following,
+    stats: Stats,
+    workers: Workers,
+    hashing: Literal["local", "server"],
+    on_failure: Literal["raise", "mask"],
+    why_unusable: str | None,
 ) -> ClientStatus:
     """Of a client that is made of these."""
     now = following.current
-    servers, cache, spec = servers_status(now), now.cache, now.served.spec
+    servers, cache, spec, heads = servers_status(now), now.cache, now.served.spec, now.layout.heads
     return {
         "target": following.servers.text,
         "model": spec.name,
@@ -111,6 +118,8 @@ def client_status(
         "spec_digest": spec.digest,
         "why_unusable": why_unusable,
         "hashing": hashing,
+        "heads": None if heads is None else [heads.start, heads.stop],
+        "on_failure": on_failure,
         "lane": "attached" if now.shards.attached and hashing == "local" else _wire(now),
         "breaker_open": now.shards.breaker_open,
         "servers_in_trouble": sum(one["trouble"] is not None for one in servers),
