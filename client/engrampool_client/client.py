@@ -4,7 +4,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -160,7 +160,7 @@ class Client:
         )
         if keep_memory:
             pin_malloc()
-        servers = Servers([target] if isinstance(target, str) else list(target))
+        servers = Servers(list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target])
         self.target, self._hashing, self._timeout_s, self._spin_s = servers.text, hashing, timeout_s, spin_s
         self._masks = on_failure == "mask"
         self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes

@@ -34,6 +34,8 @@ class Servers:
         if not targets:
             raise ValueError("target must name a server at least")
         for target in targets:
+            if not isinstance(target, str) or not target.strip():
+                raise ValueError(f"target must be HOST:PORT or a URL, or a list of such; {target!r} is neither")
             scheme, url, _ = target.partition("://")
             if url and scheme not in _OTHER_SCHEMES and not target.startswith((SCHEME, _RAY)):
                 raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEME}HOST:PORT")
