@@ -269,6 +269,9 @@ class Client:
             return str(self._forked)
         return "the client is closed" if self._closing.is_set() else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a client has connections and threads, and cannot be copied or saved: make another")
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {brief(self.status())}>"
 
