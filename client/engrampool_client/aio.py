@@ -18,6 +18,7 @@ from engrampool_client.endpoint import Attach
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError
 from engrampool_client.exchange import Hashing, IntArray, Out, Rows, Valid
 from engrampool_client.served import ServedModel
+from engrampool_client.settings import wait_limit_s
 from engrampool_client.stats import Stats
 from engrampool_client.status import ClientStatus, brief
 from engrampool_client.step import Step
@@ -73,6 +74,7 @@ class AsyncStep:
         """Wait for one layer only: uint8 [T, heads, row_bytes], read-only. Raises as `Step.rows` does."""
         self.step.check_layer(layer)
         begin = time.perf_counter()
+        timeout_s = wait_limit_s(timeout_s)
         remaining_s = self.step.deadline - time.monotonic()
         limit_s = remaining_s if timeout_s is None else min(timeout_s, remaining_s)
         try:

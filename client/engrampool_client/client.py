@@ -22,19 +22,30 @@ from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Attach, Ways
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import (
+    BatchError,
     ForkedError,
     OverloadedError,
     PoolError,
     StepCancelledError,
 )
-from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, check_outs, token_batch, zeros
+from engrampool_client.exchange import (
+    Exchange,
+    Hashing,
+    IntArray,
+    Out,
+    Rows,
+    by_layer,
+    check_outs,
+    token_batch,
+    zeros,
+)
 from engrampool_client.following import Following
-from engrampool_client.generation import Generation, How
+from engrampool_client.generation import Generation, How, columns
 from engrampool_client.plan import Layout, Plan
 from engrampool_client.record import Recorder
 from engrampool_client.run import Lookup, MakePlan
 from engrampool_client.served import ServedModel
-from engrampool_client.settings import LONGEST_S, check_settings
+from engrampool_client.settings import LONGEST_S, check_number, check_settings
 from engrampool_client.shards import Shards
 from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
@@ -142,6 +153,12 @@ class Client:
                 "attach": (attach, ("auto", "off")),
                 "direct": (direct, ("auto", "off")),
             },
+            whole={
+                "max_steps": max_steps,
+                "connections": connections,
+                "cache_bytes": cache_bytes,
+                "breaker_failures": breaker_failures,
+            },
             positive={
                 "timeout_s": timeout_s,
                 "connect_timeout_s": connect_timeout_s,
@@ -158,6 +175,7 @@ class Client:
             },
             local_only={"heads": heads, "cache_bytes": cache_bytes, "warm": warm} if plain else {},
         )
+        heads = columns(heads)
         if keep_memory:
             pin_malloc()
         servers = Servers(list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target])
@@ -334,7 +352,7 @@ class Client:
         out, timeout_s, ahead: as for `prefetch`; out of these shapes.
         Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
-        owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in rows.items()}
+        owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in by_layer("rows", rows).items()}
         return self._submit(*self._by_rows(owned, out, timeout_s, bounded=True), ahead)
 
     def lookup(
@@ -357,7 +375,7 @@ class Client:
         self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
     ) -> dict[int, Rows]:
         """`prefetch_rows` and wait, in the caller's own thread: layer -> uint8 [*ids.shape, row_bytes]."""
-        return self._wait_for(*self._by_rows(rows, out, timeout_s))
+        return self._wait_for(*self._by_rows(by_layer("rows", rows), out, timeout_s))
 
     def amend(
         self,
@@ -394,7 +412,7 @@ class Client:
         """
         wanted = self._layers(layers)
         shapes = self._shapes(num_tokens, wanted)
-        check_outs(self.spec, out or {}, shapes)
+        check_outs(self.spec, out, shapes)
         delivery, blank = Delivery(wanted), zeros(shapes, out)
         rows = {layer: blank(layer) for layer in wanted}
         for layer, (_, valid) in rows.items():
@@ -446,8 +464,11 @@ class Client:
     # --- from batches to lookups
 
     def _layers(self, layers: Sequence[int] | None) -> list[int]:
-        wanted = self.spec.layers if layers is None else layers
-        return sorted({self.spec.table(layer).layer for layer in wanted})
+        if layers is None:
+            return list(self.spec.layers)
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise BatchError(f"layers must be a sequence of layers; it is {layers!r}")
+        return sorted({self.spec.table(layer).layer for layer in layers})
 
     def _shapes(self, num_tokens: int, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
         shapes: dict[int, tuple[int, ...]] = {}
@@ -490,9 +511,11 @@ class Client:
         """Until a step's deadline. Raises ValueError for what is no time to wait."""
         if timeout_s is None:
             timeout_s = self._timeout_s
-        elif not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive; it is {timeout_s}")
-        return min(float(timeout_s), LONGEST_S)  # of whatever kind it is: clocks take no other
+        else:
+            check_number("timeout_s", timeout_s)
+            if not timeout_s > 0:
+                raise ValueError(f"timeout_s must be positive; it is {timeout_s}")
+        return float(min(timeout_s, LONGEST_S))  # of whatever kind it is: clocks take no other
 
     def _ended(self, delivery: Delivery) -> None:
         masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in list(delivery.valid.items())}
@@ -510,7 +533,7 @@ class Client:
     ) -> tuple[Step, MakePlan]:
         wanted = self._layers(layers)
         shapes = self._shapes(batch.num_tokens, wanted)
-        check_outs(self.spec, out or {}, shapes)
+        check_outs(self.spec, out, shapes)
         hint = None if self.cache is None else partial(self._hint, batch)
         step = self._step(wanted, shapes, out, timeout_s, bounded, hint)
         delivery = step.delivery
@@ -531,15 +554,19 @@ class Client:
     ) -> tuple[Step, MakePlan]:
         wanted = sorted(self.spec.table(layer).layer for layer in rows)
         # What is no array is refused where the ids are looked at.
-        shapes = {layer: (*np.shape(rows[layer]), self.spec.table(layer).row_bytes) for layer in wanted}
-        check_outs(self.spec, out or {}, shapes)
+        arrays = {layer: ids for layer, ids in rows.items() if isinstance(ids, np.ndarray)}
+        shapes = {
+            layer: (*(arrays[layer].shape if layer in arrays else ()), self.spec.table(layer).row_bytes)
+            for layer in wanted
+        }
+        check_outs(self.spec, out, shapes)
         step = self._step(wanted, shapes, out, timeout_s, bounded)
         delivery = step.delivery
         if self._recorder is not None:
             self._recorder.rows(rows)
 
         def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
-            num_tokens = max(len(rows[layer]) if np.ndim(rows[layer]) else 0 for layer in wanted)
+            num_tokens = max((len(ids) for ids in arrays.values() if ids.ndim), default=0)
             planner = by.planner_for(num_tokens)
             planned = None if planner is None else planner.of_rows(delivery, rows, out)
             if planned is not None:

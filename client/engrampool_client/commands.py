@@ -164,6 +164,7 @@ def read_tokens(path: Path) -> npt.NDArray[np.int32]:
 
 def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
     """All or nothing: a full disk leaves no half file under the name asked for. Rows and row ids tell n-grams."""
+    private_files.check_replaceable(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with private_files.create(partial) as file:

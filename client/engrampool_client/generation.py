@@ -85,14 +85,15 @@ class Generation:
         self.shards.close()
 
 
-def columns(heads: Any, most: int) -> tuple[int, int] | None:
-    """Heads as (start, stop), None for all. Raises ValueError unless they are two integers within 0 .. most."""
+def columns(heads: Any, most: int | None = None) -> tuple[int, int] | None:
+    """Heads as (start, stop), None for all. Raises ValueError unless they are two integers, start < stop <= most."""
     if heads is None:
         return None
     try:
         start, stop = map(index, heads)
     except (TypeError, ValueError):
         start = stop = -1
-    if not 0 <= start < stop <= most:
-        raise ValueError(f"heads must be two integers (start, stop) within 0 .. {most}, not empty; it is {heads!r}")
+    if not 0 <= start < stop or (most is not None and stop > most):
+        within = "" if most is None else f" within 0 .. {most}"
+        raise ValueError(f"heads must be two integers (start, stop){within}, not empty; it is {heads!r}")
     return start, stop

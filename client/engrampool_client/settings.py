@@ -1,6 +1,8 @@
 """What both clients share of how they connect and call."""
 
 from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
 
 from engrampool_proto.wire import SERVICE
 
@@ -27,23 +29,43 @@ RETRY_LOADING_S = 0.2
 
 def check_settings(
     one_of: Mapping[str, tuple[str, tuple[str, ...]]],
+    whole: Mapping[str, int],
     positive: Mapping[str, float],
     not_negative: Mapping[str, float],
     local_only: Mapping[str, object],
 ) -> None:
     """Raise ValueError naming the setting that is out of its range.
 
-    local_only: settings that cannot do anything where the server hashes.
+    whole: those that count something. local_only: settings that cannot do anything where the server hashes.
     """
     for name, (value, allowed) in one_of.items():
         if value not in allowed:
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, not {value!r}")
-    for name, number in positive.items():
-        if not number > 0:
-            raise ValueError(f"{name} must be positive; it is {number}")
-    for name, number in not_negative.items():
-        if not number >= 0:
-            raise ValueError(f"{name} must be 0 or more; it is {number}")
+    for name, count in whole.items():
+        if not isinstance(count, Integral):
+            raise ValueError(f"{name} must be an integer; it is {count!r}")
+    for name, number in {**positive, **not_negative}.items():
+        check_number(name, number)
+        if number < 0 or (name in positive and not number):
+            raise ValueError(f"{name} must be {'positive' if name in positive else '0 or more'}; it is {number}")
     for name, given in local_only.items():
         if given:
             raise ValueError(f"{name} must be left out where the server hashes (hashing='server')")
+
+
+def check_number(name: str, number: Any) -> None:
+    """Raise ValueError for what cannot be compared with a number: text, an array, None, nan."""
+    try:
+        if number > 0 or number <= 0:
+            return
+    except (TypeError, ValueError):  # ValueError: of an array
+        pass
+    raise ValueError(f"{name} must be a number; it is {number!r}")
+
+
+def wait_limit_s(timeout_s: Any) -> float | None:
+    """How long a caller waits, as a float that clocks take; None for no limit. Raises ValueError unless it is that."""
+    if timeout_s is None:
+        return None
+    check_number("timeout_s", timeout_s)
+    return float(max(min(timeout_s, LONGEST_S), -LONGEST_S))

@@ -233,7 +233,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     if index.exists():
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} cannot be read as an index of tensors: {error!r}") from error
         if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
             raise CheckpointError(f"{index}: weight_map must give each tensor the name of a file beside it")
