@@ -45,7 +45,7 @@ from engrampool_client.plan import Layout, Plan
 from engrampool_client.record import Recorder
 from engrampool_client.run import Lookup, MakePlan
 from engrampool_client.served import ServedModel
-from engrampool_client.settings import LONGEST_S, check_number, check_settings
+from engrampool_client.settings import LONGEST_S, check_positive, check_settings
 from engrampool_client.shards import Shards
 from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
@@ -512,9 +512,7 @@ class Client:
         if timeout_s is None:
             timeout_s = self._timeout_s
         else:
-            check_number("timeout_s", timeout_s)
-            if not timeout_s > 0:
-                raise ValueError(f"timeout_s must be positive; it is {timeout_s}")
+            check_positive("timeout_s", timeout_s)
         return float(min(timeout_s, LONGEST_S))  # of whatever kind it is: clocks take no other
 
     def _ended(self, delivery: Delivery) -> None:

@@ -44,23 +44,30 @@ def check_settings(
     for name, count in whole.items():
         if not isinstance(count, Integral):
             raise ValueError(f"{name} must be an integer; it is {count!r}")
-    for name, number in {**positive, **not_negative}.items():
+    for name, number in positive.items():
+        check_positive(name, number)
+    for name, number in not_negative.items():
         check_number(name, number)
-        if number < 0 or (name in positive and not number):
-            raise ValueError(f"{name} must be {'positive' if name in positive else '0 or more'}; it is {number}")
+        if not number >= 0:
+            raise ValueError(f"{name} must be 0 or more; it is {number}")
     for name, given in local_only.items():
         if given:
             raise ValueError(f"{name} must be left out where the server hashes (hashing='server')")
 
 
 def check_number(name: str, number: Any) -> None:
-    """Raise ValueError for what cannot be compared with a number: text, an array, None, nan."""
+    """Raise ValueError for what cannot be compared with a number: text, an array, None."""
     try:
-        if number > 0 or number <= 0:
-            return
-    except (TypeError, ValueError):  # ValueError: of an array
-        pass
-    raise ValueError(f"{name} must be a number; it is {number!r}")
+        bool(number > 0)
+    except (TypeError, ValueError, ArithmeticError) as error:  # of an array, and of a decimal that is none
+        raise ValueError(f"{name} must be a number; it is {number!r}") from error
+
+
+def check_positive(name: str, number: Any) -> None:
+    """Raise ValueError for what is no number above 0."""
+    check_number(name, number)
+    if not number > 0:
+        raise ValueError(f"{name} must be positive; it is {number}")
 
 
 def wait_limit_s(timeout_s: Any) -> float | None:
@@ -68,4 +75,6 @@ def wait_limit_s(timeout_s: Any) -> float | None:
     if timeout_s is None:
         return None
     check_number("timeout_s", timeout_s)
+    if timeout_s != timeout_s:  # of any kind of number
+        raise ValueError("timeout_s must be a number of seconds; it is nan")
     return float(max(min(timeout_s, LONGEST_S), -LONGEST_S))

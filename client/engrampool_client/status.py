@@ -34,7 +34,7 @@ class RowsStatus(TypedDict):
 
 
 class ServerStatus(TypedDict):
-    """One server. Of one that is not used, `shard`, `lane`, `breaker` and `server_version` are None."""
+    """One server. Of one that is not used, whatever only the others have is None."""
 
     address: str
     used: bool
@@ -42,6 +42,8 @@ class ServerStatus(TypedDict):
     trouble: str | None
     shard: int | None
     rows: list[RowsStatus]
+    max_rows: int | None
+    max_answer_bytes: int | None
     lane: Lane | None
     why_not_attached: str | None
     why_not_direct: str | None
@@ -62,12 +64,13 @@ class RegistryStatus(TypedDict):
 
 
 class StepsStatus(TypedDict):
-    """Steps that have not ended. asking: they have a place; waiting: they wait for one, or to be planned."""
+    """Steps that have not ended. new: not planned yet; waiting: for a place, from which the others are asking."""
 
     in_flight: int
     pending_bytes: int
-    asking: int
+    new: int
     waiting: int
+    asking: int
 
 
 class CacheStatus(TypedDict):
@@ -128,8 +131,9 @@ def client_status(
         "steps": {
             "in_flight": stats.in_flight,
             "pending_bytes": stats.pending_bytes,
-            "asking": workers.asking,
+            "new": workers.new,
             "waiting": workers.waiting,
+            "asking": workers.asking,
         },
         "cache": None if cache is None else _cache(cache),
     }
@@ -198,6 +202,8 @@ def _used(endpoint: Endpoint, shard: int) -> ServerStatus:
         "trouble": _trouble(endpoint),
         "shard": shard,
         "rows": [{"layer": layer, "start": rows[0], "stop": rows[1]} for layer, rows in sorted(served.parts.items())],
+        "max_rows": served.max_rows,
+        "max_answer_bytes": served.max_answer_bytes,
         "lane": endpoint.lane,
         "why_not_attached": endpoint.why_not_attached,
         "why_not_direct": endpoint.why_not_direct,
@@ -221,6 +227,8 @@ def _unused(address: str, why: str | None) -> ServerStatus:
         "trouble": why or _NO_ANSWER,
         "shard": None,
         "rows": [],
+        "max_rows": None,
+        "max_answer_bytes": None,
         "lane": None,
         "why_not_attached": None,
         "why_not_direct": None,

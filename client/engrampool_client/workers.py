@@ -75,8 +75,13 @@ class Workers:
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait for a place, or to be planned."""
-        return sum(map(len, (*self._new, *self._planned)))
+        """Jobs that are planned, and wait for a place."""
+        return sum(map(len, self._planned))
+
+    @property
+    def new(self) -> int:
+        """Jobs that wait to be planned."""
+        return sum(map(len, self._new))
 
     def close(self, wait: bool = True) -> None:
         """Run what was submitted, take nothing more, and wait for the threads to end.

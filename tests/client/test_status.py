@@ -47,7 +47,7 @@ def test_every_value_is_plain_and_every_key_is_there(server, spec):
         assert status["spec_digest"] == spec.digest
         assert (status["hashing"], status["heads"], status["on_failure"]) == ("local", [2, 5], "raise")
         assert status["lane"] == "direct"
-        assert status["steps"] == {"in_flight": 0, "pending_bytes": 0, "asking": 0, "waiting": 0}
+        assert status["steps"] == {"in_flight": 0, "pending_bytes": 0, "new": 0, "waiting": 0, "asking": 0}
         assert status["cache"]["misses"] == client.cache.misses > 0
         one = only_server(client)
         assert (one["used"], one["why_unused"], one["trouble"], one["shard"]) == (True, None, None, 0)
@@ -165,7 +165,7 @@ def test_it_tells_while_every_place_is_taken_and_the_servers_hold_back(tmp_path,
             gate.wait_begun(2)
             eventually(lambda: client.status()["steps"]["waiting"] == 3, "the others wait for a place")
             held = client.status()["steps"]
-            assert held == {"in_flight": 5, "pending_bytes": 5 * 2000 * 264, "asking": 2, "waiting": 3}
+            assert held == {"in_flight": 5, "pending_bytes": 5 * 2000 * 264, "new": 0, "waiting": 3, "asking": 2}
             gate.open.set()
             for step in steps:
                 step.wait()
