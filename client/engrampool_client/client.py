@@ -45,7 +45,7 @@ from engrampool_client.plan import Layout, Plan
 from engrampool_client.record import Recorder
 from engrampool_client.run import Lookup, MakePlan
 from engrampool_client.served import ServedModel
-from engrampool_client.settings import LONGEST_S, check_positive, check_settings
+from engrampool_client.settings import bounded_s, check_positive, check_settings
 from engrampool_client.shards import Shards
 from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
@@ -191,7 +191,7 @@ class Client:
         self._forked: ForkedError | None = None
         self._made_by = os.getpid()
         files = [None if path is None else Path(path) for path in (config, tokenizer, warm, record)]
-        self._begin_connecting(partial(self._connect, model, version, min(connect_timeout_s, LONGEST_S), *files))
+        self._begin_connecting(partial(self._connect, model, version, bounded_s(connect_timeout_s), *files))
 
     def _begin_connecting(self, connect: Callable[[], None]) -> None:
         """Here and now; the client of asyncio does it later, and elsewhere."""
@@ -513,7 +513,7 @@ class Client:
             timeout_s = self._timeout_s
         else:
             check_positive("timeout_s", timeout_s)
-        return float(min(timeout_s, LONGEST_S))  # of whatever kind it is: clocks take no other
+        return bounded_s(timeout_s)
 
     def _ended(self, delivery: Delivery) -> None:
         masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in list(delivery.valid.items())}

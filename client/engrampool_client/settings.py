@@ -77,4 +77,12 @@ def wait_limit_s(timeout_s: Any) -> float | None:
     check_number("timeout_s", timeout_s)
     if timeout_s != timeout_s:  # of any kind of number
         raise ValueError("timeout_s must be a number of seconds; it is nan")
-    return float(max(min(timeout_s, LONGEST_S), -LONGEST_S))
+    return bounded_s(timeout_s)
+
+
+def bounded_s(seconds: Any) -> float:
+    """A number of any kind as a float that clocks take, within LONGEST_S."""
+    try:
+        return max(-LONGEST_S, min(float(seconds), LONGEST_S))
+    except OverflowError:  # an integer that no float holds
+        return LONGEST_S if seconds > 0 else -LONGEST_S
