@@ -34,7 +34,7 @@ def check_settings(
     not_negative: Mapping[str, float],
     local_only: Mapping[str, object],
 ) -> None:
-    """Raise ValueError naming the setting that is out of its range.
+    """Raise ValueError naming the setting that is out of its range, TypeError one that is no number.
 
     whole: those that count something. local_only: settings that cannot do anything where the server hashes.
     """
@@ -56,22 +56,22 @@ def check_settings(
 
 
 def check_number(name: str, number: Any) -> None:
-    """Raise ValueError for what cannot be compared with a number: text, an array, None."""
+    """Raise TypeError for what cannot be compared with a number: text, an array, None."""
     try:
         bool(number > 0)
     except (TypeError, ValueError, ArithmeticError) as error:  # of an array, and of a decimal that is none
-        raise ValueError(f"{name} must be a number; it is {number!r}") from error
+        raise TypeError(f"{name} must be a number; it is {number!r}") from error
 
 
 def check_positive(name: str, number: Any) -> None:
-    """Raise ValueError for what is no number above 0."""
+    """Raise TypeError for what is no number, ValueError for one that is not above 0."""
     check_number(name, number)
     if not number > 0:
         raise ValueError(f"{name} must be positive; it is {number}")
 
 
 def wait_limit_s(timeout_s: Any) -> float | None:
-    """How long a caller waits, as a float that clocks take; None for no limit. Raises ValueError unless it is that."""
+    """How long a caller waits, as a float that clocks take; None for no limit. Raises TypeError, ValueError."""
     if timeout_s is None:
         return None
     check_number("timeout_s", timeout_s)

@@ -104,7 +104,7 @@ def test_arrays_that_share_memory_are_refused(client):
 def test_settings_that_cannot_be_are_refused_before_anybody_is_asked(settings, text):
     """Nobody listens there: a client that asked would say that."""
     for kind in (Client, AsyncClient):
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises((ValueError, TypeError), match=text):
             kind(**{"target": "127.0.0.1:1", "connect_timeout_s": 3600.0, **settings})
 
 
@@ -119,7 +119,7 @@ def test_any_number_is_a_time_to_wait(client, server):
     with Client(server, timeout_s=2**2000, connect_timeout_s=2**2000, retry_s=2**2000, attach="off") as other:
         assert other.lookup([7])[1].shape == (1, *ROW)
     for wrong in (float("nan"), "1", np.zeros(2)):
-        with pytest.raises(ValueError, match=r"timeout_s must be (a number|positive)"):
+        with pytest.raises((ValueError, TypeError), match=r"timeout_s must be (a number|positive)"):
             client.lookup([7], timeout_s=wrong)
 
 
@@ -134,9 +134,9 @@ def test_a_wait_that_is_over_at_once_or_no_time_says_so(monkeypatch, tmp_path):
             with pytest.raises(DeadlineError, match="not there within"):
                 step.rows(2, timeout_s=limit)
         for wrong in (float("nan"), np.float32("nan"), Decimal("nan"), "1", np.zeros(2)):
-            with pytest.raises(ValueError, match="timeout_s must be a number"):
+            with pytest.raises((ValueError, TypeError), match="timeout_s must be a number"):
                 step.rows(2, timeout_s=wrong)
-            with pytest.raises(ValueError, match="timeout_s must be a number"):
+            with pytest.raises((ValueError, TypeError), match="timeout_s must be a number"):
                 step.wait(wrong)
         gate.open.set()
         step.wait()
