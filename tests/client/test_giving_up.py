@@ -338,6 +338,7 @@ def test_a_child_is_told_that_the_client_is_its_parents_and_takes_nothing_from_i
                 except Exception as error:
                     refused.append(f"{type(error).__name__} {os.getpid() if str(os.getpid()) in str(error) else 0}")
             good = refused == [f"ForkedError {os.getpid()}"] * len(asks)
+            good &= "made in process" in (client.status()["why_unusable"] or "") and "made in process" in repr(client)
             # What was there is the child's as well; and giving up is of no effect on the parent.
             good &= np.array_equal(there.rows(14), expected(client.spec, FEW)[14])
             step.cancel()
