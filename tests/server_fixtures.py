@@ -217,6 +217,40 @@ def eventually(condition: Callable[[], Any], what: str = "") -> Any:
         time.sleep(0.005)
 
 
+def used(client: Any) -> list[str]:
+    """Addresses of the servers that a client uses."""
+    return [one["address"] for one in client.status()["servers"] if one["used"]]
+
+
+def unused(client: Any) -> dict[str, str]:
+    """Address -> why, of the servers that a client knows and does not use."""
+    return {one["address"]: one["why_unused"] for one in client.status()["servers"] if not one["used"]}
+
+
+def columns_of(client: Any) -> slice:
+    """The heads that a client has, of all."""
+    heads = client.status()["heads"]
+    return slice(None) if heads is None else slice(*heads)
+
+
+def at_work(client: Any) -> tuple[int, int, int]:
+    """Lookups that a client is to plan, that wait for a place, and that have one."""
+    steps = client.status()["steps"]
+    return steps["new"], steps["waiting"], steps["asking"]
+
+
+def breaker_of(client: Any) -> dict[str, Any]:
+    """What a client says of the breaker of its only server."""
+    (server,) = client.status()["servers"]
+    return dict(server["breaker"])
+
+
+def direct_of(client: Any) -> tuple[int, int]:
+    """Connections of the direct lane to a client's only server: now, and opened so far."""
+    (server,) = client.status()["servers"]
+    return server["direct_connections"], server["direct_opened"]
+
+
 class Events(logging.Handler):
     """What was logged, as (event, fields)."""
 

@@ -96,7 +96,7 @@ class Sweep:
         how = {"out": out, "timeout_s": timeout_s}
         kinds = ["prefetch", "prefetch", "lookup", "await", "interrupt"]
         kind = self.random.choice(kinds)
-        by_rows = client._hashing == "local" and self.random.random() < 0.3
+        by_rows = client.status()["hashing"] == "local" and self.random.random() < 0.3
         self.seen[kind] += 1
         what: Any = ids if by_rows else batch.tokens
         try:
@@ -184,7 +184,11 @@ class Sweep:
         for layer, (rows, valid) in came.items():
             wanted = self.tables[layer][ids[layer]]
             if valid is None:  # of a lookup that masks, tokens without rows have zeros, and no row is all zero
-                valid = rows.reshape(len(rows), -1).any(axis=1) if client._masks else np.ones(len(rows), np.bool_)
+                valid = (
+                    rows.reshape(len(rows), -1).any(axis=1)
+                    if client.status()["on_failure"] == "mask"
+                    else np.ones(len(rows), np.bool_)
+                )
             assert np.array_equal(rows[valid], wanted[valid]), f"layer {layer}: wrong rows"
             assert not rows[~valid].any(), f"layer {layer}: rows of tokens that have none"
 

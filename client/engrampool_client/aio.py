@@ -1,19 +1,26 @@
 """The asyncio client: `Client`'s calls, awaited. Its lookups run in the threads of a `Client`, which are a few."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy.typing as npt
 
-from engrampool_client.client import Client
-from engrampool_client.errors import DeadlineError
-from engrampool_client.exchange import IntArray, Out, Rows, Valid
+from engrampool_client.client import Client, OnFailure
+from engrampool_client.direct import Direct
+from engrampool_client.endpoint import Attach
+from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError
+from engrampool_client.exchange import Hashing, IntArray, Out, Rows, Valid
 from engrampool_client.served import ServedModel
+from engrampool_client.settings import wait_limit_s
+from engrampool_client.stats import Stats
+from engrampool_client.status import ClientStatus, brief
 from engrampool_client.step import Step
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.wire import ServerTimes
@@ -23,6 +30,9 @@ _MAX_STEPS = 16
 
 class AsyncStep:
     """The rows of one batch on their way, as `Step` is, for the event loop that started it.
+
+    To stop waiting for a layer, by a cancelled task or a timeout, takes nothing from others who wait, and leaves the
+    step as it is. `async with` cancels it at the end, however that is reached.
 
     step: what it stands for, which any thread may use.
     """
@@ -34,6 +44,21 @@ class AsyncStep:
         self._settled: dict[int, asyncio.Future[None]] = {layer: loop.create_future() for layer in self.layers}
         # It refers to neither step: one that nobody else refers to is cancelled.
         step.delivery.add_callback(partial(_tell, loop, self._settled))
+
+    @property
+    def deadline(self) -> float:
+        """When every layer is settled at the latest, by time.monotonic."""
+        return self.step.deadline
+
+    @property
+    def error(self) -> EngrampoolError | None:
+        """Why rows are missing, once they are known to be; None as long as they are not."""
+        return self.step.error
+
+    @property
+    def arrived_s(self) -> dict[int, float]:
+        """Layer -> seconds from `prefetch` until its rows were there, for those that are."""
+        return self.step.arrived_s
 
     @property
     def times(self) -> ServerTimes | None:
@@ -49,6 +74,7 @@ class AsyncStep:
         """Wait for one layer only: uint8 [T, heads, row_bytes], read-only. Raises as `Step.rows` does."""
         self.step.check_layer(layer)
         begin = time.perf_counter()
+        timeout_s = wait_limit_s(timeout_s)
         remaining_s = self.step.deadline - time.monotonic()
         limit_s = remaining_s if timeout_s is None else min(timeout_s, remaining_s)
         try:
@@ -78,23 +104,115 @@ class AsyncStep:
         """Give the step up, as `Step.cancel` does."""
         self.step.cancel()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class ClientSettings(TypedDict, total=False):
+    """Keywords of `Client`, which says what they mean; max_steps is 16 by default."""
+
+    config: str | Path | None
+    tokenizer: str | Path | None
+    hashing: Hashing
+    heads: tuple[int, int] | None
+    dedupe: bool
+    cache_bytes: int
+    warm: str | Path | None
+    hint_bytes: int
+    timeout_s: float
+    on_failure: OnFailure
+    breaker_failures: int
+    retry_s: float
+    connect_timeout_s: float
+    max_steps: int
+    max_pending_bytes: int
+    connections: int
+    attach: Attach
+    direct: Direct
+    spin_s: float
+    keep_memory: bool
+    record: str | Path | None
+
 
 class AsyncClient:
-    """`Client` for asyncio. Make one with `await AsyncClient.connect(target, ...)`.
+    """`Client` for asyncio: made in one of two ways, which take the arguments of `Client`.
 
-    client: what it stands for, with all that need not be awaited.
+    async with AsyncClient("memory-node:50051") as pool:
+        rows = await pool.lookup(tokens)
+
+    pool = await AsyncClient.connect("memory-node:50051")
+    ...
+    await pool.close()
+
+    target: as `Client` takes it; or a `Client` that is connected, which is closed with this one.
+
+    To cancel a task that connects ends the connecting, and to cancel one that looks up cancels the step: its place and
+    its memory are free at once.
     """
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
+    def __init__(
+        self,
+        target: str | Sequence[str] | Client,
+        model: str | None = None,
+        version: str | None = None,
+        **settings: Unpack[ClientSettings],
+    ) -> None:
+        """Raises ValueError for settings out of their range, TypeError for one that there is not."""
+        unknown = sorted(settings.keys() - ClientSettings.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"AsyncClient takes no setting {', '.join(unknown)}; see Client for those that there are")
+        self._connecting = False
+        if not isinstance(target, Client):
+            settings.setdefault("max_steps", _MAX_STEPS)
+            self._client: Client = _Later(target, model, version, **settings)
+        elif settings or model is not None or version is not None:
+            raise TypeError("AsyncClient takes no settings beside a Client, which has its own")
+        else:
+            self._client = target
 
     @classmethod
     async def connect(
-        cls, target: str | Sequence[str], model: str | None = None, version: str | None = None, **settings: Any
+        cls,
+        target: str | Sequence[str],
+        model: str | None = None,
+        version: str | None = None,
+        **settings: Unpack[ClientSettings],
     ) -> Self:
-        """Connect and read what is served. Settings and errors are those of `Client`; max_steps is 16 by default."""
-        settings = {"max_steps": _MAX_STEPS, **settings}
-        return cls(await asyncio.to_thread(Client, target, model, version, **settings))
+        """Connect and read what is served. Arguments and errors are those of `Client`."""
+        return await cls(target, model, version, **settings)._connected_one()
+
+    async def _connected_one(self) -> Self:
+        """Itself, once it is connected. Raises what `Client` does."""
+        client = self._client
+        if not isinstance(client, _Later) or client.connected:
+            return self
+        if self._connecting:
+            raise PoolError("this client was connected before, or is about to be: make another")
+        self._connecting = True
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        # A thread of its own: a loop that ends waits for those of its executor.
+        threading.Thread(target=_connect, args=(client, loop, done), name="engrampool-connect", daemon=True).start()
+        try:
+            await done
+        except asyncio.CancelledError:  # nobody gets it, whatever comes of it
+            client.close_soon()
+            raise
+        return self
+
+    @property
+    def client(self) -> Client:
+        """The client that this one stands for, with all that need not be awaited. Raises PoolError until connected."""
+        if isinstance(self._client, _Later) and not self._client.connected:
+            raise PoolError(
+                "this client is not connected: use it in `async with`, or make it by `await AsyncClient.connect(...)`"
+            )
+        return self._client
 
     @property
     def served(self) -> ServedModel:
@@ -111,6 +229,15 @@ class AsyncClient:
         """The version that lookups go by now."""
         return self.client.version
 
+    @property
+    def stats(self) -> Stats:
+        """What the client counts."""
+        return self.client.stats
+
+    def status(self) -> ClientStatus:
+        """As `Client.status`."""
+        return self.client.status()
+
     def prefetch(
         self,
         tokens: IntArray,
@@ -118,18 +245,63 @@ class AsyncClient:
         lookback: IntArray | None = None,
         dead: npt.ArrayLike | None = None,
         lookback_dead: npt.ArrayLike | None = None,
-        **how: Any,
+        *,
+        layers: Sequence[int] | None = None,
+        out: Out | None = None,
+        timeout_s: float | None = None,
+        ahead: bool = False,
     ) -> AsyncStep:
         """Start a lookup and return at once; arguments and errors are those of `Client.prefetch`."""
-        return AsyncStep(self.client.prefetch(tokens, query_start_loc, lookback, dead, lookback_dead, **how))
+        step = self.client.prefetch(
+            tokens,
+            query_start_loc,
+            lookback,
+            dead,
+            lookback_dead,
+            layers=layers,
+            out=out,
+            timeout_s=timeout_s,
+            ahead=ahead,
+        )
+        return AsyncStep(step)
 
-    def prefetch_rows(self, rows: Mapping[int, npt.NDArray[Any]], **how: Any) -> AsyncStep:
+    def prefetch_rows(
+        self,
+        rows: Mapping[int, npt.NDArray[Any]],
+        *,
+        out: Out | None = None,
+        timeout_s: float | None = None,
+        ahead: bool = False,
+    ) -> AsyncStep:
         """Start a lookup by row ids; arguments and errors are those of `Client.prefetch_rows`."""
-        return AsyncStep(self.client.prefetch_rows(rows, **how))
+        return AsyncStep(self.client.prefetch_rows(rows, out=out, timeout_s=timeout_s, ahead=ahead))
 
-    def amend(self, step: AsyncStep, tokens: IntArray, *batch: Any, **how: Any) -> AsyncStep:
-        """As `Client.amend`."""
-        return AsyncStep(self.client.amend(step.step, tokens, *batch, **how))
+    def amend(
+        self,
+        step: AsyncStep,
+        tokens: IntArray,
+        query_start_loc: IntArray | None = None,
+        lookback: IntArray | None = None,
+        dead: npt.ArrayLike | None = None,
+        lookback_dead: npt.ArrayLike | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        out: Out | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncStep:
+        """Start a step in place of `step`; arguments and errors are those of `Client.amend`."""
+        amended = self.client.amend(
+            step.step,
+            tokens,
+            query_start_loc,
+            lookback,
+            dead,
+            lookback_dead,
+            layers=layers,
+            out=out,
+            timeout_s=timeout_s,
+        )
+        return AsyncStep(amended)
 
     async def lookup(
         self,
@@ -138,28 +310,73 @@ class AsyncClient:
         lookback: IntArray | None = None,
         dead: npt.ArrayLike | None = None,
         lookback_dead: npt.ArrayLike | None = None,
-        **how: Any,
+        *,
+        layers: Sequence[int] | None = None,
+        out: Out | None = None,
+        timeout_s: float | None = None,
     ) -> dict[int, Rows]:
-        """`prefetch` and wait: layer -> uint8 [T, heads, row_bytes]."""
-        return await _all_rows(self.prefetch(tokens, query_start_loc, lookback, dead, lookback_dead, **how))
+        """`prefetch` and wait: layer -> uint8 [T, heads, row_bytes]. Whoever cancels it cancels the step."""
+        step = self.prefetch(
+            tokens, query_start_loc, lookback, dead, lookback_dead, layers=layers, out=out, timeout_s=timeout_s
+        )
+        return await _all_rows(step)
 
     async def lookup_rows(
         self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
     ) -> dict[int, Rows]:
-        """`prefetch_rows` and wait: layer -> uint8 [*ids.shape, row_bytes]."""
+        """`prefetch_rows` and wait: layer -> uint8 [*ids.shape, row_bytes]. Whoever cancels it cancels the step."""
         return await _all_rows(self.prefetch_rows(rows, out=out, timeout_s=timeout_s))
 
     async def close(self) -> None:
         """End the connections; steps under way fail with StepCancelledError."""
-        await asyncio.to_thread(self.client.close)
+        await asyncio.to_thread(self._client.close)
 
     async def __aenter__(self) -> Self:
-        return self
+        return await self._connected_one()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def __repr__(self) -> str:
+        client = self._client
+        if isinstance(client, _Later) and not client.connected:
+            return f"<AsyncClient on {client.target}, not connected>"
+        return f"<AsyncClient {brief(client.status())}>"
+
+
+class _Later(Client):
+    """One that connects when it is told to. connected: whether it has."""
+
+    connected = False
+
+    def _begin_connecting(self, connect: Callable[[], None]) -> None:
+        self._connect_now: Callable[[], None] | None = connect
+
+    def connect_now(self) -> None:
+        """Connect, in this thread, once. Raises as `Client` does."""
+        connect, self._connect_now = self._connect_now, None  # it refers to this client
+        assert connect is not None
+        connect()
+        self.connected = True
+
+    def close_soon(self) -> None:
+        """Close it without waiting for that."""
+        threading.Thread(target=self.close, name="engrampool-close", daemon=True).start()
+
+
+def _connect(client: _Later, loop: asyncio.AbstractEventLoop, done: "asyncio.Future[None]") -> None:
+    """In a thread."""
+    failure: BaseException | None = None
+    try:
+        client.connect_now()
+    except BaseException as error:
+        failure = error
+    try:
+        loop.call_soon_threadsafe(_settle, done, failure)
+    except RuntimeError:  # the loop is closed, and nobody waits on it
+        client.close()
 
 
 def _tell(loop: asyncio.AbstractEventLoop, settled: Mapping[int, asyncio.Future[None]], layer: int) -> None:
@@ -168,9 +385,13 @@ def _tell(loop: asyncio.AbstractEventLoop, settled: Mapping[int, asyncio.Future[
         loop.call_soon_threadsafe(_settle, settled[layer])
 
 
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
+def _settle(future: "asyncio.Future[None]", failure: BaseException | None = None) -> None:
+    if future.done():
+        return
+    if failure is None:
         future.set_result(None)
+    else:
+        future.set_exception(failure)
 
 
 async def _all_rows(step: AsyncStep) -> dict[int, Rows]:

@@ -50,6 +50,22 @@ class Breaker:
         """Whether lookups fail at once."""
         return self._refusal is not None
 
+    @property
+    def why_open(self) -> str | None:
+        """Why lookups fail at once; None while they do not."""
+        refusal = self._refusal
+        return None if refusal is None else str(refusal)
+
+    @property
+    def failures(self) -> int:
+        """Lookups in a row that found the server unreachable, loading or silent."""
+        return self._failed
+
+    @property
+    def probing(self) -> bool:
+        """Whether the server is probed now, or will be in a moment."""
+        return self._probing
+
     def check(self) -> None:
         """Raise UnavailableError, reason "breaker-open", while it is open."""
         refusal = self._refusal

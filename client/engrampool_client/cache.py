@@ -281,6 +281,7 @@ class HotRows:
         Do not hold the lock: it is taken here for some entries at a time, and what goes meanwhile is left out. The file
         appears under its name when it is whole. Raises ValueError where `max_bytes` does not hold the index, OSError.
         """
+        private_files.check_replaceable(path)
         with self.lock:
             index = _Index(self._index.keys.copy(), self._index.groups.copy(), self._index.rows.copy())
             ages = self._ages.copy()

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,22 +22,34 @@ from engrampool_client.discovery import Servers
 from engrampool_client.endpoint import Attach, Ways
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import (
+    BatchError,
     ForkedError,
     OverloadedError,
     PoolError,
     StepCancelledError,
 )
-from engrampool_client.exchange import Exchange, Hashing, IntArray, Out, Rows, check_outs, token_batch, zeros
+from engrampool_client.exchange import (
+    Exchange,
+    Hashing,
+    IntArray,
+    Out,
+    Rows,
+    by_layer,
+    check_outs,
+    token_batch,
+    zeros,
+)
 from engrampool_client.following import Following
-from engrampool_client.generation import Generation, How
+from engrampool_client.generation import Generation, How, columns
 from engrampool_client.plan import Layout, Plan
 from engrampool_client.record import Recorder
 from engrampool_client.run import Lookup, MakePlan
 from engrampool_client.served import ServedModel
-from engrampool_client.settings import LONGEST_S, check_settings
+from engrampool_client.settings import bounded_s, check_positive, check_settings
 from engrampool_client.shards import Shards
 from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
+from engrampool_client.status import ClientStatus, brief, client_status
 from engrampool_client.step import Step
 from engrampool_client.workers import Job, Workers
 from engrampool_proto.hashing import TokenBatch
@@ -141,6 +153,12 @@ class Client:
                 "attach": (attach, ("auto", "off")),
                 "direct": (direct, ("auto", "off")),
             },
+            whole={
+                "max_steps": max_steps,
+                "connections": connections,
+                "cache_bytes": cache_bytes,
+                "breaker_failures": breaker_failures,
+            },
             positive={
                 "timeout_s": timeout_s,
                 "connect_timeout_s": connect_timeout_s,
@@ -157,34 +175,56 @@ class Client:
             },
             local_only={"heads": heads, "cache_bytes": cache_bytes, "warm": warm} if plain else {},
         )
+        heads = columns(heads)
         if keep_memory:
             pin_malloc()
-        servers = Servers([target] if isinstance(target, str) else list(target))
+        servers = Servers(list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target])
         self.target, self._hashing, self._timeout_s, self._spin_s = servers.text, hashing, timeout_s, spin_s
-        connect_timeout_s = min(connect_timeout_s, LONGEST_S)
         self._masks = on_failure == "mask"
         self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes
         self._closing = threading.Event()
         ways = Ways(connections, attach, direct, retry_s, breaker_failures, max_steps)
         self._following = Following(servers, How(ways, hashing, heads, dedupe, cache_bytes))
         self._recorder: Recorder | None = None
-        try:
-            # Of every version that is followed: hashing and layout must not change under a model that runs.
-            self.spec = self._following.connect(model, version, connect_timeout_s).spec
-            check_fingerprint(self.spec, config, tokenizer)
-            self.stats = Stats(self.spec.layers)
-            self._following.open(self.stats, None if warm is None else Path(warm))
-            if record is not None:
-                self._recorder = Recorder(Path(record), self.spec, self.version)
-        except BaseException:
-            self._closing.set()
-            self._following.close()
-            raise
         self._workers = Workers(max_steps, "engrampool")
         self._deadlines = Deadlines()
         self._forked: ForkedError | None = None
         self._made_by = os.getpid()
-        _clients.add(self)
+        files = [None if path is None else Path(path) for path in (config, tokenizer, warm, record)]
+        self._begin_connecting(partial(self._connect, model, version, bounded_s(connect_timeout_s), *files))
+
+    def _begin_connecting(self, connect: Callable[[], None]) -> None:
+        """Here and now; the client of asyncio does it later, and elsewhere."""
+        connect()
+
+    def _connect(
+        self,
+        model: str | None,
+        version: str | None,
+        timeout_s: float,
+        config: Path | None,
+        tokenizer: Path | None,
+        warm: Path | None,
+        record: Path | None,
+    ) -> None:
+        """Find out what is served, and be ready for lookups. `close`, in any thread, ends it by a PoolError."""
+        try:
+            # Of every version that is followed: hashing and layout must not change under a model that runs.
+            self.spec = self._following.connect(model, version, timeout_s).spec
+            check_fingerprint(self.spec, config, tokenizer)
+            self.stats = Stats(self.spec.layers)
+            self._following.open(self.stats, warm)
+            if record is not None:
+                self._recorder = Recorder(record, self.spec, self.version)
+            if self._closing.is_set():
+                raise PoolError("the client was closed")
+            _clients.add(self)
+        except BaseException as error:
+            closed = self._closing.is_set()
+            self.close()
+            if closed and isinstance(error, Exception):  # gRPC has its own ways to say that a channel is closed
+                raise PoolError("the client was closed while it connected") from error
+            raise
 
     @property
     def served(self) -> ServedModel:
@@ -230,6 +270,28 @@ class Client:
     def breaker_open(self) -> bool:
         """Whether lookups fail at once, as a server that they need is away."""
         return self._shards.breaker_open
+
+    def status(self) -> ClientStatus:
+        """What there is to know of the client now, as JSON types: its servers, and why one is not used or not attached.
+
+        docs/CLIENT.md lists the keys. No server is asked, and no lock is waited for. Never fails: of a client that is
+        closed, or another process's, "why_unusable" says so.
+        """
+        on_failure: OnFailure = "mask" if self._masks else "raise"
+        return client_status(
+            self._following, self.stats, self._workers, self._hashing, on_failure, self._why_unusable()
+        )
+
+    def _why_unusable(self) -> str | None:
+        if self._forked is not None:
+            return str(self._forked)
+        return "the client is closed" if self._closing.is_set() else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a client has connections and threads, and cannot be copied or saved: make another")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {brief(self.status())}>"
 
     @property
     def _shards(self) -> Shards:
@@ -290,7 +352,7 @@ class Client:
         out, timeout_s, ahead: as for `prefetch`; out of these shapes.
         Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
-        owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in rows.items()}
+        owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in by_layer("rows", rows).items()}
         return self._submit(*self._by_rows(owned, out, timeout_s, bounded=True), ahead)
 
     def lookup(
@@ -313,7 +375,7 @@ class Client:
         self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
     ) -> dict[int, Rows]:
         """`prefetch_rows` and wait, in the caller's own thread: layer -> uint8 [*ids.shape, row_bytes]."""
-        return self._wait_for(*self._by_rows(rows, out, timeout_s))
+        return self._wait_for(*self._by_rows(by_layer("rows", rows), out, timeout_s))
 
     def amend(
         self,
@@ -350,7 +412,7 @@ class Client:
         """
         wanted = self._layers(layers)
         shapes = self._shapes(num_tokens, wanted)
-        check_outs(self.spec, out or {}, shapes)
+        check_outs(self.spec, out, shapes)
         delivery, blank = Delivery(wanted), zeros(shapes, out)
         rows = {layer: blank(layer) for layer in wanted}
         for layer, (_, valid) in rows.items():
@@ -402,8 +464,11 @@ class Client:
     # --- from batches to lookups
 
     def _layers(self, layers: Sequence[int] | None) -> list[int]:
-        wanted = self.spec.layers if layers is None else layers
-        return sorted({self.spec.table(layer).layer for layer in wanted})
+        if layers is None:
+            return list(self.spec.layers)
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise BatchError(f"layers must be a sequence of layers; it is {layers!r}")
+        return sorted({self.spec.table(layer).layer for layer in layers})
 
     def _shapes(self, num_tokens: int, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
         shapes: dict[int, tuple[int, ...]] = {}
@@ -446,9 +511,9 @@ class Client:
         """Until a step's deadline. Raises ValueError for what is no time to wait."""
         if timeout_s is None:
             timeout_s = self._timeout_s
-        elif not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive; it is {timeout_s}")
-        return min(float(timeout_s), LONGEST_S)  # of whatever kind it is: clocks take no other
+        else:
+            check_positive("timeout_s", timeout_s)
+        return bounded_s(timeout_s)
 
     def _ended(self, delivery: Delivery) -> None:
         masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in list(delivery.valid.items())}
@@ -466,7 +531,7 @@ class Client:
     ) -> tuple[Step, MakePlan]:
         wanted = self._layers(layers)
         shapes = self._shapes(batch.num_tokens, wanted)
-        check_outs(self.spec, out or {}, shapes)
+        check_outs(self.spec, out, shapes)
         hint = None if self.cache is None else partial(self._hint, batch)
         step = self._step(wanted, shapes, out, timeout_s, bounded, hint)
         delivery = step.delivery
@@ -487,15 +552,19 @@ class Client:
     ) -> tuple[Step, MakePlan]:
         wanted = sorted(self.spec.table(layer).layer for layer in rows)
         # What is no array is refused where the ids are looked at.
-        shapes = {layer: (*np.shape(rows[layer]), self.spec.table(layer).row_bytes) for layer in wanted}
-        check_outs(self.spec, out or {}, shapes)
+        arrays = {layer: ids for layer, ids in rows.items() if isinstance(ids, np.ndarray)}
+        shapes = {
+            layer: (*(arrays[layer].shape if layer in arrays else ()), self.spec.table(layer).row_bytes)
+            for layer in wanted
+        }
+        check_outs(self.spec, out, shapes)
         step = self._step(wanted, shapes, out, timeout_s, bounded)
         delivery = step.delivery
         if self._recorder is not None:
             self._recorder.rows(rows)
 
         def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
-            num_tokens = max(len(rows[layer]) if np.ndim(rows[layer]) else 0 for layer in wanted)
+            num_tokens = max((len(ids) for ids in arrays.values() if ids.ndim), default=0)
             planner = by.planner_for(num_tokens)
             planned = None if planner is None else planner.of_rows(delivery, rows, out)
             if planned is not None:

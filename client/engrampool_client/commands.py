@@ -5,6 +5,7 @@ Each imports what it needs when it runs, so that help and mistakes are answered 
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from engrampool_client.exchange import Hashing
+    from engrampool_client.client import Client
+    from engrampool_client.exchange import Hashing, Rows
     from engrampool_proto.spec import ModelSpec
 
+# Of rows that are asked for at once.
+_PIECE_BYTES = 64 << 20
 _PATH = click.Path(path_type=Path)
 _TOKENS = click.option("--tokens", required=True, type=_PATH, help="int32 [T] as .npy: one sequence from its start.")
 _OUT = click.option("--out", required=True, type=_PATH, help="The .npz to write.")
@@ -66,26 +70,54 @@ def lookup(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Fetch the rows of a token sequence: uint8 [T, heads, row_bytes], one array a layer, named layer_L."""
+    """Fetch the rows of a token sequence: uint8 [T, heads, row_bytes], one array a layer, named layer_L.
+
+    A long one is asked for in pieces that the server takes; --timeout-s is of each.
+    """
     from engrampool_client.client import Client
 
     ids = read_tokens(tokens)
     settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
     with Client(server, name, version, hashing=hashing, **settings) as pool:  # type: ignore[arg-type]
         begin = time.perf_counter()
-        step = pool.prefetch(ids)
-        step.wait()
-        seconds = time.perf_counter() - begin
-        rows = {f"layer_{layer}": step.rows(layer) for layer in step.layers}
-        times = step.times
+        fetched, server_us = _in_pieces(pool, ids)
         summary = {
             "model": pool.spec.name,
             "version": pool.version,
-            "seconds": round(seconds, 6),
-            "server_us": None if times is None else vars(times),
+            "seconds": round(time.perf_counter() - begin, 6),
+            "server_us": server_us,
         }
+    rows = {f"layer_{layer}": array for layer, array in fetched.items()}
     _write(out, rows)
     _report({**summary, **_shapes(ids, rows), "out": str(out)}, as_json)
+
+
+def _in_pieces(pool: "Client", tokens: "npt.NDArray[np.int32]") -> "tuple[dict[int, Rows], dict[str, int] | None]":
+    """The rows of a sequence [T], by layer, asked for in as many lookups as the server's limits demand.
+
+    Gives the server's times in all, too; None if it was not asked. Raises what lookups raise.
+    """
+    import numpy as np
+
+    spec, served = pool.spec, pool.served
+    heads, nbytes = (
+        sum(table.heads for table in spec.tables),
+        sum(table.heads * table.row_bytes for table in spec.tables),
+    )
+    count = max(1, min(served.max_rows // heads, served.max_answer_bytes // nbytes, _PIECE_BYTES // nbytes))
+    shapes = {table.layer: (len(tokens), table.heads, table.row_bytes) for table in spec.tables}
+    rows = {layer: np.empty(shape, np.uint8) for layer, shape in shapes.items()}
+    # Before the start of the sequence there is none, -1.
+    before = np.concatenate([np.full(spec.lookback, -1, np.int32), tokens])
+    server_us: Counter[str] = Counter()
+    for start in range(0, max(1, len(tokens)), count):
+        piece = tokens[start : start + count]
+        lookback = before[start : start + spec.lookback][None, ::-1]
+        out = {layer: array[start : start + count] for layer, array in rows.items()}
+        step = pool.prefetch(piece, lookback=lookback, out=out)
+        step.wait()
+        server_us.update({} if step.times is None else vars(step.times))
+    return rows, dict(server_us) or None
 
 
 @click.command()
@@ -161,6 +193,7 @@ def _write(path: Path, arrays: "dict[str, npt.NDArray[Any]]") -> None:
     """All or nothing: a full disk leaves no half file under the name asked for. Rows and row ids tell n-grams."""
     import numpy as np
 
+    private_files.check_replaceable(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with private_files.create(partial) as file:

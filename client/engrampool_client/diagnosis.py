@@ -18,6 +18,7 @@ from engrampool_client.errors import EngrampoolError
 from engrampool_client.plan import Layout, Part
 from engrampool_client.replay import Clock, Forward, Play, play
 from engrampool_client.settings import SPLIT_ABOVE_BYTES
+from engrampool_client.status import ClientStatus
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 
@@ -286,15 +287,14 @@ class Tried:
 class Report:
     """All that there is to say.
 
-    lane: what lookups went over. round_trip_s: of a lookup of one row, less the server's time, at the median; None
-    where the server is not asked. cache: by size, ascending. notes: of what was not tried, and why.
+    status: of the client, after what was measured. round_trip_s: of a lookup of one row, less the server's time, at the
+    median; None where the server is not asked. cache: by size, ascending. notes: of what was not tried, and why.
     """
 
     model: str
     version: str
-    server: str
+    status: ClientStatus
     percentile: float
-    lane: str
     round_trip_s: float | None
     phases: list[Phase]
     cache: list[CacheSize]
@@ -318,7 +318,8 @@ class Report:
             plain["remedies"] = self.remedies(phase.name)
         for tried, plain in zip(self.tried, document["tried"], strict=True):
             self._complete(tried.phase, plain["phase"])
-        return {**document, "hidden": self.hidden}
+        server, lane = self.status["target"], self.status["lane"]
+        return {**document, "server": server, "lane": lane, "hidden": self.hidden}
 
     @staticmethod
     def _complete(phase: Phase, plain: dict[str, Any]) -> None:
@@ -353,11 +354,13 @@ class Doctor:
             round_trip_s = round_trip(client)
             budget_s = _AS_IS * self._seconds / len(self._phases)
             measured = [self._measure(client, name, budget_s) for name in self._phases]
-            lane, attachable, direct = lane_of(client), client.served.attach, client.served.direct
+            status, attachable, direct = client.status(), client.served.attach, client.served.direct
         sizes = simulate(spec, heads, self._phases, _SIMULATION * self._seconds)
         notes: list[str] = []
         trials = [
-            (phase, trial) for phase in measured for trial in self._trials(phase, sizes, lane, attachable, direct)
+            (phase, trial)
+            for phase in measured
+            for trial in self._trials(phase, sizes, status["lane"], attachable, direct)
         ]
         tried = []
         for phase, trial in trials:
@@ -365,8 +368,7 @@ class Doctor:
                 tried.append(Tried(trial, self._try(phase, trial, len(trials))))
             except EngrampoolError as error:  # what is only tried must not take the measured verdict away
                 notes.append(f"{trial.name} could not be tried for {phase.name}: {error}")
-        target = str(self._settings["target"])
-        return Report(spec.name, version, target, self._percentile, lane, round_trip_s, measured, sizes, tried, notes)
+        return Report(spec.name, version, status, self._percentile, round_trip_s, measured, sizes, tried, notes)
 
     def _measure(self, client: Client, name: str, seconds: float, *, ahead: bool = False) -> Phase:
         forwards, clock = self._phases[name], self._clocks[name]
@@ -462,10 +464,3 @@ def round_trip(client: Client) -> float | None:
         if step.times is not None and step.elapsed_s is not None:
             beside.append(step.elapsed_s - step.times.total_us / 1e6)
     return float(np.median(beside)) if beside else None
-
-
-def lane_of(client: Client) -> str:
-    """What lookups go over now: "attached", "direct" or "grpc"."""
-    if client.attached:
-        return "attached"
-    return "direct" if client.direct else "grpc"

@@ -48,6 +48,7 @@ class DirectLane:
     """Connections of one client, one for each lookup under way at once, up to `most`. Thread-safe.
 
     open_direct: asks the server, over gRPC, for a way in; raises PoolError. target: as gRPC takes it.
+    opened: connections since it was made. reason: why the last one could not be opened, for people; "" if it was.
     """
 
     def __init__(self, open_direct: Callable[[float], pool_pb2.OpenDirectResponse], target: str, most: int) -> None:
@@ -60,12 +61,18 @@ class DirectLane:
         self._opening_since = 0.0
         self._not_before, self._pause_s = 0.0, _FIRST_PAUSE_S
         self._opener: threading.Thread | None = None
+        self.opened, self.reason = 0, ""
         self._connect()  # here and now, so that the first lookup finds a connection
 
     @property
     def open(self) -> bool:
         """Whether it has a connection."""
         return bool(self._open)
+
+    @property
+    def connections(self) -> int:
+        """How many it has."""
+        return len(self._open)
 
     def begin(self, exchange: Exchange, deadline: float, send_by: float | None = None) -> "Connection | None":
         """Only ask; `fetch` is to take the answer in, or `abandon` to give it up. None if that cannot be done now.
@@ -190,22 +197,24 @@ class DirectLane:
                 self._opening = False
 
     def _connect(self) -> None:
-        connection = None
+        connection, reason = None, ""
         try:
             connection = Connection(self._open_direct(_OPEN_TIMEOUT_S), self._target)
-        except (PoolError, OSError, WireError):
-            pass
-        except Exception:  # gRPC has its own ways to say that a channel is closed
+        except (PoolError, OSError, WireError) as error:
+            reason = str(error) or repr(error)
+        except Exception as error:  # gRPC has its own ways to say that a channel is closed
             if not self._closed:
                 _log.exception("the direct lane of %s could not be opened", self._target)
+            reason = repr(error)
         with self._lock:
-            self._opening = False
+            self._opening, self.reason = False, reason
             if connection is None:
                 self._not_before = time.monotonic() + self._pause_s
                 self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
                 return
             self._pause_s = _FIRST_PAUSE_S
             self._open.add(connection)
+            self.opened += 1
         self._put(connection)
 
 

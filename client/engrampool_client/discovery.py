@@ -34,6 +34,8 @@ class Servers:
         if not targets:
             raise ValueError("target must name a server at least")
         for target in targets:
+            if not isinstance(target, str) or not target.strip():
+                raise ValueError(f"target must be HOST:PORT or a URL, or a list of such; {target!r} is neither")
             scheme, url, _ = target.partition("://")
             if url and scheme not in _OTHER_SCHEMES and not target.startswith((SCHEME, _RAY)):
                 raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEME}HOST:PORT")
@@ -116,7 +118,7 @@ class Servers:
                 failure = UnavailableError(f"no registry was there within {timeout_s} s: {error}")
             except UnknownVersionError as error:
                 failure = error
-            if time.monotonic() + _PAUSE_S >= deadline:
+            if self._closed.is_set() or time.monotonic() + _PAUSE_S >= deadline:
                 raise failure
             self._closed.wait(_PAUSE_S)
         self._follower = threading.Thread(target=self._follow, name="engrampool-registry", daemon=True)

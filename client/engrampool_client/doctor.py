@@ -24,8 +24,12 @@ _YOUNG = "lookups were still making the process larger, which costs time and end
 def print_report(report: "Report") -> None:
     """For people."""
     from engrampool_client.diagnosis import WORTH, best_size
+    from engrampool_client.status import lines
 
-    click.echo(f"{report.model} {report.version} on {report.server}; lookups go over: {report.lane}")
+    status = report.status
+    click.echo(f"{report.model} {report.version} on {status['target']}; lookups go over: {status['lane']}")
+    for line in lines(status):
+        click.echo(f"  {line}")
     at = f"p{report.percentile:g}"
     for phase in report.phases:
         click.echo(f"\n{_title(phase)}")

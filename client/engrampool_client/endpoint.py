@@ -30,6 +30,7 @@ from engrampool_client.side_by_side import SideBySide
 from engrampool_client.stats import Stats
 
 Attach = Literal["auto", "off"]
+Lane = Literal["attached", "direct", "grpc"]
 _PROBE_TIMEOUT_S = 1.0
 
 
@@ -87,6 +88,43 @@ class Endpoint:
     def direct(self) -> bool:
         """Whether the next lookup that is not read from attached memory finds a connection of the direct lane."""
         return self._direct is not None and self._direct.open
+
+    @property
+    def lane(self) -> Lane:
+        """What the next lookup by row ids goes over."""
+        if self.attached:
+            return "attached"
+        return "direct" if self.direct else "grpc"
+
+    @property
+    def why_not_attached(self) -> str | None:
+        """Why lookups do not read the server's memory, for people; None if they do."""
+        if self._ways.attach == "off":
+            return 'the client was made with attach="off"'
+        if self._attach is None:
+            return "the server has no tables that a client can map"
+        if self._attach.attached:
+            return None
+        return self._attach.reason or "the server's leave has run out, and it is asked again"
+
+    @property
+    def why_not_direct(self) -> str | None:
+        """Why lookups that are not read from memory go over gRPC, for people; None if they do not."""
+        if self._ways.direct == "off":
+            return 'the client was made with direct="off"'
+        if self._direct is None:
+            return "the server has no direct lane"
+        return None if self._direct.open else self._direct.reason or "a connection is being opened"
+
+    @property
+    def direct_connections(self) -> int:
+        """Connections of the direct lane that it has."""
+        return 0 if self._direct is None else self._direct.connections
+
+    @property
+    def direct_opened(self) -> int:
+        """Connections of the direct lane that were opened so far."""
+        return 0 if self._direct is None else self._direct.opened
 
     def begin(self, exchange: Exchange, deadline: float, send_by: float | None = None) -> Connection | None:
         """Only send the request, if that takes but a moment: `ask` or `abandon` is to follow. None if it does not.

@@ -151,8 +151,8 @@ class Exchange:
         writing: Writing,
     ) -> "Exchange":
         """What comes is what was asked for, in the caller's arrays where there are some."""
-        out = out or {}
         check_outs(served.spec, out, shapes)
+        out = out or {}
 
         def deliver(layer: int, rows: Rows) -> Rows:
             with writing() if isinstance(out.get(layer), Mapping) else nullcontext():
@@ -383,9 +383,19 @@ def slowest(parts: Sequence[Exchange]) -> wire.ServerTimes | None:
     return wire.ServerTimes(*(max(getattr(one, name) for one in times) for name in names))
 
 
-def check_outs(spec: ModelSpec, out: Out, shapes: Mapping[int, tuple[int, ...]]) -> None:
-    """Raise BatchError for arrays that the rows of `shapes` cannot be written into."""
-    for layer, given in out.items():
+def by_layer(name: str, given: Any) -> Mapping[int, Any]:
+    """What is given by layer. Raises BatchError for what is no mapping."""
+    if not isinstance(given, Mapping):
+        raise BatchError(f"{name} must be a dict of arrays by layer; it is {type(given).__name__}")
+    return given
+
+
+def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise BatchError for arrays that the rows of `shapes` cannot be written into, or that share memory."""
+    if out is None:
+        return
+    arrays: list[tuple[int, int, str]] = []  # first and last byte, and whose
+    for layer, given in by_layer("out", out).items():
         if layer not in shapes:
             raise BatchError(f"out has an array for layer {layer}, which is not asked for; {list(shapes)} are")
         shape = shapes[layer]
@@ -393,17 +403,23 @@ def check_outs(spec: ModelSpec, out: Out, shapes: Mapping[int, tuple[int, ...]])
             row_format = spec.table(layer).row_format
             for name, array in given.items():
                 cut = row_format.slice_of(name)
-                _check_out(f"{name} of layer {layer}", array, (*shape[:-1], cut.stop - cut.start))
+                arrays += _check_out(f"{name} of layer {layer}", array, (*shape[:-1], cut.stop - cut.start))
         else:
-            _check_out(f"layer {layer}", given, shape)
+            arrays += _check_out(f"layer {layer}", given, shape)
+    for (_, last, one), (first, _, other) in pairwise(sorted(arrays)):
+        if first <= last:
+            raise BatchError(f"out of {one} and out of {other} share memory; give each an array of its own")
 
 
-def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> None:
+def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> list[tuple[int, int, str]]:
+    """Where it lies, unless it is empty. Raises BatchError."""
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shape:
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
         raise BatchError(f"out of {what} must be a uint8 array {list(shape)}; it is {found}")
     if not array.flags.c_contiguous or not array.flags.writeable:
         raise BatchError(f"out of {what} must be C-contiguous and writable")
+    first = array.__array_interface__["data"][0]
+    return [(first, first + array.nbytes - 1, what)] if array.nbytes else []
 
 
 def hand_over(table: TableSpec, rows: Rows, out: Rows | Mapping[str, Rows] | None) -> Rows:

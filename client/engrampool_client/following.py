@@ -64,6 +64,16 @@ class Following:
             self._thread = threading.Thread(target=self._follow, name="engrampool-following", daemon=True)
             self._thread.start()
 
+    @property
+    def pinned(self) -> bool:
+        """Whether it stays with the version that it connected to."""
+        return self._pinned
+
+    @property
+    def ending(self) -> list[str]:
+        """Versions that no lookup begins by any more, and whose last lookups are under way."""
+        return [generation.served.version for generation in list(self._retired)]
+
     def enter(self) -> Generation:
         """What a lookup goes by from beginning to end; `leave` is to follow."""
         with self._lock:

@@ -2,7 +2,9 @@
 
 import threading
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
+from typing import Any
 
 from engrampool_client.cache import HotRows
 from engrampool_client.discovery import Servers
@@ -52,12 +54,12 @@ class Generation:
     def open(self, stats: Stats, warm: Path | None = None) -> None:
         """Be ready for lookups. Raises ValueError for settings that do not fit what is served, CacheFileError."""
         how, served = self._how, self.served
-        plain, columns = how.hashing == "server", _columns(served.spec, how.heads)
+        plain, heads = how.hashing == "server", columns(how.heads, min(table.heads for table in served.spec.tables))
         self.shards.open(stats)
         sharded = self.shards.sharded
         if plain and sharded:
             raise ValueError("hashing='server' needs a server that holds all rows; these are shards")
-        self.layout = Layout(served.spec, columns, self.shards.cuts())
+        self.layout = Layout(served.spec, None if heads is None else slice(*heads), self.shards.cuts())
         self.cache = HotRows(how.cache_bytes, self.layout.entry_bytes) if how.cache_bytes else None
         opened = None if warm is None else HotRows.open(warm, served.version, self.layout.to_json())
         self.planner = None
@@ -83,11 +85,15 @@ class Generation:
         self.shards.close()
 
 
-def _columns(spec: ModelSpec, heads: tuple[int, int] | None) -> slice | None:
+def columns(heads: Any, most: int | None = None) -> tuple[int, int] | None:
+    """Heads as (start, stop), None for all. Raises ValueError unless they are two integers, start < stop <= most."""
     if heads is None:
         return None
-    start, stop = heads
-    fewest = min(table.heads for table in spec.tables)
-    if not 0 <= start < stop <= fewest:
-        raise ValueError(f"heads must be (start, stop) within 0 .. {fewest}, not empty; it is {heads}")
-    return slice(start, stop)
+    try:
+        start, stop = map(index, heads)
+    except (TypeError, ValueError):
+        start = stop = -1
+    if not 0 <= start < stop or (most is not None and stop > most):
+        within = "" if most is None else f" within 0 .. {most}"
+        raise ValueError(f"heads must be two integers (start, stop){within}, not empty; it is {heads!r}")
+    return start, stop

@@ -37,7 +37,7 @@ def read_spec(held: pool_pb2.Model) -> ModelSpec:
     """The specification of what a server holds, as it is sent along. Raises ProtocolError if it is not what it says."""
     try:
         spec = ModelSpec.from_json(json.loads(held.spec_json))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the server's specification of {held.name} is unreadable: {error}") from error
     if spec.digest != held.spec_digest:
         raise ProtocolError(

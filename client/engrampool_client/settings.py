@@ -1,6 +1,8 @@
 """What both clients share of how they connect and call."""
 
 from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
 
 from engrampool_proto.wire import SERVICE
 
@@ -27,23 +29,60 @@ RETRY_LOADING_S = 0.2
 
 def check_settings(
     one_of: Mapping[str, tuple[str, tuple[str, ...]]],
+    whole: Mapping[str, int],
     positive: Mapping[str, float],
     not_negative: Mapping[str, float],
     local_only: Mapping[str, object],
 ) -> None:
-    """Raise ValueError naming the setting that is out of its range.
+    """Raise ValueError naming the setting that is out of its range, TypeError one that is no number.
 
-    local_only: settings that cannot do anything where the server hashes.
+    whole: those that count something. local_only: settings that cannot do anything where the server hashes.
     """
     for name, (value, allowed) in one_of.items():
         if value not in allowed:
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, not {value!r}")
+    for name, count in whole.items():
+        if not isinstance(count, Integral):
+            raise ValueError(f"{name} must be an integer; it is {count!r}")
     for name, number in positive.items():
-        if not number > 0:
-            raise ValueError(f"{name} must be positive; it is {number}")
+        check_positive(name, number)
     for name, number in not_negative.items():
+        check_number(name, number)
         if not number >= 0:
             raise ValueError(f"{name} must be 0 or more; it is {number}")
     for name, given in local_only.items():
         if given:
             raise ValueError(f"{name} must be left out where the server hashes (hashing='server')")
+
+
+def check_number(name: str, number: Any) -> None:
+    """Raise TypeError for what cannot be compared with a number: text, an array, None."""
+    try:
+        bool(number > 0)
+    except (TypeError, ValueError, ArithmeticError) as error:  # of an array, and of a decimal that is none
+        raise TypeError(f"{name} must be a number; it is {number!r}") from error
+
+
+def check_positive(name: str, number: Any) -> None:
+    """Raise TypeError for what is no number, ValueError for one that is not above 0."""
+    check_number(name, number)
+    if not number > 0:
+        raise ValueError(f"{name} must be positive; it is {number}")
+
+
+def wait_limit_s(timeout_s: Any) -> float | None:
+    """How long a caller waits, as a float that clocks take; None for no limit. Raises TypeError, ValueError."""
+    if timeout_s is None:
+        return None
+    check_number("timeout_s", timeout_s)
+    if timeout_s != timeout_s:  # of any kind of number
+        raise ValueError("timeout_s must be a number of seconds; it is nan")
+    return bounded_s(timeout_s)
+
+
+def bounded_s(seconds: Any) -> float:
+    """A number of any kind as a float that clocks take, within LONGEST_S."""
+    try:
+        return max(-LONGEST_S, min(float(seconds), LONGEST_S))
+    except OverflowError:  # an integer that no float holds
+        return LONGEST_S if seconds > 0 else -LONGEST_S

@@ -112,6 +112,16 @@ class Shards:
         return any(all(endpoint.breaker.is_open for endpoint in one.replicas) for one in self._sets)
 
     @property
+    def sets(self) -> Sequence[ReplicaSet]:
+        """One a shard, with the servers that are used."""
+        return self._sets
+
+    @property
+    def away(self) -> Mapping[str, Endpoint]:
+        """By address: servers that are known, and not used. They change at any time: copy them first."""
+        return self._away
+
+    @property
     def sharded(self) -> bool:
         """Whether no server holds all rows."""
         return len(self._sets) > 1
@@ -238,14 +248,15 @@ class Shards:
     def _admit(self, endpoint: Endpoint) -> None:
         """Use a server, which is open, from now on."""
         with self._lock:
-            del self._away[endpoint.target]
-            self.troubles.pop(endpoint.target, None)
             self._open[endpoint.target] = endpoint
             same = next((one for one in self._sets if one.parts == endpoint.served.parts), None)
             if same is None:
                 same = ReplicaSet(endpoint.served.parts, self._suspects, self._stats)
                 self._sets = (*self._sets, same)
             same.use((*same.replicas, endpoint))
+            # Last: whoever looks at both without the lock finds it in one.
+            del self._away[endpoint.target]
+            self.troubles.pop(endpoint.target, None)
 
     def _watch(self) -> None:
         """Look for servers that were away, that hold other rows by now, and for new addresses of names."""
@@ -317,10 +328,12 @@ class Shards:
         """Use a server no more that does not answer, or holds other rows than it did; it may come back."""
         try:
             served = self._look(endpoint)
-        except EngrampoolError:
+        except EngrampoolError as error:
+            self.troubles[endpoint.target] = str(error)
             self._let_go(endpoint)
             raise
         if served.parts != endpoint.served.parts:
+            self.troubles[endpoint.target] = f"it holds rows {dict(served.parts)} by now"
             self._let_go(endpoint)
             return
         # Its limits may be others, and those of its set with them.
@@ -338,10 +351,10 @@ class Shards:
 
     def _renew(self, endpoint: Endpoint) -> None:
         """Have a server that is not used any more looked for on new connections."""
-        endpoint.close()
-        with self._lock:
+        with self._lock:  # first, as closing may take a while
             if not self._closing.is_set():
                 self._away[endpoint.target] = Endpoint(endpoint.target, self._ways, self._closing)
+        endpoint.close()
 
     def _forget(self, addresses: Collection[str]) -> None:
         """Let go of servers that are away, and that no target stands for any more."""

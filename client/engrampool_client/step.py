@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from math import isnan
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from engrampool_client.delivery import Delivery
 from engrampool_client.errors import BatchError, DeadlineError, EngrampoolError, StepCancelledError
 from engrampool_client.exchange import Rows, Valid
+from engrampool_client.settings import wait_limit_s
 from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
 
@@ -90,7 +90,7 @@ class Step:
         rows = delivery.rows.get(layer)
         if rows is not None:
             return rows
-        if not delivery.wait_for(lambda: delivery.settled(layer), _checked(timeout_s)):
+        if not delivery.wait_for(lambda: delivery.settled(layer), wait_limit_s(timeout_s)):
             raise DeadlineError(f"the rows of layer {layer} were not there within {timeout_s} s")
         rows = delivery.rows.get(layer)
         if rows is not None:
@@ -123,7 +123,7 @@ class Step:
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait for every layer. Raises as `rows` does."""
         delivery = self.delivery
-        if not delivery.wait_for(lambda: delivery.ended, _checked(timeout_s)):
+        if not delivery.wait_for(lambda: delivery.ended, wait_limit_s(timeout_s)):
             raise DeadlineError(f"the step was not complete within {timeout_s} s")
         if delivery.error is not None and len(delivery.rows) < len(self.layers):
             raise delivery.error
@@ -165,11 +165,3 @@ class Step:
         delivery = getattr(self, "delivery", None)  # it is not there if making one failed
         if delivery is not None and not delivery.done:
             delivery.give_up(StepCancelledError("nobody refers to the step any more"))
-
-
-def _checked(timeout_s: float | None) -> float | None:
-    if timeout_s is None:
-        return None
-    if isnan(timeout_s):
-        raise ValueError("timeout_s must be a number of seconds; it is nan")
-    return float(timeout_s)

@@ -55,6 +55,17 @@ class ServerProcess:
             if not condition(self._events):
                 raise ServerStartError(f"it did not come to that in {timeout_s} s: {' | '.join(self._tail)}")
 
+    def wait_ended(self, timeout_s: float = _START_TIMEOUT_S) -> None:
+        """Until all that it said was read, as it has ended. Raises ServerStartError if that takes longer."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, timeout_s):
+                raise ServerStartError(f"it did not end in {timeout_s} s: {' | '.join(self._tail)}")
+
+    def said(self, event: str | None = None) -> list[dict[str, Any]]:
+        """The log lines of that event so far, or those of all events."""
+        with self._changed:
+            return [line for line in self._events if event in (None, line["event"])]
+
     def worker_pids(self) -> dict[int, int]:
         """The process of each worker by its number, as the log last had it."""
         with self._changed:

@@ -68,6 +68,21 @@ class Workers:
                     raise
             return True
 
+    @property
+    def asking(self) -> int:
+        """Jobs that have a place."""
+        return len(self._asking)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that are planned, and wait for a place."""
+        return sum(map(len, self._planned))
+
+    @property
+    def new(self) -> int:
+        """Jobs that wait to be planned."""
+        return sum(map(len, self._new))
+
     def close(self, wait: bool = True) -> None:
         """Run what was submitted, take nothing more, and wait for the threads to end.
 

@@ -56,7 +56,7 @@ def read_trailer(trailer: bytes) -> Identity | None:
         if {key: fields.pop(key) for key in _FORMAT} != _FORMAT:
             return None
         return Identity(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -115,8 +115,8 @@ def _take_up(directory: Path, source: Mapping[str, Any]) -> dict[str, list[str]]
     if journal in entries:
         try:
             document = json.loads(journal.read_bytes())
-            begun, finished = document["source"], document["finished"]
-        except (ValueError, KeyError, TypeError) as error:
+            begun, finished = dict(document["source"]), dict(document["finished"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(f"{journal} is damaged; remove {directory} to start over") from error
         differing = [key for key in dict.fromkeys([*begun, *source]) if begun.get(key) != source.get(key)]
         if differing:

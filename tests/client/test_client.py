@@ -20,11 +20,9 @@ from engrampool_client import (
     SpecError,
     StepCancelledError,
 )
-from engrampool_client.delivery import Delivery
-from engrampool_client.workers import Job
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import serve_thread
+from server_fixtures import GatherGate, serve_thread
 
 VOCAB = 129280
 # The blocking client's ways to a server.
@@ -347,13 +345,12 @@ def test_rows_that_came_before_the_cancel_stay(client):
     assert np.array_equal(step.rows(1), rows)
 
 
-def test_waiting_no_longer_than_asked(packed):
+def test_waiting_no_longer_than_asked(packed, monkeypatch):
     """The wait for one layer has its own bound, beside the lookup's."""
+    gate = GatherGate(monkeypatch)
     with serve_thread(packed) as address, Client(address, max_steps=1) as client:
-        blocker = threading.Event()
-        client._workers.submit(
-            Job(Delivery([1]), lambda: True, blocker.wait)
-        )  # the only place is taken, so nothing can come
+        blocker = client.prefetch(tokens_of(500))
+        gate.wait_begun(1)  # the only place is taken, so nothing can come
         step = client.prefetch([1])
         try:
             with pytest.raises(DeadlineError, match=r"not there within 0\.01 s"):
@@ -361,8 +358,9 @@ def test_waiting_no_longer_than_asked(packed):
             with pytest.raises(DeadlineError, match=r"not complete within 0\.01 s"):
                 step.wait(timeout_s=0.01)
         finally:
-            blocker.set()
+            gate.open.set()
         assert step.rows(1).shape == (1, 24, 264)
+        assert blocker.rows(1).shape == (500, 24, 264)
 
 
 def test_a_closed_client_says_so(server):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from engrampool_client import Client
 from engrampool_client.commands import lookup, rows
-from engrampool_client.errors import BatchError, EngrampoolError, FingerprintError, UnavailableError
+from engrampool_client.errors import BatchError, EngrampoolError, FingerprintError, RejectedError, UnavailableError
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import serve_thread
 from small_model import CONFIG, TOKENIZER
 
 
@@ -74,6 +76,28 @@ def test_lookup_writes_the_rows(spec, config, server, tokens, out, hashing):
     summary = json.loads(result.output)
     assert summary["arrays"]["layer_1"] == {"shape": [300, 24, 264], "dtype": "uint8"}
     assert summary["server_us"]["total_us"] > 0
+
+
+@pytest.mark.parametrize("hashing", ["local", "server"])
+@pytest.mark.parametrize("limits", [{"max_rows_per_request": 48 * 7}, {"max_answer_bytes": 48 * 264 * 11}])
+def test_a_sequence_longer_than_the_server_takes_at_once_is_asked_for_in_pieces(
+    spec, packed, tokens, out, hashing, limits
+):
+    with serve_thread(packed, **limits) as address:
+        with pytest.raises(RejectedError), Client(address, hashing=hashing, dedupe=False) as client:
+            client.lookup(np.load(tokens))
+        result = run(lookup, "--server", address, "--hashing", hashing, "--tokens", tokens, "--out", out, "--json")
+    with np.load(out) as found:
+        for layer, ids in spec.hash(TokenBatch.of(np.load(tokens))).items():
+            assert np.array_equal(found[f"layer_{layer}"], synthetic_rows(spec.table(layer), ids))
+    assert json.loads(result.output)["tokens"] == 300
+
+
+def test_an_empty_sequence_has_no_rows(server, out, tmp_path):
+    np.save(tmp_path / "none.npy", np.empty(0, np.int32))
+    run(lookup, "--server", server, "--tokens", tmp_path / "none.npy", "--out", out)
+    with np.load(out) as found:
+        assert found["layer_14"].shape == (0, 24, 264)
 
 
 def test_what_goes_wrong_is_raised_typed_and_leaves_no_file(config, packed, server, tokens, out, tmp_path):

@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 
 from engrampool_client import Client, DeadlineError, OverloadedError, UnavailableError
-from engrampool_client.delivery import Delivery
 from engrampool_client.endpoint import Endpoint
 from engrampool_client.testing import serve_process
-from engrampool_client.workers import Job
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import LIMIT_S, GatherGate, eventually, lasting_address, pack, serve_thread
+from server_fixtures import (
+    LIMIT_S,
+    GatherGate,
+    at_work,
+    breaker_of,
+    direct_of,
+    eventually,
+    lasting_address,
+    pack,
+    serve_thread,
+)
 
 TOKENS = np.arange(500, dtype=np.int32)
 LANES = ["off", "auto"]
@@ -26,9 +34,7 @@ def wanted(client: Client, tokens=TOKENS) -> dict[int, np.ndarray]:
 
 def wait_until_closed(client: Client) -> None:
     """Until the breaker's own probe was answered."""
-    prober = client._shards._sets[0].replicas[0].breaker._prober
-    assert prober is not None
-    prober.join(60)
+    eventually(lambda: not breaker_of(client)["probing"], "a probe is answered")
     assert not client.breaker_open
 
 
@@ -49,8 +55,6 @@ def test_a_silent_server_is_masked_then_known_then_back(packed, direct, monkeypa
                 assert not step.valid(14).any()
                 misses += 1
                 assert client.stats.masked_tokens == {1: 500 * misses, 14: 500 * misses}
-                client._workers.submit(Job(Delivery([1]), lambda: True, (done := threading.Event()).set))
-                assert done.wait(60)
             assert misses >= 3
             # Now a step with a long deadline costs none of it.
             step = client.prefetch(TOKENS, timeout_s=3600)
@@ -70,17 +74,15 @@ def test_a_silent_server_is_masked_then_known_then_back(packed, direct, monkeypa
 def test_deadlines_that_pass_before_anything_is_sent_say_nothing_of_the_server(server, direct):
     with Client(server, direct=direct, breaker_failures=1, attach="off") as client:
         client.lookup(TOKENS[:5])
-        endpoint = client._shards._sets[0].replicas[0]
-        connections = None if endpoint._direct is None else set(endpoint._direct._open)
+        connections = direct_of(client)
         for _ in range(5):
             with pytest.raises(DeadlineError):
                 client.lookup(TOKENS[:5], timeout_s=1e-9)
             with pytest.raises(DeadlineError):
                 client.prefetch(TOKENS[:5], timeout_s=1e-9).rows(1)
-        client._workers.submit(Job(Delivery([1]), lambda: True, (done := threading.Event()).set))
-        assert done.wait(60)
-        assert endpoint.breaker._prober is None
-        assert connections is None or set(endpoint._direct._open) == connections
+        eventually(lambda: at_work(client) == (0, 0, 0), "nobody is at work")
+        assert breaker_of(client) == {"open": False, "why_open": None, "failures": 0, "probing": False}
+        assert direct_of(client) == connections
         client.lookup(TOKENS[:5])
 
 
@@ -92,11 +94,11 @@ def test_deadlines_too_short_for_what_is_asked_do_not_open_the_breaker(tmp_path,
         serve_thread(pack(tmp_path / "small"), gather_threads=8) as address,
         Client(address, direct=direct, breaker_failures=3, attach="off", dedupe=False) as client,
     ):
-        breaker = client._shards._sets[0].replicas[0].breaker
-        while breaker._prober is None:  # on a busy machine some deadlines pass before anything is sent
+        for _ in range(10):  # of which, on a busy machine, some pass before anything is sent
             with pytest.raises(DeadlineError):
                 client.lookup_rows({2: np.arange(2000)}, timeout_s=0.02)
-        eventually(lambda: not breaker._prober.is_alive(), "it was probed")
+        eventually(lambda: not breaker_of(client)["probing"], "it was probed")
+        assert breaker_of(client)["failures"] == 0  # as it has answered
         assert client.stats.breaker_opened == 0
         assert client.lookup_rows({2: np.arange(3)})[2].shape == (3, 264)
         gate.open.set()
@@ -231,16 +233,17 @@ def test_prefetch_refuses_what_would_not_fit_in_memory(packed):
                 client.prefetch(np.tile(TOKENS, 4), timeout_s=0.01).rows(1)
 
 
-def test_steps_for_later_are_overtaken(packed):
-    with serve_process(packed) as server, Client(server.address, max_steps=1, attach="off") as client:
-        order, gate, steps = [], threading.Event(), []
-        client._workers.submit(Job(Delivery([1]), lambda: True, gate.wait))
+def test_steps_for_later_are_overtaken(packed, monkeypatch):
+    gate = GatherGate(monkeypatch)
+    with serve_thread(packed) as address, Client(address, max_steps=1, attach="off") as client:
+        order, steps = [], [client.prefetch(TOKENS, layers=[14])]
+        gate.wait_begun(1)  # it has the only place
         for name in ("later", "later too", "now"):
             step = client.prefetch(TOKENS, layers=[1], ahead=name != "now")
             step.add_callback(lambda _, layer, name=name: order.append(name))
             steps.append(step)
-        eventually(lambda: len(client._workers._planned[False]) == 1, "the last one waits for a place, too")
-        gate.set()
+        eventually(lambda: at_work(client) == (0, 3, 1), "the last one waits for a place, too")
+        gate.open.set()
         for step in steps:
             step.wait(60)
         assert order == ["now", "later", "later too"]

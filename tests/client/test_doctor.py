@@ -42,7 +42,7 @@ from engrampool_client.replay import (
 )
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.wire import ServerTimes
-from server_fixtures import serve_thread
+from server_fixtures import eventually, serve_thread
 
 VOCAB = 129280
 LAYERS = 20
@@ -492,8 +492,19 @@ def phase_of(name, *margins, masked=0) -> Phase:
     return Phase(name, 0, 500, 64, 0.012, verdicts, {"whole": (1e-3, 2e-3)}, 1e-3, {"wire": 75, "cache": 25}, True)
 
 
+def test_it_says_of_each_server_how_it_is_reached_and_why_one_is_not_used(capsys, server):
+    with Client([server, "127.0.0.1:1"], attach="off") as client:
+        eventually(lambda: not client.status()["servers"][1]["why_unused"].startswith("it has not"), "it is looked for")
+        status = client.status()
+    print_report(Report("m", "v", status, 99.0, None, [phase_of("decode", 0.1)], [], [], []))
+    output = capsys.readouterr().out
+    assert f'\n  {server}: lane direct; not attached: the client was made with attach="off"\n' in output
+    assert "\n  127.0.0.1:1: not used: no server at 127.0.0.1:1 was ready" in output
+
+
 def report_of(phases, tried=(), cache=()) -> Report:
-    return Report("m", "v", "node:1", 99.0, "direct", 2e-4, list(phases), list(cache), list(tried), ["a note"])
+    status = {"target": "node:1", "lane": "direct", "servers": [], "registry": None, "why_unusable": None}
+    return Report("m", "v", status, 99.0, 2e-4, list(phases), list(cache), list(tried), ["a note"])
 
 
 def test_a_remedy_is_what_hid_every_layer(capsys):

@@ -157,7 +157,7 @@ def test_every_answer_is_of_one_version_while_they_change(pool, versions):
         assert not errors
         assert client.version_changes == {"followed": 8, "failed": 0, "refused": 0}
         # What belonged to old generations is given back.
-        eventually(lambda: not client._following._retired)
+        eventually(lambda: not client.status()["registry"]["ending"])
         assert threads().count("engrampool-shards") == 1
         assert client.stats.steps["failed"] == 0
     assert threads() == []
@@ -166,7 +166,7 @@ def test_every_answer_is_of_one_version_while_they_change(pool, versions):
 def test_lookups_under_way_end_by_the_version_they_began_with(pool, versions, monkeypatch):
     gate = GatherGate(monkeypatch)
     with Client(pool.url, cache_bytes=1 << 20) as client:
-        old = client._following.current
+        old_cache = client.cache
         step = client.prefetch(TOKENS)
         gate.wait_begun(1)
         few = versions.rows(TOKENS[:5])
@@ -176,13 +176,13 @@ def test_lookups_under_way_end_by_the_version_they_began_with(pool, versions, mo
             assert versions.of(client.lookup(TOKENS[:5]), few) == version
         # A step may be amended whose version is not that of now.
         amended = client.amend(step, TOKENS[:5])
-        assert old in client._following._retired
+        eventually(lambda: client.status()["registry"]["ending"] == [versions.first], "others have ended")
         gate.open.set()
         assert versions.of({layer: step.rows(layer) for layer in step.layers}, versions.rows()) == versions.first
         assert versions.of({layer: amended.rows(layer) for layer in step.layers}, few) == versions.second
-        eventually(lambda: not client._following._retired)
-        assert old.cache.filled
-        assert client.cache is not old.cache
+        eventually(lambda: not client.status()["registry"]["ending"])
+        assert old_cache.filled
+        assert client.cache is not old_cache
     assert threads() == []
 
 

@@ -19,7 +19,7 @@ from engrampool_client.record import Recording
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import LIMIT_S, GatherGate, eventually, running
+from server_fixtures import LIMIT_S, GatherGate, at_work, direct_of, eventually, running
 
 # Many enough for a long answer, which comes piece by piece.
 TOKENS = np.arange(3000, dtype=np.int32) * 40
@@ -85,18 +85,19 @@ def test_a_cancelled_step_and_a_hint_leave_their_place_to_who_needs_it(silent, l
     with Client(silent.address, **settings) as client:
         with silent.frozen():
             first = client.prefetch(FEW, timeout_s=600.0)
-            asking = client._workers._asking
-            eventually(lambda: [job.delivery for job in asking] == [first.delivery], "it asks")
+            eventually(lambda: at_work(client) == (0, 0, 1), "it asks")
             first.cancel()
             second = client.prefetch(FEW + 1, timeout_s=600.0)
-            eventually(lambda: [job.delivery for job in asking] == [second.delivery], "the next one asks")
+            eventually(lambda: at_work(client) == (0, 0, 1), "the next one asks")
+            assert (first.done(), second.done(), client.stats.in_flight) == (True, False, 1)
             # A hint has a place as long as nobody else needs it.
             second.cancel()
             assert second.hint(np.array([[7, 8, 9]]))
-            eventually(lambda: [job.hint for job in asking] == [True], "the hint asks")
+            eventually(lambda: at_work(client) == (0, 0, 1), "the hint asks")
+            assert (client.stats.in_flight, client.stats.pending_hint_bytes > 0) == (0, True)
             third = client.prefetch(FEW + 2, timeout_s=600.0)
-            eventually(lambda: [job.delivery for job in asking] == [third.delivery], "the hint has given way")
-            eventually(lambda: not client.stats.pending_hint_bytes, "it has ended")
+            eventually(lambda: not client.stats.pending_hint_bytes, "the hint has given way")
+            eventually(lambda: at_work(client) == (0, 0, 1), "the step asks")
         assert np.array_equal(third.rows(14), expected(client.spec, FEW + 2)[14])
 
 
@@ -111,7 +112,7 @@ def test_rows_that_are_all_cached_wait_for_no_server(silent, lane):
         assert kept.wait(LIMIT_S)
         with silent.frozen():
             stuck = [client.prefetch(TOKENS[100 * at : 100 * at + 50], timeout_s=600.0) for at in range(1, 5)]
-            eventually(lambda: len(client._workers._asking) == 2, "every place is taken")
+            eventually(lambda: at_work(client)[2] == 2, "every place is taken")
             assert np.array_equal(client.prefetch(FEW, timeout_s=600.0).rows(14), expected(client.spec, FEW)[14])
             assert not any(one.done() for one in stuck)
 
@@ -197,13 +198,12 @@ def test_a_lookup_may_have_no_deadline_but_not_one_that_is_no_time(server, lane)
 
 def test_a_deadline_that_passed_before_anything_was_sent_costs_no_connection(server):
     with Client(server, attach="off") as client:
-        (endpoint,) = client._shards._sets[0].replicas
         client.lookup(FEW)
-        connections = set(endpoint._direct._open)
+        connections = direct_of(client)
         for _ in range(5):
             with pytest.raises(DeadlineError):
                 client.lookup(FEW, timeout_s=1e-9)
-        assert set(endpoint._direct._open) == connections
+        assert direct_of(client) == connections
         assert client.direct
         assert not client.breaker_open
 
@@ -342,6 +342,7 @@ def test_a_child_is_told_that_the_client_is_its_parents_and_takes_nothing_from_i
                 except Exception as error:
                     refused.append(f"{type(error).__name__} {os.getpid() if str(os.getpid()) in str(error) else 0}")
             good = refused == [f"ForkedError {os.getpid()}"] * len(asks)
+            good &= "made in process" in (client.status()["why_unusable"] or "") and "made in process" in repr(client)
             # What was there is the child's as well; and giving up is of no effect on the parent.
             good &= np.array_equal(there.rows(14), expected(client.spec, FEW)[14])
             step.cancel()

@@ -39,19 +39,40 @@ def test_a_symbolic_link_is_not_followed(tmp_path, dangling):
     link.symlink_to(target)
     if not dangling:
         target.write_bytes(b"before")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(OSError, match="no regular file"):
         private_files.create(link)
     assert link.is_symlink()
     assert dangling is not target.exists()
     assert dangling or target.read_bytes() == b"before"
 
 
-def test_what_is_no_file_is_written_to_as_it_is(tmp_path):
+def test_a_device_is_written_to_and_neither_a_pipe_nor_a_directory_is(tmp_path):
+    """A pipe without a reader would hold the writer up."""
     os.mkfifo(tmp_path / "pipe", 0o600)
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with private_files.create(tmp_path / "pipe") as file:
-        file.write(b"told")
-    assert os.read(reader, 10) == b"told"
-    os.close(reader)
+    with pytest.raises(OSError, match="no regular file; name another"):
+        private_files.create(tmp_path / "pipe")
     with pytest.raises(IsADirectoryError):
         private_files.create(tmp_path)
+    os.mknod(tmp_path / "null", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    with private_files.create(tmp_path / "null") as file:
+        file.write(b"told")
+    assert stat.S_ISCHR((tmp_path / "null").lstat().st_mode)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "directory", "link"])
+def test_nothing_but_a_regular_file_is_replaced(tmp_path, kind):
+    path = tmp_path / "there"
+    private_files.check_replaceable(path)
+    if kind == "device":
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="no regular file; name another"):
+        private_files.check_replaceable(path)
+    path.rmdir() if kind == "directory" else path.unlink()
+    path.touch()
+    private_files.check_replaceable(path)

@@ -41,7 +41,7 @@ from engrampool_client.stats import Stats
 from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto import frames
 from engrampool_proto.v1 import pool_pb2
-from server_fixtures import LIMIT_S, Running, eventually, expected, lasting_address, pack, running
+from server_fixtures import LIMIT_S, Running, eventually, expected, lasting_address, pack, running, used
 
 COUNT = 50  # rows of each layer that peers are asked for
 NBYTES = 2 * 3 * COUNT
@@ -470,7 +470,7 @@ def test_a_replica_that_comes_later_is_asked_within_its_limits(models, direct, m
     with running(models) as first, Client([first.address, listen], direct=direct, attach="off") as client:
         assert rows_come(client, ids)
         with running(models, listen=listen, max_rows_per_request=300) as second:
-            eventually(lambda: listen in client._shards._open, "it is found")
+            eventually(lambda: listen in used(client), "it is found")
             assert all(rows_come(client, ids) for _ in range(4))
             assert refused(second) == 0
             assert rows_of_layer(second) >= 1000
@@ -492,8 +492,7 @@ def test_a_replica_that_came_back_with_less_room_costs_one_refusal(models, monke
         lookups.limits = replace(lookups.limits, max_rows_per_request=300)  # as another server there would have
         with pytest.raises(RejectedError, match="at most 300 in one request"):
             eventually(lambda: not rows_come(client, ids), "its turn comes")
-        endpoint = client._shards._open[second.address]
-        eventually(lambda: endpoint.served.max_rows == 300, "it is looked at")
+        eventually(lambda: 300 in [one["max_rows"] for one in client.status()["servers"]], "it is looked at")
         assert all(rows_come(client, ids) for _ in range(4))
         assert refused(second) == 1
 

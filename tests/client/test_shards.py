@@ -23,7 +23,7 @@ from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2
-from server_fixtures import LIMIT_S, eventually, lasting_address, serve_thread
+from server_fixtures import LIMIT_S, columns_of, eventually, lasting_address, serve_thread, unused, used
 
 TOKENS = np.arange(700, dtype=np.int32) % 300
 ROWS = RowFormat((Segment("values", "uint8", 3),))
@@ -32,7 +32,7 @@ SERVED = ServedModel(SPEC, "v", max_rows=10_000, max_answer_bytes=100_000, serve
 
 
 def wanted(client: Client, tokens=TOKENS) -> dict[int, np.ndarray]:
-    heads = client._layout.heads or slice(None)
+    heads = columns_of(client)
     ids = client.spec.hash(TokenBatch.of(tokens))
     return {n: synthetic_rows(client.spec.table(n), rows[:, heads]) for n, rows in ids.items()}
 
@@ -164,8 +164,8 @@ def test_shards_that_disagree_are_refused(packed, shards):
 def test_two_versions_never_mix(packed, other_packed, shards):
     with serve_process(other_packed) as other, Client([*shards, other.address], "deepseek-v4.1") as client:
         assert_same(client.lookup(TOKENS), wanted(client))
-        assert list(client._shards._away) == [other.address]
-        assert "deepseek-v4.1" in client._shards.troubles[other.address]
+        assert list(unused(client)) == [other.address]
+        assert "deepseek-v4.1" in unused(client)[other.address]
 
 
 def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed):
@@ -195,9 +195,9 @@ def test_a_server_that_comes_later_is_found(packed):
         listen = lasting_address()
         first = stack.enter_context(serve_process(packed, workers=1))
         client = stack.enter_context(Client([listen, first.address], attach="off", retry_s=0))
-        assert list(client._shards._away) == [listen]
+        assert list(unused(client)) == [listen]
         stack.enter_context(serve_process(packed, listen=listen, workers=1))
-        wait_for(lambda: not client._shards._away)
+        wait_for(lambda: not unused(client))
         first.process.kill()
         first.process.wait()
         for _ in range(4):
@@ -221,11 +221,11 @@ def test_a_server_that_holds_other_rows_by_now_is_left_aside(packed, other_packe
         for model, settings in ((other_packed, {}), (packed, {"shard": "1/2"})):
             with serve_process(model, listen=replica.address, workers=1, **settings):
                 # Its connections come back by themselves, to a server that is another one.
-                while list(client._shards._away) != [replica.address]:
+                while list(unused(client)) != [replica.address]:
                     assert_same(client.lookup(TOKENS), expected)
                 assert_same(client.lookup(TOKENS), expected)
         with serve_process(packed, listen=replica.address, workers=1):
-            wait_for(lambda: not client._shards._away)
+            wait_for(lambda: not unused(client))
             for _ in range(4):
                 assert_same(client.lookup(TOKENS), expected)
 
@@ -243,9 +243,9 @@ def test_addresses_that_a_name_has_no_more_are_forgotten(packed, monkeypatch):
         servers[1].process.wait()
         for _ in range(4):
             assert_same(client.lookup(TOKENS), expected)
-        assert gone in client._shards._open
+        assert gone in used(client)
         known[:] = left
-        wait_for(lambda: gone not in client._shards._open)
+        wait_for(lambda: gone not in used(client))
         assert_same(client.lookup(TOKENS), expected)
 
 
@@ -281,7 +281,7 @@ def test_all_that_are_away_are_looked_at_at_once(server, monkeypatch):
     monkeypatch.setattr("engrampool_client.shards._LOOK_S", 0.01)
     with Client([server, *away], attach="off") as client:
         eventually(lambda: min(looks[address] for address in away) >= 3, "they are looked at again and again")
-        assert set(client._shards.troubles) == set(away)
+        assert set(unused(client).values()) == {"it is away"}
 
 
 @pytest.mark.parametrize("where", ["name", "describe", "open"])
@@ -312,7 +312,7 @@ def test_what_a_look_meets_is_logged_and_the_look_goes_on(packed, server, where,
         monkeypatch.setattr(Endpoint, name, failing(name))
     with serve_thread(packed) as later, Client("dns:///pool:1", attach="off") as client:
         known.append(later)
-        eventually(lambda: later in client._shards._open, "it is found")
+        eventually(lambda: later in used(client), "it is found")
         assert faults == [where] * 3
         assert len([line for line in caplog.records if line.exc_info]) == 1
         for _ in range(2):
@@ -399,10 +399,10 @@ def test_a_name_that_is_looked_up_for_ever_holds_up_nobody(packed, server, monke
         Client("dns:///pool:1", connect_timeout_s=0.2)
     with serve_thread(packed) as first, Client([first, listen, "dns:///pool:1"], attach="off") as client:
         with serve_thread(packed, listen=listen):
-            eventually(lambda: listen in client._shards._open, "who comes back is found")
+            eventually(lambda: listen in used(client), "who comes back is found")
         assert len(asked) == 2  # once by each client
         answered.set()
-        eventually(lambda: server in client._shards._open, "and the name's, once it is looked up")
+        eventually(lambda: server in used(client), "and the name's, once it is looked up")
 
 
 def test_a_name_without_a_port_is_refused():
@@ -447,7 +447,7 @@ def test_a_specification_is_sent_and_read_once_however_many_servers_have_it(pack
         client = stack.enter_context(Client("dns:///pool:1", attach="off"))
         assert (told.specs, told.full) == (1, 1)
         known.append(servers[2])
-        eventually(lambda: servers[2] in client._shards._open, "it is found")
+        eventually(lambda: servers[2] in used(client), "it is found")
         assert (told.specs, told.full) == (1, 1)
         assert told.brief >= 4
         assert all(one.served.spec is client.spec for one in client._shards._open.values())
@@ -468,7 +468,7 @@ def test_a_server_whose_specification_is_another_is_not_used(packed, server, mon
     with serve_thread(packed) as other:
         with Client("dns:///pool:1", attach="off") as client:
             known.append(other)
-            eventually(lambda: f"digest {'0' * 32}" in client._shards.troubles.get(other, ""), "it is looked at")
-            assert list(client._shards._open) == [server]
+            eventually(lambda: f"digest {'0' * 32}" in unused(client).get(other, ""), "it is looked at")
+            assert used(client) == [server]
         with Client([server, other], attach="off") as client:
-            assert list(client._shards._open) == [server]
+            assert used(client) == [server]

@@ -1,5 +1,6 @@
 """Rows as tensors: every bit against an independent evaluation, and a model's layers against a real server."""
 
+import copy
 import importlib
 import re
 import subprocess
@@ -370,6 +371,43 @@ def test_a_client_of_some_heads_gives_those(server, spec):
         with pool.start(ids) as step:
             assert np.array_equal(step.rows(1).numpy(), expected_rows(spec, 1, ids)[:, 8:12])
             assert pooled.PooledEmbedding(pool, 1)().shape == (6, 4, 256)
+
+
+def test_a_layer_of_some_heads_gives_those_of_the_clients(server, spec):
+    ids = tokens(16, 6)
+    with Client(server, heads=(8, 12)) as client:
+        pool = pooled.EngramPool(client)
+        every, some = pooled.PooledEmbedding(pool, 1), pooled.PooledEmbedding(pool, 1, heads=(1, 3))
+        assert (every.heads, every.num_heads, some.heads, some.num_heads) == (None, 4, (1, 3), 2)
+        assert "heads=(1, 3)" in repr(some)
+        with pool.start(ids):
+            assert torch.equal(some(), every()[:, 1:3])
+            assert some().shape == (6, 2, some.embedding_dim)
+        for heads in ((0, 5), (2, 2), (-1, 2), (1,), (0.0, 1.0), 3):
+            with pytest.raises(ValueError, match=r"heads must be two integers .* within 0 \.\. 4"):
+                pooled.PooledEmbedding(pool, 1, heads=heads)
+
+
+def test_a_copy_of_a_model_shares_the_pool_and_a_saved_one_is_loaded_without(pool, tmp_path):
+    model = torch.nn.ModuleDict({"embedding": pooled.PooledEmbedding(pool, 1), "projection": torch.nn.Linear(2, 2)})
+    ids = tokens(17, 5)
+    copied = copy.deepcopy(model)
+    assert copied["embedding"].pool is pool
+    assert copied["projection"] is not model["projection"]
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert "target=None" in repr(loaded)
+    for use in (loaded["embedding"], lambda: loaded["embedding"].valid):
+        with pytest.raises(PoolError, match="saved without its pool"):
+            use()
+    loaded["embedding"].pool = pool
+    with pool.start(ids):
+        wanted = model["embedding"]()
+        assert torch.equal(copied["embedding"](), wanted)
+        assert torch.equal(loaded["embedding"](), wanted)
+    assert torch.equal(loaded["projection"].weight, model["projection"].weight)
+    with pytest.raises(TypeError, match="cannot be copied or saved: make another"):
+        copy.deepcopy(pool.client)
 
 
 def test_rows_with_one_scale_for_the_table(tmp_path):

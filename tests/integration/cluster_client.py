@@ -66,8 +66,11 @@ def main() -> None:
             if time.monotonic() - told > 0.1:
                 told = time.monotonic()
                 said = {"lookups": lookups, "wrong": wrong, "mixed": mixed, "failed": failed, "slowest_s": slowest_s}
-                shards = client._shards
-                servers = {"open": sorted(shards._open), "away": sorted(shards._away)}
+                known = client.status()["servers"]
+                servers = {
+                    "open": sorted(one["address"] for one in known if one["used"]),
+                    "away": sorted(one["address"] for one in known if not one["used"]),
+                }
                 print(json.dumps({**said, **servers, "version": version}), flush=True)
                 slowest_s = 0.0
 

@@ -172,7 +172,7 @@ def test_no_step_fails_and_no_byte_is_wrong_while_one_replica_of_each_shard_is_u
             cluster.well(PATCHED)
         with cluster.phase("replace the workers of every server, one server after the other"):
             for server in cluster.servers:
-                before = rolls(server._events)
+                before = rolls(server.said())
                 server.process.send_signal(signal.SIGHUP)
                 server.wait_until(lambda lines, before=before: rolls(lines) > before)
             cluster.well(PATCHED)

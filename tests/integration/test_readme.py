@@ -28,23 +28,28 @@ def address(packed) -> Iterator[str]:
         yield server.address
 
 
-def test_the_client_example_runs_as_written(address):
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 1
-    # Only the port differs: a fixed one may be taken.
-    example = examples[0].replace("127.0.0.1:50051", address)
-    assert example != examples[0]
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
+def run(example: str, address: str) -> str:
+    """What it prints. Only the port differs: a fixed one may be taken."""
+    assert "127.0.0.1:50051" in example
+    command = [sys.executable, "-c", example.replace("127.0.0.1:50051", address)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.match(r"\(4, 24, 264\) layer 1 waited \d+\.\d\d ms, the server took ServerTimes\(", done.stdout)
+    return done.stdout
 
 
-def test_the_client_pages_step_runs_as_written(address):
-    example = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "CLIENT.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    example = example.replace("127.0.0.1:50051", address)
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "ServerTimes(" in done.stdout
+def test_the_client_examples_run_as_written(address):
+    blocking, asynchronous = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    said = r"\(4, 24, 264\) layer 1 waited \d+\.\d\d ms, the server took ServerTimes\("
+    assert re.match(said, run(blocking, address))
+    assert run(asynchronous, address) == "(4, 24, 264) direct\n"
+
+
+def test_the_client_pages_examples_run_as_written(address):
+    page = (ROOT / "docs" / "CLIENT.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "ServerTimes(" in run(examples[0], address)
+    (asynchronous,) = (example for example in examples if "asyncio.run" in example)
+    run(asynchronous, address)
 
 
 def test_the_steps_succeed_in_their_order(tmp_path):

@@ -76,9 +76,8 @@ def health_of(address: str, service: str = "") -> int:
 
 def events(server: ServerProcess) -> list[str]:
     """Names of the events logged, except for those of single workers; to be asked once the server has ended."""
-    with server._changed:
-        server._changed.wait_for(lambda: server._ended, LIMIT_S)
-        return [line["event"] for line in server._events if line["event"] != "worker-ready"]
+    server.wait_ended(LIMIT_S)
+    return [line["event"] for line in server.said() if line["event"] != "worker-ready"]
 
 
 def all_lines_are_json(server: ServerProcess) -> bool:
@@ -159,14 +158,14 @@ def test_each_event_is_one_json_line_with_its_facts(packed):
     names = events(server)
     assert names == ["starting", "opened", "listening", "loaded", "serving", "stopping", "stopped"]
     assert all_lines_are_json(server)
-    by_name = {line["event"]: line for line in server._events}
+    by_name = {line["event"]: line for line in server.said()}
     assert by_name["opened"]["model"] == by_name["loaded"]["model"] == "small"
     assert by_name["opened"]["version"] == by_name["loaded"]["version"] == version_of(packed)
     assert by_name["opened"]["table_bytes"] == SPEC.nbytes
     assert by_name["listening"]["listen"] == by_name["serving"]["listen"] == server.address
     assert by_name["stopping"]["reason"] == "SIGTERM"
     assert by_name["stopped"]["drained_s"] < 5
-    for line in server._events:
+    for line in server.said():
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
 
 

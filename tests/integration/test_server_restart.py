@@ -29,11 +29,6 @@ def answers_right(server: ServerProcess, packed: Path) -> None:
             assert rows_of(pool.lookup(pool.by_ids((table.layer, ids)))) == {table.layer: expected(table.layer, ids)}
 
 
-def logged(server: ServerProcess, event: str) -> list[dict]:
-    with server._changed:
-        return [line for line in server._events if line["event"] == event]
-
-
 def inodes(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in directory.iterdir()}
 
@@ -52,7 +47,7 @@ def test_a_restart_adopts_the_tables_of_the_server_before(packed, tmp_path):
     """Of one that was killed; `test_segments_in_shm` has one that was told to end."""
     with serve_process(packed, memory=f"file:{tmp_path}", workers=1) as server:
         answers_right(server, packed)
-        assert logged(server, "adopted") == []
+        assert server.said("adopted") == []
         before = inodes(tmp_path)
         server.process.kill()
         server.process.wait(LIMIT_S)
@@ -60,7 +55,7 @@ def test_a_restart_adopts_the_tables_of_the_server_before(packed, tmp_path):
     eventually(lambda: unused(tmp_path), "all processes let go")
     with serve_process(packed, memory=f"file:{tmp_path}", workers=2) as server:
         answers_right(server, packed)
-        assert [line["layer"] for line in logged(server, "adopted")] == [2, 9]
+        assert [line["layer"] for line in server.said("adopted")] == [2, 9]
         assert inodes(tmp_path) == before
         for pid in [server.process.pid, *server.worker_pids().values()]:
             assert mapped(pid) >= set(before.values())
@@ -69,7 +64,7 @@ def test_a_restart_adopts_the_tables_of_the_server_before(packed, tmp_path):
             server.process.kill()
             server.process.wait(LIMIT_S)
             answers_right(second, packed)
-            assert len(logged(second, "adopted")) == 2
+            assert len(second.said("adopted")) == 2
             assert inodes(tmp_path) == before
 
 
@@ -84,7 +79,7 @@ def test_segments_in_shm(tmp_path):
     try:
         for adopted in (0, 2):
             with serve_process(packed, memory="shm", workers=1) as server:
-                assert len(logged(server, "adopted")) == adopted
+                assert len(server.said("adopted")) == adopted
                 maps = Path(f"/proc/{server.worker_pids()[0]}/maps").read_text().splitlines()
                 modes = {line.split()[-1]: line.split()[1] for line in maps}
                 assert [modes[str(path)] for path in paths] == ["r--s", "r--s"]

@@ -33,11 +33,6 @@ def answer(server: ServerProcess, packed: Path, part: Part, model: str = "small"
         }
 
 
-def logged(server: ServerProcess, event: str) -> list[dict]:
-    with server._changed:
-        return [line for line in server._events if line["event"] == event]
-
-
 def test_the_union_of_all_servers_is_the_model(tmp_path):
     """In the real /dev/shm with tables that nobody else has."""
     spec = replace(SPEC, name=f"test-{os.getpid()}-{time.time_ns()}")
@@ -72,10 +67,10 @@ def test_a_shard_outlives_restarts_workers_and_a_change_of_shards(packed, tmp_pa
         assert answer(server, packed, PARTS[1]) == {n: expected(n, rows) for n, rows in PARTS[1].items()}
     # Another part: the first stays, in case its server comes again.
     with serve_process(packed, memory=memory, environ={"ENGRAMPOOL_SHARD": "2/4"}, workers=1) as server:
-        assert logged(server, "adopted") == logged(server, "freed") == []
+        assert server.said("adopted") == server.said("freed") == []
         assert answer(server, packed, PARTS[2]) == {n: expected(n, rows) for n, rows in PARTS[2].items()}
         with serve_process(packed, memory=memory, shard="1/4", workers=1) as other:
-            assert [line["layer"] for line in logged(other, "adopted")] == list(PARTS[1])
+            assert [line["layer"] for line in other.said("adopted")] == list(PARTS[1])
             assert answer(other, packed, PARTS[1]) == {n: expected(n, rows) for n, rows in PARTS[1].items()}
 
 

@@ -82,11 +82,6 @@ def wait_held(registry: Registry, server: ServerProcess, *versions: Published) -
     return eventually(found, f"{len(versions)} versions are held")
 
 
-def events(server: ServerProcess, name: str) -> list[dict]:
-    with server._changed:
-        return [line for line in server._events if line["event"] == name]
-
-
 def answers(server: ServerProcess, version: Published, changed=False) -> None:
     """Every row of layer 2 must be right. changed: bool, or one for each row: whether its last byte is another."""
     with RawPool(server.address, version.version) as pool:
@@ -164,7 +159,7 @@ def test_versions_come_and_go_while_lookups_go_on(etcd, models, tmp_path):
     first, second, patch = (published(models / name) for name in ("first", "second", "patch"))
     with serving(registry, tmp_path, ready=False, workers=2) as server:
         server.wait_for("published")
-        assert events(server, "published")[0]["versions"] == []
+        assert server.said("published")[0]["versions"] == []
         assert registry.read().members == {}
         registry.publish(first)
         ready = server.wait_for("serving")
@@ -236,7 +231,7 @@ def test_what_fails_fails_alone_and_what_is_held_needs_no_registry(etcd, models,
         failed = eventually(lambda: member(registry, server).failed, "a bad location is told")
         assert list(failed) == [second.version]
         assert f"{models / 'nowhere'} is no packed model" in failed[second.version]
-        assert events(server, "version-failed")[0]["error"] == failed[second.version]
+        assert server.said("version-failed")[0]["error"] == failed[second.version]
         registry.retire("small", second.version)
         eventually(lambda: not member(registry, server).failed, "it is forgotten")
 
@@ -263,7 +258,7 @@ def test_what_fails_fails_alone_and_what_is_held_needs_no_registry(etcd, models,
         os.kill(registrar, signal.SIGKILL)
         eventually(lambda: lease_of(etcd, key) != before, "the next one registers anew")
         assert len(member(registry, server).held) == 3
-        assert events(server, "worker-died")[-1]["worker"] == "registrar"
+        assert server.said("worker-died")[-1]["worker"] == "registrar"
 
         etcd.stop()
         answers(server, first)
@@ -272,13 +267,13 @@ def test_what_fails_fails_alone_and_what_is_held_needs_no_registry(etcd, models,
     # Models that were given wait for no registry, and leave what they know nothing of where it lies.
     with serving(registry, rows, models / "first", metrics="off") as server:
         answers(server, first)
-        assert events(server, "published") == events(server, "freed") == []
+        assert server.said("published") == server.said("freed") == []
     with serving(registry, rows, **settings) as server:
-        assert set(events(server, "registry-cache")[0]["versions"]) == {second.version, mixed.version}
+        assert set(server.said("registry-cache")[0]["versions"]) == {second.version, mixed.version}
         # Of each version by its loader and then by the supervisor; nobody took the other one for a leftover.
-        assert len(events(server, "adopted")) == 8
-        assert {Path(line["path"]).name.split("-")[2] for line in events(server, "freed")} == {first.version[:16]}
+        assert len(server.said("adopted")) == 8
+        assert {Path(line["path"]).name.split("-")[2] for line in server.said("freed")} == {first.version[:16]}
         answers(server, second, True)
         etcd.start()
         wait_held(registry, server, second, mixed)
-        assert events(server, "version-withdrawn") == []
+        assert server.said("version-withdrawn") == []

@@ -141,9 +141,7 @@ def pool_of_each_worker(server: ServerProcess, packed: Path) -> Iterator[dict[in
 
 
 def count(server: ServerProcess, event: str, **fields: object) -> int:
-    with server._changed:
-        lines = [line for line in server._events if line["event"] == event]
-    return sum(all(line.get(name) == value for name, value in fields.items()) for line in lines)
+    return sum(all(line.get(name) == value for name, value in fields.items()) for line in server.said(event))
 
 
 def wait_replaced(server: ServerProcess, index: int, old: int) -> int:
@@ -391,10 +389,10 @@ def test_a_worker_that_ends_again_and_again_is_started_less_and_less_often(packe
         ask(pools[old[1]])
         flag.unlink()
         wait_replaced(server, 0, old[0])
-        died = [datetime.fromisoformat(line["time"]) for line in server._events if line["event"] == "worker-died"]
+        died = [datetime.fromisoformat(line["time"]) for line in server.said("worker-died")]
         gaps_s = [(after - before).total_seconds() for before, after in pairwise(died[:5])]
         assert all(gap_s > least_s for gap_s, least_s in zip(gaps_s, (0, 0.1, 0.2, 0.4), strict=True)), gaps_s
-        last = [line for line in server._events if line["event"] == "worker-died"][1]
+        last = server.said("worker-died")[1]
         assert last["status"] == "exit code 3"
         assert server.worker_pids()[1] == old[1]
 
@@ -470,7 +468,7 @@ def test_a_rolling_restart_under_load_fails_no_lookup_of_a_client(packed):
             thread.join()
         assert problems == []
         # A call that came in the moment of a stop is not waited for until the drain is over.
-        assert max(line["seconds"] for line in server._events if line["event"] == "rolled") < 20
+        assert max(line["seconds"] for line in server.said("rolled")) < 20
         new = server.worker_pids()
         assert new.keys() == old.keys()
         assert not set(new.values()) & set(old.values())
@@ -498,7 +496,7 @@ def test_lookups_in_flight_finish_and_a_second_request_waits_its_turn(packed):
         assert joined(messages) == {2: expected(2, BIG)}
         server.wait_until(lambda lines: sum(line["event"] == "rolled" for line in lines) == 2)
         assert count(server, "rolling", workers=1) == 2
-        assert len({line["pid"] for line in server._events if line["event"] == "worker-ready"}) == 3
+        assert len({line["pid"] for line in server.said("worker-ready")}) == 3
         # Nobody waits: a worker that is gone can add nothing.
         assert scrape(server.metrics_address)[ROWS] == BIG.size + 3
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +37,11 @@ def test_no_byte_of_it_may_be_another(at, change):
 @given(st.binary(max_size=TRAILER_BYTES))
 def test_other_bytes_are_no_trailer(data):
     assert read_trailer(data) is None
+
+
+def test_a_trailer_nested_too_deep_is_none():
+    raw = b"[" * (TRAILER_BYTES - 33)
+    assert read_trailer(xxhash.xxh3_128_hexdigest(raw).encode() + b"\n" + raw) is None
 
 
 def test_the_layout_is_as_documented():

@@ -192,7 +192,7 @@ def test_an_index_that_lies_is_named(checkpoint: MakeCheckpoint) -> None:
     refused(directory, f"{files[second]} does not hold {first}, although {INDEX_NAME} says so")
     set_weight_map(directory, {**files, first: "../elsewhere.safetensors"})
     refused(directory, "must give each tensor the name of a file beside it")
-    for raw in ("", "[]", "{}", '{"weight_map": 3}'):
+    for raw in ("", "[]", "{}", '{"weight_map": 3}', "[" * 100_000):
         (directory / INDEX_NAME).write_text(raw)
         refused(directory, INDEX_NAME)
     for path in directory.glob("*.safetensors*"):

@@ -18,6 +18,7 @@ from torch import nn
 
 from engrampool_client.client import Client
 from engrampool_client.errors import BatchError, PoolError, SpecError
+from engrampool_client.generation import columns
 from engrampool_client.step import Step
 from engrampool_proto.hashing import exactly
 from engrampool_proto.spec import RowFormat
@@ -93,7 +94,8 @@ class EngramPool:
     buffers: steps that may be under way at once, the one that the model is running included.
     staging: whether steps take turns in lasting buffers; None where the device is a GPU.
 
-    The client stays the caller's to close, after the last step.
+    The client stays the caller's to close, after the last step. A copy of the pool is itself. A model is saved without
+    it, which the layers say when they are run.
     """
 
     def __init__(
@@ -187,6 +189,19 @@ class EngramPool:
             raise
         return PooledStep(self, step, shape, host, staging)
 
+    def num_heads(self, layer: int) -> int:
+        """Heads of a layer that the client gives: all, or as many as its own `heads` has. Raises SpecError."""
+        return int(self._row_shapes[self.client.spec.table(layer).layer][0])
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoPool, ()
+
     def _room(self, layers: Sequence[int], num_tokens: int) -> "tuple[_Staging | None, dict[int, torch.Tensor]]":
         """Host memory for a step: uint8 [T, heads, row_bytes] a layer."""
         shapes = {layer: (num_tokens, *self._row_shapes[self.client.spec.table(layer).layer]) for layer in layers}
@@ -246,10 +261,13 @@ class PooledStep:
             self._rows[layer] = rows.view(*self.shape, *rows.shape[1:])
         return self._rows[layer]
 
-    def embeddings(self, layer: int) -> torch.Tensor:
-        """`rows` as numbers: [*shape, heads, dim] of the pool's dtype."""
+    def embeddings(self, layer: int, heads: tuple[int, int] | None = None) -> torch.Tensor:
+        """`rows` as numbers: [*shape, heads, dim] of the pool's dtype. heads: (start, stop): only these of them."""
         table = self._pool.client.spec.table(layer)
-        return dequantize(self.rows(layer), table.row_format, table.scale, self._pool.dtype)
+        rows = self.rows(layer)
+        if heads is not None:
+            rows = rows[..., heads[0] : heads[1], :]
+        return dequantize(rows, table.row_format, table.scale, self._pool.dtype)
 
     def valid(self, layer: int) -> torch.Tensor:
         """Wait for one layer only: bool [*shape] on the device, False where rows are zeros for want of an answer.
@@ -293,20 +311,34 @@ class PooledStep:
             raise PoolError("the step has ended: start another for each forward")
 
 
+class _NoPool:
+    """In the place of a pool that a model was saved without."""
+
+    @property
+    def running(self) -> PooledStep:
+        raise PoolError("this model was saved without its pool: set `pool` of each PooledEmbedding to an EngramPool")
+
+
 class PooledEmbedding(nn.Module):
     """What a model has in the place of an Engram layer's embedding: no parameters, the rows come from the pool.
 
-    embedding_dim: values a row. Raises SpecError for a layer without a table, or rows that `dequantize` cannot read.
+    heads: (start, stop): only these of the heads that the client has; None for all.
+    num_heads, embedding_dim: heads that it gives, and values of each.
+
+    A copy (`copy.deepcopy`) shares the pool. Saved by `torch.save`, it is saved without: set `pool` after loading.
+    Raises SpecError for a layer without a table, or rows that `dequantize` cannot read, ValueError for other heads.
     """
 
-    def __init__(self, pool: EngramPool, layer: int) -> None:
+    def __init__(self, pool: EngramPool, layer: int, heads: tuple[int, int] | None = None) -> None:
         super().__init__()
         table = pool.client.spec.table(layer)
         self.embedding_dim, _ = _check_format(table.row_format, table.scale)
         self.pool, self.layer = pool, layer
+        self.heads = columns(heads, pool.num_heads(layer))
+        self.num_heads = pool.num_heads(layer) if self.heads is None else self.heads[1] - self.heads[0]
 
     def forward(self, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """[*shape, heads, dim] of the running step, in the pool's dtype; waits for this layer's rows only.
+        """[*shape, num_heads, dim] of the running step, in the pool's dtype; waits for this layer's rows only.
 
         ids: row ids [*shape, heads], if the model has them; they are not looked at, but their shape must be the step's.
         Raises what the lookup failed with, PoolError outside of a step, BatchError for ids of another shape.
@@ -314,7 +346,7 @@ class PooledEmbedding(nn.Module):
         step = self.pool.running
         if ids is not None and tuple(ids.shape[:-1]) != step.shape:
             raise BatchError(f"ids are for {list(ids.shape[:-1])} tokens, the running step for {list(step.shape)}")
-        return step.embeddings(self.layer)
+        return step.embeddings(self.layer, self.heads)
 
     @property
     def valid(self) -> torch.Tensor:
@@ -323,7 +355,9 @@ class PooledEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
-        return f"layer={self.layer}, embedding_dim={self.embedding_dim}, target={self.pool.client.target!r}"
+        target = self.pool.client.target if isinstance(self.pool, EngramPool) else None
+        heads = "" if self.heads is None else f"heads={self.heads}, "
+        return f"layer={self.layer}, {heads}embedding_dim={self.embedding_dim}, target={target!r}"
 
     def _load_from_state_dict(self, *_: Any) -> None:
         """Take nothing from a checkpoint that holds the table, and miss nothing in one that does not."""

@@ -67,8 +67,10 @@ class TokenBatch:
     ) -> "TokenBatch":
         """A batch from its tokens; without boundaries it is one request, without look-back requests start here."""
         if query_start_loc is None:
+            _check("tokens", tokens, np.int32, (None,))
             query_start_loc = np.array([0, len(tokens)], np.int32)
         if lookback is None:
+            _check("query_start_loc", query_start_loc, np.int32, (None,))
             lookback = np.empty((max(0, len(query_start_loc) - 1), 0), np.int32)
         return cls(tokens, query_start_loc, lookback, dead, lookback_dead)
 
