@@ -90,6 +90,7 @@ class Server:
             # A caller that was lost on the way without a word takes no place for longer than that.
             ("grpc.keepalive_time_ms", round(_SIGN_OF_LIFE_S * 1e3)),
             ("grpc.keepalive_timeout_ms", round(_SIGN_OF_LIFE_S * 1e3)),
+            ("grpc.http2.ping_timeout_ms", round(_SIGN_OF_LIFE_S * 1e3)),  # which is what gRPC 1.85 goes by
             # gRPC would cut off callers that ask for signs of life themselves, as many languages' do every few seconds.
             ("grpc.http2.max_ping_strikes", 0),
         ]
