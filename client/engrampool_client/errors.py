@@ -106,6 +106,8 @@ _NO_CONNECTION = {
     "DNS resolution failed": "the host's name is not known",
     "No such file or directory": "there is no such socket",
     **dict.fromkeys(_NO_GRPC, "something answers there that does not speak gRPC, or only over TLS"),
+    # As it is being connected to; of a connection that was there nothing is before it.
+    ": Socket closed": "something there closes the connection at once, as what does not speak gRPC may, or only over TLS",
 }
 
 
