@@ -116,8 +116,11 @@ def _switch(hosts: list[Host], stop: int) -> None:
                     sender.sent_bytes += len(frame)
                     sender.flows.add(flow := _flow(frame))
                     receiver = by_mac.get(frame[:6])
-                    if receiver is None or flow in sender.forgotten or flow[6:] + flow[:6] in receiver.forgotten or any(
-                        link.cut or (link.loss and chance.random() < link.loss) for link in (sender, receiver)
+                    if (
+                        receiver is None
+                        or flow in sender.forgotten
+                        or flow[6:] + flow[:6] in receiver.forgotten
+                        or any(link.cut or (link.loss and chance.random() < link.loss) for link in (sender, receiver))
                     ):
                         continue
                     if delay_s := sender.delay_s + receiver.delay_s:

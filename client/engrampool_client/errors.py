@@ -107,7 +107,7 @@ _NO_CONNECTION = {
     "No such file or directory": "there is no such socket",
     **dict.fromkeys(_NO_GRPC, "something answers there that does not speak gRPC, or only over TLS"),
     # As it is being connected to; of a connection that was there nothing is before it.
-    ": Socket closed": "something there closes the connection at once, as what does not speak gRPC may, or only over TLS",
+    ": Socket closed": "something there closes the connection at once; it may not speak gRPC, or only over TLS",
 }
 
 

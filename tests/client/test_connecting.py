@@ -48,8 +48,11 @@ def listening(say: bytes | None) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "target",
-    ["localhost", "10.0.0.1", "node:", "node:http", "node:0", "node:65536", ":50051", "::1", "[::1]", "fe80::1:50051"]
-    + ["dns:node", "dns:///node", "dns://8.8.8.8/node", "ipv4:10.0.0.1:1,10.0.0.2", "ipv6:[::1]"],
+    [
+        *("localhost", "10.0.0.1", "node:", "node:http", "node:0", "node:65536", ":50051"),
+        *("::1", "[::1]", "fe80::1:50051", "ipv6:[::1]", "ipv4:10.0.0.1:1,10.0.0.2"),
+        *("dns:node", "dns:///node", "dns://8.8.8.8/node"),
+    ],
 )
 def test_a_target_without_a_port_is_refused_at_once(target):
     with pytest.raises(ValueError, match=r"has no port") as told:
