@@ -23,7 +23,8 @@ class Load:
         command = [*prefix, sys.executable, str(_CLIENT), str(seed), str(timeout_s), *targets]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         # Modules of tests are found beside this one.
-        environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         self.process = subprocess.Popen(command, env=environ, **pipes)
         self.said: dict[str, Any] = {"lookups": 0, "away": None, "open": [], "version": ""}
         self.slowest_s = 0.0

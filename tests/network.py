@@ -33,6 +33,7 @@ class Host:
     """One host, and its link to the switch; the fields of the link may be changed at any time.
 
     prefix: words before a command that is to run there. cut: every packet is lost, and nobody is told.
+    forget(): of connections that there are, every packet is lost from now on; new ones are well.
     delay_s: what a packet takes longer, either way. loss: of how many packets each is lost, 0 to 1, either way.
     sent_bytes: what came from it so far.
     """
@@ -41,6 +42,11 @@ class Host:
         self.address, self.mac, self.tap = address, mac, tap
         self.prefix = ("nsenter", f"--net=/proc/{pid}/ns/net")
         self.cut, self.delay_s, self.loss, self.sent_bytes = False, 0.0, 0.0, 0
+        self.flows: set[bytes] = set()  # of what came from it, as `_flow` has them
+        self.forgotten: set[bytes] = set()
+
+    def forget(self) -> None:
+        self.forgotten.update(self.flows.copy())
 
 
 @contextmanager
@@ -108,9 +114,13 @@ def _switch(hosts: list[Host], stop: int) -> None:
                 sender: Host = key.data
                 for frame in _frames(sender.tap):
                     sender.sent_bytes += len(frame)
+                    sender.flows.add(flow := _flow(frame))
                     receiver = by_mac.get(frame[:6])
-                    if receiver is None or any(
-                        link.cut or (link.loss and chance.random() < link.loss) for link in (sender, receiver)
+                    if (
+                        receiver is None
+                        or flow in sender.forgotten
+                        or flow[6:] + flow[:6] in receiver.forgotten
+                        or any(link.cut or (link.loss and chance.random() < link.loss) for link in (sender, receiver))
                     ):
                         continue
                     if delay_s := sender.delay_s + receiver.delay_s:
@@ -120,6 +130,11 @@ def _switch(hosts: list[Host], stop: int) -> None:
             while later and later[0][0] <= time.monotonic():
                 *_, tap, frame = heapq.heappop(later)
                 _pass_on(tap, frame)
+
+
+def _flow(frame: bytes) -> bytes:
+    """Addresses and ports of a TCP packet, the sender's first."""
+    return frame[26:30] + frame[34:36] + frame[30:34] + frame[36:38]
 
 
 def _frames(tap: int) -> Iterator[bytes]:

@@ -28,8 +28,12 @@ class Breaker:
     for that, nobody knows: so where silence is what fills the count, the server is probed first, with time enough, and
     the breaker opens only if it does not answer that either.
 
+    The probes begin with the first failure that counts, or with a doubt, and go on until one is answered, whether or
+    not the breaker opens: they find out whether only the connection was lost, and whether the server is in trouble.
+
     probe: asks the server for something small; raises UnavailableError or DeadlineError if it does not answer.
     opened: told when it opens.
+    trouble: why the server is taken to be away, for people; None while it is not.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Breaker:
         self._prober: threading.Thread | None = None
         self._probing, self._said = False, ""
         self._refusal: UnavailableError | None = None
+        self.trouble: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -91,14 +96,18 @@ class Breaker:
             return
         with self._lock:
             self._failed += 1
-            if not self._failures or self._failed < self._failures or self.is_open or self._closing.is_set():
+            if not self._begin_probing() or self.is_open or not self._is_full:
                 return
-            if not self._probing and not self._start():
-                return
-            if silent:  # whoever probes it opens it
+            if silent and self.trouble is None:  # whoever probes it opens it
                 return
             self._refuse(error)
         self._opened()
+
+    def doubt(self) -> None:
+        """Have the server probed, as it did not answer something that is not counted."""
+        if time.monotonic() >= self._vouched_until:
+            with self._lock:
+                self._begin_probing()
 
     def pause_s(self, error: Exception, attempt: int) -> float | None:
         """Seconds to wait before trying again after the failure number `attempt` (from 0 on), None not to."""
@@ -123,8 +132,14 @@ class Breaker:
         if self._prober is not None:
             self._prober.join()
 
-    def _start(self) -> bool:
+    @property
+    def _is_full(self) -> bool:
+        return 0 < self._failures <= self._failed
+
+    def _begin_probing(self) -> bool:
         """Have the server probed. False if there can be no thread for it now: who does not probe must not open."""
+        if self._probing or self._closing.is_set():
+            return self._probing and not self._closing.is_set()
         prober = threading.Thread(target=self._watch, name="engrampool-breaker", daemon=True)
         try:
             prober.start()
@@ -140,18 +155,20 @@ class Breaker:
             "background, and no lookup waits for it meanwhile"
         )
         self._refusal = UnavailableError(text, "breaker-open")
+        self.trouble = str(error)
 
     def _watch(self) -> None:
-        with self._lock:  # by now it is open, or to be opened here
+        with self._lock:  # by now it is open, or it may be silent
             pause_s = _FIRST_PROBE_S if self.is_open else 0.0
         while not self._closing.wait(pause_s):
             trouble = self._trouble()
             with self._lock:
                 if trouble is None:
-                    self._failing_since, self._failed, self._refusal = None, 0, None
+                    self._failing_since, self._failed, self._refusal, self.trouble = None, 0, None, None
                     self._vouched_until, self._probing = time.monotonic() + _VOUCHED_S, False
                     return
-                opened = not self.is_open and not self._closing.is_set()
+                self.trouble = str(trouble)
+                opened = not self.is_open and self._is_full and not self._closing.is_set()
                 if opened:
                     self._refuse(trouble)
             if opened:

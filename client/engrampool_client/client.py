@@ -267,6 +267,11 @@ class Client:
         return self._shards.direct
 
     @property
+    def servers_in_trouble(self) -> Mapping[str, str]:
+        """Address -> why, of the servers that do not answer, or hold something else than they should, for people."""
+        return self._shards.in_trouble
+
+    @property
     def breaker_open(self) -> bool:
         """Whether lookups fail at once, as a server that they need is away."""
         return self._shards.breaker_open

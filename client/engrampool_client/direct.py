@@ -30,6 +30,11 @@ Direct = Literal["auto", "off"]
 # To get in. A port that is blocked costs this once, when a client is made.
 _OPEN_TIMEOUT_S = 1.0
 _STUCK_S = 10.0
+# A server that is well sends some of its answer within so long. Where nothing came, the connection may be one that was
+# forgotten on the way without a word; gRPC, which asks for signs of life, finds out.
+_SILENCE_S = 2.0
+# Of a connection that is idle: when the system first asks for a sign of life, how often then, and how often in vain.
+_KEEP_IDLE_S, _KEEP_EVERY_S, _KEEP_TRIES = 10, 2, 3
 # Between tries after one that failed.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 # Answers up to half this size are read whole into memory of ours, and copied from there.
@@ -49,10 +54,17 @@ class DirectLane:
 
     open_direct: asks the server, over gRPC, for a way in; raises PoolError. target: as gRPC takes it.
     opened: connections since it was made. reason: why the last one could not be opened, for people; "" if it was.
+    silent: told where a connection was given up, as nothing came on it.
     """
 
-    def __init__(self, open_direct: Callable[[float], pool_pb2.OpenDirectResponse], target: str, most: int) -> None:
-        self._open_direct, self._target, self._most = open_direct, target, most
+    def __init__(
+        self,
+        open_direct: Callable[[float], pool_pb2.OpenDirectResponse],
+        target: str,
+        most: int,
+        silent: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._open_direct, self._target, self._most, self._silent = open_direct, target, most, silent
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         # Weakly: one that is lost, as Ctrl-C can come between any two lines, is closed and makes room for another.
@@ -108,7 +120,8 @@ class DirectLane:
         """Ask, unless that has `begun`, and take the whole answer in; `delivery` is told of layers as they complete.
 
         deadline: by time.monotonic. spin_s: how long to look for the answer without sleeping.
-        False if the lane has no connection, or one that broke meanwhile: what is missing is to be asked for over gRPC.
+        False if the lane has no connection, or one that broke or was silent for too long meanwhile: what is missing is
+        to be asked for over gRPC.
         Raises PoolErrors: refusals, ProtocolError, StepCancelledError, DeadlineError; its reason is "not-asked" where
         the deadline had passed before, which says nothing of the server.
         """
@@ -130,10 +143,14 @@ class DirectLane:
                 self._put(connection)
             raise
         except TimeoutError as error:
-            self._drop(connection)
+            self._distrust(connection)
             raise DeadlineError(f"{self._target}: no answer in time (DEADLINE_EXCEEDED)") from error
         except OSError as error:
-            self._drop(connection)
+            if isinstance(error, _SilentError):
+                self._distrust(connection)
+                self._silent()
+            else:
+                self._drop(connection)
             if self._closed or delivery.given_up:
                 raise StepCancelledError("the step was cancelled") from error
             exchange.restart()
@@ -150,6 +167,16 @@ class DirectLane:
         self._idle.clear()
         for connection in list(self._open):
             connection.let_go()
+
+    def renew(self) -> None:
+        """Have later lookups go by new connections, which are opened as soon as one is wanted."""
+        with self._lock:
+            self._not_before, self._pause_s = 0.0, _FIRST_PAUSE_S
+        self._drop_idle()
+
+    def stop(self) -> None:
+        """Open no more connections; `close` is to follow."""
+        self._closed = True
 
     def close(self) -> None:
         """End every connection, and every lookup on one."""
@@ -173,6 +200,22 @@ class DirectLane:
                 self._drop(self._idle.pop())
             except IndexError:
                 return
+
+    def _distrust(self, connection: "Connection") -> None:
+        """Drop one that was silent, and of the idle ones those that nothing came on since: they may be lost as well."""
+        good = []
+        while True:
+            try:
+                idle = self._idle.pop()
+            except IndexError:
+                break
+            if idle.heard_at >= connection.asked_at:
+                good.append(idle)
+            else:
+                self._drop(idle)
+        self._drop(connection)
+        for idle in reversed(good):
+            self._put(idle)
 
     def _drop(self, connection: "Connection") -> None:
         with self._lock:
@@ -218,6 +261,10 @@ class DirectLane:
         self._put(connection)
 
 
+class _SilentError(ConnectionError):
+    """For too long nothing came, though the lookup has more time."""
+
+
 class _RefusedError(Exception):
     """The server refused the request; the connection is as good as before."""
 
@@ -243,6 +290,7 @@ class Connection:
         self._poll.register(self._socket, select.POLLIN)
         self._quick = True  # whether it may pay to look for the next answer without sleeping
         self._limit_s = 0.0  # of a wait, as the system knows it
+        self.asked_at = self.heard_at = 0.0  # the last request and the last whole answer, by time.monotonic
         try:
             deadline = time.monotonic() + _OPEN_TIMEOUT_S
             self._allow(deadline)
@@ -263,6 +311,7 @@ class Connection:
         """
         self._start = self._end = 0
         self.answering = True
+        self.asked_at = time.monotonic()
         request = exchange.request
         large = len(request) > _MAY_BLOCK_BYTES and send_by is not None
         self._send(request, deadline, send_by if large else None)
@@ -389,6 +438,7 @@ class Connection:
                 raise ConnectionAbortedError("given up")
             self._turn += 1
             self.answering = False
+            self.heard_at = time.monotonic()
 
     def _give_up(self, turn: int) -> None:
         """The server takes the end of the connection as the end of its work for us."""
@@ -504,26 +554,34 @@ class Connection:
             places[0] = places[0][count:]
 
     def _received(self, places: list[memoryview], deadline: float, flags: int = 0) -> int:
-        """Wait for some bytes. Raises TimeoutError at the deadline, OSError at the end of the connection."""
+        """Wait for some bytes. Raises TimeoutError at the deadline, OSError where the connection ended or is silent."""
         while True:
             try:
                 count = self._socket.recvmsg_into(places, 0, flags)[0]
-            except BlockingIOError:  # time is up, as the system counts it
+            except BlockingIOError as error:  # time is up, as the system counts it
+                silent = self._limit_s >= _SILENCE_S
                 self._allow(deadline)
+                if silent:
+                    text = f"{self._target} sent nothing for {_SILENCE_S:g} s"
+                    raise _SilentError(text) from error
                 continue
             if not count:
                 raise ConnectionError("the server closed the connection")
             return count
 
     def _allow(self, deadline: float) -> float:
-        """Let the system wait until the deadline, about; gives the seconds. Raises TimeoutError if there are none."""
+        """Let the system wait until the deadline, about, or for as long as nothing may come or go.
+
+        Gives the seconds until the deadline. Raises TimeoutError if there are none.
+        """
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
+        wait = min(remaining, _SILENCE_S)
         # By the system's own clock a wait takes one call; Python's timeouts take two. To set it takes another, so what
         # was set is left where it is near enough.
-        if not 0.9 * self._limit_s <= remaining <= self._limit_s:
-            self._limit_s = min(1.05 * remaining, remaining + 0.005)
+        if not 0.9 * self._limit_s <= wait <= self._limit_s:
+            self._limit_s = min(1.05 * remaining, remaining + 0.005, _SILENCE_S)
             seconds, rest = divmod(max(1, round(self._limit_s * 1e6)), 1_000_000)
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, rest))
@@ -618,6 +676,10 @@ def _connected(way_in: pool_pb2.OpenDirectResponse, target: str) -> socket.socke
             raise OSError(f"{target} has no host to connect to")
         connected = socket.create_connection((host, way_in.port), _OPEN_TIMEOUT_S)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_IDLE_S)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_EVERY_S)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEP_TRIES)
     connected.settimeout(None)
     return connected
 

@@ -13,6 +13,8 @@ from engrampool_proto.registry import SCHEME, Registry, RegistryError, State, re
 _DNS, _RAY = "dns:///", "ray:///"
 # What gRPC knows besides.
 _OTHER_SCHEMES = ("dns", "unix", "xds")
+# Names that gRPC knows, and that have no port.
+_PORTLESS = ("unix:", "unix-abstract:", "vsock:", "xds:")
 # Between tries to reach a registry, or to find there what a client is to begin with.
 _PAUSE_S = 0.1
 # How long the system may take to look a name up until those who ask go on without, for now.
@@ -26,8 +28,8 @@ class Servers:
     """The servers that a client's targets stand for, now and later. Thread-safe.
 
     targets: addresses; "dns:///NAME:PORT" stands for every address that NAME has, "ray:///NAME" for the servers of a
-    placement by that name, "etcd://..." for those registered there. Raises ValueError for two registries, or a URL of
-    another kind or that is none.
+    placement by that name, "etcd://..." for those registered there. Raises ValueError for two registries, a URL of
+    another kind or that is none, or an address without a port.
     """
 
     def __init__(self, targets: Sequence[str]) -> None:
@@ -39,8 +41,8 @@ class Servers:
             scheme, url, _ = target.partition("://")
             if url and scheme not in _OTHER_SCHEMES and not target.startswith((SCHEME, _RAY)):
                 raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEME}HOST:PORT")
-            if target.startswith(_DNS) and not target.rpartition(":")[2].isdigit():
-                raise ValueError(f"{target!r} has no port; it is {_DNS}NAME:PORT")
+            if not target.startswith((SCHEME, _RAY, *_PORTLESS)):
+                _check_ports(target)
         urls = [target for target in targets if target.startswith(SCHEME)]
         if len(urls) > 1:
             raise ValueError(f"a client follows one registry, not {' and '.join(urls)}; one URL may name all its hosts")
@@ -220,6 +222,19 @@ class _Target:
             asked.set_result(resolve(self._target))
         except BaseException as error:
             asked.set_exception(error)
+
+
+def _check_ports(target: str) -> None:
+    """Raise ValueError unless each address of "HOST:PORT", or of a gRPC name for some, has a port."""
+    scheme = next((one for one in ("dns:", "ipv4:", "ipv6:") if target.startswith(one)), "")
+    rest = target.removeprefix(scheme).rpartition("/")[2]
+    form = f"{_DNS}NAME:PORT" if target.startswith(_DNS) else "HOST:PORT"
+    for address in rest.split(",") if scheme in ("ipv4:", "ipv6:") else [rest]:
+        host, _, port = address.rpartition(":")
+        if ":" in host and not (host.startswith("[") and host.endswith("]")):
+            raise ValueError(f"{target!r} has no port that can be told from the address; write [IPV6]:PORT")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"{target!r} has no port, or none from 1 to 65535; it is {form}")
 
 
 def _holders(state: State, model: str | None, version: str | None) -> list[str]:

@@ -2,11 +2,12 @@
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from engrampool_client.stats import Stats
 
 Attach = Literal["auto", "off"]
 Lane = Literal["attached", "direct", "grpc"]
+_Answer = TypeVar("_Answer")
 _PROBE_TIMEOUT_S = 1.0
 
 
@@ -75,9 +77,11 @@ class Endpoint:
         self.breaker = Breaker(ways.retry_s, ways.breaker_failures, self._probe, stats.opened, self.target)
         self._opened = True
         if ways.attach == "auto" and served.attach:
-            self._attach = AttachLane(partial(lane.attach, served.spec.name, served.version), served)
+            attach = partial(lane.attach, served.spec.name, served.version)
+            self._attach = AttachLane(partial(self._asked, attach), served)
         if ways.direct == "auto" and served.direct:
-            self._direct = DirectLane(lane.open_direct, self.target, ways.max_steps * ways.connections)
+            most = ways.max_steps * ways.connections
+            self._direct = DirectLane(partial(self._asked, lane.open_direct), self.target, most, self.breaker.doubt)
 
     @property
     def attached(self) -> bool:
@@ -125,6 +129,11 @@ class Endpoint:
     def direct_opened(self) -> int:
         """Connections of the direct lane that were opened so far."""
         return 0 if self._direct is None else self._direct.opened
+
+    @property
+    def in_trouble(self) -> str | None:
+        """Why the server is taken to be away, for people; None while it is not, or was asked for nothing yet."""
+        return self.breaker.trouble if self._opened else None
 
     def begin(self, exchange: Exchange, deadline: float, send_by: float | None = None) -> Connection | None:
         """Only send the request, if that takes but a moment: `ask` or `abandon` is to follow. None if it does not.
@@ -223,6 +232,8 @@ class Endpoint:
                     against = _against(error, delivery, early)
                     if against is not None:
                         self.breaker.failed(against)
+                    elif early and error.reason is None:
+                        self.breaker.doubt()
                     raise
                 if delivery.pause(pause_s) or self._closing.is_set():
                     raise
@@ -233,11 +244,34 @@ class Endpoint:
         self.breaker.succeeded()
         self._stats.came("wire", nbytes)
 
+    def _asked(self, call: Callable[[float], _Answer], timeout_s: float) -> _Answer:
+        """Call what a lane asks the server for within a time; if it does not answer, it is probed. Raises PoolError."""
+        try:
+            return call(timeout_s)
+        except (UnavailableError, DeadlineError):
+            self.breaker.doubt()
+            raise
+        except ValueError as error:  # gRPC's way to say that a channel is closed
+            if not self._closed or isinstance(error, EngrampoolError):
+                raise
+            raise UnavailableError(f"{self.target} is asked no more", "left") from error
+
     def _probe(self) -> None:
-        """Ask for one row that it holds, over gRPC. Raises PoolError."""
+        """Ask for one row that it holds, over gRPC. Raises PoolError.
+
+        If there is no answer in time, all connections may be lost: whatever is asked next goes by new ones.
+        """
         layer, (start, _) = next(iter(self.served.parts.items()))
-        exchange = Exchange.of_rows(self.served, {layer: np.full(1, start, np.uint64)})
-        self._lanes[0].fetch(exchange, _PROBE_TIMEOUT_S, Delivery([layer]))
+        try:
+            for lane in self._lanes:
+                exchange = Exchange.of_rows(self.served, {layer: np.full(1, start, np.uint64)})
+                lane.fetch(exchange, _PROBE_TIMEOUT_S, Delivery([layer]))
+        except DeadlineError:
+            for lane in self._lanes:
+                lane.renew()
+            if self._direct is not None:
+                self._direct.renew()
+            raise
 
     def forked(self) -> None:
         """In the child of a fork: let go of the direct lane's connections. gRPC's are not touched."""
@@ -249,8 +283,9 @@ class Endpoint:
         self._closed = True
         if self._opened:
             self.breaker.stop()
-        if self._attach is not None:
-            self._attach.stop()
+        for ended in (self._attach, self._direct):
+            if ended is not None:
+                ended.stop()
         for lane in self._lanes:
             lane.close()
 

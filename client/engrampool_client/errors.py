@@ -98,6 +98,19 @@ _BY_CODE: dict[grpc.StatusCode, type[PoolError]] = {
 }
 
 
+# How gRPC begins to say that there is no connection, and why that is, for people.
+_NO_GRPC = ("Failed parsing HTTP/2", "Trying to connect an http1.x server")
+_NO_CONNECTION = {
+    "Connection refused": "the connection was refused, as nothing listens there",
+    "errors resolving": "the host's name is not known",
+    "DNS resolution failed": "the host's name is not known",
+    "No such file or directory": "there is no such socket",
+    **dict.fromkeys(_NO_GRPC, "something answers there that does not speak gRPC, or only over TLS"),
+    # As it is being connected to; of a connection that was there nothing is before it.
+    ": Socket closed": "something there closes the connection at once; it may not speak gRPC, or only over TLS",
+}
+
+
 def from_rpc(error: grpc.RpcError, target: str) -> PoolError:
     """The typed error for a failed call to `target`."""
     reason = next((str(value) for key, value in error.trailing_metadata() or () if key == REASON_KEY), None)
@@ -108,12 +121,20 @@ def from_status(code: grpc.StatusCode, reason: str | None, text: str | None, tar
     """The typed error for what `target` answered."""
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"{target} is no engrampool server: {text}", reason)
+    if code is grpc.StatusCode.UNAVAILABLE and reason is None:
+        why = next((why for sign, why in _NO_CONNECTION.items() if sign in (text or "")), None)
+        text = text if why is None else f"{why}: {text}"
     kind = _BY_CODE.get(code, PoolError)
     if kind is OverloadedError and reason is None:
         kind = RejectedError  # gRPC's own: the message is larger than the server takes, and always will be
     if kind is UnknownVersionError and reason not in (None, "unknown-version"):
         kind = RejectedError  # such as "partial-model": the version is there, what is asked for is not
     return kind(f"{target}: {text} ({code.name})", reason)
+
+
+def is_no_grpc(error: PoolError) -> bool:
+    """Whether something answered that is no server of gRPC."""
+    return isinstance(error, UnavailableError) and any(sign in str(error) for sign in _NO_GRPC)
 
 
 __all__ = [

@@ -79,6 +79,7 @@ class _Families:
         self._hedges_won = self._new(counter, "hedges_won", "Those of them that the second answered.")
         self._open = self._new(gauge, "breaker_open", "1 while lookups fail at once, else 0.")
         self._opened = self._new(counter, "breaker_opened", "How often it opened.")
+        self._trouble = self._new(gauge, "servers_in_trouble", "Servers that do not answer, or hold another thing.")
         self._attached = self._new(gauge, "attached", "1 while rows are read from the server's memory, else 0.")
         self._age = self._new(gauge, "registry_age_seconds", "Since the registry was last known to answer.")
         self._changes = self._new(counter, "version_changes", "Versions made active, by what became of it.", "outcome")
@@ -113,6 +114,7 @@ class _Families:
         self._put(self._hedges_won, stats.hedges_won, model)
         self._put(self._open, client.breaker_open, model)
         self._put(self._opened, stats.breaker_opened, model)
+        self._put(self._trouble, len(client.servers_in_trouble), model)
         self._put(self._attached, client.attached, model)
         if client.registry_age_s is not None:
             self._put(self._age, client.registry_age_s, model)

@@ -195,6 +195,7 @@ class ReplicaSet:
                 if first_to_answer([begun.sent, other.sent], exchange, delivery, deadline) is other.sent:
                     chosen, other = other, begun
                     replicas[0].latency.ended(nbytes, inf)
+                    replicas[0].breaker.doubt()
                     self._stats.hedge_won()
                 other.abandon()
         now = time.monotonic()
@@ -216,7 +217,7 @@ class ReplicaSet:
             speed, seconds = 1, recent[endpoint]
             if seconds is not None and seconds > slow_s:
                 speed = 0 if endpoint.latency.due(nbytes, time.monotonic()) else 2
-            return endpoint.breaker.is_open, not endpoint.attached, speed
+            return endpoint.in_trouble is not None, not endpoint.attached, speed
 
         return sorted(turned, key=place)
 

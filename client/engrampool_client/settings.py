@@ -15,6 +15,18 @@ CHANNEL_OPTIONS = (
     # A worker that restarts is back in less than gRPC's own second.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5000),
+    # How long a try to connect may take, by its old name.
+    ("grpc.min_reconnect_backoff_ms", 5000),
+    # A connection may be forgotten on the way without a word. While a call is under way, it is asked for a sign of life
+    # so often, and given up without one; servers of ours take as many pings as anybody sends. The last of these is the
+    # time that counts: gRPC 1.85 never looks at keepalive_timeout_ms. Rows on their way are ahead of the answer to a
+    # ping, so it is long enough for the 4 MB that a system buffers on a link of 10 Mbit/s.
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_timeout_ms", 4000),
+    ("grpc.http2.ping_timeout_ms", 4000),
+    # A proxy that the environment names is for the way out, and no way to a pool.
+    ("grpc.enable_http_proxy", 0),
 )
 # Answers above this size come as a stream: it is faster from here on (bench/transport.py), and the first layer's rows
 # do not wait for the last layer's.

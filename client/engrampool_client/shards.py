@@ -122,6 +122,14 @@ class Shards:
         return self._away
 
     @property
+    def in_trouble(self) -> dict[str, str]:
+        """Address -> why, of the servers that do not answer, or hold something else than they should, for people."""
+        with self._lock:
+            away = {address: self.troubles[address] for address in self._away if address in self.troubles}
+            used = {address: endpoint.in_trouble for address, endpoint in self._open.items()}
+        return away | {address: why for address, why in used.items() if why is not None}
+
+    @property
     def sharded(self) -> bool:
         """Whether no server holds all rows."""
         return len(self._sets) > 1
@@ -279,7 +287,7 @@ class Shards:
         self._know(addresses)
         if complete:
             self._forget(addresses)
-        suspects = {endpoint for endpoint in self._open.values() if endpoint.breaker.is_open}
+        suspects = {endpoint for endpoint in self._open.values() if endpoint.in_trouble is not None}
         while self._suspects:
             suspects.add(self._suspects.pop())
         looks = [self._lookers.submit(self._safely, self._try, endpoint) for endpoint in list(self._away.values())]

@@ -199,7 +199,7 @@ def _used(endpoint: Endpoint, shard: int) -> ServerStatus:
         "address": endpoint.target,
         "used": True,
         "why_unused": None,
-        "trouble": _trouble(endpoint),
+        "trouble": endpoint.in_trouble,
         "shard": shard,
         "rows": [{"layer": layer, "start": rows[0], "stop": rows[1]} for layer, rows in sorted(served.parts.items())],
         "max_rows": served.max_rows,
@@ -224,7 +224,7 @@ def _unused(address: str, why: str | None) -> ServerStatus:
         "address": address,
         "used": False,
         "why_unused": why or _NO_ANSWER,
-        "trouble": why or _NO_ANSWER,
+        "trouble": why,
         "shard": None,
         "rows": [],
         "max_rows": None,
@@ -237,11 +237,6 @@ def _unused(address: str, why: str | None) -> ServerStatus:
         "breaker": None,
         "server_version": None,
     }
-
-
-def _trouble(endpoint: Endpoint) -> str | None:
-    """Why a server that is used is in trouble; None if it is well."""
-    return endpoint.breaker.why_open
 
 
 def _wire(now: Generation) -> Lane:

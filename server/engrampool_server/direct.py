@@ -43,6 +43,9 @@ _LINGER_S = 2.0
 _PATIENCE_S = 10.0
 _PROGRESS_BYTES = 1 << 20
 _ACCEPT_AGAIN_S = 1.0
+# A caller that vanished without a word is noticed after so long: one that is idle by the system's questions, the first
+# of them after _KEEP_IDLE_S, and one that was sent something as that is not acknowledged.
+_KEEP_IDLE_S, _KEEP_EVERY_S, _UNACKNOWLEDGED_S = 30, 10, 60
 # Beside the rows, in a buffer: heads and the end of the answer.
 _MARGIN_BYTES = 64 << 10
 # What frames of a stranger and of a caller are read into. A larger request has memory of its own, which grows as bytes
@@ -155,7 +158,10 @@ class DirectLane:
         try:
             if accepted.family != socket.AF_UNIX:
                 accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # callers may vanish without a word
+                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_IDLE_S)
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_EVERY_S)
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_S * 1000)
             await self.loop.connect_accepted_socket(lambda: connection, accepted)
         except OSError:  # it left already
             accepted.close()

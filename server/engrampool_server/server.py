@@ -34,6 +34,8 @@ _INT32_MAX = 2**31 - 1
 _CONNECTION_AGE_S, _CONNECTION_GRACE_S = 600, 60
 # Calls at one time on one connection; more of them wait at the client.
 _CONNECTION_CALLS = 1024
+# How often callers are asked for a sign of life while a call of theirs is under way, and how long that may take.
+_SIGN_OF_LIFE_S = 10
 # How often to look, while draining, whether there is anything left to wait for.
 _IDLE_S = 0.1
 
@@ -84,6 +86,12 @@ class Server:
             ("grpc.max_concurrent_streams", _CONNECTION_CALLS),
             ("grpc.max_connection_age_ms", round(_CONNECTION_AGE_S * 1e3)),
             ("grpc.max_connection_age_grace_ms", round(_CONNECTION_GRACE_S * 1e3)),
+            # A caller that was lost on the way without a word takes no place for longer than that.
+            ("grpc.keepalive_time_ms", round(_SIGN_OF_LIFE_S * 1e3)),
+            ("grpc.keepalive_timeout_ms", round(_SIGN_OF_LIFE_S * 1e3)),
+            ("grpc.http2.ping_timeout_ms", round(_SIGN_OF_LIFE_S * 1e3)),  # which is what gRPC 1.85 goes by
+            # gRPC would cut off callers that ask for signs of life themselves, as many languages' do every few seconds.
+            ("grpc.http2.max_ping_strikes", 0),
         ]
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
         service = PoolService(self._lookups, self._direct, config.attach != "off")

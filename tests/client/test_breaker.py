@@ -125,7 +125,43 @@ def test_with_zero_failures_it_never_opens(probe):
     for _ in range(10):
         one.failed(BROKEN)
         one.check()
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    probe.say(DeadlineError("silent"))
+    assert probe.asked.acquire(timeout=LIMIT_S)
     assert not one.is_open
+    assert one.trouble == "silent"  # but it is known to be away, until a probe is answered
+    probe.say(None)
+    assert one.watched.wait(LIMIT_S)
+    assert one.trouble is None
+    one.close()
+
+
+def test_a_doubt_has_the_server_probed_and_opens_nothing(probe):
+    one = made(probe, failures=1)
+    one.doubt()
+    for word in (DeadlineError("silent"), BROKEN):
+        assert probe.asked.acquire(timeout=LIMIT_S)
+        probe.say(word)
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    assert one.trouble == str(BROKEN)
+    assert not one.is_open
+    one.doubt()  # which begins no second prober
+    probe.say(None)
+    assert one.watched.wait(LIMIT_S)
+    assert one.trouble is None
+    one.close()
+
+
+def test_silence_opens_it_at_once_where_a_probe_was_not_answered_either(probe):
+    one = made(probe, failures=2)
+    one.failed(DeadlineError("silent"))
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    probe.say(DeadlineError("silent"))
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    assert not one.is_open
+    one.failed(DeadlineError("silent"))
+    assert one.is_open
+    probe.say(None)
     one.close()
 
 

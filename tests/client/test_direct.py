@@ -308,6 +308,22 @@ def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut):
         assert 0.19 < time.monotonic() - begin < LIMIT_S
 
 
+@pytest.mark.parametrize("cut", [0, 10, 100])
+def test_a_peer_that_is_silent_for_too_long_is_left_for_grpc_before_the_deadline(cut, monkeypatch):
+    monkeypatch.setattr(lane, "_SILENCE_S", 0.2)
+    _, sent = whole_answer(3000, set())
+    with peer(sent[:cut] or (lambda _: None), b"") as made:
+        assert ask(made, exchange(3000), timeout_s=3600, spin_s=1e-3) is False
+        assert not made.open
+
+
+def test_the_system_looks_after_connections_that_are_idle(server):
+    with Client(server, attach="off") as client:
+        (connection,) = client._shards._sets[0].replicas[0]._direct._open
+        assert connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 10
+
+
 @given(head=st.binary(max_size=40), nbytes=st.integers(0, 1000))
 def test_heads_are_read_as_the_generated_code_reads_the_whole(head, nbytes):
     try:

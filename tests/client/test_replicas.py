@@ -53,7 +53,8 @@ class Replica:
 
     def __init__(self, lane: DirectLane | None = None, reply: PoolError | None = None, attached: bool = False) -> None:
         self.lane, self.reply, self.attached = lane, reply, attached
-        self.latency, self.breaker = Latency(), SimpleNamespace(is_open=False)
+        self.latency, self.breaker = Latency(), SimpleNamespace(doubt=lambda: setattr(self, "doubted", True))
+        self.in_trouble, self.doubted = None, False
         self.asked: list[tuple[float, bool]] = []  # seconds that it was given, and whether that was early
 
     def begin(self, exchange: Any, deadline: float, send_by: float) -> Any:
@@ -181,7 +182,7 @@ def test_one_that_is_slow_is_only_tried_until_it_is_well_again(clock):
 
 def test_slow_ones_come_after_attached_ones_and_before_those_that_are_away(clock):
     attached, well, slow, away = Replica(attached=True), Replica(), Replica(), Replica()
-    away.breaker.is_open = True
+    away.in_trouble = "it is away"
     made = set_of(away, slow, well, attached, known=False)
     for _ in range(5):
         well.latency.ended(NBYTES, 1e-3)

@@ -19,6 +19,7 @@ from small_model import small_spec, write_model
 
 SHARDS = 2
 TIMEOUT_S = 3.0
+LIMIT_S = 90
 
 
 class Pool:
@@ -35,9 +36,10 @@ class Pool:
     def used(self, *hosts: Host) -> None:
         """Wait until each of these servers has sent some rows more."""
         for host in hosts:
-            until = host.sent_bytes + 500_000
+            until, limit = host.sent_bytes + 500_000, time.monotonic() + LIMIT_S
             while host.sent_bytes < until:
                 self.answered(1)
+                assert time.monotonic() < limit, f"{host.address} is not used again"
 
     def failed(self) -> list["Counter[str]"]:
         """Of each client so far: what lookups failed with, and how often."""
@@ -85,6 +87,26 @@ def test_a_replica_behind_a_cut_link_fails_no_step_and_is_used_again(pool):
     pool.used(host)
     print(f"cut: slowest lookups {slowest} s; used again after {time.monotonic() - begin:.2f} s")
     assert pool.failed() == before
+
+
+def test_a_replica_whose_connections_were_forgotten_is_used_again(pool):
+    host, before = pool.servers[0][1], pool.failed()
+    host.forget()
+    begin = time.monotonic()
+    pool.used(host)
+    print(f"forgotten: used again after {time.monotonic() - begin:.2f} s")
+    assert pool.failed() == before
+
+
+def test_a_shard_whose_connections_were_all_forgotten_answers_again(pool):
+    hosts, before = pool.servers[1], pool.failed()
+    for host in hosts:
+        host.forget()
+    begin = time.monotonic()
+    pool.used(*hosts)
+    print(f"all forgotten: all used again after {time.monotonic() - begin:.2f} s")
+    for now, then in zip(pool.failed(), before, strict=True):
+        assert all(text.startswith(("DeadlineError", "UnavailableError")) for text in now - then)
 
 
 @pytest.mark.parametrize(("delay_s", "loss"), [(0.015, 0.0), (0.0, 0.2)], ids=["delay", "loss"])

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from direct_callers import Caller, way_in
 from engrampool_server import peers
 from engrampool_server import server as server_module
 from server_fixtures import LIMIT_S, RawPool, Running, eventually, expected, pack, rows_of, running, version_of
 
 MIB = 1 << 20
-DATA, HEADERS, SETTINGS, ACK = 0, 1, 4, 1
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, ACK = 0, 1, 3, 4, 6, 7, 1
 END_HEADERS, END_STREAM = 4, 1
 HEADER_FIELDS = {
     ":method": "POST",
@@ -95,3 +96,36 @@ def test_clients_notice_nothing_of_connections_that_grow_old(packed, monkeypatch
     with running(packed) as server, RawPool(server.address, version_of(packed)) as pool:
         while len(seen) < 4:  # each connection has a port of its own
             assert rows_of(pool.lookup(pool.by_ids((2, [5])), timeout=LIMIT_S)) == {2: expected(2, [5])}
+
+
+@pytest.mark.parametrize("with_a_call", [False, True], ids=["idle", "with a call"])
+def test_pings_of_other_languages_clients_are_answered_however_many(packed, with_a_call):
+    """gRPC's own default is to cut callers off after three, unless minutes are between them."""
+    with running(packed) as run, call(run.address) as made, made.makefile("rb") as stream:
+        if not with_a_call:
+            made.sendall(frame(RST_STREAM, 0, 1, struct.pack(">I", 8)))
+        for number in range(20):
+            payload = struct.pack(">Q", number)
+            made.sendall(frame(PING, 0, 0, payload))
+            while True:
+                head = stream.read(9)
+                body = stream.read(int.from_bytes(head[:3]))
+                assert head[3] != GOAWAY, body
+                if (head[3], head[4]) == (PING, ACK):
+                    assert body == payload
+                    break
+
+
+def test_a_caller_that_answers_no_ping_while_a_call_is_under_way_is_cut_off(packed, monkeypatch):
+    monkeypatch.setattr(server_module, "_SIGN_OF_LIFE_S", 0.3)
+    with running(packed) as run, call(run.address) as made:  # long before its connection is old
+        read_to_its_end(made)
+
+
+def test_the_system_looks_after_callers_of_the_direct_lane(packed):
+    with running(packed) as run, Caller(way_in(run)).hello():
+        (connection,) = run.server._direct._connections
+        taken = connection._transport.get_extra_info("socket")
+        assert taken.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+        assert 0 < taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 60_000
