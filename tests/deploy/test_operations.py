@@ -59,7 +59,7 @@ def test_the_events_are_what_the_server_logs():
 
 def test_the_resources_are_what_preflight_checks():
     room = Room("/pod", 1 << 40)
-    machine = replace(Machine.read(), memory_room=room, huge_page_room=room)
+    machine = replace(Machine.read(), memory_room=room, huge_page_room=room, address_limit_bytes=1 << 40)
     checked = {
         line.resource.replace("/pod", "PATH")
         for memory in ("anon", "shm", "hugetlb", "file:/mnt")
