@@ -207,8 +207,10 @@ def _failures(state: State, version: str) -> dict[str, str]:
 
 
 def _full(state: State, model: str, version: str) -> str:
-    """The one published version that begins so; of none, the text itself, which the registry then does not know."""
-    found = {one.version for one in state.published if one.model == model and one.version.startswith(version)}
+    """The one version that begins so, published or held; of none, the text itself, which then nobody knows."""
+    names = {(one.model, one.version) for one in state.published}
+    names |= {(held.model, held.version) for member in state.members.values() for held in member.held}
+    found = {name for of, name in names if of == model and name.startswith(version)}
     if version in found or not found:
         return version
     if len(version) < _LEAST_DIGITS or len(found) > 1:
