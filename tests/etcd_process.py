@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etcd3gw.client import Etcd3Client
+from etcd3gw.exceptions import Etcd3Exception
 
 from engrampool_proto.registry import Registry
 from server_fixtures import LIMIT_S, eventually, lasting_address
@@ -86,6 +88,23 @@ class EtcdProcess:
         """Have another pool write until the revision is beyond this one."""
         while self.registry("other").read().revision <= revision:
             self.write("/other/key", "value")
+
+    def fill(self) -> None:
+        """Write until it takes no more, which its flag --quota-backend-bytes must bound."""
+        with suppress(Etcd3Exception):
+            while True:
+                self.write("/other/key", "x" * 10_000)
+
+    def make_room(self) -> None:
+        """Mend that, as its operator does."""
+        self._post("kv/compaction", revision=self.registry("other").read().revision, physical=True)
+        self._post("maintenance/defragment")
+        for alarm in self._post("maintenance/alarm", action="GET")["alarms"]:
+            self._post("maintenance/alarm", **alarm, action="DEACTIVATE")
+
+    def _post(self, path: str, **body: Any) -> Any:
+        client = self._client()
+        return client.post(client.get_url(path), json=body)
 
     def _client(self) -> Etcd3Client:
         host, _, port = self.address.partition(":")
