@@ -24,6 +24,7 @@ class EtcdProcess:
         self, program: str, directory: Path, host: str, prefix: Sequence[str], flags: Sequence[str] = ()
     ) -> None:
         self.address = f"{host}:{_free_port()}"
+        self._home = self.address
         self._log, self._data = directory / "etcd.log", directory / "data"
         peers = f"http://{host}:{_free_port()}"
         self._command = [
@@ -51,7 +52,8 @@ class EtcdProcess:
     def start(self) -> None:
         with self._log.open("ab") as log:
             before = log.tell()
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+            command = [word.replace(self._home, self.address) for word in self._command]
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         eventually(lambda: self._answers(before), f"etcd answers at {self.address}")
 
     def _answers(self, before: int) -> bool:
@@ -72,22 +74,27 @@ class EtcdProcess:
             self._process.wait()
             self._process = None
 
-    def wipe(self, *, token: str = "") -> None:
-        """Stop it, and start another where it was, with none of its data. token: of another cluster than before."""
+    def wipe(self, *, token: str = "", beyond: int = 0) -> None:
+        """Stop it, and start another where it was, with none of its data.
+
+        token: of another cluster than before. beyond: a revision that another pool has written past by then.
+        """
         self.stop()
         shutil.rmtree(self._data)
         self._command = [word for word in self._command if not word.startswith("--initial-cluster-token=")]
         self._command += [f"--initial-cluster-token={token}"] if token else []
+        # Where nobody looks for it yet.
+        home, self.address = self.address, f"{self.address.rpartition(':')[0]}:{_free_port()}"
+        self.start()
+        while self.registry("other").read().revision <= beyond:
+            self.write("/other/key", "value")
+        self.stop()
+        self.address = home
         self.start()
 
     def write(self, key: str, value: str | bytes) -> None:
         """As another program does."""
         self._client().put(key, value)
-
-    def write_until(self, revision: int) -> None:
-        """Have another pool write until the revision is beyond this one."""
-        while self.registry("other").read().revision <= revision:
-            self.write("/other/key", "value")
 
     def fill(self) -> None:
         """Write until it takes no more, which its flag --quota-backend-bytes must bound."""

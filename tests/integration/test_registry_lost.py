@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,9 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engrampool_client import Client
 from engrampool_client.testing import ServerProcess, serve_process
-from engrampool_proto.registry import Active, Registry
+from engrampool_proto.registry import Active, VersionError
 from engrampool_server.patch import write_patch
 from engrampool_server.table_files import PackedModel
+from engrampool_server.versions import overview, overview_text
 from etcd_process import EtcdProcess, running_etcd
 from pooled import Asker, answers, described, events, member, published, serving, wait_held
 from server_fixtures import LIMIT_S, eventually, lasting_address, pack, scrape
@@ -50,19 +49,9 @@ def rows(tmp_path) -> Path:
     return tmp_path / "rows"
 
 
-def command(registry: Registry, *words: str) -> str:
-    """Standard output of `engrampool`, which must do as it is told."""
-    program = [sys.executable, "-m", "engrampool_proto", *words, "--registry", registry.url]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def lose(etcd: EtcdProcess, token: str = "") -> None:
     """Have the etcd come back empty, at a revision that others have raised beyond the last one."""
-    revision = etcd.registry().read().revision
-    etcd.wipe(token=token)
-    etcd.write_until(revision)
+    etcd.wipe(token=token, beyond=etcd.registry().read().revision)
 
 
 def health(server: ServerProcess, service: str = "") -> int:
@@ -103,24 +92,23 @@ def test_a_registry_that_comes_back_empty_takes_no_table_and_fails_no_lookup(etc
                 f"small {one.version} from {one.location}" for one in sorted(versions, key=lambda one: one.version)
             ]
             eventually(lambda: metric(server, 'engrampool_versions{state="unpublished"}') == 3)
-            assert "active as servers know it" in command(registry, "versions")
+            assert "active as servers know it" in overview_text(overview(registry.read()))
             # A client that comes now has nothing from the registry but what servers know.
             with Client(registry.url) as late:
                 assert late.version == patch.version
             # The recovery, in the worst order: what is not read first, and the patch's base before the patch.
-            for name in ("second", "first", "patch"):
-                command(registry, "publish", str(models / name))
+            for version in (second, first, patch):
+                registry.publish(version)
                 answers(server, second, True)
-            refused = [sys.executable, "-m", "engrampool_proto", "retire", "small", patch.version]
-            done = subprocess.run([*refused, "--registry", registry.url], capture_output=True, text=True, timeout=60)
-            assert (done.returncode, "is active" in done.stderr) == (1, True)
-            command(registry, "activate", "small", patch.version)
+            with pytest.raises(VersionError, match="is active"):
+                registry.retire("small", patch.version)
+            registry.activate("small", patch.version)
             eventually(lambda: metric(server, 'engrampool_versions{state="unpublished"}') == 0)
             assert events(server, "version-withdrawn") == []
             before = asker.answers
             eventually(lambda: asker.answers > before or asker.error)
             # From here on all is as it was: what is retired goes.
-            command(registry, "retire", "small", second.version)
+            registry.retire("small", second.version)
             assert server.wait_for("version-withdrawn")["versions"] == [f"small {second.version}"]
             wait_held(registry, server, first, patch)
         assert described(server) == {first.version, patch.version}
@@ -167,15 +155,17 @@ def test_a_server_that_started_from_its_cache_keeps_it_all_when_the_registry_com
 
 def test_a_registrar_that_ended_while_the_registry_lost_its_data_forgets_nothing(etcd, models, rows):
     registry = etcd.registry()
-    first = published(models / "first")
+    first, second = (published(models / name) for name in ("first", "second"))
     registry.publish(first)
     with serving(registry, rows, metrics="off") as server:
         wait_held(registry, server, first)
+        revision = registry.read().revision
         etcd.stop()
         os.kill(registrar_of(server), signal.SIGKILL)
         server.wait_for("worker-died")
-        etcd.wipe(token="another")
-        wait_held(registry, server, first)
+        etcd.wipe(token="another", beyond=revision)
+        registry.publish(second)
+        wait_held(registry, server, first, second)
         assert events(server, "version-withdrawn") == []
         answers(server, first)
 
