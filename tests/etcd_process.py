@@ -18,7 +18,10 @@ from server_fixtures import LIMIT_S, eventually, lasting_address
 
 
 class EtcdProcess:
-    """One etcd. address: where it answers, whenever it runs. host, prefix: see `running_etcd`."""
+    """One etcd. address: where it answers, whenever it runs. host, prefix, flags: see `running_etcd`.
+
+    peers: the URL where it speaks with others of its cluster.
+    """
 
     def __init__(
         self, program: str, directory: Path, host: str, prefix: Sequence[str], flags: Sequence[str] = ()
@@ -26,7 +29,7 @@ class EtcdProcess:
         self.address = f"{host}:{_free_port()}"
         self._home = self.address
         self._log, self._data = directory / "etcd.log", directory / "data"
-        peers = f"http://{host}:{_free_port()}"
+        self.peers = peers = f"http://{host}:{_free_port()}"
         self._command = [
             *prefix,
             program,
