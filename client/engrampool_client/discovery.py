@@ -177,17 +177,20 @@ class Servers:
         """The model, or the only one, and its active version. Raises UnknownModelError, UnknownVersionError."""
         assert self._registry is not None
         assert self._state is not None
-        models = sorted(self._state.active) if model is None else [model]
+        # Servers say what was active before a registry lost its records.
+        told = {model for member in self._state.members.values() for model in member.active}
+        active = {name: self._state.known_active(name) for name in told | set(self._state.active)}
+        models = sorted(name for name, version in active.items() if version) if model is None else [model]
         if len(models) > 1:
             raise UnknownModelError(f"name the model: {self._registry.url} has active versions of {', '.join(models)}")
-        active = self._state.active.get(models[0]) if models else None
-        if active is None:
+        version = active.get(models[0]) if models else None
+        if version is None:
             known = ", ".join(f"{one.model} {one.version}" for one in self._state.published)
             raise UnknownVersionError(
                 f"{self._registry.url} has no active version of {model or 'any model'}; published there: "
                 f"{known or 'none'}. `engrampool activate` makes one active"
             )
-        return active.model, active.version
+        return models[0], version
 
 
 class _Target:

@@ -52,7 +52,7 @@ def choose(
     version: str | None,
     spec_of: Callable[[pool_pb2.Model], ModelSpec] = read_spec,
 ) -> ServedModel:
-    """Pick a model from a DescribeResponse; None means the only one there is.
+    """Pick a model from a DescribeResponse; None means the only one there is, of several versions the active one.
 
     spec_of: gives the specification of what was picked, where it was not sent along.
     Raises UnknownModelError or UnknownVersionError if there is none such, or several and none was named;
@@ -69,6 +69,9 @@ def choose(
     if not of_name:
         raise UnknownModelError(f"the server holds no model {model!r}; it holds {', '.join(names) or 'none'}")
     versions = [held.version for held in of_name]
+    active = [held.version for held in of_name if held.active]
+    if version is None and len(active) == 1:
+        version = active[0]
     if version is None and len(versions) != 1:
         raise UnknownVersionError(f"name the version of {of_name[0].name}: the server holds {', '.join(versions)}")
     chosen = [held for held in of_name if held.version == (version or versions[0])]

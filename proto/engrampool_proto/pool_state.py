@@ -6,6 +6,7 @@ can write anything there: what is no record raises UnreadableRecordError, and no
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,11 +45,15 @@ class Held:
 
 @dataclass(frozen=True)
 class Member:
-    """A server. address: where it answers. failed: {version: why it could not be loaded}."""
+    """A server. address: where it answers. failed: {version: why it could not be loaded}.
+
+    active: {model: version} that it knows as the one that clients read, whatever became of the registry since.
+    """
 
     address: str
     held: tuple[Held, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
+    active: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, model: str, version: str | None = None) -> Held | None:
         """What it holds of this version, or of any version of the model; None if nothing."""
@@ -57,7 +62,9 @@ class Member:
     def to_json(self) -> bytes:
         """The record's bytes."""
         held = [{**vars(one), "parts": dict(one.parts)} for one in self.held]
-        return canonical_json({"address": self.address, "held": held, "failed": dict(self.failed)})
+        return canonical_json(
+            {"address": self.address, "held": held, "failed": dict(self.failed), "active": dict(self.active)}
+        )
 
     @classmethod
     def from_json(cls, address: str, raw: bytes) -> "Member":
@@ -68,7 +75,10 @@ class Member:
             held = tuple(
                 Held(_name(one["model"]), _name(one["version"]), _parts(one["parts"])) for one in document["held"]
             )
-            return cls(address, held, {_name(key): _printable(why) for key, why in document["failed"].items()})
+            failed = {_name(key): _printable(why) for key, why in document["failed"].items()}
+            # Servers of an earlier release do not say it.
+            active = {_name(model): _name(version) for model, version in document.get("active", {}).items()}
+            return cls(address, held, failed, active)
 
 
 @dataclass(frozen=True)
@@ -131,14 +141,34 @@ class Active:
             return cls(_name(model), _name(document["version"]), None if previous is None else _name(previous))
 
 
+def retirement_json(model: str, version: str) -> bytes:
+    """The record that a version was retired."""
+    return canonical_json({"model": model, "version": version})
+
+
+def retirement_from_json(model: str, version: str, raw: bytes) -> tuple[str, str]:
+    """(model, version) of the record under the key of this version. Raises UnreadableRecordError."""
+    with _reading(f"retired/{model}/{version}"):
+        document = json.loads(raw)
+        _same(document["model"], _name(model))
+        _same(document["version"], _name(version))
+        return model, version
+
+
 @dataclass(frozen=True)
 class State:
-    """All records of a pool at one moment. members: by address. active: by model. revision: the registry's."""
+    """All records of a pool at one moment.
+
+    members: by address. active: by model. revision: the registry's. retired: (model, version) of each that servers are
+    to give up. cluster: the etcd's id, which is another for another etcd.
+    """
 
     members: Mapping[str, Member]
     published: tuple[Published, ...]
     active: Mapping[str, Active]
     revision: int
+    retired: frozenset[tuple[str, str]] = frozenset()
+    cluster: str = ""
 
     def find(self, model: str, version: str) -> Published | None:
         """The record of a published version."""
@@ -147,6 +177,29 @@ class State:
     def holders(self, model: str, version: str) -> tuple[Member, ...]:
         """The servers that hold rows of a version, in order of address."""
         return tuple(member for _, member in sorted(self.members.items()) if member.of(model, version))
+
+    def known_active(self, model: str) -> str | None:
+        """The active version; of a registry that lost its record, that which most servers know as active and hold."""
+        if model in self.active:
+            return self.active[model].version
+        said = Counter(
+            version
+            for member in self.members.values()
+            if (version := member.active.get(model)) and member.of(model, version)
+        )
+        return max(sorted(said), key=said.__getitem__, default=None)
+
+    def clash(self, member: Member) -> str | None:
+        """Why clients could not take this server's rows beside those of the others; None if they could."""
+        for address, other in sorted(self.members.items()):
+            for held in member.held if address != member.address else ():
+                theirs = other.of(held.model, held.version)
+                parts = theirs.parts if theirs else {}
+                for layer in sorted(held.parts.keys() & parts.keys()):
+                    mine, rows = held.parts[layer], parts[layer]
+                    if mine != rows and mine[0] < rows[1] and rows[0] < mine[1]:
+                        return _overlapping(layer, mine, member.address, rows, address)
+        return None
 
     def lacking(self, model: str, version: str) -> tuple[Member, ...]:
         """The servers that hold rows of the active version, or of any if none is active, but not of this one."""
@@ -181,12 +234,25 @@ class State:
         for layer, ranges in sorted(layers.items()):
             for (one, holder), (other, second) in pairwise(sorted(ranges.items())):
                 if other[0] < one[1]:
-                    return (
-                        f"{holder} holds rows {one[0]}..{one[1] - 1} of layer {layer}, {second} rows"
-                        f" {other[0]}..{other[1] - 1}, and clients refuse parts that overlap: start all servers of the"
-                        " pool with the same number of shards"
-                    )
+                    return _overlapping(layer, one, holder, other, second)
         return None
+
+    def check_spec(self, model: str, version: str, spec_digest: str) -> None:
+        """Raise VersionError if clients could not go over to a version of this specification from the active one."""
+        name, active = f"{model} {version}", self.known_active(model)
+        present = self.find(model, active) if active else None
+        if active in (None, version) or (present is None and model not in self.active):
+            return
+        if present is None:
+            raise VersionError(
+                f"{name} cannot be compared with the active version {active}, whose record is missing or"
+                " damaged: publish that one again first"
+            )
+        if present.spec_digest != spec_digest:
+            raise VersionError(
+                f"{name} has another specification than the active version {active}, so clients cannot"
+                " follow: pack and publish it under another model name"
+            )
 
     def check(self, model: str, version: str, *, partial: bool = False) -> None:
         """Raise VersionError unless the version may be active: NotHeldError if servers may yet come to hold it.
@@ -197,19 +263,7 @@ class State:
         published = self.find(model, version)
         if published is None:
             raise VersionError(f"{name} is not published: `engrampool publish` it first")
-        active = self.active.get(model)
-        if active and active.version != version:
-            present = self.find(model, active.version)
-            if present is None:
-                raise VersionError(
-                    f"{name} cannot be compared with the active version {active.version}, whose record is missing or"
-                    " damaged: publish that one again first"
-                )
-            if present.spec_digest != published.spec_digest:
-                raise VersionError(
-                    f"{name} has another specification than the active version {active.version}, so clients cannot"
-                    " follow: pack and publish it under another model name"
-                )
+        self.check_spec(model, version, published.spec_digest)
         if conflict := self.conflict(model, version):
             raise VersionError(f"{name} cannot be active: {conflict}")
         wanting = []
@@ -228,6 +282,13 @@ def _reading(key: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UnreadableRecordError(f"the value of {key!r} is no record: {error!r:.200}") from error
+
+
+def _overlapping(layer: int, one: tuple[int, int], holder: str, other: tuple[int, int], second: str) -> str:
+    return (
+        f"{holder} holds rows {one[0]}..{one[1] - 1} of layer {layer}, {second} rows {other[0]}..{other[1] - 1}, and"
+        " clients refuse parts that overlap: start all servers of the pool with the same number of shards"
+    )
 
 
 def _text(value: Any) -> str:

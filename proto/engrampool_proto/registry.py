@@ -7,14 +7,17 @@ one transaction with what makes it servable. No lookup waits for it.
 import base64
 import json
 import logging
+import random
 import re
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from http.client import BadStatusLine
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,14 +31,18 @@ from engrampool_proto.pool_state import (
     State,
     UnreadableRecordError,
     VersionError,
+    retirement_from_json,
+    retirement_json,
 )
 
 if TYPE_CHECKING:
     from etcd3gw.client import Etcd3Client
+    from etcd3gw.exceptions import Etcd3Exception
 
 __all__ = [
     "SCHEME",
     "Active",
+    "ClashError",
     "Held",
     "Member",
     "NotHeldError",
@@ -58,8 +65,11 @@ _STOP_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # At most so much of a watch's message is read at a time.
 _MESSAGE_BYTES = 1 << 16
-# A transaction that others were faster than is made anew from what they left.
-_ATTEMPTS = 10
+# A transaction that others were faster than is made anew from what they left, after a pause of chance.
+_ATTEMPTS, _ATTEMPT_PAUSE_S = 10, 0.02
+_NO_ETCD = "is no etcd, or not its port for clients"
+# Of what some other server says.
+_SHOWN_CHARS = 80
 
 _log = logging.getLogger("engrampool")
 _T = TypeVar("_T")
@@ -67,6 +77,10 @@ _T = TypeVar("_T")
 
 class RegistryError(EngrampoolError):
     """The registry does not answer, or not as an etcd does. The text names it, and what each endpoint said."""
+
+
+class ClashError(EngrampoolError):
+    """A server cannot join the pool: clients could not take its rows beside those of another. The text says which."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,8 @@ class Registry:
     def join(self, member: Member, ttl_s: int = 10) -> None:
         """Register a server, or replace what this object registered, until nobody calls `keep` for `ttl_s`.
 
-        If it raises, the next `keep` registers the member.
+        If it raises, the next `keep` registers the member. Raises ClashError, as `keep` does, where its rows do not fit
+        those of another server; then nothing is registered.
         """
         with self._registering:
             self._member, self._ttl_s = member, ttl_s
@@ -168,14 +183,14 @@ class Registry:
     def leave(self) -> None:
         """Take the member away, at once if the registry answers, else after `ttl_s`. Raises nothing."""
         with self._registering:
-            lease, self._lease, self._member, self._shown = self._lease, 0, None, None
-            if lease:
-                with suppress(RegistryError):
-                    self._each(lambda client: _post(client, "/lease/revoke", {"ID": lease}))
+            self._member = None
+            with suppress(RegistryError):
+                self._end_lease()
 
     def publish(self, published: Published) -> None:
         """Have servers load a version. Raises VersionError if it was published otherwise, or its base is missing."""
-        key = f"published/{published.model}/{published.version}"
+        name = f"{published.model}/{published.version}"
+        key = f"published/{name}"
         # As whoever reads it will: nothing is written that cannot be read.
         Published.from_json(published.model, published.version, published.to_json())
         for snapshot in self._attempts():
@@ -195,7 +210,7 @@ class Registry:
                         " publish that first"
                     )
                 needed.append(f"published/{published.model}/{published.base}")
-            if self._commit(self._unchanged(snapshot, needed), {key: published.to_json()}):
+            if self._commit(self._unchanged(snapshot, needed), {key: published.to_json(), f"retired/{name}": None}):
                 return
 
     def activate(self, model: str, version: str, *, partial: bool = False) -> Active:
@@ -213,29 +228,32 @@ class Registry:
         return self._switch(model, active.previous, True, leaving=active.version)
 
     def retire(self, model: str, version: str) -> None:
-        """Have servers give a version up. Raises VersionError if it is active, a published patch's base, or unknown."""
+        """Have servers give a version up; that stays on record. Servers may hold it though its record was lost.
+
+        Raises VersionError if it is active, a published patch's base, or unknown.
+        """
         key = f"published/{model}/{version}"
         known = False
         for snapshot in self._attempts():
             state = snapshot.state
             active = state.active.get(model)
-            if key not in snapshot.revisions:
-                # Gone since the first attempt: that one was heard, and only its answer lost.
-                if known:
-                    return
+            # Gone since the first attempt: that one was heard, and only its answer lost.
+            if known and (model, version) in state.retired:
+                return
+            is_known = state.holders(model, version) or any(version in one.failed for one in state.members.values())
+            if key not in snapshot.revisions and not is_known:
                 raise VersionError(f"{model} {version} is not published")
             known = True
-            if active and active.version == version:
+            if state.known_active(model) == version:
                 raise VersionError(f"{model} {version} is active: activate another version first")
             patches = [one.version for one in state.published if (one.model, one.base) == (model, version)]
             if patches:
                 raise VersionError(f"{model} {version} is the base of the patch {patches[0]}: retire that first")
-            writes: dict[str, bytes | None] = {key: None}
+            writes: dict[str, bytes | None] = {key: None, f"retired/{model}/{version}": retirement_json(model, version)}
             if active and active.previous == version:
                 writes[f"active/{model}"] = Active(model, active.version, None).to_json()
             # No patch was published meanwhile.
-            folder = f"published/{model}/"
-            others = {**self._compare(folder, "LESS", state.revision + 1), "range_end": self._b64(folder[:-1] + "0")}
+            others = self._none_since(snapshot, f"published/{model}/")
             if self._commit([*self._unchanged(snapshot, [f"active/{model}"]), others], writes):
                 return
 
@@ -257,7 +275,8 @@ class Registry:
         raise AssertionError  # _attempts ends by an error
 
     def _attempts(self) -> Iterator[_Snapshot]:
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
+            time.sleep(random.uniform(0, attempt * _ATTEMPT_PAUSE_S))  # noqa: S311
             yield self._each(self._snapshot)
         raise RegistryError(f"the registry {self.url} kept changing meanwhile; try again")
 
@@ -266,17 +285,30 @@ class Registry:
             granted = self._each(lambda client: int(_post(client, "/lease/grant", {"TTL": self._ttl_s})["ID"]))
             self._lease, self._shown = granted, None
         member = self._member
-        if member is not None and member != self._shown:
-            put = {"key": self._b64(f"servers/{member.address}"), "value": _b64(member.to_json()), "lease": self._lease}
-            self._each(lambda client: _post(client, "/kv/put", put))
-            self._shown = member
+        if member is None or member == self._shown:
+            return
+        for snapshot in self._attempts():
+            if clash := snapshot.state.clash(member):
+                # What it was registered with before is not so any more.
+                self._end_lease()
+                raise ClashError(f"{member.address} does not join the pool {self.url}: {clash}")
+            # No other server came meanwhile, or holds other rows.
+            key = f"servers/{member.address}"
+            if self._commit([self._none_since(snapshot, "servers/")], {key: member.to_json()}, self._lease):
+                self._shown = member
+                return
 
-    def _commit(self, compare: list[dict[str, Any]], writes: Mapping[str, bytes | None]) -> bool:
-        """Whether all that is compared was so, and so everything is written; None deletes."""
+    def _end_lease(self) -> None:
+        lease, self._lease, self._shown = self._lease, 0, None
+        if lease:
+            self._each(lambda client: _post(client, "/lease/revoke", {"ID": lease}))
+
+    def _commit(self, compare: list[dict[str, Any]], writes: Mapping[str, bytes | None], lease: int = 0) -> bool:
+        """Whether all that is compared was so, and so everything is written, under a lease; None deletes."""
         success = [
             {"request_delete_range": {"key": self._b64(key)}}
             if value is None
-            else {"request_put": {"key": self._b64(key), "value": _b64(value)}}
+            else {"request_put": {"key": self._b64(key), "value": _b64(value), "lease": lease}}
             for key, value in writes.items()
         ]
         body = {"compare": compare, "success": success}
@@ -284,6 +316,11 @@ class Registry:
 
     def _unchanged(self, snapshot: _Snapshot, keys: Iterable[str]) -> list[dict[str, Any]]:
         return [self._compare(key, "EQUAL", snapshot.revisions.get(key, 0)) for key in keys]
+
+    def _none_since(self, snapshot: _Snapshot, folder: str) -> dict[str, Any]:
+        """That nothing in a folder was written since, whatever was deleted."""
+        compare = self._compare(folder, "LESS", snapshot.state.revision + 1)
+        return {**compare, "range_end": self._b64(folder[:-1] + "0")}
 
     def _compare(self, key: str, result: str, revision: int) -> dict[str, Any]:
         return {"key": self._b64(key), "target": "MOD", "result": result, "mod_revision": revision}
@@ -301,6 +338,7 @@ class Registry:
         members: dict[str, Member] = {}
         published: list[Published] = []
         active: dict[str, Active] = {}
+        retired: set[tuple[str, str]] = set()
         revisions: dict[str, int] = {}
         for item in answer.get("kvs", ()):
             key = base64.b64decode(item["key"]).decode(errors="surrogateescape")[len(self._root) :]
@@ -315,9 +353,14 @@ class Registry:
                     published.append(Published.from_json(model, version, value))
                 elif folder == "active":
                     active[name] = Active.from_json(name, value)
+                elif folder == "retired":
+                    model, _, version = name.rpartition("/")
+                    retired.add(retirement_from_json(model, version, value))
             except UnreadableRecordError as error:
                 _log.warning("left out of the registry %s: %s", self.url, error)
-        state = State(members, tuple(published), active, int(answer["header"]["revision"]))
+        header = answer["header"]
+        cluster = str(header.get("cluster_id", ""))
+        state = State(members, tuple(published), active, int(header["revision"]), frozenset(retired), cluster)
         return _Snapshot(state, revisions)
 
     def _newer(self, mark: tuple[int, int] | None, client: "Etcd3Client") -> _Snapshot | None:
@@ -365,9 +408,9 @@ class Registry:
             if isinstance(error, exceptions.ConnectionTimeoutError):
                 what = f"does not answer within {self._timeout_s:g} s"
             elif isinstance(error, exceptions.ConnectionFailedError):
-                what = "takes no connection"
+                what = _unreached(error)
             elif isinstance(error, exceptions.Etcd3Exception):
-                what = f"refuses: {error.detail_text or error!r:.200}"
+                what = _refused(error)
             # What `requests` says of an answer that is no JSON is both.
             elif isinstance(error, OSError) and not isinstance(error, ValueError):
                 what = "broke the connection off"
@@ -449,6 +492,31 @@ def _post(client: "Etcd3Client", path: str, body: Mapping[str, Any]) -> dict[str
     if not isinstance(answer, dict):
         raise TypeError(f"not an object: {answer!r:.80}")
     return answer
+
+
+def _unreached(error: Exception) -> str:
+    """Why nothing came of a connection, as well as that is known."""
+    cause: BaseException = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+        if isinstance(cause, socket.gaierror):
+            return f"is no host that is known here: {cause.strerror}"
+        if isinstance(cause, BadStatusLine) and not isinstance(cause, OSError):
+            return f"{_NO_ETCD}: it does not speak HTTP/1.1, but {cause!r:.{_SHOWN_CHARS}}"
+    return "takes no connection"
+
+
+def _refused(error: "Etcd3Exception") -> str:
+    """What an endpoint answered instead of doing what it was asked."""
+    text = error.detail_text or ""
+    try:
+        answer = json.loads(text)
+        said = str(answer.get("error") or answer["message"])
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{_NO_ETCD}: it answers {text.strip() or repr(error)!r:.{_SHOWN_CHARS}}"
+    if "database space exceeded" in said:
+        said += "; compact and defragment it, then `etcdctl alarm disarm`"
+    return f"refuses: {said}"
 
 
 def _renewed(client: "Etcd3Client", lease: int) -> bool:

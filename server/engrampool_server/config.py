@@ -115,6 +115,13 @@ class ServerConfig:
             "etcd that says which versions of which models are held here, besides `models`, as they come and go.",
         ),
     )
+    join: bool = field(
+        default=False,
+        metadata=_about(
+            Boolean(),
+            f"Join the pool that {ENVIRONMENT_PREFIX}REGISTRY names; one named by flag or file is joined anyway.",
+        ),
+    )
     advertise: str = field(
         default="auto",
         metadata=_about(
@@ -227,6 +234,8 @@ class ServerConfig:
             )
         if self.registry != "off":
             self._check_registry()
+        elif self.join:
+            raise ConfigError("join: no registry is named; give --registry URL, or leave --join away")
         elif not self.models:
             raise ConfigError(
                 f"models: none given; use --model DIR, {ENVIRONMENT_PREFIX}MODELS, or `models` in the file; or say by "
@@ -277,12 +286,24 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path
 
     Raises ConfigError for an unknown name or a wrong value in any source, overridden or not, for settings that
     contradict each other, for neither models nor a registry, and for a file that cannot be read.
+    The environment's registry counts only with `join`.
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(_SETTINGS, "default")
+    before: tuple[Any, str] = "off", sources["registry"]
     for name, value, source in chain(_from_file(file), _from_environment(environ), _from_flags(flags)):
+        if name == "registry" and source.startswith("environment"):
+            before = values.get(name, "off"), sources[name]
         values[name] = _parse(_SETTINGS[name], value, f" from {source}")
         sources[name] = source
+    if sources["registry"].startswith("environment") and values["registry"] != "off" and not values.get("join"):
+        # In a shell it is for commands such as `publish`: nobody joins a pool unasked.
+        variable, values["registry"] = sources["registry"], before[0]
+        sources["registry"] = f"{before[1]}, since {variable} counts only with --join"
+        if before[0] == "off" and not values.get("models"):
+            raise ConfigError(
+                f"models: none given; use --model DIR, or --join to hold what is published in {_VARIABLES['registry']}"
+            )
     return ResolvedConfig(ServerConfig(**values), sources)
 
 

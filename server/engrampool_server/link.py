@@ -6,14 +6,12 @@ midst of a line, and the supervisor may be stopped while the pipe fills up.
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from engrampool_proto.errors import EngrampoolError
-from engrampool_proto.registry import Published
 from engrampool_server import log
+from engrampool_server.known import Known
 
 # What is published is the longest line: some hundred bytes for each version.
 _LONGEST_BYTES = 8 << 20
@@ -62,10 +60,9 @@ class Link:
         """Say how many bytes of tables are in memory, of those that are to be."""
         self._say("loaded", json.dumps({"loaded": nbytes, "of": of_bytes}).encode())
 
-    def published(self, published: Sequence[Published], revision: int) -> None:
-        """Say what is published, and at which revision of the registry."""
-        records = [[one.model, one.version, one.to_json().decode()] for one in published]
-        self._say("published", json.dumps({"published": records, "revision": revision}).encode())
+    def known(self, known: Known) -> None:
+        """Say what is known of the pool."""
+        self._say("known", json.dumps({"known": known.to_json()}).encode())
 
     def _say(self, kind: str, line: bytes) -> None:
         # Of a kind only the last is worth saying, and so there is never much to keep.
@@ -85,16 +82,12 @@ class GarbledError(Exception):
 
 @dataclass(frozen=True)
 class Report:
-    """What one line says: that the child is ready, why it failed, how much is loaded of how much, what is published.
-
-    revision: of the registry, with `published`.
-    """
+    """What one line says: that the child is ready, why it failed, how much is loaded of how much, what is known."""
 
     ready: bool = False
     failed: str = ""
     loaded: tuple[int, int] | None = None
-    published: tuple[Published, ...] | None = None
-    revision: int = 0
+    known: Known | None = None
 
     @staticmethod
     def of(line: bytes) -> "Report":
@@ -110,16 +103,11 @@ class Report:
                 case {"loaded": int(nbytes), "of": int(of_bytes), **rest} if not rest:
                     if 0 <= nbytes <= _MOST_BYTES and 0 <= of_bytes <= _MOST_BYTES:
                         return Report(loaded=(nbytes, of_bytes))
-                case {"published": list(records), "revision": int(revision), **rest} if not rest:
-                    return Report(published=tuple(map(_published, records)), revision=revision)
-        except (ValueError, TypeError, AttributeError, RecursionError, EngrampoolError) as error:
+                case {"known": dict(known), **rest} if not rest:
+                    return Report(known=Known.from_json(known))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, EngrampoolError) as error:
             raise GarbledError(str(error)) from error
         raise GarbledError("it says nothing that is known")
-
-
-def _published(record: Any) -> Published:
-    model, version, raw = record
-    return Published.from_json(model, version, raw.encode())
 
 
 class Lines:

@@ -86,6 +86,7 @@ class Metrics:
         self.model_info = self._gauge(MODEL_INFO, "Models held; always 1.", ("model", "version", "spec_digest"))
         self.versions = self._gauge("engrampool_versions", "Versions of models, by what became of them.", ("state",))
         self.registry_age = self._gauge("engrampool_registry_age_seconds", "Since the registry last answered.")
+        self.unregistered = self._gauge("engrampool_unregistered", "1 while the registry does not take what is held.")
         build = ("version", "python_version", "grpc_version")
         self._gauge("engrampool_build_info", "Always 1.", build).labels(
             __version__, platform.python_version(), grpc.__version__

@@ -79,8 +79,9 @@ class ShardServer:
         # An actor can be killed without a chance to end its child.
         command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "engrampool_proto", "serve"]
         command += ["--shard", shard, "--listen", f"{host}:0", "--log-level", "info"]
-        if settings.get("registry", "off") == "off":  # else servers hold what is published there, and that alone
-            command += ["--model", deployment["model"]]
+        registry = settings.get("registry", "off")
+        # With a registry servers hold what is published there, and that alone.
+        command += ["--model", deployment["model"]] if registry == "off" else ["--registry", registry]
         self._process = subprocess.Popen(  # noqa: S603
             command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environ}
         )

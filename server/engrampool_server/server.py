@@ -94,7 +94,7 @@ class Server:
             ("grpc.http2.max_ping_strikes", 0),
         ]
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
-        service = PoolService(self._lookups, self._direct, config.attach != "off")
+        service = PoolService(self._lookups, self._direct, config.attach != "off", self._shared.is_active)
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -132,13 +132,14 @@ class Server:
         log.event("serving", listen=self.address, metrics=self.metrics_address or "off")
 
     def hold(self, models: list[HeldModel]) -> None:
-        """Answer lookups in `models` from now on; health says SERVING."""
+        """Answer lookups in `models` from now on; health says SERVING, if there are any."""
         for model in models:
             self._lookups.add(model)
         self._lookups.ready = True
         if self._direct is not None:
             self._direct.start()
-        self._health.set(SERVING)
+        if models:
+            self._health.set(SERVING)
 
     async def stop(self) -> None:
         """NOT_SERVING, no new calls, let those in flight finish for up to drain_s, stop. Twice is once."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import NoReturn
 
 import grpc
@@ -34,6 +34,8 @@ _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
 _ATTACH_VALID_S = 5.0
 # How long a caller may take to read one message of a stream.
 _PATIENCE_S = 10.0
+# What an answer of Describe is made of: what is held, which of it is active, whether it can be mapped, the limits.
+_MadeOf = tuple[list[HeldModel], tuple[bool, ...], bool, Limits]
 
 
 class PoolService:
@@ -41,13 +43,20 @@ class PoolService:
 
     direct: the lane that OpenDirect lets callers into, None if there is none.
     attach: whether callers may map tables, where these lie in memory that others can map.
+    is_active: whether clients read a version of a model, as the registry had it last.
     """
 
-    def __init__(self, lookups: Lookups, direct: DirectLane | None, attach: bool) -> None:
-        self._lookups, self._direct, self._may_attach = lookups, direct, attach
-        # By model and include_spec: what was held, whether it could be mapped, the limits; and the answer, which takes
-        # milliseconds to make with the specification.
-        self._described: dict[tuple[str, bool], tuple[tuple[list[HeldModel], bool, Limits], bytes]] = {}
+    def __init__(
+        self,
+        lookups: Lookups,
+        direct: DirectLane | None,
+        attach: bool,
+        is_active: Callable[[str, str], bool] = lambda *_: False,
+    ) -> None:
+        self._lookups, self._direct, self._may_attach, self._is_active = lookups, direct, attach, is_active
+        # By model and include_spec: what the answer was made of; and the answer, which takes milliseconds to make with
+        # the specification.
+        self._described: dict[tuple[str, bool], tuple[_MadeOf, bytes]] = {}
         self._given_up: set[asyncio.Task[NoReturn]] = set()
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
@@ -77,7 +86,8 @@ class PoolService:
             models = self._lookups.held(request.model)
         except RefusedError as error:
             await self._refuse(context, error)
-        made_of = (models, any(self._places(held) for held in models), self._lookups.limits)
+        active = tuple(self._is_active(held.spec.name, held.version) for held in models)
+        made_of = (models, active, any(self._places(held) for held in models), self._lookups.limits)
         key = (request.model, request.include_spec)  # callers may invent names, but only of what is held it comes here
         described = self._described.get(key)
         if described is None or described[0] != made_of:
@@ -85,7 +95,9 @@ class PoolService:
             self._described[key] = described
         return described[1]
 
-    def _description(self, models: list[HeldModel], attach: bool, bounds: Limits, include_spec: bool) -> bytes:
+    def _description(
+        self, models: list[HeldModel], active: tuple[bool, ...], attach: bool, bounds: Limits, include_spec: bool
+    ) -> bytes:
         """A DescribeResponse."""
         limits = pool_pb2.Limits(
             max_rows_per_request=bounds.max_rows_per_request,
@@ -93,7 +105,7 @@ class PoolService:
             max_in_flight_bytes=self._lookups.in_flight.limit_bytes,
         )
         answer = pool_pb2.DescribeResponse(
-            models=[_describe(held, include_spec) for held in models],
+            models=[_describe(held, one, include_spec) for held, one in zip(models, active, strict=True)],
             limits=limits,
             server_version=__version__,
             direct=self._direct is not None,
@@ -265,7 +277,7 @@ def _mapped(table: HeldTable, place: Place) -> pool_pb2.MappedTable:
     )
 
 
-def _describe(held: HeldModel, include_spec: bool) -> pool_pb2.Model:
+def _describe(held: HeldModel, active: bool, include_spec: bool) -> pool_pb2.Model:
     tables = []
     for spec in held.spec.tables:
         segments = [pool_pb2.Segment(name=s.name, dtype=s.dtype, length=s.length) for s in spec.row_format.segments]
@@ -287,4 +299,5 @@ def _describe(held: HeldModel, include_spec: bool) -> pool_pb2.Model:
         spec_digest=held.spec.digest,
         tables=tables,
         spec_json=canonical_json(held.spec.to_json()) if include_spec else b"",
+        active=active,
     )

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -36,6 +36,7 @@ from engrampool_server.entrance import Entrance
 from engrampool_server.exporter import Processes, export, resident_memory
 from engrampool_server.holdings import Holdings, require_segments, show
 from engrampool_server.in_flight import InFlight, int64s
+from engrampool_server.known import Key, Known
 from engrampool_server.link import Link, Report
 from engrampool_server.loader import LoadError, adopt, become_loader, discard
 from engrampool_server.metrics import Metrics
@@ -47,7 +48,7 @@ from engrampool_server.setting_kinds import split_address
 from engrampool_server.shared import Shared, free_slot
 from engrampool_server.tables import HeldModel
 from engrampool_server.unix_gate import UnixGate
-from engrampool_server.versions_held import Key, VersionsHeld
+from engrampool_server.versions_held import VersionsHeld
 from engrampool_server.worker import answer
 
 # Beyond drain_s, for a worker to end by itself.
@@ -115,6 +116,7 @@ class _Supervisor:
         # Another with every change of the models that the next worker will have.
         self._generation = 0
         self._versions = VersionsHeld()
+        self._known: Known | None = None
         # Of each version that came by the registry, how long loading it took, and whether it is a patch.
         self._loads: dict[Key, tuple[float, bool]] = {}
         self._orders: socket.socket | None = None
@@ -154,7 +156,8 @@ class _Supervisor:
             if self._stopping:
                 return
             log.event("listening", listen=self._config.listen, metrics=metrics)
-            self._shared.models.extend(self._on_thread(lambda cancel: list(holdings.load(cancel))) or ())
+            for model in self._on_thread(lambda cancel: list(holdings.load(cancel))) or ():
+                self._shared.hold(model)
         finally:
             holdings.close()
         self._versions = VersionsHeld([_key(model) for model in self._shared.models])
@@ -258,7 +261,6 @@ class _Supervisor:
     def _start_registrar(self) -> None:
         config = self._config
         cache = None if config.registry_cache == "off" else Cache(Path(config.registry_cache), config.registry)
-        is_first = not self._versions.is_known
         if self._orders is not None:
             self._orders.close()
         # Each message is taken as a whole, or not at all.
@@ -269,7 +271,7 @@ class _Supervisor:
                 "registrar",
                 _REGISTRAR,
                 lambda link: register(
-                    config.registry, cache, self._address, orders, self._metrics, link, is_first=is_first
+                    config.registry, cache, self._address, orders, self._metrics, link, known=self._known
                 ),
             )
         self._register()
@@ -306,8 +308,8 @@ class _Supervisor:
             self._metrics.loaded_bytes.inc(nbytes - child.loaded_bytes)
             self._metrics.to_load_bytes.inc(of_bytes - child.of_bytes)
             child.loaded_bytes, child.of_bytes = nbytes, of_bytes
-        if report.published is not None:
-            self._want(report.published, report.revision)
+        if report.known is not None:
+            self._learn(report.known)
 
     def _ready(self, child: Child) -> None:
         log.event("worker-ready", worker=child.index, pid=child.pid)
@@ -326,8 +328,10 @@ class _Supervisor:
         self._show_serving()
 
     def _show_serving(self) -> None:
-        self._metrics.serving.set(self._serving)
-        self._ready_now[0] = self._serving and self._ready_workers() > 0
+        """Have Prometheus see whether health says SERVING: not where there is nothing to serve."""
+        serving = self._serving and bool(self._shared.models)
+        self._metrics.serving.set(serving)
+        self._ready_now[0] = serving and self._ready_workers() > 0
 
     def _point(self) -> None:
         """Have callers of a Unix socket reach a worker that answers, or the lobby while there is none."""
@@ -422,11 +426,15 @@ class _Supervisor:
         """Where clients reach this server."""
         return self._config.listen if self._config.advertise == "auto" else self._config.advertise
 
-    def _want(self, published: Sequence[Published], revision: int) -> None:
-        """Take note of what is published now, as the registrar has it."""
-        if self._versions.want(published, revision):
-            log.event("published", versions=[f"{one.model} {one.version}" for one in published])
-            self._register()
+    def _learn(self, known: Known) -> None:
+        """Take note of what is to be held now, and of what clients read, as the registrar has it."""
+        before, self._known = self._known, known
+        if self._versions.want(known.published.values()):
+            log.event("published", versions=[f"{model} {version}" for model, version in known.published])
+        elif before is not None and before.active == known.active:
+            return
+        self._shared.mark_active(known.active)
+        self._register()
 
     def _follow(self, done: Callable[[], bool]) -> None:
         """Hold what is wanted, one step after the other, until `done` or a signal to stop."""
@@ -462,7 +470,8 @@ class _Supervisor:
             seconds = time.monotonic() - begin_s
             self._loads[key] = (seconds, published.base is not None)
             show(self._metrics, held, seconds, is_patch=published.base is not None)
-            self._shared.models.append(held)
+            self._shared.hold(held)
+            self._shared.mark_active(self._known.active if self._known else {})
             self._renew()
             self._versions.loaded(key)
             log.event("version-held", model=key[0], version=key[1], seconds=round(time.monotonic() - begin_s, 3))
@@ -510,7 +519,7 @@ class _Supervisor:
                 seconds, is_patch = self._loads.pop(_key(model))
                 show(self._metrics, model, seconds, is_patch=is_patch, sign=-1)
         del model  # or its memory would stay
-        self._shared.models[:] = [model for model in self._shared.models if _key(model) not in gone]
+        self._shared.drop(gone)
         self._renew()
         self._discard(gone)
         log.event("version-withdrawn", versions=[f"{model} {version}" for model, version in gone])
@@ -518,6 +527,9 @@ class _Supervisor:
     def _renew(self) -> None:
         """Replace every worker that was forked before the models changed, until none of them is left."""
         self._generation += 1
+        self._show_serving()
+        if self._serving and not self._shared.models:
+            log.event("nothing-held", level="error")
         self._freeze()
 
         def is_done() -> bool:
@@ -551,7 +563,8 @@ class _Supervisor:
         )
         failed = {version: why[:_REASON_CHARS] for (_, version), why in versions.failed.items()}
         try:
-            self._orders.send(Member(self._address, held, failed).to_json())
+            active = self._known.active if self._known else {}
+            self._orders.send(Member(self._address, held, failed, active).to_json())
         except ConnectionError:
             pass  # it ended, and the next one is told at its start
         except OSError as error:

@@ -69,6 +69,8 @@ def publish(location: Location, registry: Registry, then_activate: bool, wait_s:
         spec, version = files.spec, files.version
         base = files.base_version if isinstance(files, PatchFiles) else None
     rows = {table.layer: table.num_rows for table in spec.tables}
+    if then_activate:  # what could never be active is not to be loaded for nothing
+        registry.read().check_spec(spec.name, version, spec.digest)
     registry.publish(Published(spec.name, version, str(location), base, spec.digest, rows))
     click.echo(f"published {spec.name} {version}")
     if then_activate:
@@ -115,13 +117,17 @@ def versions(registry: Registry, as_json: bool) -> None:
 
 
 def overview(state: State) -> dict[str, Any]:
-    """Servers and each model's versions, as JSON types. Of one that is held and not published, `missing` is None."""
+    """Servers and each model's versions, as JSON types. Of one that is held and not published, `missing` is None.
+
+    `known`: the version that servers know as active, where the registry lost its record.
+    """
     names = {(one.model, one.version) for one in state.published}
     names |= {(held.model, held.version) for member in state.members.values() for held in member.held}
     models: dict[str, Any] = {
         model: {
             "active": state.active[model].version if model in state.active else None,
             "previous": state.active[model].previous if model in state.active else None,
+            "known": state.known_active(model),
             "versions": {},
         }
         for model in sorted({model for model, _ in names} | set(state.active))
@@ -145,7 +151,8 @@ def overview_text(found: dict[str, Any]) -> str:
     for model, one in found["models"].items():
         lines.append(model)
         for version, about in one["versions"].items():
-            role = next((f", {role}" for role in ("active", "previous") if one[role] == version), "")
+            roles = {"active": "active", "previous": "previous", "known": "active as servers know it: activate it"}
+            role = next((f", {text}" for name, text in roles.items() if one[name] == version), "")
             patch = f", a patch of {about['base']}" if about["base"] else ""
             lines.append(f"  {version}{role}: {about['location'] or 'not published'}{patch}")
             lines.append(f"    held by {', '.join(about['held']) or 'no server'}")
@@ -200,8 +207,10 @@ def _failures(state: State, version: str) -> dict[str, str]:
 
 
 def _full(state: State, model: str, version: str) -> str:
-    """The one published version that begins so; of none, the text itself, which the registry then does not know."""
-    found = {one.version for one in state.published if one.model == model and one.version.startswith(version)}
+    """The one version that begins so, published or held; of none, the text itself, which then nobody knows."""
+    names = {(one.model, one.version) for one in state.published}
+    names |= {(held.model, held.version) for member in state.members.values() for held in member.held}
+    found = {name for of, name in names if of == model and name.startswith(version)}
     if version in found or not found:
         return version
     if len(version) < _LEAST_DIGITS or len(found) > 1:

@@ -1,13 +1,11 @@
 """What a server that follows a registry is to hold, what it holds, and what it does next: no processes, no clock."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 
 from engrampool_proto.registry import Published
-
-# Model and version.
-Key = tuple[str, str]
+from engrampool_server.known import Key
 
 # A version that could not be loaded is tried again, less and less often.
 _FIRST_DELAY_S, _MAX_DELAY_S = 30.0, 300.0
@@ -31,7 +29,6 @@ class VersionsHeld:
     def __init__(self, fixed: Collection[Key] = ()) -> None:
         self._fixed = frozenset(fixed)
         self._wanted: Mapping[Key, Published] | None = None
-        self._revision = 0
         self._held: list[Key] = []
         self._failed: dict[Key, _Failure] = {}
 
@@ -58,16 +55,11 @@ class VersionsHeld:
         reasons |= {key: reasons[key] or failure.why for key, failure in self._failed.items()}
         return {key: why for key, why in reasons.items() if why}
 
-    def want(self, published: Sequence[Published], revision: int = 0) -> bool:
-        """Take what is published now as wanted. Whether that is anything new; then all that failed is tried again.
-
-        revision: the registry's, which only grows: one that went back and has nothing lost what it had, and that is no
-        reason to drop anything.
-        """
+    def want(self, published: Iterable[Published]) -> bool:
+        """Take these as wanted. Whether that is anything new; then all that failed is tried again."""
         wanted = {(one.model, one.version): one for one in published}
-        if wanted == self._wanted or (not wanted and revision < self._revision):
+        if wanted == self._wanted:
             return False
-        self._revision = revision
         self._wanted = wanted
         self._failed = {key: _Failure(one.why, one.delay_s, -inf) for key, one in self._failed.items() if key in wanted}
         return True

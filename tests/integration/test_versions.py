@@ -5,28 +5,22 @@ import fcntl
 import json
 import os
 import signal
-import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
-from engrampool_client import Client
-from engrampool_client.testing import ServerProcess, serve_process
-from engrampool_proto.registry import Member, Published, Registry
+from engrampool_client.testing import ServerProcess
 from engrampool_proto.synthetic import synthetic_rows
-from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.patch import patch as make_patch
-from engrampool_server.patch_files import PatchFiles, open_any
 from engrampool_server.table_writer import write_tables
 from etcd_process import EtcdProcess, running_etcd
-from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, expected, pack, refusal, rows_of, scrape
-
-IDS = np.arange(6500)
+from pooled import IDS, Asker, answers, described, member, published, serving, wait_held
+from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, pack, refusal, scrape
 
 
 @pytest.fixture(scope="module")
@@ -52,51 +46,6 @@ def models(tmp_path_factory) -> Path:
     return where
 
 
-def published(location: Path | str, at: Path | str | None = None) -> Published:
-    """The record of what lies at `location`. at: where servers are told that it lies."""
-    with open_any(location) as files:
-        rows = {table.layer: table.num_rows for table in files.spec.tables}
-        base = files.base_version if isinstance(files, PatchFiles) else None
-        return Published(files.spec.name, files.version, str(at or location), base, files.spec.digest, rows)
-
-
-@contextmanager
-def serving(registry: Registry, memory: Path, *models: Path, **settings) -> Iterator[ServerProcess]:
-    defaults = {"registry": registry.url, "memory": f"file:{memory}", "workers": 1}
-    with serve_process(*models, **{**defaults, **settings}) as server:
-        yield server
-
-
-def member(registry: Registry, server: ServerProcess) -> Member | None:
-    return registry.read().members.get(server.address)
-
-
-def wait_held(registry: Registry, server: ServerProcess, *versions: Published) -> Member:
-    """The member's record, once it has exactly these versions."""
-    wanted = {(one.model, one.version) for one in versions}
-
-    def found() -> Member | None:
-        record = member(registry, server)
-        return record if record and {(one.model, one.version) for one in record.held} == wanted else None
-
-    return eventually(found, f"{len(versions)} versions are held")
-
-
-def answers(server: ServerProcess, version: Published, changed=False) -> None:
-    """Every row of layer 2 must be right. changed: bool, or one for each row: whether its last byte is another."""
-    with RawPool(server.address, version.version) as pool:
-        rows = rows_of(pool.lookup(pool.by_ids((2, IDS)), timeout=LIMIT_S))[2]
-    found, wanted = (np.frombuffer(raw, np.uint8).reshape(len(IDS), -1) for raw in (rows, expected(2, IDS)))
-    assert np.array_equal(found[:, :-1], wanted[:, :-1])
-    assert np.array_equal(found[:, -1] ^ changed, wanted[:, -1])
-
-
-def described(server: ServerProcess) -> set[str]:
-    with grpc.insecure_channel(server.address) as channel:
-        answer = pool_pb2_grpc.PoolStub(channel).Describe(pool_pb2.DescribeRequest(), timeout=LIMIT_S)
-    return {model.version for model in answer.models}
-
-
 def children(server: ServerProcess) -> dict[int, str]:
     """The command line of every process that the server started, by process id."""
     found = {}
@@ -120,38 +69,6 @@ def lease_of(etcd: EtcdProcess, key: str) -> str:
     with urllib.request.urlopen(f"http://{etcd.address}/v3/kv/range", body, timeout=LIMIT_S) as response:
         (found,) = json.load(response)["kvs"]
     return found["lease"]
-
-
-class Asker:
-    """Looks the same tokens up again and again; every answer must be the first one again."""
-
-    def __init__(self, address: str) -> None:
-        self.answers = 0
-        self.error: BaseException | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._ask, args=(address,))
-
-    def _ask(self, address: str) -> None:
-        tokens = np.arange(300, dtype=np.int32)
-        try:
-            with Client(address, cache_bytes=0, attach="off") as client:
-                first = client.lookup(tokens)
-                while not self._stop.is_set():
-                    again = client.lookup(tokens)
-                    assert all(np.array_equal(again[layer], first[layer]) for layer in SPEC.layers)
-                    self.answers += 1
-        except BaseException as error:
-            self.error = error
-
-    def __enter__(self) -> "Asker":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self.error is not None:
-            raise self.error
 
 
 def test_versions_come_and_go_while_lookups_go_on(etcd, models, tmp_path):

@@ -5,19 +5,22 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import grpc
 import pytest
 from etcd3gw.client import Etcd3Client
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_proto import registry as module
-from engrampool_proto.pool_state import UnreadableRecordError
+from engrampool_proto.pool_state import UnreadableRecordError, retirement_json
 from engrampool_proto.registry import (
     Active,
+    ClashError,
     Held,
     Member,
     NotHeldError,
@@ -310,7 +313,7 @@ def test_publishing(pool):
         registry.retire("m", A)
 
 
-def test_what_may_be_active(pool):
+def test_what_may_be_active(etcd, pool):
     registry = pool()
     servers = [pool() for _ in range(3)]
     with pytest.raises(VersionError, match="not published") as refused:
@@ -327,8 +330,9 @@ def test_what_may_be_active(pool):
     servers[2].join(member("h:3", C, rows=(0, 60)))
     with pytest.raises(NotHeldError, match=r"still to load it: h:3$"):
         registry.activate("m", A)
-    # As with another number of shards: all rows are held, and no client could have them.
-    servers[2].join(member("h:3", A, rows=(0, 50)))
+    # As with another number of shards: all rows are held, and no client could have them. No server joins so.
+    root = f"/tests/{test_what_may_be_active.__name__}"
+    write(etcd, f"{root}/servers/h:3", member("h:3", A, rows=(0, 50)).to_json())
     with pytest.raises(
         VersionError, match=r"h:3 holds rows 0\.\.49 of layer 2, h:1 rows 0\.\.59, .*same number"
     ) as refused:
@@ -388,7 +392,9 @@ def before_commit(monkeypatch, *actions: Callable[[], object]) -> list[bool]:
     """Do the next of `actions` before each transaction. Returns the list of what these came to."""
     left, outcomes, commit = list(actions), [], Registry._commit
 
-    def interrupted(registry, compare, writes):
+    def interrupted(registry, compare, writes, lease=0):
+        if lease:  # a server that joins
+            return commit(registry, compare, writes, lease)
         if left:
             left.pop(0)()
         outcomes.append(commit(registry, compare, writes))
@@ -480,7 +486,121 @@ def test_the_page_shows_records(etcd):
         f"/engrampool/published/v41/{version.version}": version,
         "/engrampool/active/v41": active,
     }
-    assert {key: record.to_json().decode() for key, record in records.items()} == shown
+    [gone] = state.retired
+    retired = {f"/engrampool/retired/{'/'.join(gone)}": retirement_json(*gone).decode()}
+    assert {key: record.to_json().decode() for key, record in records.items()} | retired == shown
+
+
+def test_a_retired_version_stays_on_record_until_it_is_published_again(pool):
+    registry = pool()
+    for version in (A, B):
+        registry.publish(published(version))
+    before = registry.read()
+    assert before.retired == frozenset()
+    assert before.cluster
+    registry.retire("m", A)
+    state = registry.read()
+    assert (state.published, state.retired) == ((published(B),), {("m", A)})
+    registry.publish(published(A))
+    assert registry.read().retired == frozenset()
+
+
+def test_what_servers_hold_may_be_retired_though_its_record_was_lost(etcd, pool):
+    registry, server = pool(), pool()
+    server.join(Member("h:1", member("h:1", A, B).held, {C: "no such directory"}, {"m": A}))
+    # What clients read may not, by what servers know.
+    assert registry.read().known_active("m") == A
+    with pytest.raises(VersionError, match="is active: activate another"):
+        registry.retire("m", A)
+    for version in (B, C):
+        registry.retire("m", version)
+    assert registry.read().retired == {("m", B), ("m", C)}
+    write(
+        etcd, f"/tests/{test_what_servers_hold_may_be_retired_though_its_record_was_lost.__name__}/retired/m/{A}", "{}"
+    )
+    assert registry.read().retired == {("m", B), ("m", C)}
+
+
+def test_what_servers_know_as_active_counts_where_the_registry_says_nothing():
+    def state(*known: str | None, active: str | None = None) -> State:
+        members = {
+            f"h:{number}": Member(f"h:{number}", member("", A, B).held, {}, {"m": version} if version else {})
+            for number, version in enumerate(known)
+        }
+        return State(members, (), {"m": Active("m", active)} if active else {}, 1)
+
+    assert state().known_active("m") is None
+    assert state(None, None).known_active("m") is None
+    assert state(A, B, B, None).known_active("m") == B
+    assert state(B, A).known_active("m") == A  # whichever server is asked first
+    assert state(C, C, A).known_active("m") == A  # C is held no more
+    assert state(A, A, active=B).known_active("m") == B
+
+
+def test_a_server_whose_rows_clash_with_those_of_another_does_not_join(pool):
+    one, other = pool(), pool()
+    one.join(member("h:1", A, rows=(0, 50)))
+    with following(pool()) as states:
+        with pytest.raises(
+            ClashError, match=r"h:2 does not join .*h:2 holds rows 0\.\.59 of layer 2, h:1 rows 0\.\.49"
+        ):
+            other.join(member("h:2", A, rows=(0, 60)))
+        with pytest.raises(ClashError):
+            other.keep()
+        assert list(other.read().members) == ["h:1"]
+        # Another version, a replica, or the rows after those may be.
+        for fits in (member("h:2", B, rows=(0, 60)), member("h:2", A, rows=(0, 50)), member("h:2", A, rows=(50, 100))):
+            other.join(fits)
+            sees(states, lambda state, fits=fits: state.members.get("h:2") == fits)
+        # One that comes to clash is registered no more: what it was registered with is not so now.
+        with pytest.raises(ClashError):
+            other.join(member("h:2", A, rows=(40, 100)))
+        sees(states, lambda state: list(state.members) == ["h:1"])
+        # Its own record of before is none to clash with; and once the other is gone it joins by itself.
+        one.join(member("h:1", A, rows=(0, 70)))
+        one.leave()
+        other.keep()
+        sees(states, lambda state: list(state.members) == ["h:2"])
+
+
+def test_of_two_that_clash_and_join_at_once_one_joins(pool, monkeypatch):
+    one, other = pool(), pool()
+    commit, left = Registry._commit, [lambda: one.join(member("h:1", A, rows=(0, 50)))]
+
+    def interrupted(registry, compare, writes, lease=0):
+        if left:
+            left.pop()()
+        return commit(registry, compare, writes, lease)
+
+    monkeypatch.setattr(Registry, "_commit", interrupted)
+    with pytest.raises(ClashError):
+        other.join(member("h:2", A, rows=(0, 60)))
+    assert list(one.read().members) == ["h:1"]
+
+
+def test_a_name_that_is_no_host_is_said_to_be_none():
+    with pytest.raises(RegistryError, match=r"no-such-host\.invalid:2379 is no host that is known here"):
+        Registry("etcd://no-such-host.invalid:2379").read()
+
+
+def test_a_port_that_is_not_etcds_for_clients_is_said_to_be_none(etcd):
+    def read(port: int) -> None:
+        with pytest.raises(RegistryError, match=f"127.0.0.1:{port} is no etcd, or not its port for clients: it "):
+            Registry(f"etcd://127.0.0.1:{port}").read()
+
+    read(int(etcd.peers.rpartition(":")[2]))
+    # One that speaks another protocol, as ours does.
+    grpc_server = grpc.server(ThreadPoolExecutor(1))
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    read(port)
+    grpc_server.stop(None)
+    # And one of the web, such as Prometheus' own.
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
+        thread = threading.Thread(target=web.handle_request)
+        thread.start()
+        read(web.server_port)
+        thread.join(LIMIT_S)
 
 
 JSON = st.recursive(

@@ -29,6 +29,7 @@ VALUES = {
     "direct": addresses | st.sampled_from(["auto", "off"]) | directory_names.map(lambda name: f"unix:/{name}"),
     # A registry has demands on other settings, and named shards want a placement: see below.
     "registry": st.just("off"),
+    "join": st.just(False),
     "advertise": addresses.filter(lambda text: not text.endswith(":0")) | st.just("auto"),
     "registry_cache": directory_names.map(lambda name: f"/{name}") | st.just("off"),
     "shard": st.sampled_from(["all", "0/1", "3/4", "65535/65536"]),
@@ -74,6 +75,7 @@ BAD = {
     "metrics": ["", "on", "localhost", "host:-1", "[::1:9464", False],
     "direct": ["", "on", "localhost", "host:-1", "unix:", "unix:a\0b", "unix:\udcff", False],
     "registry": ["", "on", "etcd://", "etcd://host", "etcd://host:0", "http://host:2379", "etcd://h:1/a b", False],
+    "join": ["", "yes", "2", 1, 0],
     "advertise": ["", "off", "host", "host:0", "[::1]:65536", 1],
     "registry_cache": ["", "a\0b", "\udcff", 1, True],
     "shard": ["", "4/4", "-1/4", "01/4", "1/", "0/0", "0/65537", "1 / 4", "a/b", "a b", "-a", "a" * 65, 1, True],
@@ -351,6 +353,27 @@ def test_with_a_registry_models_need_not_be_given(file):
     file.write_text(render(resolved))
     assert load_config({}, {}, file).config == resolved.config
     assert load_config({**given, "models": ["/m"]}, {}, None).config.models == (Path("/m"),)
+
+
+def test_a_registry_of_the_environment_is_joined_only_where_that_is_asked_for(file):
+    """It stands in an operator's shell, for `engrampool publish` and the like."""
+    shell = {"ENGRAMPOOL_REGISTRY": "etcd://10.0.0.5:2379/pool"}
+    alone = load_config({"models": ["/m"]}, shell, None)
+    assert alone.config.registry == "off"
+    line = next(line for line in render(alone).splitlines() if line.startswith("registry ="))
+    assert 'registry = "off"  # from default, since environment ENGRAMPOOL_REGISTRY counts only with --join' in line
+    with pytest.raises(ConfigError, match=r"none given; use --model DIR, or --join .* in ENGRAMPOOL_REGISTRY"):
+        load_config({}, shell, None)
+    for joining, environ in (({"join": True}, shell), ({}, {**shell, "ENGRAMPOOL_JOIN": "true"})):
+        resolved = load_config({"memory": "shm", **joining}, environ, None)
+        assert resolved.config.registry == shell["ENGRAMPOOL_REGISTRY"]
+    # A registry that is named for this server is joined.
+    file.write_text('registry = "etcd://file:1"\nmemory = "shm"\n')
+    assert load_config({}, shell, file).config.registry == "etcd://file:1"
+    named = load_config({"memory": "shm", "registry": "etcd://h:1"}, shell, None)
+    assert named.config.registry == "etcd://h:1"
+    with pytest.raises(ConfigError, match="join: no registry is named"):
+        load_config({"models": ["/m"], "join": True}, {}, None)
 
 
 def test_a_registry_needs_memory_that_processes_share_and_an_address_to_give_away():

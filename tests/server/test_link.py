@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 
 from engrampool_proto.registry import Published
 from engrampool_server import link as link_module
+from engrampool_server.known import Known
 from engrampool_server.link import GarbledError, Lines, Link, Report
 
-PUBLISHED = tuple(Published("m", f"v{number}", "/models/ä", None, "d", {1: 10}) for number in range(2000))
+PUBLISHED = [Published("m", f"v{number}", "/models/ä", None, "d", {1: 10}) for number in range(2000)]
+KNOWN = Known(
+    {("m", one.version): one for one in PUBLISHED}, {("m", one.version): "7" for one in PUBLISHED}, {"m": "v1"}
+)
 
 
 @pytest.fixture
@@ -39,13 +43,13 @@ def test_what_is_said_arrives(pipe):
     lines, link = pipe
     link.beat()
     link.loaded(3, 7)
-    link.published(PUBLISHED[:3], 5)
+    link.known(Known({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): "7"}, {"m": "v0"}))
     link.failed("grün")
     link.ready()
     assert taken(lines) == [
         Report(),
         Report(loaded=(3, 7)),
-        Report(published=PUBLISHED[:3], revision=5),
+        Report(known=Known({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): "7"}, {"m": "v0"})),
         Report(failed="grün"),
         Report(ready=True),
     ]
@@ -55,7 +59,7 @@ def test_what_is_said_arrives(pipe):
 def test_a_child_whose_reader_stands_still_goes_on_and_loses_nothing_that_matters(pipe):
     """Longer than the pipe is what is published: a part of it is in the pipe, and what follows must not mix with it."""
     lines, link = pipe
-    link.published(PUBLISHED, 1)
+    link.known(KNOWN)
     assert link.is_behind
     for number in range(20_000):
         link.beat()
@@ -70,7 +74,7 @@ def test_a_child_whose_reader_stands_still_goes_on_and_loses_nothing_that_matter
         link.beat()
         said += taken(lines)
     assert [report for report in said if report != Report()] == [
-        Report(published=PUBLISHED, revision=1),
+        Report(known=KNOWN),
         Report(loaded=(19_999, 20_000)),
         Report(ready=True),
         Report(failed="last"),
@@ -79,7 +83,7 @@ def test_a_child_whose_reader_stands_still_goes_on_and_loses_nothing_that_matter
 
 @given(st.data())
 def test_no_part_of_a_line_is_a_line(data):
-    raw = json.dumps({"published": [["m", "v", PUBLISHED[0].to_json().decode()]], "revision": 1}).encode()
+    raw = json.dumps({"known": Known({("m", "v0"): PUBLISHED[0]}).to_json()}).encode()
     whole = data.draw(st.sampled_from([b'{"ready": true}', b'{"failed": "x"}', b'{"loaded": 12, "of": 34}', raw]))
     cut = data.draw(st.integers(1, len(whole) - 1))
     following = data.draw(st.sampled_from([b"", b'{"ready": true}', whole, whole[cut:-1]]))
@@ -103,12 +107,14 @@ def test_no_part_of_a_line_is_a_line(data):
         b'{"loaded": -1, "of": 2}',
         b'{"loaded": 1' + b"0" * 400 + b', "of": 2}',
         b'{"loaded": 1, "of": 1' + b"0" * 5000 + b"}",
-        b'{"published": 7, "revision": 1}',
-        b'{"published": [["m"]], "revision": 1}',
-        b'{"published": [["m", "v", {}]], "revision": 1}',
-        b'{"published": [["m", "v", "{}"]], "revision": 1}',
-        b'{"published": [7], "revision": 1}',
-        b'{"published": [], "revision": "1"}',
+        b'{"known": 7}',
+        b'{"known": {}}',
+        b'{"known": {"published": [["m"]]}}',
+        b'{"known": {"published": [["m", "v", {}]]}}',
+        b'{"known": {"published": [["m", "v", "{}", "7"]]}}',
+        b'{"known": {"published": [7]}}',
+        b'{"known": {"published": [], "active": ["m"]}}',
+        b'{"known": {"published": []}, "ready": true}',
         b"[" * 100_000,
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from engrampool_proto.registry import Published
+from engrampool_server.known import Known
+from engrampool_server.link import Report
 from engrampool_server.registrar import Cache
 from server_fixtures import Events, lasting_address
 
@@ -18,6 +21,7 @@ PUBLISHED = [
     Published("m", "a", "/models/ä", None, "d", {1: 10}),
     Published("m", "b", "s3://bucket/b", "a", "d", {1: 10}),
 ]
+KNOWN = Known({("m", one.version): one for one in PUBLISHED}, {("m", "a"): "7", ("m", "b"): "8"}, {"m": "b"})
 
 
 @pytest.fixture
@@ -32,12 +36,33 @@ def events():
 def test_the_cache_gives_back_what_was_written_last_for_the_same_registry(tmp_path, events):
     cache = Cache(tmp_path / "published.json", URL)
     assert cache.read() is None
-    for published in (PUBLISHED, [], PUBLISHED[:1]):
-        cache.write(published)
-        assert cache.read() == published
+    for known in (KNOWN, Known(), Known({("m", "a"): PUBLISHED[0]}, {("m", "a"): "7"})):
+        cache.write(known)
+        assert cache.read() == known
     assert [path.name for path in tmp_path.iterdir()] == ["published.json"]
     assert Cache(tmp_path / "published.json", "etcd://other:2379").read() is None
     assert events.lines == []
+
+
+def test_a_cache_of_an_earlier_release_is_read(tmp_path):
+    path = tmp_path / "published.json"
+    records = [[one.model, one.version, one.to_json().decode()] for one in PUBLISHED]
+    path.write_text(json.dumps({"registry": URL, "published": records}))
+    known = Cache(path, URL).read()
+    assert known.published == KNOWN.published
+    assert known.active == {}
+
+
+def test_a_cache_knows_how_long_ago_the_registry_answered(tmp_path):
+    cache = Cache(tmp_path / "published.json", URL)
+    assert cache.age_s == 0
+    cache.touch()  # which makes no file
+    assert not list(tmp_path.iterdir())
+    cache.write(KNOWN)
+    os.utime(tmp_path / "published.json", (0, 0))
+    assert cache.age_s > 1e9
+    cache.touch()
+    assert cache.age_s < 1e9
 
 
 @pytest.mark.parametrize(
@@ -51,7 +76,7 @@ def test_a_cache_that_is_of_no_use_is_logged(tmp_path, events, damage):
 
 
 def test_a_cache_that_cannot_be_written_is_logged(tmp_path, events):
-    Cache(tmp_path / "missing" / "published.json", URL).write(PUBLISHED)
+    Cache(tmp_path / "missing" / "published.json", URL).write(KNOWN)
     assert "cannot be written" in events.of("registry-cache")[0]["error"]
 
 
@@ -59,26 +84,27 @@ REGISTRAR = """
 import socket, sys
 from pathlib import Path
 from engrampool_server import registrar
+from engrampool_server.known import Known
 from engrampool_server.metrics import Metrics
 from engrampool_server.link import Link
 registrar.PATIENCE_S = 0.2
 url, path, is_first = sys.argv[1:]
 theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 cache, link = registrar.Cache(Path(path), url), Link(-1, 1, 0.05)
-registrar.register(url, cache, "127.0.0.1:1", ours, Metrics(), link, is_first=is_first == "first")
+known = None if is_first == "first" else Known()
+registrar.register(url, cache, "127.0.0.1:1", ours, Metrics(), link, known=known)
 """
 
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_only_a_start_goes_by_the_cache_and_only_once_the_registry_was_silent(tmp_path: Path, is_first: bool):
     url, path = f"etcd://{lasting_address()}", tmp_path / "published.json"
-    Cache(path, url).write(PUBLISHED)
+    Cache(path, url).write(KNOWN)
     command = [sys.executable, "-c", REGISTRAR, url, str(path), "first" if is_first else "again"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert json.loads(process.stdout.readline()) == {"ready": True}
         # Signs of life for longer than its patience.
         said = [line for line in (process.stdout.readline() for _ in range(10)) if line.strip()]
-        records = [[one.model, one.version, one.to_json().decode()] for one in PUBLISHED]
-        assert [json.loads(line) for line in said] == [{"published": records, "revision": 0}] * is_first
+        assert [Report.of(line.encode().rstrip()) for line in said] == [Report(known=KNOWN)] * is_first
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

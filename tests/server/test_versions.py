@@ -19,7 +19,7 @@ from engrampool_server.patch import write_patch
 from engrampool_server.table_files import PackedModel
 from engrampool_server.versions import activate, publish, retire, rollback, versions
 from etcd_process import EtcdProcess, running_etcd
-from server_fixtures import LIMIT_S, SPEC, lasting_address, pack, version_of
+from server_fixtures import LIMIT_S, SPEC, VOCAB, lasting_address, pack, version_of
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "engrampool"
 WHOLE = {table.layer: (0, table.num_rows) for table in SPEC.tables}
@@ -164,6 +164,37 @@ def test_a_server_that_failed_ends_the_wait(url, packed):
         pytest.raises(VersionError, match=r"no server holds.*; h:2 could not load it: no such dir"),
     ):
         run(publish, packed[0], "--activate")
+
+
+def test_another_specification_is_refused_before_it_is_published(url, packed, tmp_path):
+    """So that no server loads it for nothing."""
+    other = pack(tmp_path / "other", replace(SPEC, vocab_size=VOCAB, token_map=None))
+    with servers(url, loads):
+        run(publish, packed[0], "--activate")
+        before = Registry(url).read()
+        with pytest.raises(VersionError, match=r"another specification .* another model name"):
+            run(publish, other, "--activate")
+        assert Registry(url).read().published == before.published
+
+
+def test_a_version_that_servers_hold_and_nobody_published_is_shown_and_may_be_retired(url, packed):
+    member, registry = Registry(url), Registry(url)
+    active, other = "a" * 32, "b" * 32
+    member.join(replace(holding("h:1", active, other), active={"small": active}), 60)
+    assert run(versions)[0].splitlines() == [
+        "servers: h:1",
+        "small",
+        f"  {active}, active as servers know it: activate it: not published",
+        "    held by h:1",
+        f"  {other}: not published",
+        "    held by h:1",
+    ]
+    assert json.loads(run(versions, "--json")[0])["models"]["small"]["known"] == active
+    with pytest.raises(VersionError, match="is active"):
+        run(retire, "small", active[:6])
+    assert run(retire, "small", other[:6]) == (f"retired small {other}\n", "")
+    assert registry.read().retired == {("small", other)}
+    member.leave()
 
 
 def test_a_wait_ends(url, packed):

@@ -110,13 +110,3 @@ def test_what_cannot_be_held_says_why():
         "c": "its base, version b, is a patch itself",
         "d": "its base, version x, is not published",
     }
-
-
-def test_a_registry_that_lost_its_data_withdraws_nothing():
-    versions = VersionsHeld()
-    assert versions.want([published("a")], revision=70)
-    versions.loaded(("m", "a"))
-    assert not versions.want([], revision=1)
-    assert versions.to_drop() == []
-    assert versions.want([], revision=71)
-    assert versions.to_drop() == [("m", "a")]

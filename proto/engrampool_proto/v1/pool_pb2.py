@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65ngrampool_proto/v1/pool.proto\x12\rengrampool.v1\"6\n\x0f\x44\x65scribeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cinclude_spec\x18\x02 \x01(\x08\"\x97\x01\n\x10\x44\x65scribeResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.engrampool.v1.Model\x12%\n\x06limits\x18\x02 \x01(\x0b\x32\x15.engrampool.v1.Limits\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\x12\x0e\n\x06\x64irect\x18\x04 \x01(\x08\x12\x0e\n\x06\x61ttach\x18\x05 \x01(\x08\"]\n\x06Limits\x12\x1c\n\x14max_rows_per_request\x18\x01 \x01(\x04\x12\x18\n\x10max_answer_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13max_in_flight_bytes\x18\x03 \x01(\x04\"t\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bspec_digest\x18\x03 \x01(\t\x12$\n\x06tables\x18\x04 \x03(\x0b\x32\x14.engrampool.v1.Table\x12\x11\n\tspec_json\x18\x05 \x01(\x0c\"\x99\x01\n\x05Table\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\x04\x12\x11\n\trow_bytes\x18\x03 \x01(\r\x12\r\n\x05heads\x18\x04 \x01(\r\x12(\n\x08segments\x18\x05 \x03(\x0b\x32\x16.engrampool.v1.Segment\x12\x11\n\trow_start\x18\x06 \x01(\x04\x12\x10\n\x08row_stop\x18\x07 \x01(\x04\"6\n\x07Segment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x93\x01\n\rLookupRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x06tables\x18\x03 \x03(\x0b\x32\x17.engrampool.v1.TableIds\x12)\n\x06tokens\x18\x04 \x01(\x0b\x32\x19.engrampool.v1.TokenBatch\x12\x0e\n\x06layers\x18\x05 \x03(\r\">\n\x08TableIds\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x03u32\x18\x02 \x01(\x0cH\x00\x12\r\n\x03u64\x18\x03 \x01(\x0cH\x00\x42\x05\n\x03ids\"\x84\x01\n\nTokenBatch\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12\x17\n\x0fquery_start_loc\x18\x02 \x01(\x0c\x12\x10\n\x08lookback\x18\x03 \x01(\x0c\x12\x16\n\x0elookback_width\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x65\x61\x64\x18\x05 \x01(\x0c\x12\x15\n\rlookback_dead\x18\x06 \x01(\x0c\"e\n\x0eLookupResponse\x12(\n\x06tables\x18\x01 \x03(\x0b\x32\x18.engrampool.v1.TableRows\x12)\n\x05times\x18\x02 \x01(\x0b\x32\x1a.engrampool.v1.ServerTimes\"7\n\tTableRows\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\"{\n\x0bServerTimes\x12\x15\n\x08queue_us\x18\x01 \x01(\x07H\x00\x88\x01\x01\x12\x16\n\tgather_us\x18\x02 \x01(\x07H\x01\x88\x01\x01\x12\x15\n\x08total_us\x18\x03 \x01(\x07H\x02\x88\x01\x01\x42\x0b\n\t_queue_usB\x0c\n\n_gather_usB\x0b\n\t_total_us\"\x13\n\x11OpenDirectRequest\"e\n\x12OpenDirectResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x11\n\tunix_path\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\x12\x10\n\x08valid_ms\x18\x05 \x01(\r\"/\n\rAttachRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"_\n\x0e\x41ttachResponse\x12*\n\x06tables\x18\x01 \x03(\x0b\x32\x1a.engrampool.v1.MappedTable\x12\x10\n\x08valid_ms\x18\x02 \x01(\r\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"\x8f\x01\n\x0bMappedTable\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\x04\x12\r\n\x05inode\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x11\n\trow_start\x18\x06 \x01(\x04\x12\x10\n\x08row_stop\x18\x07 \x01(\x04\x12\x11\n\tin_memory\x18\x08 \x01(\x08\"5\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t2\x83\x03\n\x04Pool\x12K\n\x08\x44\x65scribe\x12\x1e.engrampool.v1.DescribeRequest\x1a\x1f.engrampool.v1.DescribeResponse\x12\x45\n\x06Lookup\x12\x1c.engrampool.v1.LookupRequest\x1a\x1d.engrampool.v1.LookupResponse\x12M\n\x0cLookupStream\x12\x1c.engrampool.v1.LookupRequest\x1a\x1d.engrampool.v1.LookupResponse0\x01\x12Q\n\nOpenDirect\x12 .engrampool.v1.OpenDirectRequest\x1a!.engrampool.v1.OpenDirectResponse\x12\x45\n\x06\x41ttach\x12\x1c.engrampool.v1.AttachRequest\x1a\x1d.engrampool.v1.AttachResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65ngrampool_proto/v1/pool.proto\x12\rengrampool.v1\"6\n\x0f\x44\x65scribeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cinclude_spec\x18\x02 \x01(\x08\"\x97\x01\n\x10\x44\x65scribeResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.engrampool.v1.Model\x12%\n\x06limits\x18\x02 \x01(\x0b\x32\x15.engrampool.v1.Limits\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\x12\x0e\n\x06\x64irect\x18\x04 \x01(\x08\x12\x0e\n\x06\x61ttach\x18\x05 \x01(\x08\"]\n\x06Limits\x12\x1c\n\x14max_rows_per_request\x18\x01 \x01(\x04\x12\x18\n\x10max_answer_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13max_in_flight_bytes\x18\x03 \x01(\x04\"\x84\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bspec_digest\x18\x03 \x01(\t\x12$\n\x06tables\x18\x04 \x03(\x0b\x32\x14.engrampool.v1.Table\x12\x11\n\tspec_json\x18\x05 \x01(\x0c\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x08\"\x99\x01\n\x05Table\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\x04\x12\x11\n\trow_bytes\x18\x03 \x01(\r\x12\r\n\x05heads\x18\x04 \x01(\r\x12(\n\x08segments\x18\x05 \x03(\x0b\x32\x16.engrampool.v1.Segment\x12\x11\n\trow_start\x18\x06 \x01(\x04\x12\x10\n\x08row_stop\x18\x07 \x01(\x04\"6\n\x07Segment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x93\x01\n\rLookupRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x06tables\x18\x03 \x03(\x0b\x32\x17.engrampool.v1.TableIds\x12)\n\x06tokens\x18\x04 \x01(\x0b\x32\x19.engrampool.v1.TokenBatch\x12\x0e\n\x06layers\x18\x05 \x03(\r\">\n\x08TableIds\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x03u32\x18\x02 \x01(\x0cH\x00\x12\r\n\x03u64\x18\x03 \x01(\x0cH\x00\x42\x05\n\x03ids\"\x84\x01\n\nTokenBatch\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12\x17\n\x0fquery_start_loc\x18\x02 \x01(\x0c\x12\x10\n\x08lookback\x18\x03 \x01(\x0c\x12\x16\n\x0elookback_width\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x65\x61\x64\x18\x05 \x01(\x0c\x12\x15\n\rlookback_dead\x18\x06 \x01(\x0c\"e\n\x0eLookupResponse\x12(\n\x06tables\x18\x01 \x03(\x0b\x32\x18.engrampool.v1.TableRows\x12)\n\x05times\x18\x02 \x01(\x0b\x32\x1a.engrampool.v1.ServerTimes\"7\n\tTableRows\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\"{\n\x0bServerTimes\x12\x15\n\x08queue_us\x18\x01 \x01(\x07H\x00\x88\x01\x01\x12\x16\n\tgather_us\x18\x02 \x01(\x07H\x01\x88\x01\x01\x12\x15\n\x08total_us\x18\x03 \x01(\x07H\x02\x88\x01\x01\x42\x0b\n\t_queue_usB\x0c\n\n_gather_usB\x0b\n\t_total_us\"\x13\n\x11OpenDirectRequest\"e\n\x12OpenDirectResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x11\n\tunix_path\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\x12\x10\n\x08valid_ms\x18\x05 \x01(\r\"/\n\rAttachRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"_\n\x0e\x41ttachResponse\x12*\n\x06tables\x18\x01 \x03(\x0b\x32\x1a.engrampool.v1.MappedTable\x12\x10\n\x08valid_ms\x18\x02 \x01(\r\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"\x8f\x01\n\x0bMappedTable\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\x04\x12\r\n\x05inode\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x11\n\trow_start\x18\x06 \x01(\x04\x12\x10\n\x08row_stop\x18\x07 \x01(\x04\x12\x11\n\tin_memory\x18\x08 \x01(\x08\"5\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t2\x83\x03\n\x04Pool\x12K\n\x08\x44\x65scribe\x12\x1e.engrampool.v1.DescribeRequest\x1a\x1f.engrampool.v1.DescribeResponse\x12\x45\n\x06Lookup\x12\x1c.engrampool.v1.LookupRequest\x1a\x1d.engrampool.v1.LookupResponse\x12M\n\x0cLookupStream\x12\x1c.engrampool.v1.LookupRequest\x1a\x1d.engrampool.v1.LookupResponse0\x01\x12Q\n\nOpenDirect\x12 .engrampool.v1.OpenDirectRequest\x1a!.engrampool.v1.OpenDirectResponse\x12\x45\n\x06\x41ttach\x12\x1c.engrampool.v1.AttachRequest\x1a\x1d.engrampool.v1.AttachResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,36 +37,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBERESPONSE']._serialized_end=257
   _globals['_LIMITS']._serialized_start=259
   _globals['_LIMITS']._serialized_end=352
-  _globals['_MODEL']._serialized_start=354
-  _globals['_MODEL']._serialized_end=470
-  _globals['_TABLE']._serialized_start=473
-  _globals['_TABLE']._serialized_end=626
-  _globals['_SEGMENT']._serialized_start=628
-  _globals['_SEGMENT']._serialized_end=682
-  _globals['_LOOKUPREQUEST']._serialized_start=685
-  _globals['_LOOKUPREQUEST']._serialized_end=832
-  _globals['_TABLEIDS']._serialized_start=834
-  _globals['_TABLEIDS']._serialized_end=896
-  _globals['_TOKENBATCH']._serialized_start=899
-  _globals['_TOKENBATCH']._serialized_end=1031
-  _globals['_LOOKUPRESPONSE']._serialized_start=1033
-  _globals['_LOOKUPRESPONSE']._serialized_end=1134
-  _globals['_TABLEROWS']._serialized_start=1136
-  _globals['_TABLEROWS']._serialized_end=1191
-  _globals['_SERVERTIMES']._serialized_start=1193
-  _globals['_SERVERTIMES']._serialized_end=1316
-  _globals['_OPENDIRECTREQUEST']._serialized_start=1318
-  _globals['_OPENDIRECTREQUEST']._serialized_end=1337
-  _globals['_OPENDIRECTRESPONSE']._serialized_start=1339
-  _globals['_OPENDIRECTRESPONSE']._serialized_end=1440
-  _globals['_ATTACHREQUEST']._serialized_start=1442
-  _globals['_ATTACHREQUEST']._serialized_end=1489
-  _globals['_ATTACHRESPONSE']._serialized_start=1491
-  _globals['_ATTACHRESPONSE']._serialized_end=1586
-  _globals['_MAPPEDTABLE']._serialized_start=1589
-  _globals['_MAPPEDTABLE']._serialized_end=1732
-  _globals['_REFUSAL']._serialized_start=1734
-  _globals['_REFUSAL']._serialized_end=1787
-  _globals['_POOL']._serialized_start=1790
-  _globals['_POOL']._serialized_end=2177
+  _globals['_MODEL']._serialized_start=355
+  _globals['_MODEL']._serialized_end=487
+  _globals['_TABLE']._serialized_start=490
+  _globals['_TABLE']._serialized_end=643
+  _globals['_SEGMENT']._serialized_start=645
+  _globals['_SEGMENT']._serialized_end=699
+  _globals['_LOOKUPREQUEST']._serialized_start=702
+  _globals['_LOOKUPREQUEST']._serialized_end=849
+  _globals['_TABLEIDS']._serialized_start=851
+  _globals['_TABLEIDS']._serialized_end=913
+  _globals['_TOKENBATCH']._serialized_start=916
+  _globals['_TOKENBATCH']._serialized_end=1048
+  _globals['_LOOKUPRESPONSE']._serialized_start=1050
+  _globals['_LOOKUPRESPONSE']._serialized_end=1151
+  _globals['_TABLEROWS']._serialized_start=1153
+  _globals['_TABLEROWS']._serialized_end=1208
+  _globals['_SERVERTIMES']._serialized_start=1210
+  _globals['_SERVERTIMES']._serialized_end=1333
+  _globals['_OPENDIRECTREQUEST']._serialized_start=1335
+  _globals['_OPENDIRECTREQUEST']._serialized_end=1354
+  _globals['_OPENDIRECTRESPONSE']._serialized_start=1356
+  _globals['_OPENDIRECTRESPONSE']._serialized_end=1457
+  _globals['_ATTACHREQUEST']._serialized_start=1459
+  _globals['_ATTACHREQUEST']._serialized_end=1506
+  _globals['_ATTACHRESPONSE']._serialized_start=1508
+  _globals['_ATTACHRESPONSE']._serialized_end=1603
+  _globals['_MAPPEDTABLE']._serialized_start=1606
+  _globals['_MAPPEDTABLE']._serialized_end=1749
+  _globals['_REFUSAL']._serialized_start=1751
+  _globals['_REFUSAL']._serialized_end=1804
+  _globals['_POOL']._serialized_start=1807
+  _globals['_POOL']._serialized_end=2194
 # @@protoc_insertion_point(module_scope)

@@ -39,18 +39,20 @@ class Limits(_message.Message):
     def __init__(self, max_rows_per_request: _Optional[int] = ..., max_answer_bytes: _Optional[int] = ..., max_in_flight_bytes: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "spec_digest", "tables", "spec_json")
+    __slots__ = ("name", "version", "spec_digest", "tables", "spec_json", "active")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SPEC_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     spec_digest: str
     tables: _containers.RepeatedCompositeFieldContainer[Table]
     spec_json: bytes
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., spec_digest: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[Table, _Mapping]]] = ..., spec_json: _Optional[bytes] = ...) -> None: ...
+    active: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., spec_digest: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[Table, _Mapping]]] = ..., spec_json: _Optional[bytes] = ..., active: _Optional[bool] = ...) -> None: ...
 
 class Table(_message.Message):
     __slots__ = ("layer", "num_rows", "row_bytes", "heads", "segments", "row_start", "row_stop")
