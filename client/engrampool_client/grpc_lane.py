@@ -152,6 +152,9 @@ class GrpcLane:
             if isinstance(error, DeadlineError) and error.reason is None:
                 self.renew(connection)
             raise error from rpc_error
+        except KeyboardInterrupt:
+            self._give_up(connection)  # as `fetch` does
+            raise
         finally:
             self._leave(connection)
 
