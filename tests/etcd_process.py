@@ -64,7 +64,8 @@ class EtcdProcess:
         assert self._process is not None
         said = self._log.read_bytes()
         assert self._process.poll() is None, said.decode()
-        return b"client requests on" in said[before:]
+        # As 3.4 has it, and 3.5 and later.
+        return any(text in said[before:] for text in (b"client requests on", b"serving client traffic"))
 
     def signal(self, number: int) -> None:
         assert self._process is not None

