@@ -167,7 +167,9 @@ class ReplicaSet:
             if not waiting:
                 waiting, patient = list(slow or away), True
             begin, sent, cancel_after_s = time.monotonic(), None, inf
-            deadline = delivery.deadline if patient else _deadline(exchange, delivery)
+            # One that is gone leaves the others their share of what is left.
+            patience_s = (delivery.deadline - begin) / len(waiting)
+            deadline = begin + patience_s if patient else _deadline(exchange, delivery)
 
     def _begin(self, replicas: Sequence[Endpoint], exchange: Exchange, deadline: float) -> "_Begun | None":
         since = time.monotonic()

@@ -682,3 +682,14 @@ def test_a_server_that_is_let_go_of_in_mid_lookup_fails_nothing(models, monkeypa
             client._shards._open[one.address].close()  # as the watcher does beside lookups that chose it before
             for rows in [ids, {2: np.arange(9)}] * 4:
                 assert client.lookup_rows(rows)[2].tobytes() == expected(2, rows[2])
+
+
+def test_one_that_is_gone_leaves_the_others_their_share_of_the_time_that_is_left():
+    gone, busy = Replica(reply=DeadlineError("late")), Replica(reply=DeadlineError("late"))
+    made = set_of(gone, busy, known=False, tokens=0)
+    with pytest.raises(DeadlineError):
+        made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + 60), 0.0)
+    (first_s, _), (share_s, _) = gone.asked
+    assert first_s < 1
+    assert 1 < share_s <= 30
+    assert 50 < busy.asked[1][0] <= 60
