@@ -193,11 +193,15 @@ class AsyncClient:
             return self
         if self._connecting:
             raise PoolError("this client was connected before, or is about to be: make another")
-        self._connecting = True
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         # A thread of its own: a loop that ends waits for those of its executor.
-        threading.Thread(target=_connect, args=(client, loop, done), name="engrampool-connect", daemon=True).start()
+        thread = threading.Thread(target=_connect, args=(client, loop, done), name="engrampool-connect", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise PoolError(f"the system gives no thread to connect in: {error}") from error
+        self._connecting = True
         try:
             await done
         except asyncio.CancelledError:  # nobody gets it, whatever comes of it

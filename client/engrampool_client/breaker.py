@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 
 from engrampool_client.errors import DeadlineError, EngrampoolError, UnavailableError
 
@@ -13,6 +14,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.2
 _FIRST_PROBE_S, _LONGEST_PROBE_S = 0.05, 1.0
 # For how long a server that answered a probe is not taken for silent, whatever deadlines pass meanwhile.
 _VOUCHED_S = 1.0
+# A probe that takes so long does not end any more. Closing waits no longer than this for one.
+_STUCK_S, _CLOSE_S = 10.0, 2.0
 _log = logging.getLogger("engrampool")
 
 
@@ -47,6 +50,7 @@ class Breaker:
         self._closing = threading.Event()
         self._prober: threading.Thread | None = None
         self._probing, self._said = False, ""
+        self._ends_by = inf  # when the probe that is under way should have ended
         self._refusal: UnavailableError | None = None
         self.trouble: str | None = None
 
@@ -75,6 +79,9 @@ class Breaker:
         """Raise UnavailableError, reason "breaker-open", while it is open."""
         refusal = self._refusal
         if refusal is not None:
+            if self._is_stuck():
+                with self._lock:
+                    self._begin_probing()
             raise UnavailableError(str(refusal), refusal.reason)
 
     def succeeded(self) -> None:
@@ -130,7 +137,7 @@ class Breaker:
         """Probe no more."""
         self.stop()
         if self._prober is not None:
-            self._prober.join()
+            self._prober.join(_CLOSE_S)
 
     @property
     def _is_full(self) -> bool:
@@ -138,8 +145,10 @@ class Breaker:
 
     def _begin_probing(self) -> bool:
         """Have the server probed. False if there can be no thread for it now: who does not probe must not open."""
-        if self._probing or self._closing.is_set():
-            return self._probing and not self._closing.is_set()
+        if self._closing.is_set():
+            return False
+        if self._probing and not self._is_stuck():
+            return True
         prober = threading.Thread(target=self._watch, name="engrampool-breaker", daemon=True)
         try:
             prober.start()
@@ -148,6 +157,10 @@ class Breaker:
             return False
         self._prober, self._probing = prober, True
         return True
+
+    def _is_stuck(self) -> bool:
+        """Whether a probe is under way that will not end: Ctrl-C in another thread may leave a lock of gRPC's taken."""
+        return self._probing and time.monotonic() > self._ends_by
 
     def _refuse(self, error: EngrampoolError) -> None:
         text = (
@@ -161,8 +174,12 @@ class Breaker:
         with self._lock:  # by now it is open, or it may be silent
             pause_s = _FIRST_PROBE_S if self.is_open else 0.0
         while not self._closing.wait(pause_s):
+            self._ends_by = time.monotonic() + _STUCK_S
             trouble = self._trouble()
+            self._ends_by = inf
             with self._lock:
+                if self._prober is not threading.current_thread():
+                    return  # it was taken for stuck
                 if trouble is None:
                     self._failing_since, self._failed, self._refusal, self.trouble = None, 0, None, None
                     self._vouched_until, self._probing = time.monotonic() + _VOUCHED_S, False

@@ -77,6 +77,7 @@ def lookup(
     from engrampool_client.client import Client
 
     ids = read_tokens(tokens)
+    private_files.check_replaceable(out)
     settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
     with Client(server, name, version, hashing=hashing, **settings) as pool:  # type: ignore[arg-type]
         begin = time.perf_counter()
@@ -110,14 +111,18 @@ def _in_pieces(pool: "Client", tokens: "npt.NDArray[np.int32]") -> "tuple[dict[i
     # Before the start of the sequence there is none, -1.
     before = np.concatenate([np.full(spec.lookback, -1, np.int32), tokens])
     server_us: Counter[str] = Counter()
-    for start in range(0, max(1, len(tokens)), count):
-        piece = tokens[start : start + count]
-        lookback = before[start : start + spec.lookback][None, ::-1]
-        out = {layer: array[start : start + count] for layer, array in rows.items()}
-        step = pool.prefetch(piece, lookback=lookback, out=out)
-        step.wait()
-        server_us.update({} if step.times is None else vars(step.times))
-    return rows, dict(server_us) or None
+    while True:
+        begun_by = pool.version, pool.version_changes["followed"]
+        for start in range(0, max(1, len(tokens)), count):
+            piece = tokens[start : start + count]
+            lookback = before[start : start + spec.lookback][None, ::-1]
+            out = {layer: array[start : start + count] for layer, array in rows.items()}
+            step = pool.prefetch(piece, lookback=lookback, out=out)
+            step.wait()
+            server_us.update({} if step.times is None else vars(step.times))
+        # Another version may have been made active meanwhile, and no file mixes two.
+        if begun_by == (pool.version, pool.version_changes["followed"]):
+            return rows, dict(server_us) or None
 
 
 @click.command()

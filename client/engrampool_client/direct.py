@@ -158,6 +158,7 @@ class DirectLane:
         except BaseException:
             self._drop(connection)
             raise
+        self._pause_s = _FIRST_PAUSE_S
         self._put(connection)
         return True
 
@@ -202,7 +203,17 @@ class DirectLane:
                 return
 
     def _distrust(self, connection: "Connection") -> None:
-        """Drop one that was silent, and of the idle ones those that nothing came on since: they may be lost as well."""
+        """Drop one that was silent, and of the idle ones those that nothing came on since: they may be lost as well.
+
+        One that never answered anything says that the next one will not either: it has time.
+        """
+        with self._lock:
+            if not connection.answered:
+                self._not_before = time.monotonic() + self._pause_s
+                self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+                self.reason = (
+                    f"it lets callers in, and does not answer; it is tried again after {self._pause_s / 2:g} s"
+                )
         good = []
         while True:
             try:
@@ -233,11 +244,13 @@ class DirectLane:
             if self._closed or opening or enough or now < self._not_before:
                 return
             self._opening, self._opening_since = True, now
-            self._opener = threading.Thread(target=self._connect, name="engrampool-direct", daemon=True)
+            opener = threading.Thread(target=self._connect, name="engrampool-direct", daemon=True)
             try:
-                self._opener.start()
+                opener.start()
             except RuntimeError:  # the system gives no thread now
                 self._opening = False
+                return
+            self._opener = opener  # now that it can be joined
 
     def _connect(self) -> None:
         connection, reason = None, ""
@@ -255,7 +268,6 @@ class DirectLane:
                 self._not_before = time.monotonic() + self._pause_s
                 self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
                 return
-            self._pause_s = _FIRST_PAUSE_S
             self._open.add(connection)
             self.opened += 1
         self._put(connection)
@@ -290,7 +302,9 @@ class Connection:
         self._poll.register(self._socket, select.POLLIN)
         self._quick = True  # whether it may pay to look for the next answer without sleeping
         self._limit_s = 0.0  # of a wait, as the system knows it
-        self.asked_at = self.heard_at = 0.0  # the last request and the last whole answer, by time.monotonic
+        # The last request, and the last sign of life between two of them, by time.monotonic.
+        self.asked_at = self.heard_at = 0.0
+        self.answered = False  # whether it ever did
         try:
             deadline = time.monotonic() + _OPEN_TIMEOUT_S
             self._allow(deadline)
@@ -300,6 +314,7 @@ class Connection:
                 raise _refusal(self._head(head, deadline), target)
             if (kind, length) != (frames.READY, 0):
                 raise ProtocolError(f"{target}: the direct lane answered a hello with a frame of kind {kind}")
+            self.heard_at = time.monotonic()
         except BaseException:
             self._socket.close()
             raise
@@ -438,7 +453,7 @@ class Connection:
                 raise ConnectionAbortedError("given up")
             self._turn += 1
             self.answering = False
-            self.heard_at = time.monotonic()
+            self.heard_at, self.answered = time.monotonic(), True
 
     def _give_up(self, turn: int) -> None:
         """The server takes the end of the connection as the end of its work for us."""
@@ -579,8 +594,8 @@ class Connection:
             raise TimeoutError
         wait = min(remaining, _SILENCE_S)
         # By the system's own clock a wait takes one call; Python's timeouts take two. To set it takes another, so what
-        # was set is left where it is near enough.
-        if not 0.9 * self._limit_s <= wait <= self._limit_s:
+        # was set is left where it is near enough: nothing is settled later than a few milliseconds.
+        if not wait <= self._limit_s <= wait + 0.005:
             self._limit_s = min(1.05 * remaining, remaining + 0.005, _SILENCE_S)
             seconds, rest = divmod(max(1, round(self._limit_s * 1e6)), 1_000_000)
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):

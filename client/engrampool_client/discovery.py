@@ -123,8 +123,9 @@ class Servers:
             if self._closed.is_set() or time.monotonic() + _PAUSE_S >= deadline:
                 raise failure
             self._closed.wait(_PAUSE_S)
-        self._follower = threading.Thread(target=self._follow, name="engrampool-registry", daemon=True)
-        self._follower.start()
+        follower = threading.Thread(target=self._follow, name="engrampool-registry", daemon=True)
+        follower.start()
+        self._follower = follower  # now that it can be joined
         return found
 
     def look(self) -> None:

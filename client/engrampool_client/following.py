@@ -61,8 +61,9 @@ class Following:
         self._stats = stats
         self.current.open(stats, warm)
         if not self._pinned:
-            self._thread = threading.Thread(target=self._follow, name="engrampool-following", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._follow, name="engrampool-following", daemon=True)
+            thread.start()
+            self._thread = thread  # now that it can be joined
 
     @property
     def pinned(self) -> bool:

@@ -30,6 +30,8 @@ _GRACE_S = 0.25
 _LOOK_S, _LOOK_TIMEOUT_S = 1.0, 1.0
 # So many are looked at, or made ready, at once.
 _LOOKS = 64
+# Looks that take so long do not end any more. Closing waits no longer than this for them.
+_STUCK_S, _CLOSE_S = 10.0, 2.0
 _log = logging.getLogger("engrampool")
 
 
@@ -93,8 +95,9 @@ class Shards:
         if more:
             self._fan_out = ThreadPoolExecutor(self._ways.max_steps * more, "engrampool-shard")
         if len(self._open) + len(self._away) > 1 or self._servers.may_change:
-            self._watcher = threading.Thread(target=self._watch, name="engrampool-shards", daemon=True)
-            self._watcher.start()
+            watcher = threading.Thread(target=self._watch, name="engrampool-shards", daemon=True)
+            watcher.start()
+            self._watcher = watcher  # now that it can be joined
 
     @property
     def attached(self) -> bool:
@@ -124,9 +127,9 @@ class Shards:
     @property
     def in_trouble(self) -> dict[str, str]:
         """Address -> why, of the servers that do not answer, or hold something else than they should, for people."""
-        with self._lock:
-            away = {address: self.troubles[address] for address in self._away if address in self.troubles}
-            used = {address: endpoint.in_trouble for address, endpoint in self._open.items()}
+        # Copies, and no lock: it is asked in the child of a fork, too.
+        troubles, used = dict(self.troubles), {one.target: one.in_trouble for one in dict(self._open).values()}
+        away = {address: troubles[address] for address in dict(self._away) if address in troubles}
         return away | {address: why for address, why in used.items() if why is not None}
 
     @property
@@ -182,8 +185,9 @@ class Shards:
         """End the connections, and every lookup on one."""
         self.stop()  # all of them before one is waited for
         if self._watcher is not None:
-            self._watcher.join()  # soon: all that looks and opens finds its connection ended
-        self._lookers.shutdown()
+            # Soon: all that looks finds its connection ended, unless Ctrl-C left a lock of gRPC's taken.
+            self._watcher.join(_CLOSE_S)
+        self._lookers.shutdown(wait=False, cancel_futures=True)
         for endpoint in self._endpoints():
             endpoint.close()
         if self._fan_out is not None:
@@ -294,7 +298,7 @@ class Shards:
         # Others were let go of meanwhile.
         examined = [endpoint for endpoint in suspects if self._open.get(endpoint.target) is endpoint]
         looks += [self._lookers.submit(self._safely, self._examine, endpoint) for endpoint in examined]
-        wait(looks)
+        wait(looks, _STUCK_S)
 
     def _safely(self, look: Callable[[Endpoint], None], endpoint: Endpoint) -> None:
         """Look at a server; whatever goes wrong is its trouble, and logged once unless it is one of ours."""
@@ -353,12 +357,20 @@ class Shards:
                         one.use(one.replicas)
 
     def _let_go(self, endpoint: Endpoint) -> None:
-        """Use a server no more, unless it is the last of its shard; look for it from now on."""
-        if self._leave(endpoint):
-            self._renew(endpoint)
+        """Use a server no more, unless it is the last of its shard; look for it, on new connections, from now on."""
+        with self._lock:
+            used = next((one for one in self._sets if endpoint in one.replicas), None)
+            if used is None or len(used.replicas) == 1:
+                return
+            # First: whoever looks at both without the lock finds it in one.
+            if not self._closing.is_set():
+                self._away[endpoint.target] = Endpoint(endpoint.target, self._ways, self._closing)
+            used.use(tuple(other for other in used.replicas if other is not endpoint))
+            del self._open[endpoint.target]
+        endpoint.close()
 
     def _renew(self, endpoint: Endpoint) -> None:
-        """Have a server that is not used any more looked for on new connections."""
+        """Have a server that could not be opened looked for on new connections."""
         with self._lock:  # first, as closing may take a while
             if not self._closing.is_set():
                 self._away[endpoint.target] = Endpoint(endpoint.target, self._ways, self._closing)
@@ -370,16 +382,6 @@ class Shards:
             gone = [self._away.pop(address) for address in set(self._away) - set(addresses)]
         for endpoint in gone:
             endpoint.close()
-
-    def _leave(self, endpoint: Endpoint) -> bool:
-        """Use a server no more, unless it is the last of its shard."""
-        with self._lock:
-            for one in self._sets:
-                if endpoint in one.replicas and len(one.replicas) > 1:
-                    one.use(tuple(other for other in one.replicas if other is not endpoint))
-                    del self._open[endpoint.target]
-                    return True
-        return False
 
 
 def _checked(found: Mapping[str, ServedModel]) -> ServedModel:

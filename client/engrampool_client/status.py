@@ -141,13 +141,19 @@ def client_status(
 
 def servers_status(now: Generation) -> list[ServerStatus]:
     """Those that are used, by shard, and then those that are not."""
-    # In this order: one that changes over meanwhile is seen twice rather than not at all.
+    # Twice what is used: one that changes over meanwhile, from one or to the other, is seen once at least.
+    before = _in_use(now)
     away = dict(now.shards.away)
     troubles = dict(now.shards.troubles)
-    used = [(shard, endpoint) for shard, one in enumerate(now.shards.sets) for endpoint in one.replicas]
-    found = [_used(endpoint, shard) for shard, endpoint in used]
+    used = {**before, **_in_use(now)}
+    found = [_used(endpoint, shard) for shard, endpoint in used.values()]
     addresses = {one["address"] for one in found}
     return found + [_unused(address, troubles.get(address)) for address in away if address not in addresses]
+
+
+def _in_use(now: Generation) -> dict[str, tuple[int, Endpoint]]:
+    """Address -> its shard's number, and the server."""
+    return {one.target: (shard, one) for shard, same in enumerate(now.shards.sets) for one in same.replicas}
 
 
 def lines(status: ClientStatus) -> list[str]:

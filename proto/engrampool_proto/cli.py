@@ -110,6 +110,8 @@ def main() -> NoReturn:
     except EngrampoolError as error:
         _fail(str(error))
     except (OSError, MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and (error.name or "").startswith("engrampool"):
+            raise  # a mistake of ours
         _fail(f"{str(error) or type(error).__name__}{_address_space_hint()}")
     sys.exit(code if isinstance(code, int) else 0)
 

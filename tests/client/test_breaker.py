@@ -325,3 +325,25 @@ def test_it_does_not_open_where_nobody_would_close_it(probe, monkeypatch):
     assert one.is_open
     probe.say(None)
     one.close()
+
+
+def test_a_probe_that_does_not_end_is_replaced_and_holds_nobody_who_closes(probe, monkeypatch):
+    # Ctrl-C in another thread may leave a lock of gRPC's taken, and whoever waits for it waits for ever.
+    monkeypatch.setattr(breaker, "_STUCK_S", 0.0)
+    monkeypatch.setattr(breaker, "_CLOSE_S", 0.01)
+    one = made(probe, failures=1)
+    one.failed(BROKEN)
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    stuck = one._prober
+    while one._prober is stuck:
+        with pytest.raises(UnavailableError):
+            one.check()
+    assert probe.asked.acquire(timeout=LIMIT_S)
+    one.close()
+    assert one._prober.is_alive()
+    for _ in range(2):
+        probe.say(None)
+    for prober in (stuck, one._prober):
+        prober.join(LIMIT_S)
+        assert not prober.is_alive()
+    assert not one.is_open

@@ -16,7 +16,7 @@ from engrampool_client.errors import BatchError, EngrampoolError, FingerprintErr
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import serve_thread
+from server_fixtures import VOCAB, pack, serve_thread, version_of
 from small_model import CONFIG, TOKENIZER
 
 
@@ -168,3 +168,27 @@ def test_exit_codes_of_the_real_program(packed, tokens, out, tmp_path):
     assert unwritable.returncode == 1
     assert len(unwritable.stderr.splitlines()) == 1
     assert "No such file" in unwritable.stderr
+
+
+def test_no_file_mixes_two_versions(tmp_path, out, monkeypatch):
+    """Another version is made active between two pieces: all are asked for again, of that one."""
+    models = pack(tmp_path / "first"), pack(tmp_path / "second", change=True)
+    first, second = map(version_of, models)
+    ids = np.random.default_rng(5).integers(0, VOCAB, 300).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", ids)
+    prefetch, begun = Client.prefetch, []
+
+    def prefetch_and_move(client, *arguments, **how):
+        begun.append(client.version)
+        step = prefetch(client, *arguments, **how)
+        if len(begun) == 2:
+            client._following._move_to(second)  # what follows the active version does so
+        return step
+
+    monkeypatch.setattr(Client, "prefetch", prefetch_and_move)
+    with serve_thread(*models, max_rows_per_request=400) as address:
+        run(lookup, "--server", address, "--version", first, "--tokens", tmp_path / "tokens.npy", "--out", out)
+        with Client(address, version=second) as client, np.load(out) as found:
+            for layer, rows_of_second in client.lookup(ids[:40]).items():
+                assert np.array_equal(found[f"layer_{layer}"][:40], rows_of_second)
+    assert begun[:3] == [first, first, second]

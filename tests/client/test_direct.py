@@ -317,6 +317,54 @@ def test_a_peer_that_is_silent_for_too_long_is_left_for_grpc_before_the_deadline
         assert not made.open
 
 
+def test_a_lane_that_lets_in_and_does_not_answer_is_tried_less_and_less_often(packed, monkeypatch):
+    """As through a proxy that passes on how a connection begins, and nothing after."""
+    monkeypatch.setattr(lane, "_SILENCE_S", 0.05)
+    with running(packed) as run, Client(run.address, attach="off") as client:
+        (endpoint,) = client._shards.sets[0].replicas
+        made = endpoint._direct
+        pauses = []
+        for _ in range(4):
+            eventually(lambda: made._idle, "a connection was opened")
+            connection = made._idle[-1]
+            monkeypatch.setattr(connection, "receive", silent)
+            assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
+            assert "does not answer" in endpoint.why_not_direct
+            pauses.append(made._pause_s)
+            made._not_before = 0.0  # that time is over
+            made._want_one()
+        assert pauses == [2.0, 4.0, 8.0, 16.0]
+        eventually(lambda: made.open, "a connection was opened")
+        client.lookup_rows({2: np.array([1])})
+        assert made._pause_s == 1.0  # it answered
+
+
+def silent(*_: object, **__: object) -> None:
+    raise lane._SilentError("nothing came")
+
+
+def test_a_connection_that_was_just_opened_is_not_distrusted_with_one_that_is_older(packed):
+    with running(packed) as run, Client(run.address, attach="off") as client:
+        made = client._shards.sets[0].replicas[0]._direct
+        eventually(lambda: made.open, "a connection was opened")
+        old = made._idle.pop()
+        old.asked_at = time.monotonic()
+        made._want_one()
+        eventually(lambda: made.open, "another was opened")
+        new = made._idle[-1]
+        made._distrust(old)
+        assert made._idle[-1] is new
+
+
+def test_the_system_waits_hardly_longer_than_is_left():
+    with peer(lambda _: None) as made:
+        connection = made._idle[-1]
+        for left_s in (2.0, 1.9, 1.82, 1.819, 0.5, 0.46, 3600.0, 0.001):
+            connection._allow(time.monotonic() + left_s)
+            assert connection._limit_s <= min(left_s, lane._SILENCE_S) + 0.005
+        connection.close()
+
+
 def test_the_system_looks_after_connections_that_are_idle(server):
     with Client(server.address, attach="off") as client:
         (connection,) = client._shards._sets[0].replicas[0]._direct._open

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engrampool_client import AsyncClient, Client, DeadlineError, PoolError, UnavailableError
+from engrampool_client.shards import Shards
 from engrampool_client.status import (
     BreakerStatus,
     CacheStatus,
@@ -113,8 +114,8 @@ def test_it_says_why_a_server_is_not_used(packed, other_packed):
         assert used(client) == [first]
         assert list(unused(client)) == [listen, other]
         assert "holds no model 'deepseek-v4.1'" in unused(client)[other]
-        assert client.status()["servers_in_trouble"] == 2
         eventually(lambda: f"no server at {listen} was ready" in unused(client)[listen], "it is looked for")
+        assert client.status()["servers_in_trouble"] == len(client.servers_in_trouble) == 2
         stack.enter_context(serve_thread(packed, listen=listen))
         eventually(lambda: sorted(used(client)) == sorted([first, listen]), "it is used")
         assert client.status()["servers_in_trouble"] == 1
@@ -147,7 +148,8 @@ def test_a_server_that_failed_lookups_is_in_trouble_until_it_answers(packed):
             status = client.status()
             assert status["breaker_open"]
             assert status["servers_in_trouble"] == 1
-            assert "failed 2 lookups in a row" in status["servers"][0]["trouble"]
+            assert "failed 2 lookups in a row" in status["servers"][0]["breaker"]["why_open"]
+            assert "Deadline Exceeded" in status["servers"][0]["trouble"]
             assert "1 in trouble, breaker open" in repr(client)
         eventually(lambda: not only_server(client)["breaker"]["probing"], "a probe is answered")
         assert (client.status()["servers_in_trouble"], client.status()["breaker_open"]) == (0, False)
@@ -186,3 +188,17 @@ def test_the_client_of_asyncio_says_the_same(server):
     with Client(server) as client:
         assert AsyncClient(client).status() == client.status()
         assert repr(AsyncClient(client)) == repr(client).replace("<Client", "<AsyncClient")
+
+
+def test_a_server_that_is_let_go_of_at_that_moment_is_there_all_the_same(packed, monkeypatch):
+    with serve_thread(packed) as first, serve_thread(packed) as second, Client([first, second]) as client:
+        away = Shards.away.fget
+
+        def let_go_before(shards):
+            known = dict(away(shards))
+            if not known:
+                shards._let_go(shards.sets[0].replicas[0])
+            return known
+
+        monkeypatch.setattr(Shards, "away", property(let_go_before))
+        assert sorted(one["address"] for one in client.status()["servers"]) == sorted([first, second])
