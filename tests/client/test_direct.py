@@ -346,11 +346,11 @@ def silent(*_: object, **__: object) -> None:
 def test_a_connection_that_was_just_opened_is_not_distrusted_with_one_that_is_older(packed):
     with running(packed) as run, Client(run.address, attach="off") as client:
         made = client._shards.sets[0].replicas[0]._direct
-        eventually(lambda: made.open, "a connection was opened")
+        eventually(lambda: made._idle, "a connection was opened")
         old = made._idle.pop()
         old.asked_at = time.monotonic()
         made._want_one()
-        eventually(lambda: made.open, "another was opened")
+        eventually(lambda: made._idle, "another was opened")
         new = made._idle[-1]
         made._distrust(old)
         assert made._idle[-1] is new
