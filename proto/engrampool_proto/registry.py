@@ -230,20 +230,23 @@ class Registry:
     def retire(self, model: str, version: str) -> None:
         """Have servers give a version up; that stays on record. Servers may hold it though its record was lost.
 
+        It is written anew for a version that servers hold though it is on record: that record may be a backup's.
+
         Raises VersionError if it is active, a published patch's base, or unknown.
         """
         key = f"published/{model}/{version}"
-        known = False
+        before: int | None = None
         for snapshot in self._attempts():
             state = snapshot.state
             active = state.active.get(model)
-            # Gone since the first attempt: that one was heard, and only its answer lost.
-            if known and (model, version) in state.retired:
+            # On record since the first attempt: that one was heard, and only its answer lost.
+            retired = state.retired.get((model, version), 0)
+            if before is not None and retired > before:
                 return
             is_known = state.holders(model, version) or any(version in one.failed for one in state.members.values())
             if key not in snapshot.revisions and not is_known:
                 raise VersionError(f"{model} {version} is not published")
-            known = True
+            before = retired if before is None else before
             if state.known_active(model) == version:
                 raise VersionError(f"{model} {version} is active: activate another version first")
             patches = [one.version for one in state.published if (one.model, one.base) == (model, version)]
@@ -338,7 +341,7 @@ class Registry:
         members: dict[str, Member] = {}
         published: list[Published] = []
         active: dict[str, Active] = {}
-        retired: set[tuple[str, str]] = set()
+        retired: dict[tuple[str, str], int] = {}
         revisions: dict[str, int] = {}
         for item in answer.get("kvs", ()):
             key = base64.b64decode(item["key"]).decode(errors="surrogateescape")[len(self._root) :]
@@ -355,12 +358,12 @@ class Registry:
                     active[name] = Active.from_json(name, value)
                 elif folder == "retired":
                     model, _, version = name.rpartition("/")
-                    retired.add(retirement_from_json(model, version, value))
+                    retired[retirement_from_json(model, version, value)] = revisions[key]
             except UnreadableRecordError as error:
                 _log.warning("left out of the registry %s: %s", self.url, error)
         header = answer["header"]
         cluster = str(header.get("cluster_id", ""))
-        state = State(members, tuple(published), active, int(header["revision"]), frozenset(retired), cluster)
+        state = State(members, tuple(published), active, int(header["revision"]), retired, cluster)
         return _Snapshot(state, revisions)
 
     def _newer(self, mark: tuple[int, int] | None, client: "Etcd3Client") -> _Snapshot | None:

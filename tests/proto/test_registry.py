@@ -510,13 +510,13 @@ def test_a_retired_version_stays_on_record_until_it_is_published_again(pool):
     for version in (A, B):
         registry.publish(published(version))
     before = registry.read()
-    assert before.retired == frozenset()
+    assert before.retired == {}
     assert before.cluster
     registry.retire("m", A)
     state = registry.read()
-    assert (state.published, state.retired) == ((published(B),), {("m", A)})
+    assert (state.published, state.retired) == ((published(B),), {("m", A): state.revision})
     registry.publish(published(A))
-    assert registry.read().retired == frozenset()
+    assert registry.read().retired == {}
 
 
 def test_what_servers_hold_may_be_retired_though_its_record_was_lost(etcd, pool):
@@ -528,11 +528,28 @@ def test_what_servers_hold_may_be_retired_though_its_record_was_lost(etcd, pool)
         registry.retire("m", A)
     for version in (B, C):
         registry.retire("m", version)
-    assert registry.read().retired == {("m", B), ("m", C)}
+    assert set(registry.read().retired) == {("m", B), ("m", C)}
     write(
         etcd, f"/tests/{test_what_servers_hold_may_be_retired_though_its_record_was_lost.__name__}/retired/m/{A}", "{}"
     )
-    assert registry.read().retired == {("m", B), ("m", C)}
+    assert set(registry.read().retired) == {("m", B), ("m", C)}
+
+
+def test_what_servers_hold_though_it_is_retired_can_be_retired_again(pool, monkeypatch):
+    registry, server = pool(), pool()
+    server.join(member("h:1", A))
+    registry.retire("m", A)
+    first = registry.read().retired["m", A]
+    registry.retire("m", A)
+    second = registry.read().retired["m", A]
+    assert second > first
+    # Nor is the record of before taken for this one where a transaction has to be made anew.
+    before_commit(monkeypatch, lambda: pool().publish(published(B)))
+    registry.retire("m", A)
+    assert registry.read().retired["m", A] > second
+    # One that another operator wrote meanwhile is as good.
+    before_commit(monkeypatch, lambda: pool().retire("m", A), lambda: pool().publish(published(C)))
+    registry.retire("m", A)
 
 
 def test_what_servers_know_as_active_counts_where_the_registry_says_nothing():

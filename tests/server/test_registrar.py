@@ -21,7 +21,7 @@ PUBLISHED = [
     Published("m", "a", "/models/ä", None, "d", {1: 10}),
     Published("m", "b", "s3://bucket/b", "a", "d", {1: 10}),
 ]
-KNOWN = Known({("m", one.version): one for one in PUBLISHED}, {("m", "a"): "7", ("m", "b"): "8"}, {"m": "b"})
+KNOWN = Known({("m", one.version): one for one in PUBLISHED}, {("m", "a"): {"7": 0}, ("m", "b"): {"8": 3}}, {"m": "b"})
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def events():
 def test_the_cache_gives_back_what_was_written_last_for_the_same_registry(tmp_path, events):
     cache = Cache(tmp_path / "published.json", URL)
     assert cache.read() is None
-    for known in (KNOWN, Known(), Known({("m", "a"): PUBLISHED[0]}, {("m", "a"): "7"})):
+    for known in (KNOWN, Known(), Known({("m", "a"): PUBLISHED[0]}, {("m", "a"): {"7": 0}})):
         cache.write(known)
         assert cache.read() == known
     assert [path.name for path in tmp_path.iterdir()] == ["published.json"]
