@@ -159,15 +159,15 @@ def retirement_from_json(model: str, version: str, raw: bytes) -> tuple[str, str
 class State:
     """All records of a pool at one moment.
 
-    members: by address. active: by model. revision: the registry's. retired: (model, version) of each that servers are
-    to give up. cluster: the etcd's id, which is another for another etcd.
+    members: by address. active: by model. revision: the registry's. retired: {(model, version): revision that says so}
+    of each that servers are to give up. cluster: the etcd's id, which is another for another etcd.
     """
 
     members: Mapping[str, Member]
     published: tuple[Published, ...]
     active: Mapping[str, Active]
     revision: int
-    retired: frozenset[tuple[str, str]] = frozenset()
+    retired: Mapping[tuple[str, str], int] = field(default_factory=dict)
     cluster: str = ""
 
     def find(self, model: str, version: str) -> Published | None:

@@ -65,8 +65,10 @@ _STOP_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # At most so much of a watch's message is read at a time.
 _MESSAGE_BYTES = 1 << 16
-# A transaction that others were faster than is made anew from what they left, after a pause of chance.
-_ATTEMPTS, _ATTEMPT_PAUSE_S = 10, 0.02
+# A transaction that others were faster than is made anew from what they left, after a pause of chance, which grows: of
+# many servers that join at once each has its turn.
+_ATTEMPT_PAUSE_S, _LONGEST_ATTEMPT_PAUSE_S = 0.02, 2.0
+_ATTEMPTS_S = 5.0
 _NO_ETCD = "is no etcd, or not its port for clients"
 # Of what some other server says.
 _SHOWN_CHARS = 80
@@ -167,7 +169,8 @@ class Registry:
     def join(self, member: Member, ttl_s: int = 10) -> None:
         """Register a server, or replace what this object registered, until nobody calls `keep` for `ttl_s`.
 
-        If it raises, the next `keep` registers the member. Raises ClashError, as `keep` does, where its rows do not fit
+        While other servers join it is tried again, for at most `ttl_s`. If it raises, the next `keep` registers the
+        member. Raises ClashError, as `keep` does, where its rows do not fit
         those of another server; then nothing is registered.
         """
         with self._registering:
@@ -182,6 +185,8 @@ class Registry:
 
     def leave(self) -> None:
         """Take the member away, at once if the registry answers, else after `ttl_s`. Raises nothing."""
+        # Whoever registers it at the moment does not try again.
+        self._member = None
         with self._registering:
             self._member = None
             with suppress(RegistryError):
@@ -230,20 +235,23 @@ class Registry:
     def retire(self, model: str, version: str) -> None:
         """Have servers give a version up; that stays on record. Servers may hold it though its record was lost.
 
+        It is written anew for a version that servers hold though it is on record: that record may be a backup's.
+
         Raises VersionError if it is active, a published patch's base, or unknown.
         """
         key = f"published/{model}/{version}"
-        known = False
+        before: int | None = None
         for snapshot in self._attempts():
             state = snapshot.state
             active = state.active.get(model)
-            # Gone since the first attempt: that one was heard, and only its answer lost.
-            if known and (model, version) in state.retired:
+            # On record since the first attempt: that one was heard, and only its answer lost.
+            retired = state.retired.get((model, version), 0)
+            if before is not None and retired > before:
                 return
             is_known = state.holders(model, version) or any(version in one.failed for one in state.members.values())
             if key not in snapshot.revisions and not is_known:
                 raise VersionError(f"{model} {version} is not published")
-            known = True
+            before = retired if before is None else before
             if state.known_active(model) == version:
                 raise VersionError(f"{model} {version} is active: activate another version first")
             patches = [one.version for one in state.published if (one.model, one.base) == (model, version)]
@@ -274,20 +282,30 @@ class Registry:
                 return active
         raise AssertionError  # _attempts ends by an error
 
-    def _attempts(self) -> Iterator[_Snapshot]:
-        for attempt in range(_ATTEMPTS):
-            time.sleep(random.uniform(0, attempt * _ATTEMPT_PAUSE_S))  # noqa: S311
+    def _attempts(self, within_s: float = _ATTEMPTS_S) -> Iterator[_Snapshot]:
+        end, longest = time.monotonic() + within_s, 0.0
+        while True:
             yield self._each(self._snapshot)
+            longest = min(2 * longest or _ATTEMPT_PAUSE_S, _LONGEST_ATTEMPT_PAUSE_S)
+            pause = random.uniform(0, longest)  # noqa: S311
+            if time.monotonic() + pause > end:
+                break
+            time.sleep(pause)
         raise RegistryError(f"the registry {self.url} kept changing meanwhile; try again")
 
-    def _register(self) -> None:
+    def _renew(self) -> None:
         if not self._lease or not self._each(partial(_renewed, lease=self._lease)):
             granted = self._each(lambda client: int(_post(client, "/lease/grant", {"TTL": self._ttl_s})["ID"]))
             self._lease, self._shown = granted, None
+
+    def _register(self) -> None:
+        self._renew()
         member = self._member
         if member is None or member == self._shown:
             return
-        for snapshot in self._attempts():
+        for snapshot in self._attempts(self._ttl_s):
+            if self._member is None:
+                return
             if clash := snapshot.state.clash(member):
                 # What it was registered with before is not so any more.
                 self._end_lease()
@@ -297,6 +315,8 @@ class Registry:
             if self._commit([self._none_since(snapshot, "servers/")], {key: member.to_json()}, self._lease):
                 self._shown = member
                 return
+            # It may take longer than the lease lasts.
+            self._renew()
 
     def _end_lease(self) -> None:
         lease, self._lease, self._shown = self._lease, 0, None
@@ -338,7 +358,7 @@ class Registry:
         members: dict[str, Member] = {}
         published: list[Published] = []
         active: dict[str, Active] = {}
-        retired: set[tuple[str, str]] = set()
+        retired: dict[tuple[str, str], int] = {}
         revisions: dict[str, int] = {}
         for item in answer.get("kvs", ()):
             key = base64.b64decode(item["key"]).decode(errors="surrogateescape")[len(self._root) :]
@@ -355,12 +375,12 @@ class Registry:
                     active[name] = Active.from_json(name, value)
                 elif folder == "retired":
                     model, _, version = name.rpartition("/")
-                    retired.add(retirement_from_json(model, version, value))
+                    retired[retirement_from_json(model, version, value)] = revisions[key]
             except UnreadableRecordError as error:
                 _log.warning("left out of the registry %s: %s", self.url, error)
         header = answer["header"]
         cluster = str(header.get("cluster_id", ""))
-        state = State(members, tuple(published), active, int(header["revision"]), frozenset(retired), cluster)
+        state = State(members, tuple(published), active, int(header["revision"]), retired, cluster)
         return _Snapshot(state, revisions)
 
     def _newer(self, mark: tuple[int, int] | None, client: "Etcd3Client") -> _Snapshot | None:

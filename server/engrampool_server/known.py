@@ -16,14 +16,16 @@ class Known:
 
     A registry may lose its records, or another one may answer in its place. So a version is given up only for a record
     that it was retired, which was written to a registry that has been seen without it; and never before clients have
-    another one to read, of which all rows are held.
+    another one to read, of which all rows are held. A record that another registry was found with, as of a backup, does
+    not count there, but a later one does.
 
-    published: in the order of loading. seen: the registry, by its cluster, in which a version was last seen not to be
-    retired. active: {model: version} that clients read.
+    published: in the order of loading. seen: of a version, {cluster of a registry: revision}; only a retirement that
+    was written there after that revision counts. It is 0 where the version was seen not to be retired.
+    active: {model: version} that clients read.
     """
 
     published: Mapping[Key, Published] = field(default_factory=dict)
-    seen: Mapping[Key, str] = field(default_factory=dict)
+    seen: Mapping[Key, Mapping[str, int]] = field(default_factory=dict)
     active: Mapping[str, str] = field(default_factory=dict)
 
     def after(self, state: State) -> "Known":
@@ -42,30 +44,33 @@ class Known:
             record = published.get((model, reads)) if reads else None
             return active.get(model) == version or (reads is not None and (not record or bool(state.uncovered(record))))
 
-        gone = {
-            key
-            for key in published
-            if key in state.retired and key not in theirs and self.seen.get(key) == state.cluster and not is_read(key)
-        }
+        gone = {key for key in published if key not in theirs and self._is_later(key, state) and not is_read(key)}
         # A patch needs its base.
         gone -= {(one.model, one.base) for key, one in published.items() if one.base is not None and key not in gone}
         for key in gone:
             del published[key]
         seen = {
-            key: self.seen.get(key, "") if key in state.retired and key not in theirs else state.cluster
+            key: {state.cluster: state.retired[key], **self.seen.get(key, {})}
+            if key in state.retired and key not in theirs
+            else {state.cluster: 0}
             for key in published
         }
         return Known(published, seen, active)
 
     def unpublished(self, state: State) -> list[Published]:
-        """Those that the registry knows nothing of."""
+        """Those that the registry knows nothing of, or only a retirement that does not count."""
         theirs = {(one.model, one.version) for one in state.published}
-        return [one for key, one in self.published.items() if key not in theirs | state.retired]
+        return [one for key, one in self.published.items() if key not in theirs and not self._is_later(key, state)]
+
+    def _is_later(self, key: Key, state: State) -> bool:
+        """Whether it was retired after this registry was first seen."""
+        since = self.seen.get(key, {}).get(state.cluster)
+        return since is not None and state.retired.get(key, 0) > since
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
         published = [
-            [one.model, one.version, one.to_json().decode(), self.seen.get(key, "")]
+            [one.model, one.version, one.to_json().decode(), dict(self.seen.get(key, {}))]
             for key, one in self.published.items()
         ]
         return {"published": published, "active": dict(self.active)}
@@ -79,6 +84,6 @@ class Known:
         published, seen = {}, {}
         for model, version, raw, *where in document["published"]:
             published[model, version] = Published.from_json(model, version, raw.encode())
-            seen[model, version] = str(where[0]) if where else ""
+            seen[model, version] = {str(one): int(since) for one, since in where[0].items()} if where else {}
         active = {str(model): str(version) for model, version in document.get("active", {}).items()}
         return cls(published, seen, active)

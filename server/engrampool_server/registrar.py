@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from queue import Empty, SimpleQueue
 
 from engrampool_proto.registry import ClashError, Member, Published, Registry, RegistryError, State
 from engrampool_server import log
+from engrampool_server.config import ConfigError
 from engrampool_server.known import Known
 from engrampool_server.link import Link
 from engrampool_server.metrics import Metrics
@@ -40,16 +42,23 @@ class Cache:
 
     def __init__(self, path: Path, registry: str) -> None:
         self._path, self._registry = path, registry
+        self._draft = path.with_name(f"{path.name}.draft")
+
+    def check(self) -> None:
+        """Raise ConfigError if there is something that a file of ours must not take the place of."""
+        for path in (self._path, self._draft):
+            with suppress(OSError):  # which is logged once it is read or written
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    raise ConfigError(f"registry_cache: {path} is there, and is no regular file; name another file")
 
     def write(self, known: Known) -> None:
         """Put it there, all of it or nothing. That it cannot be written is logged."""
-        draft = self._path.with_name(f"{self._path.name}.draft")
         try:
-            with draft.open("w", encoding="utf-8") as file:
+            with self._draft.open("w", encoding="utf-8") as file:
                 json.dump({"registry": self._registry, **known.to_json()}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            draft.replace(self._path)
+            self._draft.replace(self._path)
         except OSError as error:
             log.event(
                 "registry-cache", level="warning", path=str(self._path), error=f"cannot be written: {error.strerror}"

@@ -72,8 +72,8 @@ class WorkerError(EngrampoolError):
 def supervise(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain and stop. SIGHUP replaces every worker, one after the other.
 
-    Raises ListenError, PreflightError, TableFileError, OutOfMemoryError, WorkerError, RegistryError; nothing is left
-    running then.
+    Raises ConfigError, ListenError, PreflightError, TableFileError, OutOfMemoryError, WorkerError, RegistryError;
+    nothing is left running then.
     """
     log.event("starting", version=__version__, models=[str(path) for path in config.models])
     jit.require_compiler()
@@ -144,6 +144,8 @@ class _Supervisor:
         if config.registry != "off":
             require_etcd3gw(config.registry)
             require_segments(config.memory)
+            if (cache := self._cache()) is not None:
+                cache.check()
             others = None
         holdings = Holdings(config, self._metrics, config.workers, others)
         try:
@@ -258,9 +260,12 @@ class _Supervisor:
             self._metrics_listener, self._memory, processes, lambda: bool(self._ready_now[0]), link.beat, link.beat_s
         )
 
-    def _start_registrar(self) -> None:
+    def _cache(self) -> Cache | None:
         config = self._config
-        cache = None if config.registry_cache == "off" else Cache(Path(config.registry_cache), config.registry)
+        return None if config.registry_cache == "off" else Cache(Path(config.registry_cache), config.registry)
+
+    def _start_registrar(self) -> None:
+        config, cache = self._config, self._cache()
         if self._orders is not None:
             self._orders.close()
         # Each message is taken as a whole, or not at all.

@@ -510,13 +510,13 @@ def test_a_retired_version_stays_on_record_until_it_is_published_again(pool):
     for version in (A, B):
         registry.publish(published(version))
     before = registry.read()
-    assert before.retired == frozenset()
+    assert before.retired == {}
     assert before.cluster
     registry.retire("m", A)
     state = registry.read()
-    assert (state.published, state.retired) == ((published(B),), {("m", A)})
+    assert (state.published, state.retired) == ((published(B),), {("m", A): state.revision})
     registry.publish(published(A))
-    assert registry.read().retired == frozenset()
+    assert registry.read().retired == {}
 
 
 def test_what_servers_hold_may_be_retired_though_its_record_was_lost(etcd, pool):
@@ -528,11 +528,28 @@ def test_what_servers_hold_may_be_retired_though_its_record_was_lost(etcd, pool)
         registry.retire("m", A)
     for version in (B, C):
         registry.retire("m", version)
-    assert registry.read().retired == {("m", B), ("m", C)}
+    assert set(registry.read().retired) == {("m", B), ("m", C)}
     write(
         etcd, f"/tests/{test_what_servers_hold_may_be_retired_though_its_record_was_lost.__name__}/retired/m/{A}", "{}"
     )
-    assert registry.read().retired == {("m", B), ("m", C)}
+    assert set(registry.read().retired) == {("m", B), ("m", C)}
+
+
+def test_what_servers_hold_though_it_is_retired_can_be_retired_again(pool, monkeypatch):
+    registry, server = pool(), pool()
+    server.join(member("h:1", A))
+    registry.retire("m", A)
+    first = registry.read().retired["m", A]
+    registry.retire("m", A)
+    second = registry.read().retired["m", A]
+    assert second > first
+    # Nor is the record of before taken for this one where a transaction has to be made anew.
+    before_commit(monkeypatch, lambda: pool().publish(published(B)))
+    registry.retire("m", A)
+    assert registry.read().retired["m", A] > second
+    # One that another operator wrote meanwhile is as good.
+    before_commit(monkeypatch, lambda: pool().retire("m", A), lambda: pool().publish(published(C)))
+    registry.retire("m", A)
 
 
 def test_what_servers_know_as_active_counts_where_the_registry_says_nothing():
@@ -590,6 +607,96 @@ def test_of_two_that_clash_and_join_at_once_one_joins(pool, monkeypatch):
     with pytest.raises(ClashError):
         other.join(member("h:2", A, rows=(0, 60)))
     assert list(one.read().members) == ["h:1"]
+
+
+def test_many_servers_that_join_at_one_moment_all_get_in(pool):
+    members = [member(f"h:{number}", A) for number in range(32)]
+    servers = [pool() for _ in members]
+    together = threading.Barrier(len(members))
+
+    def join(server: Registry, shown: Member) -> None:
+        together.wait(LIMIT_S)
+        # Longer than any machine takes.
+        server.join(shown, 600)
+
+    with ThreadPoolExecutor(len(members)) as threads:
+        list(threads.map(join, servers, members))
+    assert pool().read().members == {one.address: one for one in members}
+
+
+def test_a_server_joins_however_often_others_were_faster(pool, monkeypatch):
+    server, other, commit = pool(), pool(), Registry._commit
+    outcomes: list[bool] = []
+
+    def late(registry, *args):
+        if registry is server:
+            if len(outcomes) < 25:
+                other.join(Member("h:2", failed={"d": f"no {len(outcomes)}"}))
+            outcomes.append(commit(registry, *args))
+            return outcomes[-1]
+        return commit(registry, *args)
+
+    monkeypatch.setattr(Registry, "_commit", late)
+    monkeypatch.setattr(module, "_LONGEST_ATTEMPT_PAUSE_S", 0.02, raising=False)
+    server.join(member("h:1", A), 600)
+    assert outcomes == [False] * 25 + [True]
+    assert set(pool().read().members) == {"h:1", "h:2"}
+
+
+def test_of_many_that_clash_and_join_at_one_moment_only_those_get_in_that_fit(pool):
+    parts = [(0, 50), (50, 100), (0, 60), (60, 100)]
+    members = [member(f"h:{number}", A, rows=parts[number % 4]) for number in range(32)]
+    servers = [pool() for _ in members]
+    together = threading.Barrier(len(members))
+
+    def joined(server: Registry, shown: Member) -> bool:
+        together.wait(LIMIT_S)
+        try:
+            server.join(shown, 600)
+        except ClashError:
+            return False
+        return True
+
+    with following(pool()) as states, ThreadPoolExecutor(len(members)) as threads:
+        came = list(threads.map(joined, servers, members))
+        at_last = {one.address: one for one, is_in in zip(members, came, strict=True) if is_in}
+        sees(states, lambda state: state.members == at_last)
+    assert at_last
+    assert not any(state.conflict("m", A) for state in states)
+
+
+def test_a_server_that_leaves_while_others_join_does_not_try_again(pool, monkeypatch):
+    server, left = pool(), threading.Event()
+    commit = Registry._commit
+
+    def failing(registry, *args):
+        if registry is not server:
+            return commit(registry, *args)
+        if not left.is_set():
+            left.set()
+            leaving.start()
+            eventually(lambda: server._member is None)
+        return False
+
+    monkeypatch.setattr(Registry, "_commit", failing)
+    leaving = threading.Thread(target=server.leave)
+    server.join(member("h:1", A), 600)
+    leaving.join(LIMIT_S)
+    assert not leaving.is_alive()
+    assert pool().read().members == {}
+
+
+def test_a_lease_that_ends_while_others_join_is_replaced(pool, monkeypatch):
+    server, commit = pool(), Registry._commit
+
+    def beaten_for_long(registry, *args):
+        monkeypatch.setattr(Registry, "_commit", commit)
+        registry._each(lambda client: module._post(client, "/lease/revoke", {"ID": registry._lease}))
+        return False
+
+    monkeypatch.setattr(Registry, "_commit", beaten_for_long)
+    server.join(member("h:1", A))
+    assert pool().read().members == {"h:1": member("h:1", A)}
 
 
 def test_a_name_that_is_no_host_is_said_to_be_none():

@@ -14,15 +14,15 @@ def published(version, base=None, **changed):
     return replace(Published("m", version, f"/{version}", base, "d", ROWS), **changed)
 
 
-def state(*versions, active=None, retired="", held=(), rows=(0, 10), cluster="7"):
-    """held: versions that a server holds these rows of."""
+def state(*versions, active=None, retired="", held=(), rows=(0, 10), cluster="7", since=1):
+    """held: versions that a server holds these rows of. since: the revision that wrote the retirements."""
     member = Member("h:1", tuple(Held("m", version, {1: rows}) for version in held))
     return State(
         {"h:1": member},
         tuple(one if isinstance(one, Published) else published(one) for one in versions),
         {"m": Active("m", active)} if active else {},
-        1,
-        frozenset(("m", version) for version in retired),
+        since,
+        {("m", version): since for version in retired},
         cluster,
     )
 
@@ -73,6 +73,23 @@ def test_a_retirement_counts_only_in_the_registry_that_was_seen_without_it():
     assert names(other.after(state("b", active="b", retired="a", held="ab"))) == "b"
 
 
+def test_a_retirement_that_a_backup_brought_back_is_told_and_counts_once_it_is_written_again():
+    restored = state("b", active="b", retired="a", held="ab", cluster="8", since=5)
+    knows = known(state("a", "b", active="b", held="ab"), restored, restored)
+    assert names(knows) == "ab"
+    assert [one.version for one in knows.unpublished(restored)] == ["a"]
+    # As after a restart.
+    knows = Known.from_json(knows.to_json())
+    again = knows.after(state("b", active="b", retired="a", held="ab", cluster="8", since=6))
+    assert names(again) == "b"
+    assert again.unpublished(restored) == []
+    # Not while clients may read it; then it waits only for that, and nobody has to do anything about it.
+    read = known(state("a", "b", active="a", held="ab"), restored)
+    waits = state("c", active="c", retired="a", held="ab", cluster="8", since=6)
+    assert "a" in names(read.after(waits))
+    assert "a" not in [one.version for one in read.after(waits).unpublished(waits)]
+
+
 def test_what_clients_read_stays_until_another_version_is_active_with_all_rows_held():
     knows = known(state("a", "b", active="a", held="ab"))
     steps = [
@@ -114,7 +131,10 @@ def test_a_base_stays_as_long_as_its_patch():
 def test_it_comes_back_from_json():
     knows = known(state("a", published("p", "a"), active="p", held="ap"), state("b", held="apb", cluster="8"))
     assert Known.from_json(knows.to_json()) == knows
-    assert knows.seen == {("m", "a"): "8", ("m", "p"): "8", ("m", "b"): "8"}
+    assert knows.seen == {("m", "a"): {"8": 0}, ("m", "p"): {"8": 0}, ("m", "b"): {"8": 0}}
+    knows = knows.after(state("b", retired="a", held="apb", cluster="9", since=5))
+    assert Known.from_json(knows.to_json()) == knows
+    assert knows.seen["m", "a"] == {"8": 0, "9": 5}
 
 
 def test_a_version_that_is_published_from_elsewhere_is_the_same_version():

@@ -15,7 +15,7 @@ from engrampool_server.link import GarbledError, Lines, Link, Report
 
 PUBLISHED = [Published("m", f"v{number}", "/models/ä", None, "d", {1: 10}) for number in range(2000)]
 KNOWN = Known(
-    {("m", one.version): one for one in PUBLISHED}, {("m", one.version): "7" for one in PUBLISHED}, {"m": "v1"}
+    {("m", one.version): one for one in PUBLISHED}, {("m", one.version): {"7": 0} for one in PUBLISHED}, {"m": "v1"}
 )
 
 
@@ -43,13 +43,13 @@ def test_what_is_said_arrives(pipe):
     lines, link = pipe
     link.beat()
     link.loaded(3, 7)
-    link.known(Known({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): "7"}, {"m": "v0"}))
+    link.known(Known({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): {"7": 0}}, {"m": "v0"}))
     link.failed("grün")
     link.ready()
     assert taken(lines) == [
         Report(),
         Report(loaded=(3, 7)),
-        Report(known=Known({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): "7"}, {"m": "v0"})),
+        Report(known=Known({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): {"7": 0}}, {"m": "v0"})),
         Report(failed="grün"),
         Report(ready=True),
     ]
@@ -111,7 +111,7 @@ def test_no_part_of_a_line_is_a_line(data):
         b'{"known": {}}',
         b'{"known": {"published": [["m"]]}}',
         b'{"known": {"published": [["m", "v", {}]]}}',
-        b'{"known": {"published": [["m", "v", "{}", "7"]]}}',
+        b'{"known": {"published": [["m", "v", "{}", {"7": 0}]]}}',
         b'{"known": {"published": [7]}}',
         b'{"known": {"published": [], "active": ["m"]}}',
         b'{"known": {"published": []}, "ready": true}',

@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 
 from engrampool_proto.registry import Published
+from engrampool_server.config import ConfigError
 from engrampool_server.known import Known
 from engrampool_server.link import Report
 from engrampool_server.registrar import Cache
-from server_fixtures import Events, lasting_address
+from server_fixtures import LIMIT_S, Events, lasting_address
 
 URL = "etcd://127.0.0.1:2379"
 PUBLISHED = [
     Published("m", "a", "/models/ä", None, "d", {1: 10}),
     Published("m", "b", "s3://bucket/b", "a", "d", {1: 10}),
 ]
-KNOWN = Known({("m", one.version): one for one in PUBLISHED}, {("m", "a"): "7", ("m", "b"): "8"}, {"m": "b"})
+KNOWN = Known({("m", one.version): one for one in PUBLISHED}, {("m", "a"): {"7": 0}, ("m", "b"): {"8": 3}}, {"m": "b"})
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def events():
 def test_the_cache_gives_back_what_was_written_last_for_the_same_registry(tmp_path, events):
     cache = Cache(tmp_path / "published.json", URL)
     assert cache.read() is None
-    for known in (KNOWN, Known(), Known({("m", "a"): PUBLISHED[0]}, {("m", "a"): "7"})):
+    for known in (KNOWN, Known(), Known({("m", "a"): PUBLISHED[0]}, {("m", "a"): {"7": 0}})):
         cache.write(known)
         assert cache.read() == known
     assert [path.name for path in tmp_path.iterdir()] == ["published.json"]
@@ -78,6 +79,34 @@ def test_a_cache_that_is_of_no_use_is_logged(tmp_path, events, damage):
 def test_a_cache_that_cannot_be_written_is_logged(tmp_path, events):
     Cache(tmp_path / "missing" / "published.json", URL).write(KNOWN)
     assert "cannot be written" in events.of("registry-cache")[0]["error"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.with_name("other"))])
+@pytest.mark.parametrize("name", ["published.json", "published.json.draft"])
+def test_a_cache_takes_the_place_of_nothing_but_a_regular_file(tmp_path, make, name):
+    path = tmp_path / "published.json"
+    Cache(path, URL).check()  # it need not be there
+    make(tmp_path / name)
+    before = (tmp_path / name).lstat()
+    with pytest.raises(ConfigError, match=f"registry_cache: {tmp_path / name} is there, and is no regular file"):
+        Cache(path, URL).check()
+    assert (tmp_path / name).lstat() == before
+
+
+def test_a_start_whose_cache_is_no_regular_file_is_refused(tmp_path):
+    path = tmp_path / "published.json"
+    os.mkfifo(path)
+    command = [sys.executable, "-m", "engrampool_proto", "serve", "--registry", f"etcd://{lasting_address()}"]
+    command += ["--memory", "shm", "--listen", "127.0.0.1:0", "--metrics", "off", "--registry-cache", str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert ended.returncode == 1
+    assert f"registry_cache: {path} is there, and is no regular file; name another file" in ended.stderr
+    assert path.is_fifo()
+
+
+def test_a_cache_that_is_a_file_may_be_replaced(tmp_path):
+    Cache(tmp_path / "published.json", URL).write(KNOWN)
+    Cache(tmp_path / "published.json", URL).check()
 
 
 REGISTRAR = """
