@@ -67,7 +67,7 @@ def listen_on(listen: str, purpose: str = "") -> socket.socket:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether somebody listens at the Unix socket `path`, however busy. Never waits. Raises OSError if nobody can tell."""
+    """Whether somebody listens at the Unix socket `path`, however busy; never waits. Raises OSError: it cannot tell."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         code = probe.connect_ex(str(path))
     if code in (0, errno.EAGAIN, errno.EPROTOTYPE):  # one that has no room for more callers, or is no stream

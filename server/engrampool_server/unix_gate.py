@@ -79,7 +79,7 @@ class UnixGate:
         os.close(self._lock)
 
     def _clear(self) -> None:
-        """Remove what is ours, unless somebody listens there. Raises OSError: so it is, or something else lies there."""
+        """Remove what is ours. Raises OSError if somebody listens there, or if something else lies there."""
         if self._path.is_symlink():
             self._leads_to()
         elif self._path.exists() and not self._path.is_socket():
@@ -97,7 +97,7 @@ class UnixGate:
     def _leads_to(self) -> str | None:
         """The name that the path is a link to; None if nothing lies there. Raises OSError if that is not ours."""
         try:
-            name = os.readlink(self._path)
+            name = str(self._path.readlink())
         except FileNotFoundError:
             return None
         except OSError as error:
