@@ -100,7 +100,8 @@ class Children(Collection[Child]):
 
     The others are called within `turn_until`, which raises what they raise. signalled: with SIGTERM, SIGINT or SIGHUP.
     said: with a child and what it reports; that it is ready, or why it failed, is noted by then. ended: with
-    a child that is none of these any more. start: with an index that is due, see `start_again`.
+    a child that is none of these any more. start: with an index that is due, see `start_again`. turned: after all that,
+    each time; with a child that is well, about once a second.
     """
 
     def __init__(
@@ -111,9 +112,11 @@ class Children(Collection[Child]):
         said: Callable[[Child, Report], None],
         ended: Callable[[Child], None],
         start: Callable[[int], None],
+        turned: Callable[[], None] = lambda: None,
     ) -> None:
         self._timeout_s = timeout_s
         self._signalled, self._said, self._ended, self._start = signalled, said, ended, start
+        self._turned = turned
         self._pid = os.getpid()
         self._by_pid: dict[int, Child] = {}
         # By index: when the next is started, and how long the last one had to wait for that.
@@ -177,6 +180,7 @@ class Children(Collection[Child]):
                     child.heard_s = now
             self._turned_s = now
             self._keep_deadlines(now)
+            self._turned()
             log.tend()
 
     def on_thread(self, work: Callable[[threading.Event], _T], is_off: Callable[[], bool]) -> _T | None:

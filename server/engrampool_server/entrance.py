@@ -14,13 +14,13 @@ import stat
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from engrampool_server.ports import ListenError, listen_on
+from engrampool_server.ports import ListenError, is_taken, listen_on
 from engrampool_server.setting_kinds import split_address
 
 _ANY_HOST = ("0.0.0.0", "[::]")  # noqa: S104
@@ -158,7 +158,8 @@ class Entrance:
         self.listener.close()
         self.tickets.close()
         if self.unix_path and os.getpid() == self._owner:
-            Path(self.unix_path).unlink(missing_ok=True)
+            with suppress(OSError):  # its directory may be gone
+                Path(self.unix_path).unlink()
 
 
 def _listen_unix(path: Path) -> socket.socket:
@@ -181,8 +182,5 @@ def _remove_stale(path: Path) -> None:
             return
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
+    if not is_taken(path):
+        path.unlink(missing_ok=True)

@@ -30,6 +30,9 @@ from engrampool_server.sources import Location, parse_location, redact
 from engrampool_server.table_files import PackedModel
 from engrampool_server.tables import HeldModel, load, load_patched
 
+# For the log to be taken, before the loader ends.
+_LAST_LINES_S = 0.2
+
 
 class LoadError(EngrampoolError):
     """A published version cannot be held here; the text says what is wrong with it."""
@@ -49,8 +52,11 @@ def become_loader(
         "others": list(others),
         "report": link.report,
         "beat_s": link.beat_s,
+        # Standard error is overheard, for libraries.
+        "log": log.descriptor(),
     }
-    os.set_inheritable(link.report, True)
+    for descriptor in (link.report, log.descriptor()):
+        os.set_inheritable(descriptor, True)
     # A program of its own: what reads object stores does not work in the forks of a process that has used it. Its
     # metrics are nobody's.
     environ = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
@@ -112,7 +118,7 @@ def main() -> int:
     link = Link(-1, order["report"], order["beat_s"])
     try:
         config = ServerConfig(**order["config"])
-        log.configure(config.log_level)
+        log.configure(config.log_level, order["log"])
         model, version, record = order["published"]
         published = Published.from_json(model, version, record.encode())
         _fill(published, config, {(model, version) for model, version in order["others"]}, link)
@@ -121,6 +127,7 @@ def main() -> int:
     except BaseException as error:
         log.event("worker-failed", level="error", worker="loader", error=traceback.format_exc())
         link.failed(repr(error))
+    log.tend(_LAST_LINES_S)
     return 1
 
 

@@ -6,6 +6,7 @@ them, and what comes beyond is dropped and counted.
 
 import json
 import logging
+import math
 import os
 import select
 import socket
@@ -22,9 +23,17 @@ _PROCESS: dict[str, int] = {}
 # What a process keeps of lines that nobody takes.
 _KEPT_BYTES = 256 << 10
 _PAUSE_MS = 10
+# Of a field in a line that is too long: as much of each as lets the line be short enough.
+_ROOMS = (2048, 1024, 512, 256, 128, 64, 32)
 
 
 class _JsonLines(logging.Formatter):
+    """longest: the most bytes of a line, without its end."""
+
+    def __init__(self, longest: float) -> None:
+        super().__init__()
+        self._longest = longest
+
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage(), **_PROCESS}
@@ -34,19 +43,49 @@ class _JsonLines(logging.Formatter):
         line.update(getattr(record, "fields", {**said, "message": record.getMessage()}))
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        text = json.dumps(line, default=str)  # all ASCII
+        return text if len(text) <= self._longest else self._cut(line)
+
+    def _cut(self, line: dict[str, Any]) -> str:
+        """The line without the middle of long texts and the rest of long lists: its field `cut` names them, "*" all."""
+        for room in _ROOMS:
+            short = {name: _shortened(value, room) for name, value in line.items()}
+            cut = [name for name, value in line.items() if short[name] is not value]
+            text = json.dumps({**short, "cut": cut}, default=str)
+            if len(text) <= self._longest:
+                return text
+        event = str(line["event"])[: _ROOMS[-1]]
+        return json.dumps({"time": line["time"], "level": line["level"], "event": event, "cut": ["*"]})
+
+
+def _shortened(value: Any, room: int) -> Any:
+    """The value itself if its JSON has at most `room` bytes, else some of it."""
+    if len(json.dumps(value, default=str)) <= room:
+        return value
+    if isinstance(value, list | tuple):
+        kept: list[Any] = []
+        for one in value:
+            if len(json.dumps([*kept, one], default=str)) > room:
+                break
+            kept.append(one)
+        return kept
+    text = str(value)
+    return f"{text[: room // 2]} ... {text[len(text) - room // 2 :]}"
 
 
 class _Lines(logging.Handler):
     """Writes lines to a descriptor, as fast as somebody takes them, and never waits for that.
 
-    counted: called with how many lines were dropped, by `tend`.
+    descriptor: it, or our own for the same file. counted: called with how many lines were dropped, by `tend`.
     """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self.setFormatter(_JsonLines())
-        self._descriptor, self._send = _unblocked(descriptor)
+        self.descriptor, self._send = _unblocked(descriptor)
+        mode = os.fstat(descriptor).st_mode
+        # So much is taken at once or not at all, so that lines of several processes do not get into each other.
+        shared = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+        self.setFormatter(_JsonLines(select.PIPE_BUF - 1 if shared else math.inf))
         self._kept: deque[bytes] = deque()
         self._kept_bytes = 0
         # Since a line last said so, and since they were last counted.
@@ -75,6 +114,10 @@ class _Lines(logging.Handler):
         except Exception:
             self.handleError(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Drop a line that cannot be written as JSON: to say more, as logging does, may wait for who reads."""
+        self._drop(1)
+
     def tend(self, within_s: float) -> None:
         """Write what is kept, for up to so long, and count what was dropped."""
         until_s = time.monotonic() + within_s
@@ -83,7 +126,7 @@ class _Lines(logging.Handler):
             self._write()
             while self._kept and time.monotonic() < until_s:
                 poll = select.poll()
-                poll.register(self._descriptor, select.POLLOUT)
+                poll.register(self.descriptor, select.POLLOUT)
                 poll.poll(_PAUSE_MS)
                 self._write()
             lines, self._uncounted = self._uncounted, 0
@@ -149,14 +192,22 @@ def _unblocked(descriptor: int) -> tuple[int, Callable[[bytes], int]]:
     return same, write
 
 
-def configure(level: str) -> None:
-    """Send events of at least `level` (debug, info, warning, error) to standard error; of libraries, warnings."""
-    handler = _Lines(sys.stderr.fileno())
+def configure(level: str, to: int | None = None) -> None:
+    """Send events of at least `level` (debug, info, warning, error) to standard error; of libraries, warnings.
+
+    to: a descriptor to send them to instead.
+    """
+    handler = _Lines(sys.stderr.fileno() if to is None else to)
     _LOGGER.handlers[:] = [handler]
     _LOGGER.setLevel(level.upper())
     _LOGGER.propagate = False
     logging.getLogger().handlers[:] = [handler]
     logging.captureWarnings(True)
+
+
+def descriptor() -> int:
+    """Where the log goes, for a program that is to log there, too; 2 before `configure`."""
+    return next((handler.descriptor for handler in _LOGGER.handlers if isinstance(handler, _Lines)), 2)
 
 
 def tend(within_s: float = 0.0) -> None:

@@ -1,8 +1,10 @@
 """Listening addresses: taken before anything is loaded, and held for as long as the server lives."""
 
 import errno
+import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from engrampool_proto.errors import EngrampoolError
@@ -62,6 +64,17 @@ def listen_on(listen: str, purpose: str = "") -> socket.socket:
         else:
             return taken
     raise _refused(listen, problem, purpose) from problem
+
+
+def is_taken(path: Path) -> bool:
+    """Whether somebody listens at the Unix socket `path`, however busy; never waits. Raises OSError: it cannot tell."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        code = probe.connect_ex(str(path))
+    if code in (0, errno.EAGAIN, errno.EPROTOTYPE):  # one that has no room for more callers, or is no stream
+        return True
+    if code in (errno.ECONNREFUSED, errno.ENOENT):
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 def _resolve(listen: str, purpose: str = "") -> list[tuple[socket.AddressFamily, _Address]]:

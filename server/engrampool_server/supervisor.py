@@ -104,7 +104,12 @@ class _Supervisor:
         self._pids, self._inherited = int64s(slots), int64s(slots)
         self._ready_now = int64s(1)  # whether somebody answers lookups: 0 or 1
         self._children = Children(
-            config.worker_timeout_s, signalled=self._signalled, said=self._said, ended=self._ended, start=self._start
+            config.worker_timeout_s,
+            signalled=self._signalled,
+            said=self._said,
+            ended=self._ended,
+            start=self._start,
+            turned=self._point,
         )
         self._workers: dict[int, Child] = {}
         # Of a rolling restart: those still to be replaced, the one that is to take over next, the one that leaves.
@@ -122,6 +127,7 @@ class _Supervisor:
         self._orders: socket.socket | None = None
         self._metrics_listener: socket.socket | None = None
         self._gate: UnixGate | None = None
+        self._is_astray = False  # the gate leads to nobody, and the log says so
         self._serving = self._stopping = False
 
     def run(self) -> None:
@@ -197,7 +203,7 @@ class _Supervisor:
             self._metrics.worker_restarts.labels(reason)
         # Kept, so that the port is ours for as long as we live.
         if self._config.listen.startswith("unix:"):
-            self._gate = UnixGate(Path(self._config.listen.removeprefix("unix:")))
+            self._gate = UnixGate(Path(self._config.listen.removeprefix("unix:")), len(self._pids))
             address = self._gate.address
         else:
             address, self._reserved = reserve(self._config.listen)
@@ -305,8 +311,6 @@ class _Supervisor:
     def _said(self, child: Child, report: Report) -> None:
         if report.ready and child.role == "worker":
             self._ready(child)
-        if report.ready:
-            self._point()
         if report.loaded is not None:
             # A counter goes on only.
             nbytes, of_bytes = max(report.loaded[0], child.loaded_bytes), report.loaded[1]
@@ -339,14 +343,27 @@ class _Supervisor:
         self._ready_now[0] = serving and self._ready_workers() > 0
 
     def _point(self) -> None:
-        """Have callers of a Unix socket reach a worker that answers, or the lobby while there is none."""
+        """Have callers of a Unix socket reach a worker that answers, or the lobby while there is none.
+
+        Where that cannot be, as in a directory that is gone or full, it is tried again at every turn.
+        """
         if self._gate is None:
             return
         workers = [child for _, child in sorted(self._workers.items())]
         lobbies = [child for child in self._children if child.role == "lobby"]
         for child in (*workers, *lobbies):
             if child.ready_s is not None and child.kill_s is None:
-                self._gate.point(child.slot)
+                try:
+                    self._gate.point(child.slot)
+                except OSError as error:
+                    if not self._is_astray:
+                        why = error.strerror or str(error)
+                        log.event("not-reachable", level="error", listen=self._config.listen, error=why)
+                    self._is_astray = True
+                else:
+                    if self._is_astray:
+                        log.event("reachable", listen=self._config.listen)
+                    self._is_astray = False
                 return
 
     def _ready_workers(self) -> int:
@@ -396,7 +413,6 @@ class _Supervisor:
         if current := self._workers.get(child.index) is child:
             del self._workers[child.index]
             self._show_workers()
-        self._point()
         if child.role != "loader" and (child.kill_s is None or child.hung):
             log.event(
                 "worker-died", level="error", worker=child.name, pid=child.pid, status=child.status, error=child.failure

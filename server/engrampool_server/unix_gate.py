@@ -7,12 +7,12 @@ its own beside the one that callers know, which is a link to one of them.
 import errno
 import fcntl
 import os
-import socket
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
 
-from engrampool_server.ports import ListenError
+from engrampool_server.ports import ListenError, is_taken
 
 # Of sockaddr_un, and what the paths of processes are longer than the one that callers know.
 _LONGEST_BYTES = 107
@@ -22,13 +22,17 @@ _SUFFIX_BYTES = 7
 class UnixGate:
     """The path `path`, of this server alone until `close`. What a server that was killed has left there is replaced.
 
-    Raises ListenError: it is in use, something else lies there, it is too long, or its directory cannot be written.
+    slots: how many there are.
+
+    Raises ListenError: it is in use, something else lies there or where the process of a slot is to listen, it is too
+    long, or its directory cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, slots: int) -> None:
         self._path = path.absolute()
         self._owner = os.getpid()
-        self._pointed = -1
+        self._slots = slots
+        self._own_name = re.compile(re.escape(self._path.name) + r"\.[0-9]+")
         if len(os.fsencode(self._path)) + _SUFFIX_BYTES > _LONGEST_BYTES:
             raise self._refused(f"the path is longer than {_LONGEST_BYTES - _SUFFIX_BYTES} bytes")
         try:
@@ -53,36 +57,66 @@ class UnixGate:
         return f"unix:{self._beside(str(slot))}"
 
     def point(self, slot: int) -> None:
-        """Have callers that come from now on reach the process of this slot, which listens."""
-        if slot != self._pointed:
+        """Have callers that come from now on reach the process of this slot, which listens.
+
+        Puts back what somebody removed. Raises OSError: its directory is gone or full, or the path is somebody else's.
+        """
+        self._hold_lock()
+        name = self._beside(str(slot)).name
+        if self._leads_to() != name:
             new = self._beside("new")
             new.unlink(missing_ok=True)
-            new.symlink_to(self._beside(str(slot)).name)
+            new.symlink_to(name)
             new.rename(self._path)
-            self._pointed = slot
 
     def close(self) -> None:
         """Remove it, in the process that made it."""
         if os.getpid() == self._owner:
             with suppress(OSError):
+                self._hold_lock()
                 self._clear()
                 self._beside("lock").unlink()
         os.close(self._lock)
 
     def _clear(self) -> None:
-        """Remove what is ours. Raises OSError if something else lies at the path."""
+        """Remove what is ours. Raises OSError if somebody listens there, or if something else lies there."""
         if self._path.is_symlink():
-            self._path.unlink()
-        elif self._path.exists():
-            if not stat.S_ISSOCK(self._path.stat().st_mode):
-                raise FileExistsError(errno.EEXIST, "something else than a socket lies there")
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(str(self._path)) == 0:
-                    raise OSError(errno.EADDRINUSE, "in use")
-            self._path.unlink()
-        for left in self._path.parent.glob(f"{self._path.name}.[0-9]*"):
-            if stat.S_ISSOCK(left.lstat().st_mode):
-                left.unlink()
+            self._leads_to()
+        elif self._path.exists() and not self._path.is_socket():
+            raise FileExistsError(errno.EEXIST, "something else than a socket lies there")
+        own = [path for path in self._path.parent.iterdir() if self._own_name.fullmatch(path.name)]
+        sockets = [path for path in own if stat.S_ISSOCK(path.lstat().st_mode)]
+        mine = {self._beside(str(slot)) for slot in range(self._slots)}
+        for path in mine.intersection(own).difference(sockets):
+            raise FileExistsError(errno.EEXIST, f"something else than a socket lies at {path}")
+        if any(is_taken(path) for path in (self._path, *sockets)):
+            raise OSError(errno.EADDRINUSE, "in use")
+        for path in (self._path, *sockets):
+            path.unlink(missing_ok=True)
+
+    def _leads_to(self) -> str | None:
+        """The name that the path is a link to; None if nothing lies there. Raises OSError if that is not ours."""
+        try:
+            name = str(self._path.readlink())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise FileExistsError(errno.EEXIST, "something else lies there") from error
+        if not self._own_name.fullmatch(name):
+            raise FileExistsError(errno.EEXIST, f"a link to {name} lies there")
+        return name
+
+    def _hold_lock(self) -> None:
+        """Have the lock that lies there, if somebody removed ours. Raises BlockingIOError if another server has it."""
+        lock = self._beside("lock")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._lock), lock.lstat()):
+                return
+        held = _locked(lock)
+        os.close(self._lock)
+        self._lock = held
 
     def _beside(self, suffix: str) -> Path:
         return self._path.with_name(f"{self._path.name}.{suffix}")

@@ -269,6 +269,9 @@ def test_a_loader_of_a_slow_store_is_waited_for_and_one_of_a_silent_store_is_not
         finally:
             over.set()
     assert [line["worker"] for line in logged if line["event"] == "worker-hung"] == ["silent"]
+    # The loader's own events are lines like all others, not what a library said.
+    assert [line["level"] for line in logged if line["event"] == "loaded"] == ["info"]
+    assert [line for line in logged if line["event"] == "stderr"] == []
     assert ["slow", "loaded"] in happened
     assert ["slow", "ready"] in happened
     assert [what for what in happened if what[0] == "silent"][-1] == ["silent", "ended", "SIGKILL", True, ""]

@@ -117,6 +117,92 @@ warnings.warn("old", stacklevel=1)
     assert said[0]["message"] == "a task failed"
 
 
+# One process logs what is too long for the pipe, then another one says a word, then the first goes on.
+TWO_SPEAKERS = """
+import fcntl, os, socket, sys
+from engrampool_server import log
+if sys.argv[1] == "pipe":
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+else:
+    ends = socket.socketpair()
+    ends[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    reader, writer = (end.detach() for end in ends)
+os.set_blocking(reader, False)
+os.dup2(writer, 2)
+
+def read():
+    try:
+        sys.stdout.buffer.write(os.read(reader, 65536))
+    except BlockingIOError:
+        pass
+
+log.configure("info")
+log.event("long", text="a" * 9000 + "z", names=["b" * 100] * 90, wide="\u00e9" * 9000, number=7)
+read()
+if not os.fork():
+    log.event("short")
+    os._exit(0)
+os.wait()
+read()
+log.tend()
+read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_long_lines_are_cut_where_others_write_and_so_stay_whole(kind):
+    command = [sys.executable, "-c", TWO_SPEAKERS, kind]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    lines = done.stdout.splitlines(keepends=True)
+    long, short = map(json.loads, lines)
+    assert len(lines[0]) <= 4096
+    assert short["event"] == "short"
+    assert (long["event"], long["number"], long["cut"]) == ("long", 7, ["text", "names", "wide"])
+    assert long["text"].startswith("aaa")
+    assert long["text"].endswith("aaz")
+    assert set(long["names"]) == {"b" * 100}
+    assert "\u00e9" in long["wide"]
+
+
+def test_a_line_of_very_many_fields_is_short_too():
+    code = """
+from engrampool_server import log
+log.configure("info")
+log.event("many", **{f"field{number}": number for number in range(1000)})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    said = json.loads(done.stderr)
+    assert (said["event"], said["cut"]) == ("many", ["*"])
+
+
+def test_long_lines_are_whole_in_a_file(tmp_path):
+    code = "from engrampool_server import log; log.configure('info'); log.event('long', text='x' * 9000)"
+    with (tmp_path / "log").open("w") as file:
+        subprocess.run([sys.executable, "-c", code], stderr=file, check=True, timeout=60)
+    assert json.loads((tmp_path / "log").read_text())["text"] == "x" * 9000
+
+
+def test_a_line_that_is_no_json_is_dropped_and_counted_without_another_word():
+    code = """
+from engrampool_server import log
+class Mute:
+    def __str__(self):
+        raise ValueError
+log.configure("info")
+dropped = []
+log.count_dropped(dropped.append)
+log.event("bad", value=Mute())
+log.event("good")
+log.tend()
+print(dropped)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[1]\n"
+    said = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in said] == ["lines-dropped", "good"]
+
+
 # --- a server's
 
 
