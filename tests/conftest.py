@@ -1,6 +1,7 @@
 """Settings of every test: property tests draw the same examples each run, and a slow machine fails none of them."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +15,26 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("engrampool")
+
+# Whatever starts other programs, waits for something to run out, or reads a real tokenizer again and again.
+_SLOW_FOLDERS = {"bench", "deploy", "integration"}
+_SLOW_FILES = {
+    *("client/test_connecting.py", "client/test_degradation.py", "client/test_doctor.py"),
+    *("client/test_forgotten_connections.py", "client/test_giving_up.py", "client/test_handshake.py"),
+    *("client/test_replicas.py", "client/test_shards.py", "proto/test_builders.py", "proto/test_registry.py"),
+    *("server/test_attach.py", "server/test_children.py", "server/test_jit.py", "server/test_log.py"),
+    *("server/test_pack.py", "server/test_raw_model.py", "server/test_segments.py", "server/test_sources.py"),
+    "server/test_versions.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-quick` leaves out."""
+    root = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(root)
+        if path.parts[0] in _SLOW_FOLDERS or path.as_posix() in _SLOW_FILES:
+            item.add_marker("slow")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
