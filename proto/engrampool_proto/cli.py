@@ -1,7 +1,9 @@
 """The `engrampool` program: finds its subcommands by entry point, so that it imports neither server nor client."""
 
 import ast
+import errno
 import importlib
+import os
 import resource
 import sys
 from functools import cache
@@ -96,6 +98,7 @@ def engrampool() -> None:
 
 def main() -> NoReturn:
     """Run the program. Exit codes: 0 done, 2 usage, 1 anything else, with one line on standard error."""
+    _fill_standard_streams()
     try:
         code = engrampool.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -108,12 +111,31 @@ def main() -> NoReturn:
     except click.ClickException as error:
         _fail(error.format_message())
     except EngrampoolError as error:
-        _fail(str(error))
+        _fail(f"{error}{_file_size_hint(error.__cause__)}")
     except (OSError, MemoryError, ImportError) as error:
         if isinstance(error, ImportError) and (error.name or "").startswith("engrampool"):
             raise  # a mistake of ours
-        _fail(f"{str(error) or type(error).__name__}{_address_space_hint()}")
+        _fail(f"{str(error) or type(error).__name__}{_file_size_hint(error) or _address_space_hint()}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fill_standard_streams() -> None:
+    """Where one of them is closed, nobody is heard or told; else the next file that is opened would be in its place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
+
+
+def _file_size_hint(error: BaseException | None) -> str:
+    """Where that is limited, the limit is also one of memory that processes share."""
+    if not isinstance(error, OSError) or error.errno != errno.EFBIG:
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return f" (this process may have files of {limit >> 10} KiB only: ulimit -f unlimited)"
 
 
 def _address_space_hint() -> str:

@@ -47,7 +47,7 @@ class _JsonLines(logging.Formatter):
         return text if len(text) <= self._longest else self._cut(line)
 
     def _cut(self, line: dict[str, Any]) -> str:
-        """The line without the middle of long texts and the rest of long lists: its field `cut` names them, "*" all."""
+        """The line without the middle of long texts and the rest of long lists; `cut` names them, "*" for all."""
         for room in _ROOMS:
             short = {name: _shortened(value, room) for name, value in line.items()}
             cut = [name for name, value in line.items() if short[name] is not value]

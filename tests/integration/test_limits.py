@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 
-from server_fixtures import pack
+from server_fixtures import LIMIT_S, RawPool, eventually, expected, pack, rows_of, version_of
 
 SERVE = [sys.executable, "-m", "engrampool_proto", "serve", "--listen=127.0.0.1:0", "--metrics=off", "--workers=1"]
 
@@ -56,6 +57,39 @@ def test_kernels_that_would_not_be_compiled_are_named(packed):
     said = fails(*SERVE, f"--model={packed}", env={**os.environ, "NUMBA_DISABLE_JIT": "1"})
     assert "NUMBA_DISABLE_JIT is set" in said
     assert said.endswith("unset it")
+
+
+def test_a_limit_on_the_size_of_files_is_named(packed):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    said = fails(*SERVE, f"--model={packed}", preexec_fn=limit)
+    assert said.endswith("(this process may have files of 1024 KiB only: ulimit -f unlimited)")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_server_without_standard_error_serves(packed, tmp_path, closed):
+    path = tmp_path / "pool.sock"
+    command = [word if word != "--listen=127.0.0.1:0" else f"--listen=unix:{path}" for word in SERVE]
+    shell = f'exec "$@" {closed}'
+    with subprocess.Popen(["sh", "-c", shell, "sh", *command, f"--model={packed}"]) as process:
+        try:
+            with RawPool(f"unix:{path}", version_of(packed)) as pool:
+                eventually(lambda: process.poll() is not None or path.exists(), "it listens, or ended")
+                # The lobby, which leaves in the workers' favour, may answer first.
+                answer = eventually(lambda: tried(pool), "it answers")
+            assert rows_of(answer) == {2: expected(2, [5, 6])}
+            process.terminate()
+            assert process.wait(LIMIT_S) == 0
+        finally:
+            process.kill()
+
+
+def tried(pool: RawPool):
+    try:
+        return pool.lookup(pool.by_ids((2, [5, 6])), timeout=LIMIT_S)
+    except grpc.RpcError:
+        return None
 
 
 @pytest.fixture
