@@ -1,6 +1,6 @@
 # make demo   set up, pack a model of about 250 MB, serve it, run real text through it
 # make test   set up, lint, type-check, run every test
-# make test-quick  the tests that start no other program, for between two changes
+# make test-quick  the tests that start no other program, with fewer examples each, for between two changes
 # make test-torch  the tests that need PyTorch, which is installed for them and which the others do without
 # make test-ray  the tests that need Ray, likewise
 # make tiny-lm  train a small Engram model, serve its tables, and compare every logit with tables in the process
@@ -23,7 +23,7 @@ test: lint
 	$(BIN)/python -m pytest $(AT_ONCE)
 
 test-quick: $(VENV)/dev-installed
-	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow"
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" --hypothesis-profile quick
 
 test-torch: $(VENV)/torch-installed
 	$(BIN)/python -m pytest tests/client/test_torch.py tests/integration/test_tiny_engram_lm.py
