@@ -20,17 +20,26 @@ settings.load_profile("engrampool")
 # Whatever starts other programs, waits for something to run out, or reads a real tokenizer again and again.
 _SLOW_FOLDERS = {"bench", "deploy", "integration"}
 _SLOW_FILES = {
-    *(
-        "client/test_aio.py",
-        "client/test_commands.py",
-        "client/test_connecting.py",
-        "client/test_degradation.py",
-        "client/test_doctor.py",
-    ),
-    *("client/test_forgotten_connections.py", "client/test_giving_up.py", "client/test_handshake.py"),
-    *("client/test_replicas.py", "client/test_shards.py", "proto/test_builders.py", "proto/test_registry.py"),
-    *("server/test_attach.py", "server/test_children.py", "server/test_jit.py", "server/test_log.py"),
-    *("server/test_pack.py", "server/test_raw_model.py", "server/test_segments.py", "server/test_sources.py"),
+    "client/test_aio.py",
+    "client/test_commands.py",
+    "client/test_connecting.py",
+    "client/test_degradation.py",
+    "client/test_doctor.py",
+    "client/test_forgotten_connections.py",
+    "client/test_giving_up.py",
+    "client/test_handshake.py",
+    "client/test_replicas.py",
+    "client/test_shards.py",
+    "proto/test_builders.py",
+    "proto/test_registry.py",
+    "server/test_attach.py",
+    "server/test_children.py",
+    "server/test_jit.py",
+    "server/test_log.py",
+    "server/test_pack.py",
+    "server/test_raw_model.py",
+    "server/test_segments.py",
+    "server/test_sources.py",
     "server/test_versions.py",
 }
 
