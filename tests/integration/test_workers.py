@@ -112,8 +112,9 @@ def connections(server: ServerProcess, pid: int) -> int:
 
 
 def ask(pool: RawPool, ids: Sequence[int] = (1, 2, 6499)) -> None:
-    """One lookup, each byte of which must be right."""
-    assert rows_of(pool.lookup(pool.by_ids((2, ids)), timeout=LIMIT_S)) == {2: expected(2, ids)}
+    """One lookup, each byte of which must be right. A connection that a worker got as it stopped is made once more."""
+    answer = pool.lookup(pool.by_ids((2, ids)), timeout=LIMIT_S, wait_for_ready=True)
+    assert rows_of(answer) == {2: expected(2, ids)}
 
 
 def wait_counted(server: ServerProcess, rows: float) -> None:
