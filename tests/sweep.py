@@ -291,11 +291,12 @@ class Sweep:
                 self._armed = False
                 raise KeyboardInterrupt
 
-        before = signal.signal(signal.SIGUSR2, interrupt)
+        signal.signal(signal.SIGUSR2, interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGUSR2, before)
+            # By default it ends the process, and the last one that was asked for may be late.
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     def _arm(self, after_s: float) -> None:
         self._armed = True
