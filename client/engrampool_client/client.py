@@ -1,5 +1,6 @@
 """The client, for engines that run their steps in threads; aio.py has the same for asyncio."""
 
+import math
 import os
 import threading
 import time
@@ -179,7 +180,8 @@ class Client:
         if keep_memory:
             pin_malloc()
         servers = Servers(list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target])
-        self.target, self._hashing, self._timeout_s, self._spin_s = servers.text, hashing, timeout_s, spin_s
+        self.target, self._hashing, self._spin_s = servers.text, hashing, spin_s
+        self._timeout_s = bounded_s(timeout_s)
         self._masks = on_failure == "mask"
         self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes
         self._closing = threading.Event()
@@ -476,10 +478,11 @@ class Client:
         return sorted({self.spec.table(layer).layer for layer in layers})
 
     def _shapes(self, num_tokens: int, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        heads = self._following.current.layout.heads
         shapes: dict[int, tuple[int, ...]] = {}
-        for table in map(self.spec.table, layers):
-            columns = self._layout.columns(table)
-            shapes[table.layer] = (num_tokens, columns.stop - columns.start, table.row_bytes)
+        for layer in layers:
+            table = self.spec.table(layer)
+            shapes[layer] = (num_tokens, table.heads if heads is None else heads.stop - heads.start, table.row_bytes)
         return shapes
 
     def _step(
@@ -492,9 +495,10 @@ class Client:
         hint: Callable[[npt.ArrayLike, bool], bool] | None = None,
     ) -> Step:
         """One that counts. bounded: it counts among those that `max_pending_bytes` is for."""
-        self._check_process()
+        if self._forked is not None:
+            raise self._forked
         deadline = time.monotonic() + self._seconds(timeout_s)
-        nbytes = sum(int(np.prod(shape)) for shape in shapes.values())
+        nbytes = sum(map(math.prod, shapes.values()))
         delivery = Delivery(layers, deadline, zeros(shapes, out) if self._masks else None, self._ended)
         # Before it counts: whatever happens from there on, a step that is lost ends by itself.
         step = Step(delivery, self.stats, hint)
@@ -515,13 +519,15 @@ class Client:
     def _seconds(self, timeout_s: float | None) -> float:
         """Until a step's deadline. Raises ValueError for what is no time to wait."""
         if timeout_s is None:
-            timeout_s = self._timeout_s
-        else:
-            check_positive("timeout_s", timeout_s)
+            return self._timeout_s
+        check_positive("timeout_s", timeout_s)
         return bounded_s(timeout_s)
 
     def _ended(self, delivery: Delivery) -> None:
-        masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in list(delivery.valid.items())}
+        masked = None
+        if delivery.error is not None:
+            valids = list(delivery.valid.items())
+            masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in valids}
         complete = len(delivery.rows) == len(delivery.layers)
         self.stats.ended(delivery, delivery.error, complete, masked)
         self._deadlines.forget(delivery)
@@ -618,7 +624,10 @@ class Client:
             step.delivery.end(error if isinstance(error, PoolError) else interrupted)
             step.delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
             raise
-        return {layer: step.rows(layer) for layer in step.layers}
+        rows = {}
+        for layer in step.layers:
+            rows[layer] = step.rows(layer)
+        return rows
 
     # --- speculation
 
@@ -629,7 +638,7 @@ class Client:
         if self.attached or not guessed.num_tokens:
             return False
         layers = list(self.spec.layers)
-        nbytes = sum(int(np.prod(shape)) for shape in self._shapes(guessed.num_tokens, layers).values())
+        nbytes = sum(map(math.prod, self._shapes(guessed.num_tokens, layers).values()))
 
         def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
             assert by.planner is not None

@@ -4,10 +4,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, Self
 
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, RejectedError, StepCancelledError
 from engrampool_client.exchange import Blank, Rows, Valid
@@ -64,6 +63,7 @@ class Delivery:
         # and a condition's own line between having the lock and saying so would leave it taken for ever.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._waiting = 0  # threads; to notify nobody is not free
         self._done = self._closing = self._telling = False
         self._working: bool | None = None
         self._writers: list[int] = []  # threads
@@ -119,26 +119,27 @@ class Delivery:
         """Whether it was cancelled, or failed."""
         return self.error is not None
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Rows may be written where they belong within this. Raises what it was given up with.
+    def writing(self) -> Self:
+        """For `with`: rows may be written where they belong within it. Entering it raises what it was given up with.
 
-        Nobody is settled while somebody is within; so wait for nothing here that `on_cancel` does not end.
+        Nobody is settled while somebody is within; so wait for nothing there that `on_cancel` does not end.
         """
-        thread = threading.get_ident()
+        return self
+
+    def __enter__(self) -> None:
         with self._lock:
             if self._closing:
                 raise self.error or StepCancelledError("the step has all its rows")
-            self._writers.append(thread)
-        try:
-            yield
-        finally:
-            with self._lock:
-                if thread in self._writers:
-                    self._writers.remove(thread)
-                last = self._closing and not self._writers
-            if last:
-                self._settle()
+            self._writers.append(threading.get_ident())
+
+    def __exit__(self, *_: object) -> None:
+        thread = threading.get_ident()
+        with self._lock:
+            if thread in self._writers:
+                self._writers.remove(thread)
+            last = self._closing and not self._writers
+        if last:
+            self._settle()
 
     def arrived(self, rows: Mapping[int, Rows]) -> None:
         """Hand over the rows of layers that are complete; of no effect once it was given up."""
@@ -150,18 +151,22 @@ class Delivery:
             now_s = time.perf_counter() - self.begun
             self.arrived_s.update(dict.fromkeys(rows, now_s))
             self.rows.update(rows)
-            self._calls.extend((callback, layer) for callback in self._callbacks for layer in rows)
-            self._changed.notify_all()
-        self._tell()
+            for callback in self._callbacks:
+                self._calls.extend((callback, layer) for layer in rows)
+            if self._waiting:
+                self._changed.notify_all()
+        if self._calls:
+            self._tell()
 
     def end(self, error: EngrampoolError | None, times: ServerTimes | None = None) -> None:
         """Settle what is not yet: those who brought rows bring no more, of an error or as all are there.
 
         This thread is not writing any more, even if it was interrupted before it could say so.
         """
-        thread = threading.get_ident()
         with self._lock:
-            self._writers = [writer for writer in self._writers if writer != thread]
+            if self._writers:
+                thread = threading.get_ident()
+                self._writers = [writer for writer in self._writers if writer != thread]
             if not self._done:
                 self._close(error)
                 self.times = times
@@ -256,7 +261,8 @@ class Delivery:
         if len(self.rows) < len(self.layers):
             self.error = self.error or error
         self._closing = True
-        self._changed.notify_all()  # `pause` waits for it
+        if self._waiting:  # `pause` waits for it
+            self._changed.notify_all()
 
     def _cancel(self) -> None:
         """Tell those who are at work, each once."""
@@ -276,14 +282,19 @@ class Delivery:
             if not self._closing or self._writers:
                 return
             if not self._done:
-                missing = [layer for layer in self.layers if layer not in self.rows]
-                for layer in missing:
-                    self._mask(layer)
+                if len(self.rows) < len(self.layers):
+                    missing = [layer for layer in self.layers if layer not in self.rows]
+                    for layer in missing:
+                        self._mask(layer)
+                else:
+                    missing = []
                 if self.error is None:
                     self.elapsed_s = max(self.arrived_s.values(), default=0.0)
                 self._done = True
-                self._changed.notify_all()
-                self._calls.extend((callback, layer) for layer in missing for callback in self._callbacks)
+                if self._waiting:
+                    self._changed.notify_all()
+                for layer in missing:
+                    self._calls.extend((callback, layer) for callback in self._callbacks)
                 # They hold on to what they were made from.
                 self._blank, self._callbacks = None, []
                 if not self._telling:  # else they are about to be called
@@ -291,7 +302,8 @@ class Delivery:
         if (on_end := self._on_end) is not None:
             on_end(self)
             self._on_end = None
-        self._tell()
+        if self._calls:
+            self._tell()
 
     def _mask(self, layer: int) -> None:
         if self._blank is None or not _may_be_masked(self.error):
@@ -322,7 +334,11 @@ class Delivery:
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         # Beyond what the system can count, a wait has no end.
         with self._lock:
-            return self._changed.wait_for(condition, seconds if seconds < threading.TIMEOUT_MAX else None)
+            self._waiting += 1
+            try:
+                return self._changed.wait_for(condition, seconds if seconds < threading.TIMEOUT_MAX else None)
+            finally:
+                self._waiting -= 1
 
 
 def _may_be_masked(error: EngrampoolError | None) -> bool:

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Literal
 
@@ -416,10 +416,14 @@ class Connection:
         exchange.times = _times(bytes(scratch[end_at + _HEADER_BYTES : nbytes]))
         self._start = self._end
         self._over()
-        with _writing(exchange, delivery):
+        with nullcontext() if exchange.owned else delivery.writing():
             for layer, _, _, rows_at, stop in runs:
                 exchange.place(layer, 0, stop - rows_at)[:] = scratch[rows_at:stop]
-        delivery.arrived(exchange.whole([run[0] for run in runs if exchange.placed(run[0], run[4] - run[3])]))
+        complete = []
+        for layer, _, _, rows_at, stop in runs:
+            if exchange.placed(layer, stop - rows_at):
+                complete.append(layer)
+        delivery.arrived(exchange.whole(complete))
         exchange.finish()
         return True
 
@@ -506,9 +510,12 @@ class Connection:
         if due is not None and self._start == self._end and nbytes and head == len(known) and not short:
             # Which rows these must be is known before the head is read. So all is received at once: the head, to be
             # compared; the rows, where they belong; and the header of the frame that must follow.
-            place = exchange.place(*due, nbytes)
-            with _writing(exchange, delivery):
-                self._fill([self._scratch[:head], place, self._scratch[head : head + _HEADER_BYTES]], deadline)
+            places = [self._scratch[:head], exchange.place(*due, nbytes), self._scratch[head : head + _HEADER_BYTES]]
+            if exchange.owned:
+                self._fill(places, deadline)
+            else:
+                with delivery.writing():
+                    self._fill(places, deadline)
             self._start, self._end = head, head + _HEADER_BYTES
             if self._scratch[:head] != known and _parsed(bytes(self._scratch[:head]), nbytes) != due:
                 raise ProtocolError(f"rows of layer {due[0]} from row {due[1]} on are due; these are others")
@@ -518,13 +525,20 @@ class Connection:
         place = exchange.place(layer, first, nbytes)
         if short:  # nobody waits for the network with the caller's memory in hand, unless he can be told to leave it
             self._have(nbytes, deadline, _SCRATCH_BYTES)
-        with _writing(exchange, delivery):
-            have = min(self._end - self._start, nbytes)
-            place[:have] = self._scratch[self._start : self._start + have]
-            self._start += have
-            if have < nbytes:
-                self._fill([place[have:]], deadline)
+        if exchange.owned:
+            self._rest_of_rows(place, deadline)
+        else:
+            with delivery.writing():
+                self._rest_of_rows(place, deadline)
         return layer, nbytes
+
+    def _rest_of_rows(self, place: memoryview, deadline: float) -> None:
+        """Write to `place` what was received of it already, and receive the rest there."""
+        have = min(self._end - self._start, len(place))
+        place[:have] = self._scratch[self._start : self._start + have]
+        self._start += have
+        if have < len(place):
+            self._fill([place[have:]], deadline)
 
     def _header(self, deadline: float, at_once: int) -> tuple[int, int, int]:
         """Length, head length and kind of the next frame. at_once: bytes to ask the system for, if it is not there."""
@@ -627,11 +641,6 @@ def first_to_answer(
 def _is_short(exchange: Exchange) -> bool:
     """Whether the whole answer fits into the scratch memory of a connection, with room to spare."""
     return exchange.answer_bytes <= _SCRATCH_BYTES // 2
-
-
-def _writing(exchange: Exchange, delivery: Delivery) -> AbstractContextManager[None]:
-    """Rows may be written where they belong within this, even if that is the caller's."""
-    return nullcontext() if exchange.owned else delivery.writing()
 
 
 @lru_cache(maxsize=256)  # decode asks for the same few shapes over and over

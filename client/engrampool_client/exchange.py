@@ -54,6 +54,7 @@ class Exchange:
     """A request and its growing answer.
 
     answer_bytes: rows that will come back, in bytes. shapes: layer -> shape of its rows.
+    owned: whether all arrays are its own: nobody minds what is written into them after the step ended.
     times: the server's, once the whole answer is there.
     Not thread-safe: one thread adds, and a layer's rows are read after `add` or `placed` said it is complete.
 
@@ -73,18 +74,27 @@ class Exchange:
         deliver: Callable[[int, Rows], Rows] | None = None,
         allocate: Callable[[int], Rows] | None = None,
     ) -> None:
-        _check_limits(served, shapes)
         self._served, self._asked = served, asked
         self.shapes = dict(shapes)
         self.times: wire.ServerTimes | None = None
-        self._sizes = {layer: math.prod(shape) for layer, shape in self.shapes.items()}
-        self.answer_bytes = sum(self._sizes.values())
-        self._have = dict.fromkeys(self._sizes, 0)
         self._out = dict(out or {})
         self._deliver, self._allocate = deliver, allocate
-        self._rows: dict[int, Rows] = {layer: np.empty(0, np.uint8) for layer in self.empty_layers()}
-        self._rows.update({layer: array.reshape(-1) for layer, array in self._out.items()})
+        self._sizes: dict[int, int] = {}
+        self._rows: dict[int, Rows] = {}
+        num_rows = 0
+        for layer, shape in self.shapes.items():
+            self._sizes[layer] = size = math.prod(shape)
+            num_rows += math.prod(shape[:-1])
+            if not size:
+                self._rows[layer] = np.empty(0, np.uint8)
+        for layer, array in self._out.items():
+            self._rows[layer] = array.reshape(-1)
+        self.answer_bytes = sum(self._sizes.values())
+        if num_rows > served.max_rows or self.answer_bytes > served.max_answer_bytes:
+            raise _over_limits(served, num_rows, self.answer_bytes)
+        self._have = dict.fromkeys(self._sizes, 0)
         self._whole: _Whole | None = None
+        self.owned = not self._out
 
     @cached_property
     def request(self) -> bytes:
@@ -117,7 +127,7 @@ class Exchange:
             rows = spec.hash(batch, layers)
             if heads is not None:
                 rows = {layer: ids[:, heads] for layer, ids in rows.items()}
-            return cls.of_rows(served, rows, out, writing)
+            return cls._of_ids(served, rows, out, writing)
         tables = [spec.table(layer) for layer in layers]
         shapes = {table.layer: (batch.num_tokens, table.heads, table.row_bytes) for table in tables}
         batch.check_tokens(spec.vocab_size, spec.lookback)
@@ -133,11 +143,20 @@ class Exchange:
         writing: Writing = nullcontext,
     ) -> "Exchange":
         """Ask for rows by id: [*ids.shape, row_bytes] a layer. Raises BatchError, SpecError, RejectedError."""
+        spec = served.spec
+        return cls._of_ids(
+            served, {layer: row_ids(spec.table(layer), rows[layer]) for layer in sorted(rows)}, out, writing
+        )
+
+    @classmethod
+    def _of_ids(
+        cls, served: ServedModel, rows: Mapping[int, wire.Ids], out: Out | None, writing: Writing
+    ) -> "Exchange":
+        """rows: by layer, ascending; of the table's dtype, and in range."""
         tables, shapes = [], {}
-        for layer in sorted(rows):
-            table, ids = served.spec.table(layer), rows[layer]
-            tables.append((layer, row_ids(table, ids).reshape(-1)))
-            shapes[layer] = (*ids.shape, table.row_bytes)
+        for layer, ids in rows.items():
+            tables.append((layer, ids.reshape(-1)))
+            shapes[layer] = (*ids.shape, served.spec.table(layer).row_bytes)
         asked = wire.LookupRequest(served.spec.name, served.version, tuple(tables))
         return cls._plain(served, asked, shapes, out, writing)
 
@@ -151,12 +170,14 @@ class Exchange:
         writing: Writing,
     ) -> "Exchange":
         """What comes is what was asked for, in the caller's arrays where there are some."""
+        if not out:
+            return cls(served, asked, shapes, None, lambda _, rows: _read_only(rows))
         check_outs(served.spec, out, shapes)
-        out = out or {}
 
         def deliver(layer: int, rows: Rows) -> Rows:
-            with writing() if isinstance(out.get(layer), Mapping) else nullcontext():
-                return hand_over(served.spec.table(layer), rows, out.get(layer))
+            given = out.get(layer)
+            with writing() if isinstance(given, Mapping) else nullcontext():
+                return hand_over(served.spec.table(layer), rows, given)
 
         whole = {layer: array for layer, array in out.items() if isinstance(array, np.ndarray)}
         return cls(served, asked, shapes, whole, deliver)
@@ -226,12 +247,14 @@ class Exchange:
 
     def whole(self, complete: Sequence[int]) -> dict[int, Rows]:
         """Rows of the layers that are `complete` here, and so are in every part of what was split: once each."""
-        rows = {layer: self.rows(layer) for layer in complete}
+        rows = {}
+        for layer in complete:
+            rows[layer] = self.rows(layer)
         return rows if self._whole is None else self._whole.rows(complete)
 
     def empty_layers(self) -> list[int]:
         """Layers that no rows will come for (a batch of no tokens); they are complete from the start."""
-        return [layer for layer, size in self._sizes.items() if size == 0]
+        return [] if all(self._sizes.values()) else [layer for layer, size in self._sizes.items() if size == 0]
 
     def add(self, message: bytes) -> list[int]:
         """Take in one LookupResponse; returns the layers that are complete by it. Raises ProtocolError."""
@@ -256,9 +279,10 @@ class Exchange:
 
     def missing(self) -> tuple[tuple[int, int], ...]:
         """(layer, bytes) of the layers that are not complete, in the order in which a server sends them."""
-        return tuple(
-            (layer, self._sizes[layer]) for layer in sorted(self._sizes) if self._have[layer] != self._sizes[layer]
-        )
+        sizes = self._sizes
+        if self._have == sizes:
+            return ()
+        return tuple([(layer, sizes[layer]) for layer in sorted(sizes) if self._have[layer] != sizes[layer]])
 
     def due(self) -> tuple[int, int] | None:
         """(layer, row) that rows must come for next, in the order in which a server sends them; None once complete."""
@@ -295,20 +319,15 @@ class Exchange:
         self.__dict__.pop("request", None)  # it was encoded for what was missing before
 
     @property
-    def owned(self) -> bool:
-        """Whether all arrays are this exchange's own: nobody minds what is written into them after the step ended."""
-        return not self._out
-
-    @property
     def complete(self) -> bool:
         """Whether every row is there."""
         return self._have == self._sizes
 
     def finish(self) -> None:
         """Raise ProtocolError unless every row has come."""
-        short = [layer for layer, size in self._sizes.items() if self._have[layer] != size]
-        if short:
-            raise ProtocolError(f"the answer ended before the rows of layer {short[0]} were complete")
+        if self._have != self._sizes:
+            short = next(layer for layer, size in self._sizes.items() if self._have[layer] != size)
+            raise ProtocolError(f"the answer ended before the rows of layer {short} were complete")
 
     def rows(self, layer: int) -> Rows:
         """The layer's rows in their shape, or what `deliver` makes of them. Only once complete, and once."""
@@ -429,9 +448,13 @@ def hand_over(table: TableSpec, rows: Rows, out: Rows | Mapping[str, Rows] | Non
     """
     if isinstance(out, np.ndarray):
         return rows
-    if isinstance(out, Mapping):
+    if out is not None:
         for name, array in out.items():
             array[:] = rows[..., table.row_format.slice_of(name)]
+    return _read_only(rows)
+
+
+def _read_only(rows: Rows) -> Rows:
     handed = rows.view()  # what is ours stays writable: rows that come too late to be taken are masked
     handed.flags.writeable = False
     return handed
@@ -469,12 +492,9 @@ def row_ids(table: TableSpec, ids: Any) -> npt.NDArray[Any]:
     return plain.astype(table.id_dtype, copy=False)
 
 
-def _check_limits(served: ServedModel, shapes: Mapping[int, tuple[int, ...]]) -> None:
-    num_rows = sum(math.prod(shape[:-1]) for shape in shapes.values())
-    nbytes = sum(math.prod(shape) for shape in shapes.values())
-    if num_rows > served.max_rows or nbytes > served.max_answer_bytes:
-        raise RejectedError(
-            f"{num_rows} rows, {nbytes} bytes, are over the server's limits of {served.max_rows} rows and "
-            f"{served.max_answer_bytes} bytes a request; split the batch",
-            "too-many-rows",
-        )
+def _over_limits(served: ServedModel, num_rows: int, nbytes: int) -> RejectedError:
+    return RejectedError(
+        f"{num_rows} rows, {nbytes} bytes, are over the server's limits of {served.max_rows} rows and "
+        f"{served.max_answer_bytes} bytes a request; split the batch",
+        "too-many-rows",
+    )

@@ -1,8 +1,7 @@
 """One lookup at work: planned by the version that is current, asked for, handed over, kept for later ones."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from engrampool_client.delivery import Delivery
 from engrampool_client.errors import EngrampoolError, PoolError, ProtocolError, StepCancelledError, UnknownVersionError
@@ -51,12 +50,13 @@ class Lookup:
         """Do what needs no server; whether `ask` is to follow."""
         more = False
         try:
-            with self._settling():
-                if self._closing.is_set():
-                    raise StepCancelledError("the client was closed")
-                if not self.delivery.done:  # else it was cancelled while it waited, or is too late
-                    self.delivery.begin_work()
-                    more = self._prepare()
+            if self._closing.is_set():
+                raise StepCancelledError("the client was closed")
+            if not self.delivery.done:  # else it was cancelled while it waited, or is too late
+                self.delivery.begin_work()
+                more = self._prepare()
+        except BaseException as error:
+            self._failed(error)
         finally:
             if not more:
                 self._leave()
@@ -65,13 +65,14 @@ class Lookup:
     def ask(self) -> None:
         """Have servers send what the plan lacks, and hand it over."""
         try:
-            with self._settling():
-                while not self._fetch():
-                    self._let_go()
-                    if self._blank is not None:
-                        self.delivery.stand_in(self._blank)  # not what the last version's cache had
-                    if not self._prepare():
-                        return
+            while not self._fetch():
+                self._let_go()
+                if self._blank is not None:
+                    self.delivery.stand_in(self._blank)  # not what the last version's cache had
+                if not self._prepare():
+                    return
+        except BaseException as error:
+            self._failed(error)
         finally:
             self._leave()
 
@@ -108,7 +109,8 @@ class Lookup:
                 self._stats.came(source, nbytes)
         if plan is not None and self._hinted:
             plan.keep(hinted=True)
-        elif missing := [layer for layer in self.delivery.layers if layer not in self.delivery.rows]:
+        elif not self.delivery.done:
+            missing = [layer for layer in self.delivery.layers if layer not in self.delivery.rows]
             raise ProtocolError(f"the lookup ended without the rows of layer {missing[0]}")
         self.delivery.end(None, times)
         if plan is not None and not self._hinted:
@@ -127,20 +129,17 @@ class Lookup:
         self._let_go()
         self.delivery.end_work()
 
-    @contextmanager
-    def _settling(self) -> Iterator[None]:
-        """Whatever is raised within this is how the lookup ends."""
-        try:
-            yield
-        except EngrampoolError as error:
-            closed = StepCancelledError("the client was closed")
-            self.delivery.end(closed if self._closing.is_set() and isinstance(error, PoolError) else error)
-        except Exception as error:
-            if self._closing.is_set():  # gRPC has its own ways to say that a channel is closed
-                self.delivery.end(StepCancelledError("the client was closed"))
-                return
-            self.delivery.end(PoolError(f"unexpected failure in the client: {error!r}"))
-            raise
-        except BaseException:  # KeyboardInterrupt: the caller waits no more
+    def _failed(self, error: BaseException) -> None:
+        """Whatever is raised within a lookup is how it ends. Raises it again unless it is what steps fail with."""
+        closing = self._closing.is_set()
+        if isinstance(error, EngrampoolError):
+            closed = closing and isinstance(error, PoolError)
+            self.delivery.end(StepCancelledError("the client was closed") if closed else error)
+        elif not isinstance(error, Exception):  # KeyboardInterrupt: the caller waits no more
             self.delivery.end(StepCancelledError("the lookup was interrupted"))
-            raise
+            raise error
+        elif closing:  # gRPC has its own ways to say that a channel is closed
+            self.delivery.end(StepCancelledError("the client was closed"))
+        else:
+            self.delivery.end(PoolError(f"unexpected failure in the client: {error!r}"))
+            raise error

@@ -102,7 +102,13 @@ class Shards:
     @property
     def attached(self) -> bool:
         """Whether a server of each shard lets its memory be read, now."""
-        return bool(self._sets) and all(any(endpoint.attached for endpoint in one.replicas) for one in self._sets)
+        for one in self._sets:
+            for endpoint in one.replicas:
+                if endpoint.attached:
+                    break
+            else:
+                return False
+        return bool(self._sets)
 
     @property
     def direct(self) -> bool:
@@ -147,7 +153,8 @@ class Shards:
 
     def ask(self, exchange: Exchange, delivery: Delivery, spin_s: float) -> None:
         """Have every row of the exchange come: from each shard its own, all at once. Raises PoolError."""
-        delivery.arrived(exchange.whole(exchange.empty_layers()))
+        if empty := exchange.empty_layers():
+            delivery.arrived(exchange.whole(empty))
         if self._fan_out is None:
             self._sets[0].ask(exchange, delivery, spin_s)
             return

@@ -65,7 +65,7 @@ class Stats:
     def began(self, step: object, nbytes: int, limit_bytes: int | None = None) -> bool:
         """Count a step and its rows as pending, unless those would be more than the limit together with others."""
         with self._lock:
-            if limit_bytes is not None and self._pending and self.pending_bytes + nbytes > limit_bytes:
+            if limit_bytes is not None and self._pending and sum(list(self._pending.values())) + nbytes > limit_bytes:
                 return False
             self._pending[step] = nbytes
             self.begun += 1

@@ -72,12 +72,13 @@ class Step:
         timeout_s: wait no longer than this, without settling anything; None waits until the step's deadline.
         Raises DeadlineError, what the lookup failed with, or BatchError for a layer that was not asked for.
         """
-        self.check_layer(layer)
         begin = time.perf_counter()
+        rows = self.delivery.rows.get(layer)
         try:
-            return self.take(layer, timeout_s)
+            return self.take(layer, timeout_s) if rows is None else rows
         finally:
-            self.waited(layer, time.perf_counter() - begin)
+            if layer in self.wait_s:
+                self.waited(layer, time.perf_counter() - begin)
 
     def check_layer(self, layer: int) -> None:
         """Raise BatchError for a layer that was not asked for."""
@@ -90,6 +91,7 @@ class Step:
         rows = delivery.rows.get(layer)
         if rows is not None:
             return rows
+        self.check_layer(layer)
         if not delivery.wait_for(lambda: delivery.settled(layer), wait_limit_s(timeout_s)):
             raise DeadlineError(f"the rows of layer {layer} were not there within {timeout_s} s")
         rows = delivery.rows.get(layer)

@@ -152,7 +152,7 @@ class TableSpec:
         """Rows that one token asks for."""
         return len(self.hash.head_rows())
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of a row."""
         return self.row_format.row_bytes
@@ -167,7 +167,7 @@ class TableSpec:
         """uint64 [heads]: the first row of each head."""
         return np.cumsum([0, *self.hash.head_rows()[:-1]]).astype(np.uint64)
 
-    @property
+    @cached_property
     def id_dtype(self) -> type[np.uint32] | type[np.uint64]:
         """Uint32 while every row id fits, uint64 beyond."""
         return np.uint32 if self.num_rows <= 2**32 else np.uint64
@@ -231,11 +231,12 @@ class ModelSpec:
 
     def table(self, layer: int) -> TableSpec:
         """The table of `layer`. Raises SpecError naming the layers there are."""
-        if layer not in self._by_layer:
+        table = self._by_layer.get(layer)
+        if table is None:
             raise SpecError(f"model {self.name} has no layer {layer}; it has {', '.join(map(str, self.layers))}")
-        return self._by_layer[layer]
+        return table
 
-    @property
+    @cached_property
     def layers(self) -> tuple[int, ...]:
         """The layers that have tables, ascending."""
         return tuple(self._by_layer)
@@ -266,9 +267,10 @@ class ModelSpec:
         windows = batch.windows(self.lookback, None if self.token_map is None else self.token_map.ids)
         rows: dict[int, RowIds] = {}
         for table in tables:
-            out = np.empty((batch.num_tokens, table.heads), table.id_dtype)
-            for columns, keys in zip(table.hash.groups(), table.hash.keys(windows), strict=True):
-                table.hash.rows_of(columns, keys, table.head_offsets, out[:, columns])
+            family, offsets = table.hash, table.head_offsets
+            out = np.empty((len(batch.tokens), table.heads), table.id_dtype)
+            for columns, keys in zip(family.groups(), family.keys(windows), strict=True):
+                family.rows_of(columns, keys, offsets, out[:, columns])
             rows[table.layer] = out
         return rows
 

@@ -13,22 +13,16 @@ from functools import partial
 import numpy as np
 import pytest
 
-from engrampool_client import AsyncClient, Client, DeadlineError, ForkedError, PoolError
+import forks
+from engrampool_client import AsyncClient, Client, DeadlineError, PoolError
 from engrampool_client.plan import Plan
 from engrampool_client.record import Recording
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
-from engrampool_proto.synthetic import synthetic_rows
+from forks import FEW, TOKENS, expected
 from server_fixtures import LIMIT_S, GatherGate, at_work, direct_of, eventually, running
 
-# Many enough for a long answer, which comes piece by piece.
-TOKENS = np.arange(3000, dtype=np.int32) * 40
-FEW = TOKENS[:4]
 LANES = {"grpc": "off", "direct": "auto"}
-
-
-def expected(spec, tokens) -> dict[int, np.ndarray]:
-    return {layer: synthetic_rows(spec.table(layer), ids) for layer, ids in spec.hash(TokenBatch.of(tokens)).items()}
 
 
 def arrays(client: Client, tokens) -> dict[int, np.ndarray]:
@@ -283,95 +277,26 @@ def test_a_client_may_be_closed_in_callbacks_and_beside_them(server, lane, kept)
 # --- another process
 
 
-BEGUN = b"begun "
+def run_forks(*arguments: object) -> None:
+    """Run a scenario of forks.py in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, forks.__file__, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.stdout == "good\n", done.stderr
 
 
-def child(run) -> bytes:
-    """What `run` gives in a fork of this process.
-
-    Handlers of forks, gRPC's and Python's own, end a child by a signal now and then, before `run`: once more, then.
-    """
-    for _ in range(10):
-        said, ended = forked(run)
-        if said or ended >= 0:
-            break
-    if not said and ended < 0:  # of some states of a process they end every child
-        pytest.skip(f"gRPC's or Python's own handlers of forks end children of this process by signal {-ended}")
-    return said.removeprefix(BEGUN)
-
-
-def forked(run) -> tuple[bytes, int]:
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        said = b"failed"
-        os.write(write, BEGUN)
-        try:
-            said = run()
-        finally:
-            os.write(write, said)
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        said = pipe.read()
-    return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"direct": "off", "attach": "off"}, {"attach": "off", "cache_bytes": 1 << 20}, {"hashing": "server"}],
-    ids=["grpc", "direct", "hashed there"],
-)
-def test_a_child_is_told_that_the_client_is_its_parents_and_takes_nothing_from_it(packed, monkeypatch, settings):
-    gate = GatherGate(monkeypatch)
-    with running(packed) as server, Client(server.address, **settings) as client:
-        there = client.prefetch(FEW)
-        there.wait()
-        step = client.prefetch(TOKENS)
-        gate.wait_begun(1)
-
-        def run() -> bytes:
-            asks = [
-                lambda: client.lookup(FEW),
-                lambda: client.lookup_rows({1: np.zeros((2, 24), np.uint32)}),
-                lambda: client.prefetch(FEW),
-                lambda: client.amend(there, FEW),
-                lambda: asyncio.run(AsyncClient(client).lookup(FEW)),
-                lambda: step.rows(1),
-                lambda: step.wait(),
-                lambda: client.save_cache("never"),
-            ]
-            refused = []
-            for ask in asks:
-                try:
-                    ask()
-                except Exception as error:
-                    refused.append(f"{type(error).__name__} {os.getpid() if str(os.getpid()) in str(error) else 0}")
-            good = refused == [f"ForkedError {os.getpid()}"] * len(asks)
-            good &= "made in process" in (client.status()["why_unusable"] or "") and "made in process" in repr(client)
-            # What was there is the child's as well; and giving up is of no effect on the parent.
-            good &= np.array_equal(there.rows(14), expected(client.spec, FEW)[14])
-            step.cancel()
-            client.close()
-            return b"good" if good else repr(refused).encode()
-
-        assert child(run) == b"good"
-        gate.open.set()
-        assert np.array_equal(step.rows(14), expected(client.spec, TOKENS)[14])
-        assert client.stats.retries == 0
-        assert np.array_equal(client.lookup(FEW)[1], expected(client.spec, FEW)[1])
+@pytest.mark.parametrize("lane", forks.LANES)
+def test_a_child_is_told_that_the_client_is_its_parents_and_takes_nothing_from_it(packed, lane):
+    run_forks("told", packed, lane)
 
 
 def test_a_child_has_a_client_of_its_own_and_ends_as_processes_do(silent):
-    with Client(silent.address, attach="off") as client:
-        assert client.direct
-
-        def run() -> bytes:
-            with Client(silent.address, attach="off") as own:
-                return b"good" if np.array_equal(own.lookup(FEW)[1], expected(own.spec, FEW)[1]) else b"wrong rows"
-
-        assert child(run) == b"good"
-        assert np.array_equal(client.lookup(FEW)[14], expected(client.spec, FEW)[14])
+    run_forks("own", silent.address)
 
 
 def test_parent_and_child_of_a_fork_both_end_as_processes_do(silent):
@@ -389,18 +314,8 @@ def test_parent_and_child_of_a_fork_both_end_as_processes_do(silent):
 
 def test_a_recording_is_the_parents_alone(server, tmp_path):
     path = tmp_path / "rows.rec"
-    with Client(server, attach="off", record=path) as client:
-        client.lookup(FEW)
-
-        def run() -> bytes:
-            with pytest.raises(ForkedError):
-                client.lookup(FEW)
-            client.close()
-            return b"good"
-
-        for _ in range(5):
-            assert child(run) == b"good"
-        client.lookup(FEW)
+    run_forks("recording", server, path)
+    with Client(server) as client:
         spec = client.spec
     wanted = {layer: ids.tolist() for layer, ids in spec.hash(TokenBatch.of(FEW)).items()}
     found = [{layer: ids.tolist() for layer, ids in one.ids.items()} for one in Recording(path).of(spec)]

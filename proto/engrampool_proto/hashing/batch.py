@@ -44,9 +44,9 @@ class TokenBatch:
                 f"query_start_loc must run from 0 to the number of tokens ({length}); it is "
                 + (f"[{bounds[0]}, ..., {bounds[-1]}]" if len(bounds) else "empty")
             )
-        falls = np.flatnonzero(bounds[1:] < bounds[:-1])
-        if len(falls):
-            at = int(falls[0])
+        falls = bounds[1:] < bounds[:-1]
+        if np.logical_or.reduce(falls):
+            at = int(falls.argmax())
             raise BatchError(
                 f"query_start_loc must ascend: entry {at + 1} is {bounds[at + 1]}, after {bounds[at]} at entry {at}"
             )
@@ -118,9 +118,13 @@ class Windows:
         requests, length = len(before), batch.num_tokens
         tokens = batch.tokens if batch.dead is None else np.where(batch.dead, np.int32(-1), batch.tokens)
         # In one line, so that every shift is one read of it: each request's look-back, oldest first, then its tokens.
-        line = np.full(length + requests * lookback, -1, np.int64)
-        ends = np.arange(1, requests + 1) * lookback + bounds[:-1]  # of the look-backs
-        at = np.arange(length) + np.repeat(ends - bounds[:-1], np.diff(bounds))
+        # By methods of arrays: numpy's functions of the same names cost more than the work that a small batch is.
+        line = np.empty(length + requests * lookback, np.int64)
+        line.fill(-1)
+        starts = bounds[:-1]
+        before_them = np.arange(1, requests + 1) * lookback
+        ends = before_them + starts  # of the look-backs
+        at = np.arange(length) + before_them.repeat(bounds[1:] - starts)
         line[at] = tokens
         width = min(lookback, before.shape[1])
         if width:
@@ -208,7 +212,7 @@ def _check(name: str, array: Any, dtype: type[np.generic], shape: tuple[int | No
 
 
 def _check_ids(name: str, ids: npt.NDArray[Any], low: int, stop: int) -> None:
-    if ids.size == 0 or (ids.min() >= low and ids.max() < stop):
+    if ids.size == 0 or (np.minimum.reduce(ids, None) >= low and np.maximum.reduce(ids, None) < stop):
         return
     raise BatchError(f"{_first_outside(name, ids, low, stop)}; this model's token ids are {low} .. {stop - 1}")
 

@@ -59,6 +59,11 @@ class XorMix:
         return np.array(self.head_rows(), np.int64)
 
     @cached_property
+    def _groups(self) -> tuple[slice, ...]:
+        ends = np.cumsum([0, *map(len, self.primes)]).tolist()
+        return tuple(slice(start, stop) for start, stop in pairwise(ends))
+
+    @cached_property
     def _factors(self) -> npt.NDArray[np.int64]:
         """Int64 [n, 1]: the multipliers."""
         return np.array(self.multipliers, np.int64)[:, None]
@@ -74,12 +79,11 @@ class XorMix:
 
     def groups(self) -> tuple[slice, ...]:
         """One an order: its hash before the modulus decides all its rows."""
-        ends = np.cumsum([0, *map(len, self.primes)]).tolist()
-        return tuple(slice(start, stop) for start, stop in pairwise(ends))
+        return self._groups
 
     def keys(self, windows: Windows) -> npt.NDArray[np.int64]:
         """See `HashFamily`. The keys are the hashes before the modulus."""
-        ids = windows.filled(self.fill, self.stop)[: self.lookback + 1]
+        ids = windows.filled(self.fill, self.stop)[: len(self.multipliers)]
         return np.bitwise_xor.accumulate(ids * self._factors, axis=0)[1:]
 
     def rows_of(

@@ -1,0 +1,140 @@
+"""What the child of a fork finds of its parent's client. Run as a program, by name: `forks.py SCENARIO ...`.
+
+Each scenario has a process of its own: in one with hundreds of tests behind it, CPython 3.11 has ended children by a
+signal in `threading._after_fork`, before they came to anything.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engrampool_client import AsyncClient, Client, ForkedError
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import GatherGate, running
+
+# Many enough for a long answer, which comes piece by piece.
+TOKENS = np.arange(3000, dtype=np.int32) * 40
+FEW = TOKENS[:4]
+BEGUN = b"begun "
+LANES = {
+    "grpc": {"direct": "off", "attach": "off"},
+    "direct": {"attach": "off", "cache_bytes": 1 << 20},
+    "hashed there": {"hashing": "server"},
+}
+
+
+def expected(spec, tokens) -> dict[int, np.ndarray]:
+    return {layer: synthetic_rows(spec.table(layer), ids) for layer, ids in spec.hash(TokenBatch.of(tokens)).items()}
+
+
+def child(run) -> bytes:
+    """What `run` gives in a fork of this process.
+
+    Handlers of forks, gRPC's and Python's own, end a child by a signal now and then, before `run`: once more, then.
+    """
+    for _ in range(10):
+        said, ended = forked(run)
+        if said or ended >= 0:
+            break
+    return said.removeprefix(BEGUN) or f"ended with {ended} before it began".encode()
+
+
+def forked(run) -> tuple[bytes, int]:
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        said = b"failed"
+        os.write(write, BEGUN)
+        try:
+            said = run()
+        finally:
+            os.write(write, said)
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read()
+    return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def told(packed: str, lane: str) -> None:
+    """A child is told that the client is its parent's, and takes nothing from it."""
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        running(Path(packed)) as server,
+        Client(server.address, **LANES[lane]) as client,
+    ):
+        gate = GatherGate(monkeypatch)
+        there = client.prefetch(FEW)
+        there.wait()
+        step = client.prefetch(TOKENS)
+        gate.wait_begun(1)
+
+        def run() -> bytes:
+            asks = [
+                lambda: client.lookup(FEW),
+                lambda: client.lookup_rows({1: np.zeros((2, 24), np.uint32)}),
+                lambda: client.prefetch(FEW),
+                lambda: client.amend(there, FEW),
+                lambda: asyncio.run(AsyncClient(client).lookup(FEW)),
+                lambda: step.rows(1),
+                lambda: step.wait(),
+                lambda: client.save_cache("never"),
+            ]
+            refused = []
+            for ask in asks:
+                try:
+                    ask()
+                except Exception as error:
+                    refused.append(f"{type(error).__name__} {os.getpid() if str(os.getpid()) in str(error) else 0}")
+            good = refused == [f"ForkedError {os.getpid()}"] * len(asks)
+            good &= "made in process" in (client.status()["why_unusable"] or "") and "made in process" in repr(client)
+            # What was there is the child's as well; and giving up is of no effect on the parent.
+            good &= np.array_equal(there.rows(14), expected(client.spec, FEW)[14])
+            step.cancel()
+            client.close()
+            return b"good" if good else repr(refused).encode()
+
+        assert child(run) == b"good"
+        gate.open.set()
+        assert np.array_equal(step.rows(14), expected(client.spec, TOKENS)[14])
+        assert client.stats.retries == 0
+        assert np.array_equal(client.lookup(FEW)[1], expected(client.spec, FEW)[1])
+
+
+def own(address: str) -> None:
+    """A child has a client of its own, and ends as processes do."""
+    with Client(address, attach="off") as client:
+        assert client.direct
+
+        def run() -> bytes:
+            with Client(address, attach="off") as own:
+                return b"good" if np.array_equal(own.lookup(FEW)[1], expected(own.spec, FEW)[1]) else b"wrong rows"
+
+        assert child(run) == b"good"
+        assert np.array_equal(client.lookup(FEW)[14], expected(client.spec, FEW)[14])
+
+
+def recording(address: str, path: str) -> None:
+    """A recording is the parent's alone: two lookups of FEW are in it, whatever children do between them."""
+    with Client(address, attach="off", record=path) as client:
+        client.lookup(FEW)
+
+        def run() -> bytes:
+            with pytest.raises(ForkedError):
+                client.lookup(FEW)
+            client.close()
+            return b"good"
+
+        for _ in range(5):
+            assert child(run) == b"good"
+        client.lookup(FEW)
+
+
+if __name__ == "__main__":
+    {"told": told, "own": own, "recording": recording}[sys.argv[1]](*sys.argv[2:])
+    print("good")
