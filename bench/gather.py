@@ -21,10 +21,10 @@ import numpy as np
 from engrampool_proto.hashing import TokenBatch, XorMix
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.token_map import TokenMap
-from engrampool_server.gather import gather
-from engrampool_server.hasher import Hasher
-from engrampool_server.memory import allocate
-from engrampool_server.overlay import Overlay
+from engrampool_server.answer.hasher import Hasher
+from engrampool_server.memory.gather import gather
+from engrampool_server.memory.memory import allocate
+from engrampool_server.memory.overlay import Overlay
 
 SIZES_GB = (1, 2, 4, 8, 12)
 # 264 is V4.1's; the others are odd, tiny and large.

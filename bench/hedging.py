@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from engrampool_client import Client
-from engrampool_client.grpc_lane import GrpcLane
+from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.v1 import pool_pb2
 from processes import child

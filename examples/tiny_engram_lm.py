@@ -37,7 +37,7 @@ from engrampool_client.testing import serve_process
 from engrampool_proto.builders import blueprint, load_config
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.table_files import PackedModel
 
 TEXTS = Path(__file__).parent / "data"
 VOCAB_SIZE, PAD = 1024, 0

@@ -7,9 +7,9 @@ import numpy as np
 
 from engrampool_proto.spec import ModelSpec, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
-from engrampool_server.patch import write_patch
-from engrampool_server.table_files import PackedModel
-from engrampool_server.table_writer import write_tables
+from engrampool_server.files.patches.patch import write_patch
+from engrampool_server.files.table_files import PackedModel
+from engrampool_server.files.table_writer import write_tables
 
 FIRST, SECOND, PATCHED = VERSIONS = ("first", "second", "patched")
 # Of the first version's rows, one in so many is another in the patched one.

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from engrampool_client.direct import DirectLane
-from engrampool_client.exchange import Exchange
-from engrampool_client.served import ServedModel
+from engrampool_client.lanes.native import DirectLane
+from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import Identity
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec

@@ -13,7 +13,7 @@ import pytest
 from etcd3gw.client import Etcd3Client
 from etcd3gw.exceptions import Etcd3Exception
 
-from engrampool_proto.registry import Registry
+from engrampool_proto.registry.etcd import Registry
 from server_fixtures import LIMIT_S, eventually, lasting_address
 
 

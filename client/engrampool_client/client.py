@@ -15,12 +15,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_client.cache import HotRows
-from engrampool_client.deadlines import Deadlines
-from engrampool_client.delivery import Delivery, in_callback
-from engrampool_client.direct import Direct
-from engrampool_client.discovery import Servers
-from engrampool_client.endpoint import Attach, Ways
+from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import (
     BatchError,
@@ -29,7 +24,11 @@ from engrampool_client.errors import (
     PoolError,
     StepCancelledError,
 )
-from engrampool_client.exchange import (
+from engrampool_client.lanes.native import Direct
+from engrampool_client.lookup.cache import HotRows
+from engrampool_client.lookup.deadlines import Deadlines
+from engrampool_client.lookup.delivery import Delivery, in_callback
+from engrampool_client.lookup.exchange import (
     Exchange,
     Hashing,
     IntArray,
@@ -40,19 +39,20 @@ from engrampool_client.exchange import (
     token_batch,
     zeros,
 )
-from engrampool_client.following import Following
-from engrampool_client.generation import Generation, How, columns
-from engrampool_client.plan import Layout, Plan
-from engrampool_client.record import Recorder
-from engrampool_client.run import Lookup, MakePlan
-from engrampool_client.served import ServedModel
+from engrampool_client.lookup.hints import candidates_batch
+from engrampool_client.lookup.plan import Layout, Plan
+from engrampool_client.lookup.run import Lookup, MakePlan
+from engrampool_client.lookup.served import ServedModel
+from engrampool_client.lookup.step import Step
+from engrampool_client.lookup.workers import Job, Workers
+from engrampool_client.pool.discovery import Servers
+from engrampool_client.pool.endpoint import Attach, Ways
+from engrampool_client.pool.following import Following
+from engrampool_client.pool.shards import Shards
+from engrampool_client.pool.version import Generation, How, columns
 from engrampool_client.settings import bounded_s, check_positive, check_settings
-from engrampool_client.shards import Shards
-from engrampool_client.speculation import candidates_batch
 from engrampool_client.stats import Stats
 from engrampool_client.status import ClientStatus, brief, client_status
-from engrampool_client.step import Step
-from engrampool_client.workers import Job, Workers
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.malloc import pin_malloc
 

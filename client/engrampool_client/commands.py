@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from engrampool_client.client import Client
-    from engrampool_client.exchange import Hashing, Rows
+    from engrampool_client.lookup.exchange import Hashing, Rows
     from engrampool_proto.spec import ModelSpec
 
 # Of rows that are asked for at once.
@@ -32,7 +32,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print a summary as
 
 def read_target(context: click.Context, param: click.Parameter, value: str) -> str:
     """What `Client` takes as its target, else a usage error."""
-    from engrampool_client.discovery import Servers
+    from engrampool_client.pool.discovery import Servers
 
     try:
         Servers([value])

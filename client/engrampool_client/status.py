@@ -6,12 +6,12 @@ No server is asked, and no lock is taken: what is read at once may be a moment a
 from math import isfinite
 from typing import Literal, TypedDict
 
-from engrampool_client.cache import HotRows
-from engrampool_client.endpoint import Endpoint, Lane
-from engrampool_client.following import Following
-from engrampool_client.generation import Generation
+from engrampool_client.lookup.cache import HotRows
+from engrampool_client.lookup.workers import Workers
+from engrampool_client.pool.endpoint import Endpoint, Lane
+from engrampool_client.pool.following import Following
+from engrampool_client.pool.version import Generation
 from engrampool_client.stats import Stats
-from engrampool_client.workers import Workers
 
 _NO_ANSWER = "it has not answered so far"
 

@@ -13,6 +13,7 @@ import click
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.sharding import ShardBy, is_shard_name
+from engrampool_server.files.sources import Location, redact, split_locations
 from engrampool_server.machine import usable_cores
 from engrampool_server.setting_kinds import (
     GIB,
@@ -36,7 +37,6 @@ from engrampool_server.setting_kinds import (
     format_size,
     split_address,
 )
-from engrampool_server.sources import Location, redact, split_locations
 
 __all__ = ["ConfigError", "ResolvedConfig", "ServerConfig", "load_config", "render", "serve_options", "split_address"]
 

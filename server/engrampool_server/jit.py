@@ -115,7 +115,8 @@ def compile_ahead(*levels: str) -> None:
     Raises subprocess.CalledProcessError where that fails, after a message of its own.
     """
     x86 = _X86_LEVELS if platform.machine() == "x86_64" else ()
-    code = "import sys, engrampool_server.supervisor; from engrampool_server import jit; sys.exit(jit.not_kept())"
+    imports = "import sys, engrampool_server.processes.supervisor; from engrampool_server import jit"
+    code = f"{imports}; sys.exit(jit.not_kept())"
     for name in levels or (*x86, "generic"):
         (AHEAD / name).mkdir(parents=True, exist_ok=True)
         environ = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", _LOCATORS: _OURS}

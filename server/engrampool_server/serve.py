@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from engrampool_proto.malloc import pin_malloc
-from engrampool_server import log
 from engrampool_server.config import load_config, render, serve_options
+from engrampool_server.telemetry import log
 
 
 @click.command()
@@ -26,7 +26,7 @@ def serve(file: Path | None, print_config: bool, **flags: Any) -> None:
         click.echo(render(resolved), nl=False)
         return
     # Not before: this compiles the kernels, where none are kept.
-    from engrampool_server.supervisor import supervise
+    from engrampool_server.processes.supervisor import supervise
 
     if resolved.config.pin_malloc:
         pin_malloc()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from engrampool_proto.registry import Registry
+from engrampool_proto.registry.etcd import Registry
 from engrampool_proto.sharding import MAX_SHARDS, is_shard_name, parse_shard
-from engrampool_server.sources import SCHEMES, Location, Url, parse_location
+from engrampool_server.files.sources import SCHEMES, Location, Url, parse_location
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 

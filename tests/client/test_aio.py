@@ -13,7 +13,7 @@ import pytest
 
 from engrampool_client import AsyncClient, Client, DeadlineError, PoolError, StepCancelledError, UnavailableError
 from engrampool_client.aio import AsyncStep, ClientSettings
-from engrampool_client.step import Step
+from engrampool_client.lookup.step import Step
 from engrampool_proto.synthetic import synthetic_rows
 from server_fixtures import LIMIT_S, SPEC, GatherGate, eventually, pack, running
 

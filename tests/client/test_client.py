@@ -185,7 +185,7 @@ def test_nothing_is_written_once_a_step_was_given_up(client):
 @pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
 @pytest.mark.parametrize("connections", [2, 3])
 def test_large_lookups_share_connections(server, connections, lane, monkeypatch):
-    monkeypatch.setattr("engrampool_client.endpoint.SPLIT_ABOVE_BYTES", 100_000)
+    monkeypatch.setattr("engrampool_client.pool.endpoint.SPLIT_ABOVE_BYTES", 100_000)
     with Client(server, connections=connections, direct=lane) as client:
         for count in (0, 1, 7, 8, 500, 1000):
             tokens = tokens_of(count)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import AsyncClient, BatchError, Client, FingerprintError, SpecError
-from engrampool_client.speculation import candidates_batch
+from engrampool_client.lookup.hints import candidates_batch
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
 

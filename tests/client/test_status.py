@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engrampool_client import AsyncClient, Client, DeadlineError, PoolError, UnavailableError
-from engrampool_client.shards import Shards
+from engrampool_client.pool.shards import Shards
 from engrampool_client.status import (
     BreakerStatus,
     CacheStatus,

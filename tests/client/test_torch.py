@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from engrampool_client import BatchError, Client, PoolError, SpecError, Step, UnavailableError
-from engrampool_client.delivery import Delivery
+from engrampool_client.lookup.delivery import Delivery
 from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import RowFormat, Segment
 from engrampool_proto.synthetic import synthetic_rows
-from engrampool_server.checkpoint import with_scales
+from engrampool_server.files.checkpoint import with_scales
 from server_fixtures import serve_thread
 from small_model import write_model
 

@@ -16,7 +16,7 @@ from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.builders import blueprint
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
-from engrampool_server.table_writer import write_tables
+from engrampool_server.files.table_writer import write_tables
 from server_fixtures import expected, pack, version_of
 
 # Qwen's family needs no tokenizer. Two layers, so that a sum by layer has something to tell apart.

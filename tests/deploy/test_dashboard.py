@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from engrampool_client.metrics import ClientCollector
-from engrampool_server.metrics import Metrics
+from engrampool_server.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 SCRAPE_CONFIG = ROOT / "deploy/prometheus/prometheus.yml"

@@ -29,11 +29,11 @@ from engrampool_client import Client
 from engrampool_client.testing import serve_process
 from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
-from engrampool_server import children, supervisor
 from engrampool_server.config import ServerConfig, load_config, split_address
+from engrampool_server.files.sources import Url
 from engrampool_server.machine import Machine, Room
-from engrampool_server.preflight import Need, check
-from engrampool_server.sources import Url
+from engrampool_server.memory.preflight import Need, check
+from engrampool_server.processes import children, supervisor
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"

@@ -9,7 +9,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from engrampool_server.machine import Machine, Room
-from engrampool_server.preflight import OVERHEAD_BYTES, WORKER_BYTES, Need, check
+from engrampool_server.memory.preflight import OVERHEAD_BYTES, WORKER_BYTES, Need, check
 
 ROOT = Path(__file__).parents[2]
 

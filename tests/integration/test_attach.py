@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engrampool_client.attach import AttachLane
-from engrampool_client.delivery import Delivery
-from engrampool_client.exchange import Exchange
-from engrampool_client.grpc_lane import GrpcLane
-from engrampool_client.served import choose
+from engrampool_client.lanes.attach import AttachLane
+from engrampool_client.lanes.grpc import GrpcLane
+from engrampool_client.lookup.delivery import Delivery
+from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.served import choose
 from engrampool_client.testing import serve_process
 from engrampool_proto.v1 import pool_pb2
 from server_fixtures import LIMIT_S, SPEC, eventually, expected, pack, version_of

@@ -13,7 +13,7 @@ from safetensors import deserialize
 from engrampool_client import Client
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.table_files import PackedModel
 from small_model import TOKENIZER
 
 WINDOWS = 100_000

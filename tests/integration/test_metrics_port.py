@@ -15,7 +15,7 @@ from server_fixtures import LIMIT_S, eventually, pack, running
 # Every read of a block opens a pipe first, and so waits until somebody opened its other end.
 SLOW_DISK = """
 import os
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.table_files import PackedModel
 read_block = PackedModel.read_block
 def slow(self, block, out):
     os.close(os.open(os.environ["TEST_GATE"], os.O_RDONLY))
@@ -73,7 +73,7 @@ def test_paths_mean_what_they_say_while_loading_serving_and_draining(packed, tmp
 def test_a_server_without_a_worker_is_not_ready(packed, tmp_path):
     code = """
 import os
-from engrampool_server import supervisor
+from engrampool_server.processes import supervisor
 answer = supervisor.answer
 def fail(config, shared, link, *, serving):
     if serving and os.path.exists(os.environ["TEST_FLAG"]):

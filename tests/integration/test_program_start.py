@@ -16,13 +16,13 @@ from click.testing import CliRunner
 
 import engrampool_client
 from engrampool_proto.cli import engrampool
-from engrampool_server import commands
-from engrampool_server.synth import CONFIGS
-from engrampool_server.table_writer import FILE_BYTES
+from engrampool_server.commands import files as commands
+from engrampool_server.files.synth import CONFIGS
+from engrampool_server.files.table_writer import FILE_BYTES
 from server_fixtures import pack, serve_thread
 
 # Each takes a fifth of a second or more, kernels far more where they are not compiled yet.
-KERNELS = {"numba", "llvmlite", "engrampool_server.gather", "engrampool_server.hasher"}
+KERNELS = {"numba", "llvmlite", "engrampool_server.memory.gather", "engrampool_server.answer.hasher"}
 NETWORK = {"grpc", "google.protobuf", "uvloop", "prometheus_client", "etcd3gw", "requests", "obstore", "ray"}
 ARRAYS = {"numpy", "tokenizers", "tqdm"}
 # Their options come from the settings of the server, or from tables.

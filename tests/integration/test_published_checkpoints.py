@@ -14,9 +14,9 @@ import pytest
 import published
 from engrampool_client import Client
 from engrampool_client.testing import serve_process
-from engrampool_server.pack import pack
-from engrampool_server.raw_model import RawModel
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.pack import pack
+from engrampool_server.files.raw_model import RawModel
+from engrampool_server.files.table_files import PackedModel
 from published import Published
 from server_fixtures import serve_thread
 

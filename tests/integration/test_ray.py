@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster_load import loads
-from engrampool_client.ray_names import addresses
+from engrampool_client.pool.ray_names import addresses
 from engrampool_proto.builders import blueprint
 from small_model import CONFIG, TOKENIZER, write_model
 

@@ -15,10 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engrampool_client import Client
 from engrampool_client.testing import ServerProcess, serve_process
-from engrampool_proto.registry import Active, VersionError
-from engrampool_server.patch import write_patch
-from engrampool_server.table_files import PackedModel
-from engrampool_server.versions import overview, overview_text
+from engrampool_proto.registry.etcd import Active, VersionError
+from engrampool_server.commands.versions import overview, overview_text
+from engrampool_server.files.patches.patch import write_patch
+from engrampool_server.files.table_files import PackedModel
 from etcd_process import EtcdProcess, running_etcd
 from pooled import Asker, answers, described, member, published, serving, wait_held
 from server_fixtures import LIMIT_S, eventually, lasting_address, pack, scrape

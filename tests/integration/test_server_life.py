@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engrampool_client.testing import ServerProcess, ServerStartError, serve_process
 from engrampool_proto.v1 import pool_pb2
-from engrampool_server.memory import huge_page_bytes
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.table_files import PackedModel
+from engrampool_server.memory.memory import huge_page_bytes
 from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, expected, joined, pack, refusal, rows_of, version_of
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -33,7 +33,7 @@ BIG = np.tile(np.arange(6500), 40)
 # Every read of a block opens a pipe first, and so waits until somebody opened its other end: a disk that hangs.
 SLOW_DISK = """
 import os
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.table_files import PackedModel
 read_block = PackedModel.read_block
 def slow(self, block, out):
     os.close(os.open(os.environ["TEST_GATE"], os.O_RDONLY))

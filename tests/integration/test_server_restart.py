@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engrampool_client.testing import ServerProcess, serve_process
-from engrampool_server.segments import find_backing, survey
+from engrampool_server.memory.segments import find_backing, survey
 from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, expected, pack, rows_of, version_of
 
 
@@ -112,10 +112,10 @@ from pathlib import Path
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", sys.argv[1]], check=True)
 import threading
 from engrampool_proto.errors import EngrampoolError
-from engrampool_server import log
+from engrampool_server.telemetry import log
 from engrampool_server.config import ServerConfig
-from engrampool_server.holdings import Holdings
-from engrampool_server.metrics import Metrics
+from engrampool_server.memory.load import Holdings
+from engrampool_server.telemetry.metrics import Metrics
 log.configure("info")
 def start(*models):
     holdings = Holdings(ServerConfig(models=models, memory=f"file:{sys.argv[1]}"), Metrics())

@@ -13,8 +13,8 @@ import pytest
 
 from engrampool_client.testing import ServerProcess, ServerStartError, serve_process
 from engrampool_proto.sharding import Part, cut, part_nbytes
-from engrampool_server.synth_checkpoint import synth_checkpoint
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.synth_checkpoint import synth_checkpoint
+from engrampool_server.files.table_files import PackedModel
 from server_fixtures import SPEC, RawPool, eventually, expected, pack, rows_of, scrape, version_of
 
 PARTS = cut(SPEC, 4)

@@ -106,7 +106,7 @@ def test_tables_that_do_not_fit_shm_are_refused_before_they_are_read(packed):
 
 # A neighbour takes the last of it once the machine was looked at.
 TAKEN = """
-from engrampool_server import holdings
+from engrampool_server.memory import load as holdings
 before = holdings.Holdings.load
 def load(self, *args):
     with open("/dev/shm/neighbour", "wb", buffering=0) as file:
@@ -143,8 +143,8 @@ LAST_PAGE = """
 import os
 from pathlib import Path
 from engrampool_proto.segment import Identity
-from engrampool_server.memory import OutOfMemoryError, populate
-from engrampool_server.segments import Backing, take
+from engrampool_server.memory.memory import OutOfMemoryError, populate
+from engrampool_server.memory.segments import Backing, take
 free = os.statvfs("/dev/shm")
 nbytes = free.f_bfree * free.f_bsize
 backing = Backing(Path("/dev/shm"))

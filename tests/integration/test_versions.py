@@ -16,8 +16,8 @@ import pytest
 
 from engrampool_client.testing import ServerProcess
 from engrampool_proto.synthetic import synthetic_rows
-from engrampool_server.patch import patch as make_patch
-from engrampool_server.table_writer import write_tables
+from engrampool_server.files.patches.patch import patch as make_patch
+from engrampool_server.files.table_writer import write_tables
 from etcd_process import EtcdProcess, running_etcd
 from pooled import IDS, Asker, answers, described, member, published, serving, wait_held
 from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, pack, refusal, scrape
@@ -158,7 +158,9 @@ def test_what_fails_fails_alone_and_what_is_held_needs_no_registry(etcd, models,
             fcntl.flock(other, fcntl.LOCK_EX)
             registry.publish(second)
             server.wait_for("waiting")
-            (loader,) = [pid for pid, command in children(server).items() if "engrampool_server.loader" in command]
+            (loader,) = [
+                pid for pid, command in children(server).items() if "engrampool_server.processes.loader" in command
+            ]
             os.kill(loader, signal.SIGKILL)
             failed = eventually(lambda: member(registry, server).failed, "a loader that was killed is told")
             assert "SIGKILL" in failed[second.version]

@@ -27,7 +27,7 @@ from engrampool_proto import frames
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec, TableSpec
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
-from engrampool_server.table_writer import write_tables
+from engrampool_server.files.table_writer import write_tables
 from server_fixtures import (
     LIMIT_S,
     SPEC,
@@ -50,7 +50,7 @@ BIG = np.tile(np.arange(6500), 40)
 # A process that starts to serve the tables ends at once while the file is there.
 CRASHING = """
 import os
-from engrampool_server.server import Server
+from engrampool_server.answer.server import Server
 hold = Server.hold
 def crash(self, models):
     if os.path.exists(os.environ["TEST_CRASH"]):
@@ -68,8 +68,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Whoever opens the tables waits for a disk that does not answer.
 STUCK = """
 import time
-from engrampool_server import children, log
-from engrampool_server.table_files import PackedModel
+from engrampool_server.processes import children
+from engrampool_server.telemetry import log
+from engrampool_server.files.table_files import PackedModel
 children._GIVE_UP_S = 0.1
 def open(directory):
     log.event("stuck")

@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from engrampool_proto.synthetic import synthetic_rows
-from engrampool_server.synth import synth
-from engrampool_server.synth_checkpoint import synth_checkpoint
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.synth import synth
+from engrampool_server.files.synth_checkpoint import synth_checkpoint
+from engrampool_server.files.table_files import PackedModel
 from server_fixtures import Events
 
 # Small enough to be quick, and still several files of several blocks each.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engrampool_proto.cli import main
-from engrampool_server.table_files import PackedModel
+from engrampool_server.files.table_files import PackedModel
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -1,0 +1,1 @@
+"""`engrampool doctor`: lookups recorded, asked again, and what slow ones come from."""

@@ -1,0 +1,196 @@
+"""Lookups over gRPC, for the blocking client."""
+
+import threading
+import time
+
+import grpc
+import grpc.experimental
+
+from engrampool_client.errors import (
+    DeadlineError,
+    PoolError,
+    ProtocolError,
+    UnavailableError,
+    from_rpc,
+    is_no_grpc,
+)
+from engrampool_client.lookup.delivery import Delivery
+from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.served import DESCRIBE
+from engrampool_client.settings import CHANNEL_OPTIONS, METHOD, RETRY_LOADING_S, STREAM_ABOVE_BYTES
+from engrampool_proto.v1 import pool_pb2
+
+# The thread that reads a stream also drives its connection: without this gRPC hands every message from one to another.
+_OPTIONS = (*CHANNEL_OPTIONS, (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1))
+
+
+class _Connection:
+    """A channel of gRPC's. calls: under way on it; whoever closes it at zero ends none."""
+
+    def __init__(self, target: str) -> None:
+        self.channel = grpc.insecure_channel(target, _OPTIONS)
+        self.lookup = self.channel.unary_unary(METHOD + "Lookup")
+        self.lookup_stream = self.channel.unary_stream(METHOD + "LookupStream")
+        self.calls = 0
+
+
+class GrpcLane:
+    """One connection to a server. Thread-safe."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._lock = threading.Lock()
+        self._closed = False
+        self._connection = _Connection(target)
+        # Others that calls are still under way on, and those that nobody may touch any more.
+        self._former: set[_Connection] = set()
+        self._given_up: list[_Connection] = []
+
+    def describe(self, timeout_s: float, request: bytes = DESCRIBE) -> bytes:
+        """The bytes of a DescribeResponse, waiting for a server that does not listen yet or is still loading.
+
+        request: the bytes of a DescribeRequest, by default for all that there is.
+        Raises UnavailableError after `timeout_s`, which says why the last try failed; and other PoolErrors at once.
+        """
+        deadline = time.monotonic() + timeout_s
+        pause = threading.Event()
+        last: PoolError | None = None
+        while True:
+            remaining_s = max(0.0, deadline - time.monotonic())
+            try:
+                # Without gRPC's own waiting for a server, which would keep to itself why there is none.
+                return self._control("Describe", request, remaining_s)
+            except (UnavailableError, DeadlineError) as error:
+                if is_no_grpc(error):
+                    text = f"{self.target} is no engrampool server, nor any other of gRPC (its metrics port?): {error}"
+                    raise ProtocolError(text) from error
+                # That time ran out while it was tried once more says less than why it failed before.
+                if last is None or not isinstance(error, DeadlineError):
+                    last = error
+            if deadline - time.monotonic() <= RETRY_LOADING_S or self._closed:
+                silent = isinstance(last, DeadlineError) and last.reason is None
+                why = "nothing there answers; it may hang, or packets may be lost on the way: " if silent else ""
+                text = f"no server at {self.target} was ready within {timeout_s:.3g} s: {why}{last}"
+                raise UnavailableError(text, last.reason) from last
+            pause.wait(RETRY_LOADING_S)
+
+    def open_direct(self, timeout_s: float) -> pool_pb2.OpenDirectResponse:
+        """Ask for a way into the direct lane. Raises PoolError."""
+        answer = self._control("OpenDirect", pool_pb2.OpenDirectRequest().SerializeToString(), timeout_s)
+        try:
+            return pool_pb2.OpenDirectResponse.FromString(answer)
+        except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
+            raise ProtocolError(f"OpenDirect was answered with something else: {error}") from error
+
+    def attach(self, model: str, version: str, timeout_s: float) -> pool_pb2.AttachResponse:
+        """Ask where the tables of `model` can be mapped. Raises PoolError."""
+        request = pool_pb2.AttachRequest(model=model, version=version)
+        answer = self._control("Attach", request.SerializeToString(), timeout_s)
+        try:
+            return pool_pb2.AttachResponse.FromString(answer)
+        except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
+            raise ProtocolError(f"Attach was answered with something else: {error}") from error
+
+    def fetch(self, exchange: Exchange, timeout_s: float, delivery: Delivery) -> None:
+        """Ask, and take the whole answer in; `delivery` is told of layers as they complete.
+
+        Raises what the call fails with. Whatever it is once the lookup was given up, the delivery knows better.
+        """
+        connection = self._enter()
+        try:
+            if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
+                # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
+                # given up meanwhile does not wait for it.
+                _take(exchange, connection.lookup(exchange.request, timeout=timeout_s), delivery)
+            else:
+                stream = connection.lookup_stream(exchange.request, timeout=timeout_s)
+                delivery.on_cancel(stream.cancel)
+                for message in stream:
+                    _take(exchange, message, delivery)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.target) from error
+        except KeyboardInterrupt:
+            # It may have come while gRPC held a lock of the channel's, and then every other call on it, and its end,
+            # waits for ever: it is not used any more, nor closed.
+            self._give_up(connection)
+            raise
+        finally:
+            self._leave(connection)
+        exchange.finish()
+
+    def renew(self, old: "_Connection | None" = None) -> None:
+        """Have later calls go by a new connection. Those under way end on the old one, which may be well after all.
+
+        old: only if that is the one that they would go by; any if None.
+        """
+        with self._lock:
+            if self._closed or old not in (None, self._connection):
+                return
+            old, self._connection = self._connection, _Connection(self.target)
+            self._former.add(old)
+        self._close_former()
+
+    def close(self) -> None:
+        """End the connection, and every call on it."""
+        with self._lock:
+            self._closed = True
+            connections = {self._connection, *self._former}
+        for connection in connections:
+            connection.channel.close()
+
+    def _control(self, method: str, request: bytes, timeout_s: float) -> bytes:
+        """Call what a server that is well answers at once. Raises PoolError.
+
+        If it does not, the connection may be one that was forgotten on the way: the next call goes by a new one.
+        """
+        connection = self._enter()
+        try:
+            answer: bytes = connection.channel.unary_unary(METHOD + method)(request, timeout=timeout_s)
+            return answer
+        except grpc.RpcError as rpc_error:
+            error = from_rpc(rpc_error, self.target)
+            if isinstance(error, DeadlineError) and error.reason is None:
+                self.renew(connection)
+            raise error from rpc_error
+        except KeyboardInterrupt:
+            self._give_up(connection)  # as `fetch` does
+            raise
+        finally:
+            self._leave(connection)
+
+    def _enter(self) -> _Connection:
+        """The connection for a call; `_leave` is to follow."""
+        with self._lock:
+            self._connection.calls += 1
+            return self._connection
+
+    def _leave(self, connection: _Connection) -> None:
+        with self._lock:
+            connection.calls -= 1
+        if self._former:
+            self._close_former()
+
+    def _give_up(self, connection: _Connection) -> None:
+        """Neither use it any more, nor close it."""
+        with self._lock:
+            self._given_up.append(connection)
+            self._former.discard(connection)
+            if connection is self._connection:
+                self._connection = _Connection(self.target)
+
+    def _close_former(self) -> None:
+        """Close those that are not used any more, and on which no call is under way."""
+        with self._lock:
+            idle = {one for one in self._former if not one.calls}
+            self._former -= idle
+        for connection in idle:
+            connection.channel.close()
+
+
+def _take(exchange: Exchange, message: bytes, delivery: Delivery) -> None:
+    if exchange.owned:
+        complete = exchange.add(message)
+    else:
+        with delivery.writing():
+            complete = exchange.add(message)
+    delivery.arrived(exchange.whole(complete))

@@ -1,0 +1,1 @@
+"""One lookup, from a batch of tokens to its rows: no network in it."""

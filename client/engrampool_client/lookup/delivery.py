@@ -1,0 +1,346 @@
+"""What lanes hold of a lookup: where its rows go, whether they may still be written, and how each layer is settled."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
+from typing import Any, Self
+
+from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, RejectedError, StepCancelledError
+from engrampool_client.lookup.exchange import Blank, Rows, Valid
+from engrampool_proto.errors import BatchError
+from engrampool_proto.wire import ServerTimes
+
+_log = logging.getLogger("engrampool")
+_telling = threading.local()
+
+
+def in_callback() -> bool:
+    """Whether this thread runs a callback now: then others may wait for it, and it must not wait for them."""
+    return getattr(_telling, "depth", 0) > 0
+
+
+class Delivery:
+    """The rows of one lookup on their way to the caller. Thread-safe.
+
+    A layer is settled once: its rows are there, or it has failed for good. The first of `end` and `give_up` decides
+    what became of those that are missing. From then on `writing` lets nobody in, and once the last writer has left
+    every layer is settled. Nobody can stop that half way: what fails on the way is logged, and whoever is interrupted
+    (KeyboardInterrupt) leaves a state that the next call of `end` or `give_up`, from any thread, brings to its end.
+
+    layers: ascending. deadline: by time.monotonic. begun: by time.perf_counter. error: why rows are missing.
+    rows, valid: of the layers that are settled with rows, masked ones included. arrived_s: layer -> seconds from the
+    beginning until its rows were there. times: the server's own, once all rows are there.
+    elapsed_s: seconds from the beginning to the last row, once all rows are there.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        deadline: float = inf,
+        blank: Blank | None = None,
+        on_end: "Callable[[Delivery], Any] | None" = None,
+    ) -> None:
+        """blank: gives what stands in for rows that do not come; None leaves them missing.
+
+        on_end: called once every layer is settled, at least once, in the thread that settled the last.
+        """
+        if not layers:
+            raise BatchError("a lookup needs at least one layer")
+        self.layers = tuple(layers)
+        self.deadline = deadline
+        self.begun = time.perf_counter()
+        self.error: EngrampoolError | None = None
+        self.rows: dict[int, Rows] = {}
+        self.valid: dict[int, Valid] = {}
+        self.arrived_s: dict[int, float] = {}
+        self.times: ServerTimes | None = None
+        self.elapsed_s: float | None = None
+        self._blank, self._on_end = blank, on_end
+        # The lock itself, and not the condition, is what `with` takes: Ctrl-C can come between any two lines of Python,
+        # and a condition's own line between having the lock and saying so would leave it taken for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0  # threads; to notify nobody is not free
+        self._done = self._closing = self._telling = False
+        self._working: bool | None = None
+        self._writers: list[int] = []  # threads
+        self._cancels: list[Callable[[], Any]] = []
+        self._callbacks: list[Callable[[int], Any]] = []
+        self._idle_callbacks: list[Callable[[], Any]] = []
+        self._calls: deque[tuple[Callable[[int], Any], int]] = deque()
+
+    # --- for those who wait
+
+    @property
+    def done(self) -> bool:
+        """Whether every layer is settled. From then on nothing is written."""
+        return self._done or len(self.rows) == len(self.layers)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody is at work on it any more, too."""
+        return self._done
+
+    def settled(self, layer: int) -> bool:
+        """Whether the layer has its rows, or never will."""
+        return layer in self.rows or self._done
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Whether `condition` came true within `timeout_s`. At the deadline everything is settled, which must do."""
+        if condition():
+            return True
+        remaining_s = self.deadline - time.monotonic()
+        limit_s = remaining_s if timeout_s is None else min(timeout_s, remaining_s)
+        if self._wait(condition, limit_s):
+            return True
+        if limit_s == timeout_s:
+            return condition()
+        self.expire()
+        return True
+
+    def add_callback(self, callback: Callable[[int], Any]) -> None:
+        """Have `callback(layer)` called once for each layer when it is settled, or at once for those that are.
+
+        In the thread that settles it; what it raises is logged.
+        """
+        with self._lock:
+            if not self._done:
+                self._callbacks.append(callback)
+            self._calls.extend((callback, layer) for layer in self.layers if self.settled(layer))
+        self._tell()
+
+    # --- for those who bring rows
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it was cancelled, or failed."""
+        return self.error is not None
+
+    def writing(self) -> Self:
+        """For `with`: rows may be written where they belong within it. Entering it raises what it was given up with.
+
+        Nobody is settled while somebody is within; so wait for nothing there that `on_cancel` does not end.
+        """
+        return self
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._closing:
+                raise self.error or StepCancelledError("the step has all its rows")
+            self._writers.append(threading.get_ident())
+
+    def __exit__(self, *_: object) -> None:
+        thread = threading.get_ident()
+        with self._lock:
+            if thread in self._writers:
+                self._writers.remove(thread)
+            last = self._closing and not self._writers
+        if last:
+            self._settle()
+
+    def arrived(self, rows: Mapping[int, Rows]) -> None:
+        """Hand over the rows of layers that are complete; of no effect once it was given up."""
+        if not rows:
+            return
+        with self._lock:
+            if self._closing:
+                return
+            now_s = time.perf_counter() - self.begun
+            self.arrived_s.update(dict.fromkeys(rows, now_s))
+            self.rows.update(rows)
+            for callback in self._callbacks:
+                self._calls.extend((callback, layer) for layer in rows)
+            if self._waiting:
+                self._changed.notify_all()
+        if self._calls:
+            self._tell()
+
+    def end(self, error: EngrampoolError | None, times: ServerTimes | None = None) -> None:
+        """Settle what is not yet: those who brought rows bring no more, of an error or as all are there.
+
+        This thread is not writing any more, even if it was interrupted before it could say so.
+        """
+        with self._lock:
+            if self._writers:
+                thread = threading.get_ident()
+                self._writers = [writer for writer in self._writers if writer != thread]
+            if not self._done:
+                self._close(error)
+                self.times = times
+        self._settle()
+
+    def give_up(self, error: EngrampoolError, wait: bool = True) -> None:
+        """End it while others may be at work: they are told, and once those who are writing have left, it is settled.
+
+        wait: until then, unless this thread is writing itself.
+        """
+        with self._lock:
+            if not self._done:
+                self._close(error)
+                self._telling = True
+        self._cancel()
+        self._settle()
+        if wait and threading.get_ident() not in self._writers:
+            self._wait(lambda: self._done, inf)
+
+    def expire(self, wait: bool = True) -> None:
+        """Give it up as its deadline has passed. wait: until those who are writing have left."""
+        self.give_up(DeadlineError("the step's rows were not there by its deadline (DEADLINE_EXCEEDED)"), wait)
+
+    def on_cancel(self, cancel: Callable[[], Any]) -> None:
+        """Have `cancel` called when it is given up, or at once if it was. It must not wait for anybody who writes."""
+        with self._lock:
+            self._cancels.append(cancel)
+            given_up = self._closing
+        if given_up:
+            self._cancel()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait, unless it is given up; whether it was."""
+        return self._wait(lambda: self._closing, seconds)
+
+    def stand_in(self, blank: Blank) -> None:
+        """Have `blank` make what stands in for rows that do not come, if anything was to."""
+        with self._lock:
+            if self._blank is not None and not self._done:
+                self._blank = blank
+
+    @property
+    def blank(self) -> Blank | None:
+        """What makes the rows that stand in; None if nothing does."""
+        return self._blank
+
+    @property
+    def working(self) -> bool | None:
+        """Whether somebody works on it; None before anybody did."""
+        return self._working
+
+    def begin_work(self) -> None:
+        """Somebody works on it, until `end_work`."""
+        with self._lock:
+            self._working = True
+
+    def end_work(self) -> None:
+        """Nobody works on it any more."""
+        with self._lock:
+            self._working = False
+            waiting, self._idle_callbacks = self._idle_callbacks, []
+        for callback in waiting:
+            callback()
+
+    def on_idle(self, callback: Callable[[], Any]) -> None:
+        """Have `callback` called once nobody works on it, or at once if nobody does."""
+        with self._lock:
+            if self._working:
+                self._idle_callbacks.append(callback)
+                return
+        callback()
+
+    def forked(self, error: EngrampoolError) -> None:
+        """In the child of a fork, where nobody else is: settle it without a word to those of the parent."""
+        self._lock = threading.RLock()  # the old one may be another thread's for ever
+        self._changed = threading.Condition(self._lock)
+        if self._done:
+            return
+        if len(self.rows) == len(self.layers):
+            self._closing = self._done = True
+            return
+        # Settled before anything is let go of: the last reference to a step may be among that.
+        self.error, self._closing, self._done = error, True, True
+        self._blank = self._on_end = None
+        self._cancels, self._callbacks, self._idle_callbacks, self._writers = [], [], [], []
+        self._calls.clear()
+
+    # --- how it ends
+
+    def _close(self, error: EngrampoolError | None) -> None:
+        """With the lock: let nobody write from now on. No error takes anything from rows that are all there."""
+        if len(self.rows) < len(self.layers):
+            self.error = self.error or error
+        self._closing = True
+        if self._waiting:  # `pause` waits for it
+            self._changed.notify_all()
+
+    def _cancel(self) -> None:
+        """Tell those who are at work, each once."""
+        while self._cancels:
+            try:
+                cancel = self._cancels.pop()
+            except IndexError:  # another thread took it
+                return
+            try:
+                cancel()
+            except Exception:
+                _log.exception("a lookup that was given up could not be told so")
+
+    def _settle(self) -> None:
+        """Settle every layer, unless somebody is writing: whoever leaves last does it then."""
+        with self._lock:
+            if not self._closing or self._writers:
+                return
+            if not self._done:
+                if len(self.rows) < len(self.layers):
+                    missing = [layer for layer in self.layers if layer not in self.rows]
+                    for layer in missing:
+                        self._mask(layer)
+                else:
+                    missing = []
+                if self.error is None:
+                    self.elapsed_s = max(self.arrived_s.values(), default=0.0)
+                self._done = True
+                if self._waiting:
+                    self._changed.notify_all()
+                for layer in missing:
+                    self._calls.extend((callback, layer) for callback in self._callbacks)
+                # They hold on to what they were made from.
+                self._blank, self._callbacks = None, []
+                if not self._telling:  # else they are about to be called
+                    self._cancels.clear()
+        if (on_end := self._on_end) is not None:
+            on_end(self)
+            self._on_end = None
+        if self._calls:
+            self._tell()
+
+    def _mask(self, layer: int) -> None:
+        if self._blank is None or not _may_be_masked(self.error):
+            return
+        try:
+            rows, valid = self._blank(layer)
+        except Exception:  # the layer is settled all the same, by the error
+            _log.exception("the rows of layer %s could not be masked", layer)
+            return
+        valid.flags.writeable = False
+        self.valid[layer] = valid
+        self.rows[layer] = rows
+
+    def _tell(self) -> None:
+        while self._calls:
+            try:
+                callback, layer = self._calls.popleft()
+            except IndexError:  # another thread took it
+                return
+            _telling.depth = getattr(_telling, "depth", 0) + 1
+            try:
+                callback(layer)
+            except Exception:
+                _log.exception("a callback of a step failed for layer %s", layer)
+            finally:
+                _telling.depth -= 1
+
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+        # Beyond what the system can count, a wait has no end.
+        with self._lock:
+            self._waiting += 1
+            try:
+                return self._changed.wait_for(condition, seconds if seconds < threading.TIMEOUT_MAX else None)
+            finally:
+                self._waiting -= 1
+
+
+def _may_be_masked(error: EngrampoolError | None) -> bool:
+    """Whether it is the pool that failed, and not the caller."""
+    return isinstance(error, PoolError) and not isinstance(error, RejectedError | StepCancelledError)

@@ -1,0 +1,1 @@
+"""Which servers there are, which of them is asked, and by which version of the model."""

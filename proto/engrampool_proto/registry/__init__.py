@@ -1,0 +1,1 @@
+"""Versions of models and servers that hold them, as a registry keeps them."""

@@ -1,0 +1,1 @@
+"""Answers to lookups: what one worker does with a request. Files are not read here."""

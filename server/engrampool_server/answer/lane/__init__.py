@@ -1,0 +1,1 @@
+"""The direct lane: lookups over plain sockets."""

@@ -1,0 +1,185 @@
+"""One process that answers: binds, holds models, serves, drains, stops. supervisor.py runs several on one port."""
+
+import asyncio
+import threading
+import time
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from engrampool_proto.wire import SERVICE
+from engrampool_server.answer.health import SERVING, Health
+from engrampool_server.answer.in_flight import InFlight
+from engrampool_server.answer.lane.direct import DirectLane
+from engrampool_server.answer.lane.entrance import Entrance
+from engrampool_server.answer.lookups import Limits, Lookups
+from engrampool_server.answer.service import PoolService
+from engrampool_server.answer.shared import Shared
+from engrampool_server.config import ServerConfig
+from engrampool_server.memory.load import Holdings
+from engrampool_server.memory.tables import HeldModel
+from engrampool_server.ports import ListenError, listen_on
+from engrampool_server.setting_kinds import split_address
+from engrampool_server.telemetry import log
+from engrampool_server.telemetry.exporter import Http
+from engrampool_server.telemetry.metrics import FLUSH_S, CallMetrics, Metrics
+
+# Ids are at most 8 bytes; the rest of a request is small beside them.
+_REQUEST_MARGIN_BYTES = 1 << 20
+# gRPC keeps the bound on messages in a C int.
+_INT32_MAX = 2**31 - 1
+# gRPC gives its handlers no way to end a call whose request never ends, or whose answer nobody reads. A connection of
+# this age takes no new calls, for which clients make another one by themselves, and is closed after the grace.
+_CONNECTION_AGE_S, _CONNECTION_GRACE_S = 600, 60
+# Calls at one time on one connection; more of them wait at the client.
+_CONNECTION_CALLS = 1024
+# How often callers are asked for a sign of life while a call of theirs is under way, and how long that may take.
+_SIGN_OF_LIFE_S = 10
+# How often to look, while draining, whether there is anything left to wait for.
+_IDLE_S = 0.1
+
+
+class Server:
+    """Answers on `config.listen`, on the event loop that it was made on.
+
+    Alone (`shared` not given) it is a whole server: `start`, `load`, `stop`. As one of several processes it listens on
+    a port that they share, is given what is loaded already (`start`, `hold`, `stop`) and leaves metrics to others.
+
+    address, metrics_address: "HOST:PORT" once started, with the port that port 0 became.
+    """
+
+    def __init__(self, config: ServerConfig, shared: Shared | None = None) -> None:
+        self._config = config
+        self._alone = shared is None
+        self._shared = shared or Shared(Metrics(), InFlight(config.max_in_flight_bytes))
+        limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
+        self._lookups = Lookups(limits, self._shared.in_flight, self._shared.metrics, config.gather_threads)
+        self._calls = CallMetrics(self._shared.metrics)
+        self._health = Health("", SERVICE)
+        self._holdings = Holdings(config, self._shared.metrics)
+        self._grpc: grpc.aio.Server | None = None
+        self._direct: DirectLane | None = None
+        self._metrics_http: tuple[Http, threading.Thread] | None = None
+        self._flushing: asyncio.TimerHandle | None = None
+        self._cancel_load = threading.Event()
+        self.address = self.metrics_address = ""
+
+    async def start(self) -> None:
+        """Listen; alone, open the models and check the machine first. Health says NOT_SERVING, lookups UNAVAILABLE.
+
+        Raises ListenError; alone PreflightError and TableFileError, too.
+        """
+        config = self._config
+        if self._alone:
+            self._holdings.open()
+            self._listen_metrics()
+            self._shared.entrance = Entrance.open(config.direct, config.listen)
+        max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
+        if self._shared.entrance is not None:
+            self._direct = DirectLane(self._lookups, self._shared.metrics, self._shared.entrance, max_request_bytes)
+        options = [
+            # Two servers on one port would each get some of the connections, a stale one too.
+            ("grpc.so_reuseport", 0 if self._alone else 1),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_concurrent_streams", _CONNECTION_CALLS),
+            ("grpc.max_connection_age_ms", round(_CONNECTION_AGE_S * 1e3)),
+            ("grpc.max_connection_age_grace_ms", round(_CONNECTION_GRACE_S * 1e3)),
+            # A caller that was lost on the way without a word takes no place for longer than that.
+            ("grpc.keepalive_time_ms", round(_SIGN_OF_LIFE_S * 1e3)),
+            ("grpc.keepalive_timeout_ms", round(_SIGN_OF_LIFE_S * 1e3)),
+            ("grpc.http2.ping_timeout_ms", round(_SIGN_OF_LIFE_S * 1e3)),  # which is what gRPC 1.85 goes by
+            # gRPC would cut off callers that ask for signs of life themselves, as many languages' do every few seconds.
+            ("grpc.http2.max_ping_strikes", 0),
+        ]
+        self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
+        service = PoolService(self._lookups, self._direct, config.attach != "off", self._shared.is_active)
+        handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
+        self._grpc.add_generic_rpc_handlers((handlers,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+        try:
+            port = self._grpc.add_insecure_port(config.listen)
+        except RuntimeError as error:
+            raise ListenError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
+        is_path = config.listen.startswith("unix:")
+        self.address = config.listen if is_path else f"{split_address(config.listen)[0]}:{port}"
+        await self._grpc.start()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Have Prometheus see what was counted, from now on again and again."""
+        self._flushing = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+        self._shared.metrics.flush()
+
+    def _listen_metrics(self) -> None:
+        if self._config.metrics == "off":
+            return
+        listener = listen_on(self._config.metrics, "metrics")
+        server = Http(listener, self._shared.metrics.registry, lambda: self._lookups.ready and self._grpc is not None)
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
+        self._metrics_http = (server, thread)
+        self.metrics_address = f"{split_address(self._config.metrics)[0]}:{server.server_port}"
+
+    async def load(self) -> None:
+        """Read every table, then serve them. Raises what reading and allocating raise."""
+        self.hold(await asyncio.to_thread(lambda: list(self._holdings.load(self._cancel_load))))
+        self._shared.metrics.serving.set(1)
+        self._shared.metrics.workers.set(1)
+        log.event("serving", listen=self.address, metrics=self.metrics_address or "off")
+
+    def hold(self, models: list[HeldModel]) -> None:
+        """Answer lookups in `models` from now on; health says SERVING, if there are any."""
+        for model in models:
+            self._lookups.add(model)
+        self._lookups.ready = True
+        if self._direct is not None:
+            self._direct.start()
+        if models:
+            self._health.set(SERVING)
+
+    async def stop(self) -> None:
+        """NOT_SERVING, no new calls, let those in flight finish for up to drain_s, stop. Twice is once."""
+        self._cancel_load.set()
+        if self._grpc is not None:
+            self._health.end()
+            if self._alone:
+                self._shared.metrics.serving.set(0)
+                self._shared.metrics.workers.set(0)
+            begin = time.monotonic()
+            direct = [] if self._direct is None else [self._direct.stop(self._config.drain_s)]
+            await asyncio.gather(self._drain(self._grpc), *direct)
+            self._grpc = None
+            if self._alone:
+                log.event("stopped", drained_s=round(time.monotonic() - begin, 3))
+        if self._alone and self._shared.entrance is not None:
+            self._shared.entrance.close()
+            self._shared.entrance = None
+        if self._flushing is not None:
+            self._flushing.cancel()
+        self._lookups.close()
+        self._holdings.close()
+        if self._metrics_http is not None:
+            server, thread = self._metrics_http
+            self._metrics_http = None
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+            await asyncio.to_thread(thread.join)
+
+    async def _drain(self, server: grpc.aio.Server) -> None:
+        """Let calls under way finish for up to drain_s.
+
+        grpc.aio loses a call that arrives in the very moment of `stop`: no handler ever runs, its caller waits for an
+        answer, and `stop` for its end. So once none of our handlers has anything left to do, for long enough that a
+        call on its way to one would have begun, the connections are cut; such a caller is told so and can ask again.
+        """
+        stopping = asyncio.ensure_future(server.stop(self._config.drain_s))
+        idle = False
+        while not (await asyncio.wait({stopping}, timeout=_IDLE_S))[0]:
+            if idle and not self._calls.open:
+                await server.stop(None)
+            idle = not self._calls.open
+        await stopping

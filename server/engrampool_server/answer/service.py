@@ -1,0 +1,303 @@
+"""Answers the calls of engrampool.v1.Pool over gRPC. docs/PROTOCOL.md is what callers may rely on."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import NoReturn
+
+import grpc
+
+from engrampool_proto import __version__, wire
+from engrampool_proto.segment import boot_id
+from engrampool_proto.spec import canonical_json
+from engrampool_proto.v1 import pool_pb2
+from engrampool_server.answer import peers
+from engrampool_server.answer.lane.direct import DirectLane
+from engrampool_server.answer.lookups import (
+    SMALL_REQUEST_BYTES,
+    Job,
+    Limits,
+    Lookups,
+    Piece,
+    Refusals,
+    RefusedError,
+    invalid,
+    server_times,
+)
+from engrampool_server.memory.segments import Place
+from engrampool_server.memory.tables import HeldModel, HeldTable
+
+# Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
+_MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
+# How long a client may go on reading tables that it has mapped once nobody answers it any more: longer than a worker's
+# restart takes, and short enough that memory of a server that is gone does not stay for long.
+_ATTACH_VALID_S = 5.0
+# How long a caller may take to read one message of a stream.
+_PATIENCE_S = 10.0
+# What an answer of Describe is made of: what is held, which of it is active, whether it can be mapped, the limits.
+_MadeOf = tuple[list[HeldModel], tuple[bool, ...], bool, Limits]
+
+
+class PoolService:
+    """The handlers.
+
+    direct: the lane that OpenDirect lets callers into, None if there is none.
+    attach: whether callers may map tables, where these lie in memory that others can map.
+    is_active: whether clients read a version of a model, as the registry had it last.
+    """
+
+    def __init__(
+        self,
+        lookups: Lookups,
+        direct: DirectLane | None,
+        attach: bool,
+        is_active: Callable[[str, str], bool] = lambda *_: False,
+    ) -> None:
+        self._lookups, self._direct, self._may_attach, self._is_active = lookups, direct, attach, is_active
+        # By model and include_spec: what the answer was made of; and the answer, which takes milliseconds to make with
+        # the specification.
+        self._described: dict[tuple[str, bool], tuple[_MadeOf, bytes]] = {}
+        self._given_up: set[asyncio.Task[NoReturn]] = set()
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """By method name. The hot methods pass raw bytes, which wire.py reads and writes, and Describe what it kept."""
+        return {
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self._describe,
+                request_deserializer=pool_pb2.DescribeRequest.FromString,
+            ),
+            "Lookup": grpc.unary_unary_rpc_method_handler(self._lookup),
+            "LookupStream": grpc.unary_stream_rpc_method_handler(self._lookup_stream),
+            "OpenDirect": grpc.unary_unary_rpc_method_handler(
+                self._open_direct,
+                request_deserializer=pool_pb2.OpenDirectRequest.FromString,
+                response_serializer=pool_pb2.OpenDirectResponse.SerializeToString,
+            ),
+            "Attach": grpc.unary_unary_rpc_method_handler(
+                self._attach,
+                request_deserializer=pool_pb2.AttachRequest.FromString,
+                response_serializer=pool_pb2.AttachResponse.SerializeToString,
+            ),
+        }
+
+    async def _describe(self, request: pool_pb2.DescribeRequest, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            self._lookups.check_ready()
+            models = self._lookups.held(request.model)
+        except RefusedError as error:
+            await self._refuse(context, error)
+        active = tuple(self._is_active(held.spec.name, held.version) for held in models)
+        made_of = (models, active, any(self._places(held) for held in models), self._lookups.limits)
+        key = (request.model, request.include_spec)  # callers may invent names, but only of what is held it comes here
+        described = self._described.get(key)
+        if described is None or described[0] != made_of:
+            described = (made_of, self._description(*made_of, request.include_spec))
+            self._described[key] = described
+        return described[1]
+
+    def _description(
+        self, models: list[HeldModel], active: tuple[bool, ...], attach: bool, bounds: Limits, include_spec: bool
+    ) -> bytes:
+        """A DescribeResponse."""
+        limits = pool_pb2.Limits(
+            max_rows_per_request=bounds.max_rows_per_request,
+            max_answer_bytes=bounds.max_answer_bytes,
+            max_in_flight_bytes=self._lookups.in_flight.limit_bytes,
+        )
+        answer = pool_pb2.DescribeResponse(
+            models=[_describe(held, one, include_spec) for held, one in zip(models, active, strict=True)],
+            limits=limits,
+            server_version=__version__,
+            direct=self._direct is not None,
+            attach=attach,
+        )
+        return answer.SerializeToString()
+
+    async def _open_direct(
+        self, request: pool_pb2.OpenDirectRequest, context: grpc.aio.ServicerContext
+    ) -> pool_pb2.OpenDirectResponse:
+        try:
+            self._lookups.check_ready()
+            if self._direct is None:
+                text = "this server has no direct lane; look up over gRPC"
+                raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "no-direct-lane", text)
+            return self._direct.admit_one(peers.of_call(context.peer()))
+        except RefusedError as error:
+            await self._refuse(context, error)
+
+    async def _attach(
+        self, request: pool_pb2.AttachRequest, context: grpc.aio.ServicerContext
+    ) -> pool_pb2.AttachResponse:
+        try:
+            self._lookups.check_ready()
+            places = self._places(self._lookups.find(request.model, request.version))
+            if not places:
+                text = "this server's tables cannot be mapped (its settings memory and attach say so); look rows up"
+                raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "no-attach", text)
+        except RefusedError as error:
+            await self._refuse(context, error)
+        tables = [_mapped(table, place) for table, place in places]
+        return pool_pb2.AttachResponse(tables=tables, valid_ms=round(_ATTACH_VALID_S * 1e3), boot_id=boot_id())
+
+    def _places(self, held: HeldModel) -> list[tuple[HeldTable, Place]]:
+        """Where a model's tables can be mapped; none unless all of them can, and callers may."""
+        places = [(table, table.place) for table in held.tables.values() if table.place is not None]
+        return places if self._may_attach and len(places) == len(held.tables) and boot_id() else []
+
+    async def _lookup(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        arrived = time.perf_counter()
+        try:
+            job = self._lookups.check(message)
+            if job.answer_bytes > _MAX_MESSAGE_BYTES:
+                text = f"the answer would be {job.answer_bytes} bytes, more than one message holds; ask by LookupStream"
+                raise invalid(text, "too-many-rows")
+            self._hold(job.answer_bytes, message, context)
+            if job.answer_bytes + len(message) <= self._lookups.inline_bytes:
+                answer, times = self._answer(job, context, arrived)
+            else:
+                loop = asyncio.get_running_loop()
+                answer, times = await loop.run_in_executor(self._lookups.threads, self._answer, job, context, arrived)
+        except Refusals as error:
+            await self._refuse(context, error)
+        # Once the answer is on its way: the caller need not wait for our book-keeping.
+        context.add_done_callback(lambda _: self._lookups.count("Lookup", job, times))
+        return answer
+
+    def _answer(self, job: Job, context: grpc.aio.ServicerContext, arrived: float) -> tuple[bytes, wire.ServerTimes]:
+        """Hash, gather and encode. Runs on the loop or in a gather thread."""
+        begin = time.perf_counter()
+        pieces = job.resolve(context.time_remaining())
+        writer = wire.ResponseWriter([(piece.table.spec.layer, 0, piece.nbytes) for piece in pieces], with_times=True)
+        for piece, out in zip(pieces, writer.rows, strict=True):
+            piece.table.gather(piece.ids, out)
+        times = server_times(arrived, begin, time.perf_counter() - begin)
+        writer.set_times(times)
+        return writer.message, times
+
+    async def _lookup_stream(self, message: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        arrived = time.perf_counter()
+        loop, call = asyncio.get_running_loop(), asyncio.current_task()
+        assert call is not None
+        try:
+            job = self._lookups.check(message)
+            hold = self._hold(self._lookups.bytes_in_pieces(job), message, context)
+            remaining_s = context.time_remaining()
+            deadline = None if remaining_s is None else time.perf_counter() + remaining_s
+            begin, pieces = await self._lookups.resolve_pieces(job, deadline, self._lookups.chunk_bytes)
+            gathered = time.perf_counter() - begin
+            last = len(pieces) - 1
+
+            def gather(at: int) -> asyncio.Future[tuple[wire.ResponseWriter, float]]:
+                return loop.run_in_executor(self._lookups.threads, _gather_piece, pieces[at], at == last)
+
+            coming = None if self._lookups.gathers_inline else gather(0)
+            for at in range(len(pieces)):
+                writer, seconds = await coming if coming else _gather_piece(pieces[at], at == last)
+                gathered += seconds
+                if at < last:
+                    coming = coming and gather(at + 1)  # while this piece is sent
+                else:
+                    times = server_times(arrived, begin, gathered)
+                    writer.set_times(times)
+                timer = loop.call_later(_PATIENCE_S, self._give_up, call, context, hold, len(writer.message))
+                try:
+                    yield writer.message  # which returns once gRPC has room for another one
+                finally:
+                    timer.cancel()
+        except Refusals as error:
+            await self._refuse(context, error)
+        self._lookups.count("LookupStream", job, times)
+
+    def _give_up(
+        self, call: asyncio.Task[None], context: grpc.aio.ServicerContext, hold: "_Hold", unread_bytes: int
+    ) -> None:
+        """End a stream whose caller does not read. What gRPC has of it stays until the caller reads on, or is gone."""
+        hold.kept_bytes = unread_bytes
+        call.cancel()
+        text = f"nothing of the answer was read for {_PATIENCE_S:g} s"
+        error = RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "unread-answer", text)
+        task = asyncio.create_task(self._refuse(context, error))
+        self._given_up.add(task)
+
+        def over(ended: asyncio.Task[NoReturn]) -> None:
+            if not ended.cancelled():
+                ended.exception()  # there always is one; see `_refuse`
+            self._given_up.discard(ended)
+            hold.shrink(0)
+
+        task.add_done_callback(over)
+
+    def _hold(self, nbytes: int, message: bytes, context: grpc.aio.ServicerContext) -> "_Hold":
+        """Reserve the bytes of an answer, and of a large request, until the call is over. Raises RefusedError."""
+        if len(message) > SMALL_REQUEST_BYTES:
+            nbytes += len(message)
+        hold = _Hold(self._lookups, nbytes, peers.of_call(context.peer()))
+        context.add_done_callback(lambda _: hold.shrink(hold.kept_bytes))
+        return hold
+
+    async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+        code, reason = self._lookups.refused(error)
+        await context.abort(code, str(error), ((wire.REASON_KEY, reason),))
+        raise AssertionError("abort always raises")
+
+
+class _Hold:
+    """Bytes in flight of one call. kept_bytes: of them, those that outlast its handler. Raises RefusedError."""
+
+    def __init__(self, lookups: Lookups, nbytes: int, peer: str) -> None:
+        lookups.reserve(nbytes, peer)
+        self._lookups, self._nbytes, self._peer = lookups, nbytes, peer
+        self.kept_bytes = 0
+        lookups.show_in_flight()
+
+    def shrink(self, nbytes: int) -> None:
+        """Give back all but `nbytes`."""
+        self._lookups.release(self._nbytes - nbytes, self._peer)
+        self._nbytes = nbytes
+        self._lookups.show_in_flight()
+
+
+def _gather_piece(piece: Piece, last: bool) -> tuple[wire.ResponseWriter, float]:
+    begin = time.perf_counter()
+    writer = wire.ResponseWriter([(piece.table.spec.layer, piece.first, piece.nbytes)], with_times=last)
+    piece.table.gather(piece.ids, writer.rows[0])
+    return writer, time.perf_counter() - begin
+
+
+def _mapped(table: HeldTable, place: Place) -> pool_pb2.MappedTable:
+    return pool_pb2.MappedTable(
+        layer=table.spec.layer,
+        path=str(place.path),
+        device=place.device,
+        inode=place.inode,
+        size=place.nbytes,
+        row_start=table.row_start,
+        row_stop=table.row_stop,
+        in_memory=place.in_memory,
+    )
+
+
+def _describe(held: HeldModel, active: bool, include_spec: bool) -> pool_pb2.Model:
+    tables = []
+    for spec in held.spec.tables:
+        segments = [pool_pb2.Segment(name=s.name, dtype=s.dtype, length=s.length) for s in spec.row_format.segments]
+        table = held.tables.get(spec.layer)
+        tables.append(
+            pool_pb2.Table(
+                layer=spec.layer,
+                num_rows=spec.num_rows,
+                row_bytes=spec.row_bytes,
+                heads=spec.heads,
+                segments=segments,
+                row_start=0 if table is None else table.row_start,
+                row_stop=0 if table is None else table.row_stop,
+            )
+        )
+    return pool_pb2.Model(
+        name=held.spec.name,
+        version=held.version,
+        spec_digest=held.spec.digest,
+        tables=tables,
+        spec_json=canonical_json(held.spec.to_json()) if include_spec else b"",
+        active=active,
+    )

@@ -1,0 +1,51 @@
+"""What the processes of one server have in common: made before the first of them is forked."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from engrampool_server.answer.in_flight import InFlight, int64s
+from engrampool_server.answer.known import Key
+from engrampool_server.answer.lane.entrance import Entrance
+from engrampool_server.memory.tables import HeldModel
+from engrampool_server.telemetry.metrics import Metrics
+
+
+@dataclass
+class Shared:
+    """What every process of a server inherits when it is forked.
+
+    models: those loaded before the fork; their rows are the one copy that all processes read.
+    entrance: of the direct lane, None for no such lane.
+    """
+
+    metrics: Metrics
+    in_flight: InFlight
+    models: list[HeldModel] = field(default_factory=list)
+    entrance: Entrance | None = None
+    # Of each of the models, in memory that forks share: 1 for the version that clients read.
+    _active: dict[Key, memoryview] = field(default_factory=dict)
+
+    def hold(self, model: HeldModel) -> None:
+        """Have another model, for processes that are forked from now on."""
+        self.models.append(model)
+        self._active[model.spec.name, model.version] = int64s(1)
+
+    def drop(self, gone: Collection[Key]) -> None:
+        """Have these no more; processes that have them keep them."""
+        self.models[:] = [model for model in self.models if (model.spec.name, model.version) not in gone]
+        self._active = {key: flag for key, flag in self._active.items() if key not in gone}
+
+    def mark_active(self, active: Mapping[str, str]) -> None:
+        """Have every process know which version of a model clients read. active: {model: version}."""
+        for (model, version), flag in self._active.items():
+            flag[0] = active.get(model) == version
+
+    def is_active(self, model: str, version: str) -> bool:
+        """Whether clients read this version, as far as the registry ever said."""
+        flag = self._active.get((model, version))
+        return flag is not None and bool(flag[0])
+
+
+def free_slot(taken: Sequence[int]) -> int:
+    """The lowest slot that is not taken."""
+    return next(slot for slot in range(len(taken) + 1) if slot not in taken)

@@ -1,0 +1,1 @@
+"""Packed models, checkpoints and object stores: read and written."""

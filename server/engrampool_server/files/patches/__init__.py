@@ -1,0 +1,1 @@
+"""Versions that differ from another one by some rows."""

@@ -1,0 +1,1 @@
+"""Tables in memory: what fits, where they lie, how rows are gathered from them."""

@@ -1,0 +1,177 @@
+"""The process that answers Prometheus for all processes of a server."""
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler
+
+from prometheus_client import CollectorRegistry, Metric, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.registry import Collector
+
+from engrampool_server.telemetry.metrics import MODEL_INFO
+from engrampool_server.telemetry.metrics_files import MetricsMemory
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def export(
+    listener: socket.socket,
+    memory: MetricsMemory,
+    processes: "Processes",
+    is_ready: Callable[[], bool],
+    beat: Callable[[], None],
+    beat_s: float,
+) -> None:
+    """Answer on `listener` for ever, see `Http`. beat: called every `beat_s` seconds and after each answer."""
+    registry = CollectorRegistry()
+    registry.register(_All(memory))
+    registry.register(processes)
+    with Http(listener, registry, is_ready, beat) as server:
+        server.serve_forever(beat_s)
+
+
+class Http(ThreadingWSGIServer):
+    """Answers /metrics from a registry, and /healthz and /readyz: that this server lives, and that it answers lookups.
+
+    listener: listens already, so that a port in use is told before anything is loaded. beat: called after each answer,
+    and from time to time.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        registry: CollectorRegistry,
+        is_ready: Callable[[], bool],
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(listener.getsockname()[:2], _Silent, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        host, self.server_port = listener.getsockname()[:2]
+        self.server_name = str(host)
+        self.setup_environ()
+        self.service_actions = beat  # type: ignore[method-assign]
+        self._metrics = make_wsgi_app(registry)
+        self._is_ready = is_ready
+        self.set_app(self._answer)
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            metrics: Iterable[bytes] = self._metrics(environ, start_response)
+            return metrics
+        if path == "/healthz":
+            status, text = "200 OK", "alive"
+        elif path == "/readyz":
+            ready = self._is_ready()
+            status, text = ("200 OK", "serving") if ready else ("503 Service Unavailable", "not serving")
+        else:
+            status, text = "404 Not Found", "there are /metrics, /healthz and /readyz"
+        if status == "200 OK" and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            status, text = "405 Method Not Allowed", "ask by GET"
+        body = b"" if environ["REQUEST_METHOD"] == "HEAD" else f"{text}\n".encode()
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text) + 1))])
+        return [body]
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """The log is for events of the server's life."""
+
+
+class _All(Collector):
+    def __init__(self, memory: MetricsMemory) -> None:
+        self._memory = memory
+
+    def collect(self) -> Iterator[Metric]:
+        """The sums of all processes."""
+        for metric in self._memory.collect():
+            if metric.name == MODEL_INFO:  # every series stays for ever, that of a version withdrawn as 0
+                metric.samples = [sample for sample in metric.samples if sample.value]
+            yield metric
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """Of one process. reaped_s: CPU time of its children that ended. anon_bytes: resident memory that is no file's."""
+
+    cpu_s: float
+    reaped_s: float
+    start_s: float
+    virtual_bytes: int
+    resident_bytes: int
+    anon_bytes: int
+    open_fds: int
+    max_fds: float
+
+
+class Processes(Collector):
+    """The `process_` metrics of a server that is several processes: `main` and those that it forked.
+
+    pids, inherited: int64 [any] in shared memory; the process ids, 0 where there is none, and how many bytes of
+    anonymous memory each found at its start, the tables among them. They are main's, and counted there.
+    """
+
+    def __init__(self, main: int, pids: memoryview, inherited: memoryview, proc: Path = Path("/proc")) -> None:
+        self._main, self._pids, self._inherited, self._proc = main, pids, inherited, proc
+        self._boot_s = float(next(x for x in (proc / "stat").read_text().splitlines() if x[:6] == "btime ").split()[1])
+        self._cpu_s = 0.0
+
+    def collect(self) -> Iterator[Metric]:
+        """One value a metric, for all processes."""
+        main = self._usage(self._main)
+        if main is None:
+            return
+        running = [
+            (self._usage(pid), inherited) for pid, inherited in zip(self._pids, self._inherited, strict=True) if pid
+        ]
+        others = [usage for usage, _ in running if usage is not None]
+        # One that ends between the two readings is missed once: a counter must not go back for that.
+        self._cpu_s = max(self._cpu_s, main.cpu_s + main.reaped_s + sum(one.cpu_s for one in others))
+        own = (max(0, usage.anon_bytes - inherited) for usage, inherited in running if usage is not None)
+        shared = max(one.resident_bytes - one.anon_bytes for one in [main, *others])
+        resident = shared + main.anon_bytes + sum(own)
+        fullest = max([main, *others], key=lambda one: one.open_fds / one.max_fds)
+        yield CounterMetricFamily("process_cpu_seconds_total", "CPU time of all processes.", value=self._cpu_s)
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, tables once.", value=resident)
+        largest = max(one.virtual_bytes for one in [main, *others])
+        yield GaugeMetricFamily("process_virtual_memory_bytes", "Address space of the largest process.", value=largest)
+        started = main.start_s + self._boot_s
+        yield GaugeMetricFamily("process_start_time_seconds", "Start, as Unix time.", value=started)
+        yield GaugeMetricFamily("process_open_fds", "Of the process nearest its limit.", value=fullest.open_fds)
+        yield GaugeMetricFamily("process_max_fds", "Its limit.", value=fullest.max_fds)
+
+    def _usage(self, pid: int) -> _Usage | None:
+        directory = self._proc / str(pid)
+        try:
+            # The name, in parentheses, may hold anything.
+            stat = (directory / "stat").read_text().rpartition(")")[2].split()
+            resident_bytes, anon_bytes = resident_memory(directory)
+            limits = (directory / "limits").read_text().splitlines()
+            open_fds = sum(1 for _ in (directory / "fd").iterdir())
+        except OSError:  # it ended
+            return None
+        (max_fds,) = (line.split()[3] for line in limits if line.startswith("Max open files"))
+        user, system, reaped_user, reaped_system = (int(ticks) / _TICKS for ticks in stat[11:15])
+        return _Usage(
+            cpu_s=user + system,
+            reaped_s=reaped_user + reaped_system,
+            start_s=int(stat[19]) / _TICKS,
+            virtual_bytes=int(stat[20]),
+            resident_bytes=resident_bytes,
+            anon_bytes=anon_bytes,
+            open_fds=open_fds,
+            max_fds=float("inf") if max_fds == "unlimited" else float(max_fds),
+        )
+
+
+def resident_memory(process: Path = Path("/proc/self")) -> tuple[int, int]:
+    """Resident bytes of a process, and those of them that are anonymous: no file's, and not mapped as shared."""
+    pages, shared = map(int, (process / "statm").read_text().split()[1:3])
+    return pages * _PAGE_BYTES, (pages - shared) * _PAGE_BYTES

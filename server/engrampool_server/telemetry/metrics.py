@@ -1,0 +1,284 @@
+"""What Prometheus sees. docs/OPERATIONS.md lists the metrics; the dashboard and its test read them by these names."""
+
+import asyncio
+import platform
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, Literal
+
+import grpc
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from engrampool_proto import __version__
+from engrampool_server.telemetry.counts import Count, Counted, Level, Times
+
+# A lookup takes 0.1 ms to 100 ms; prometheus_client's own buckets begin at 5 ms.
+_SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.25, 1.0, 5.0)
+# A `_created` series beside every counter and bucket set doubles a scrape and is read by nobody.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+_CALL = ("grpc_type", "grpc_service", "grpc_method")
+MODEL_INFO = "engrampool_model_info"
+# How often a process that answers flushes what it counted: so much is lost of one that is killed.
+FLUSH_S = 0.25
+# Why the direct lane cuts connections off.
+CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed")
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own so that several servers can live in one process.
+
+    Of a server that is several processes, each writes its own; see metrics_files.py.
+    What every call counts in is not seen there before `flush`; a collection of the registry has all of it.
+    """
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self._counted: list[Counted[Count] | Counted[Times] | Counted[Level]] = []
+        self.started = self._counter("grpc_server_started", "Calls started.", _CALL)
+        self.handled = self._counter("grpc_server_handled", "Calls ended, by code.", (*_CALL, "grpc_code"))
+        self.received = self._counter("grpc_server_msg_received", "Messages received.", _CALL)
+        self.sent = self._counter("grpc_server_msg_sent", "Messages sent.", _CALL)
+        self.handling = self._seconds("grpc_server_handling_seconds", "From a call's start to its end.", _CALL)
+        table = ("model", "layer")
+        method = ("model", "method")
+        self.rows = self._counter("engrampool_lookup_rows", "Rows answered.", table)
+        self.bytes = self._counter("engrampool_lookup_bytes", "Bytes of rows answered.", table)
+        self.lookup = self._seconds("engrampool_lookup_seconds", "From arrival until the answer went to gRPC.", method)
+        self.queue = self._seconds("engrampool_lookup_queue_seconds", "From arrival to the start of work.", method)
+        self.gather = self._seconds(
+            "engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.", method
+        )
+        self.refused = self._counter("engrampool_refused", "Calls refused, by reason.", ("reason",))
+        self.in_flight = self._level("engrampool_in_flight_bytes", "Bytes of requests and answers in memory.")
+        self.in_flight_limit = self._gauge("engrampool_in_flight_limit_bytes", "Their bound.", mode="livemax")
+        self.direct_lookups = self._counter(
+            "engrampool_direct_lookups", "Lookups over the direct lane, by code.", ("code",)
+        )
+        self.direct_connections = self._gauge("engrampool_direct_connections", "Open connections of the direct lane.")
+        self.direct_cut = self._counter(
+            "engrampool_direct_cut", "Connections of the direct lane that were cut off, by reason.", ("reason",)
+        )
+        for reason in CUT_REASONS:  # which are all there are
+            self.direct_cut.labels(reason)
+        self.table_bytes = self._gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table)
+        self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
+        self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))
+        self.loaded_bytes = Counter("engrampool_loaded_bytes", "Bytes of tables read so far.", registry=registry)
+        self.to_load_bytes = self._gauge("engrampool_to_load_bytes", "Bytes of all tables to be read so far.")
+        self.serving = self._gauge("engrampool_serving", "1 while health says SERVING, else 0.")
+        self.workers = self._gauge("engrampool_workers", "Processes that answer lookups.")
+        self.worker_restarts = Counter(
+            "engrampool_worker_restarts", "Workers replaced because they ended or hung.", ("reason",), registry=registry
+        )
+        self.log_dropped = Counter(
+            "engrampool_log_dropped_lines", "Lines of the log that nobody took in time.", registry=registry
+        )
+        self._answered: dict[tuple[str, str], tuple[Times, Times, Times]] = {}
+        self._tables: dict[tuple[str, int], tuple[Count, Count]] = {}
+        self.model_info = self._gauge(MODEL_INFO, "Models held; always 1.", ("model", "version", "spec_digest"))
+        self.versions = self._gauge("engrampool_versions", "Versions of models, by what became of them.", ("state",))
+        self.registry_age = self._gauge("engrampool_registry_age_seconds", "Since the registry last answered.")
+        self.unregistered = self._gauge("engrampool_unregistered", "1 while the registry does not take what is held.")
+        build = ("version", "python_version", "grpc_version")
+        self._gauge("engrampool_build_info", "Always 1.", build).labels(
+            __version__, platform.python_version(), grpc.__version__
+        ).set(1)
+
+    def _gauge(
+        self, name: str, text: str, labels: tuple[str, ...] = (), mode: Literal["livesum", "livemax"] = "livesum"
+    ) -> Gauge:
+        """mode: what becomes of the values of several processes; most gauges are set by one, and 0 elsewhere."""
+        return Gauge(name, text, labels, registry=self.registry, multiprocess_mode=mode)
+
+    def answered(
+        self,
+        model: str,
+        method: str,
+        rows: Iterable[tuple[int, int, int]],
+        queue_s: float,
+        gather_s: float,
+        total_s: float,
+    ) -> None:
+        """Count a lookup that was answered. rows: (layer, rows, bytes) of each table."""
+        # Finding a metric by its labels is dear beside a small lookup, so what was found is kept.
+        times = self._answered.get((model, method))
+        if times is None:
+            times = (
+                self.lookup.labels(model, method),
+                self.queue.labels(model, method),
+                self.gather.labels(model, method),
+            )
+            self._answered[model, method] = times
+        for metric, seconds in zip(times, (total_s, queue_s, gather_s), strict=True):
+            metric.observe(seconds)
+        for layer, count, nbytes in rows:
+            table = self._tables.get((model, layer))
+            if table is None:
+                table = (self.rows.labels(model, str(layer)), self.bytes.labels(model, str(layer)))
+                self._tables[model, layer] = table
+            table[0].inc(count)
+            table[1].inc(nbytes)
+
+    def flush(self) -> None:
+        """Have Prometheus see what was counted by now. From any thread."""
+        for metric in self._counted:
+            metric.flush()
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counted[Count]:
+        metric = Counted(self.registry, Counter(name, text, labels, registry=None), Count)
+        self._counted.append(metric)
+        return metric
+
+    def _seconds(self, name: str, text: str, labels: tuple[str, ...]) -> Counted[Times]:
+        histogram = Histogram(name, text, labels, registry=None, buckets=_SECONDS)
+        metric = Counted(self.registry, histogram, Times)
+        self._counted.append(metric)
+        return metric
+
+    def _level(self, name: str, text: str) -> Level:
+        gauge = Gauge(name, text, registry=None, multiprocess_mode="livesum")
+        metric = Counted(self.registry, gauge, Level)
+        self._counted.append(metric)
+        return metric.labels()
+
+
+class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Counts and times every call of every service under the names that gRPC dashboards know.
+
+    open: calls that a handler began and whose end is not on its way to the caller yet.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.open = 0
+        # gRPC asks at every call, and finding a metric by its labels is dear beside a small lookup.
+        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Wrap the method's handler, once; an unknown method has none."""
+        name = handler_call_details.method
+        if name not in self._wrapped:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return handler  # and is not remembered: whoever calls may invent names without end
+            self._wrapped[name] = self._wrap(handler, name)
+        return self._wrapped[name]
+
+    def _wrap(self, handler: grpc.RpcMethodHandler, name: str) -> grpc.RpcMethodHandler:
+        service, _, method = name.lstrip("/").partition("/")
+        streams_in, streams_out = handler.request_streaming, handler.response_streaming
+        kind = {
+            (False, False): "unary",
+            (False, True): "server_stream",
+            (True, False): "client_stream",
+            (True, True): "bidi_stream",
+        }[streams_in, streams_out]
+        call = (kind, service, method)
+        if streams_in and streams_out:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(handler.stream_stream, call, True),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if streams_out:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(handler.unary_stream, call, False),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if streams_in:
+            return handler
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler.unary_unary, call), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _unary(self, behaviour: Callable[..., Awaitable[Any]], call: tuple[str, ...]) -> Callable[..., Awaitable[Any]]:
+        started, received, sent, handling = self._children(call)
+
+        def ended(seconds: float, code: grpc.StatusCode) -> None:
+            self.open -= 1
+            handling.observe(seconds)
+            if code is grpc.StatusCode.OK:
+                sent.inc()
+            self._metrics.handled.labels(*call, code.name).inc()
+
+        async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            begin = time.perf_counter()
+            self.open += 1
+            started.inc()
+            received.inc()
+            code = grpc.StatusCode.OK
+            try:
+                return await behaviour(request, context)
+            except BaseException as error:
+                code = _code_of(context, error)
+                raise
+            finally:
+                # Once the answer is on its way: the caller need not wait for our book-keeping.
+                seconds = time.perf_counter() - begin
+                context.add_done_callback(lambda _: ended(seconds, code))
+
+        return wrapped
+
+    def _streaming(
+        self, behaviour: Callable[..., AsyncIterator[Any]], call: tuple[str, ...], streams_in: bool
+    ) -> Callable[..., AsyncIterator[Any]]:
+        started, received, sent, handling = self._children(call)
+
+        async def counted(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+            async for request in requests:
+                received.inc()
+                yield request
+
+        def closed(_: object) -> None:
+            self.open -= 1
+
+        async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            begin = time.perf_counter()
+            self.open += 1
+            context.add_done_callback(closed)
+            started.inc()
+            if streams_in:
+                request = counted(request)
+            else:
+                received.inc()
+            code = grpc.StatusCode.OK
+            try:
+                async for response in behaviour(request, context):
+                    sent.inc()
+                    yield response
+            except BaseException as error:
+                code = _code_of(context, error)
+                raise
+            finally:
+                handling.observe(time.perf_counter() - begin)
+                self._metrics.handled.labels(*call, code.name).inc()
+
+        return wrapped
+
+    def _children(self, call: tuple[str, ...]) -> tuple[Count, Count, Count, Times]:
+        m = self._metrics
+        return m.started.labels(*call), m.received.labels(*call), m.sent.labels(*call), m.handling.labels(*call)
+
+
+def _code_of(context: grpc.aio.ServicerContext, error: BaseException) -> grpc.StatusCode:
+    """The code a failed call ends with: CANCELLED, the one set, or UNKNOWN, gRPC's answer to a stray exception."""
+    # A stream whose caller went away while a message was being sent is closed, not cancelled.
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return grpc.StatusCode.CANCELLED
+    code = context.code()
+    if isinstance(code, int):
+        code = next((c for c in grpc.StatusCode if c.value[0] == code), grpc.StatusCode.UNKNOWN)
+    return grpc.StatusCode.UNKNOWN if code in (None, grpc.StatusCode.OK) else code

@@ -1,0 +1,414 @@
+"""The client's side of the direct lane: against a real server, and against peers that say what no server says."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from direct_peers import TIMES, exchange, peer, rows_frame, whole_answer
+from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
+from engrampool_client.errors import StepCancelledError
+from engrampool_client.lanes import native as lane
+from engrampool_client.lanes.native import DirectLane
+from engrampool_client.lookup.delivery import Delivery
+from engrampool_client.lookup.exchange import Exchange
+from engrampool_proto import frames, wire
+from engrampool_proto.errors import WireError
+from engrampool_proto.v1 import pool_pb2
+from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("direct") / "small")
+
+
+@pytest.fixture(scope="module")
+def server(packed: Path) -> Iterator[Running]:
+    with running(packed, stream_chunk_bytes=64 << 10) as run:
+        yield run
+
+
+def answered(server: Running, method: str) -> float:
+    return server.scrape().get(f'engrampool_lookup_seconds_count{{method="{method}",model="small"}}', 0)
+
+
+# --- a real server
+
+
+@pytest.mark.parametrize("count", [0, 1, 24, 1500, 20_000])
+@pytest.mark.parametrize("given_out", [False, True])
+def test_rows_are_those_of_grpc_wherever_they_are_to_lie(server, count, given_out):
+    rng = np.random.default_rng(count)
+    ids = {2: rng.integers(0, 6500, (count, 2)), 9: rng.integers(0, 4100, count)}
+    out = {2: np.zeros((count, 2, 264), np.uint8), 9: np.zeros((count, 42), np.uint8)} if given_out else None
+    before = answered(server, "Direct")
+    with Client(server.address) as client, Client(server.address, direct="off") as grpc_only:
+        step = client.prefetch_rows(ids, out=out)
+        step.wait(LIMIT_S)
+        for layer, wanted in grpc_only.lookup_rows(ids).items():
+            rows = step.rows(layer)
+            assert rows.tobytes() == wanted.tobytes() == expected(layer, ids[layer].reshape(-1))
+            assert rows.shape == wanted.shape
+            if out is not None:
+                assert rows is out[layer]
+        assert step.times is not None
+        with pytest.raises(BatchError):
+            client.lookup_rows({2: np.array([6500])})
+    eventually(lambda: answered(server, "Direct") == before + 1, "one lookup on the lane")
+
+
+@pytest.mark.parametrize("hashing", ["local", "server"])
+def test_tokens_too(server, hashing):
+    tokens = np.arange(900, dtype=np.int32)
+    with Client(server.address, hashing=hashing) as client, Client(server.address, direct="off") as grpc_only:
+        wanted = grpc_only.lookup(tokens)
+        assert all(np.array_equal(rows, wanted[layer]) for layer, rows in client.lookup(tokens).items())
+
+
+def test_a_refusal_is_raised_and_the_lane_stays_good(server):
+    before = answered(server, "Direct")
+    with Client(server.address) as client:
+        object.__setattr__(client.served, "version", "another")
+        with pytest.raises(PoolError) as raised:
+            client.lookup_rows({2: np.array([1])})
+        assert (type(raised.value).__name__, raised.value.reason) == ("UnknownVersionError", "unknown-version")
+        object.__setattr__(client.served, "version", server_version(server))
+        client.lookup_rows({2: np.array([1])})
+    eventually(lambda: answered(server, "Direct") == before + 1, "on the lane again")
+
+
+def server_version(server: Running) -> str:
+    with Client(server.address, direct="off") as client:
+        return client.version
+
+
+def test_threads_have_connections_of_their_own(server):
+    before = answered(server, "Direct")
+    wanted = {seed: np.random.default_rng(seed).integers(0, 6500, 3000) for seed in range(3)}
+    with Client(server.address) as client:
+
+        def work(seed: int) -> None:
+            for _ in range(20):
+                assert client.lookup_rows({2: wanted[seed]})[2].tobytes() == expected(2, wanted[seed])
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in wanted]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # While one more connection was being opened, lookups went over gRPC.
+        assert answered(server, "Direct") > before
+        assert server.scrape()["engrampool_direct_connections"] >= 1
+    eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "closed")
+
+
+def test_over_a_unix_socket(packed, tmp_path):
+    with running(packed, direct=f"unix:{tmp_path / 'lane'}") as run, Client(run.address) as client:
+        ids = np.arange(6000)
+        assert client.lookup_rows({2: ids})[2].tobytes() == expected(2, ids)
+        eventually(lambda: answered(run, "Direct") == 1, "on the lane")
+    assert not (tmp_path / "lane").exists()
+
+
+def test_where_either_side_has_it_off_lookups_go_over_grpc(server, packed):
+    with running(packed, direct="off") as run, Client(run.address) as client:
+        client.lookup_rows({2: np.array([1])})
+        eventually(lambda: answered(run, "Lookup") == 1, "over gRPC")
+    with pytest.raises(ValueError, match="direct must be 'auto' or 'off', not 'on'"):
+        Client(server.address, direct="on")
+
+
+def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkeypatch):
+    monkeypatch.setattr(lane, "_OPEN_TIMEOUT_S", 0.2)
+    with running(packed) as run:
+        entrance = run.server._shared.entrance
+        entrance.port = 1  # nobody listens there
+        with Client(run.address) as client:
+            assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            entrance.port = silent.getsockname()[1]
+            begin = time.monotonic()
+            with Client(run.address) as client:
+                for _ in range(5):
+                    client.lookup_rows({2: np.array([1])})
+            assert time.monotonic() - begin < 5 * 0.2
+        eventually(lambda: answered(run, "Lookup") == 6, "over gRPC")
+        assert answered(run, "Direct") == 0
+
+
+def test_a_connection_that_breaks_is_replaced(packed):
+    with running(packed) as run, Client(run.address) as client:
+        client.lookup_rows({2: np.array([1])})
+        for connection in list(run.server._direct._connections):
+            run._loop.call_soon_threadsafe(connection.abort)
+        eventually(lambda: not run.server._direct._connections, "aborted")
+        assert client.lookup_rows({2: np.array([2])})[2].tobytes() == expected(2, [2])
+        eventually(lambda: answered(run, "Lookup") == 1, "over gRPC")
+
+        def on_the_lane() -> bool:
+            client.lookup_rows({2: np.array([3])})
+            return answered(run, "Direct") >= 3
+
+        eventually(on_the_lane, "on the lane again")
+
+
+def test_in_mid_answer_too_and_the_rows_are_right(packed):
+    ids = np.tile(np.arange(6500), 40)
+    with running(packed) as run, Client(run.address) as client:
+        out = np.zeros((len(ids), 264), np.uint8)
+        broken = threading.Event()
+
+        def abort() -> None:
+            eventually(lambda: any(c._answering for c in list(run.server._direct._connections)), "answering")
+            for connection in list(run.server._direct._connections):
+                run._loop.call_soon_threadsafe(connection.abort)
+            broken.set()
+
+        thread = threading.Thread(target=abort)
+        thread.start()
+        client.lookup_rows({2: ids}, out={2: out}, timeout_s=LIMIT_S)
+        thread.join()
+        assert out.tobytes() == expected(2, ids)
+
+
+def test_a_cancelled_step_writes_nothing_any_more(packed):
+    ids = np.tile(np.arange(6500), 40)
+    with running(packed) as run, Client(run.address) as client:
+        out = np.zeros((len(ids), 264), np.uint8)
+        step = client.prefetch_rows({2: ids}, out={2: out})
+        eventually(lambda: out[0].any(), "rows come")
+        step.cancel()
+        held = out.copy()
+        with pytest.raises(StepCancelledError):
+            step.rows(2)
+        assert client.lookup_rows({2: np.array([7])})[2].tobytes() == expected(2, [7])
+        assert np.array_equal(out, held)
+        eventually(lambda: run.scrape()["engrampool_in_flight_bytes"] == 0, "the server stopped, too")
+
+
+# --- peers that are no server of ours
+
+
+def ask(made: DirectLane, exchange: Exchange, timeout_s: float = LIMIT_S, spin_s: float = 0.0) -> bool:
+    return made.fetch(exchange, time.monotonic() + timeout_s, Delivery([2, 9]), spin_s)
+
+
+@given(
+    count=st.sampled_from([1, 20, 3000, 30_000]),
+    cuts=st.sets(st.integers(1, 30_000), max_size=5),
+    splits=st.sets(st.integers(1, 200_000), max_size=6),
+    out=st.booleans(),
+    spin_s=st.sampled_from([0.0, 1e-3]),
+)
+def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out, spin_s):
+    wanted, sent = whole_answer(count, cuts)
+    bounds = sorted({0, len(sent)} | {split for split in splits if split < len(sent)})
+
+    def reply(connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start, stop in pairwise(bounds):
+            connection.sendall(sent[start:stop])
+
+    with peer(reply) as made:
+        taken = exchange(count, out)
+        assert ask(made, taken, spin_s=spin_s)
+        assert taken.times == TIMES
+        assert {layer: taken.rows(layer).tobytes() for layer in (2, 9)} == wanted
+
+
+def test_an_answer_may_be_split_at_every_byte():
+    wanted, sent = whole_answer(5, {2})
+
+    def reply(cut: int) -> Callable[[socket.socket], None]:
+        def send(connection: socket.socket) -> None:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(sent[:cut])
+            connection.sendall(sent[cut:])
+
+        return send
+
+    with peer(*map(reply, range(1, len(sent)))) as made:
+        for cut in range(1, len(sent)):
+            taken = exchange(5)
+            assert ask(made, taken, spin_s=cut % 2 * 1e-3)
+            assert {layer: taken.rows(layer).tobytes() for layer in (2, 9)} == wanted
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"),
+    [
+        (frames.HEADER.pack(9000, 9000, frames.ROWS), "a head of 9000 bytes"),
+        (frames.HEADER.pack(3, 4, frames.ROWS), "a head of 4 bytes out of 3"),
+        (frames.frame(77), "kind 77"),
+        (frames.frame(frames.READY), "kind 16"),
+        (frames.HEADER.pack(4, 0, frames.END), "kind 18"),
+        (frames.frame(frames.END), "rows of layer 2"),
+        (frames.frame(frames.END, b"\xff"), "cannot be read"),
+        (frames.frame(frames.END, b"\x0a\x00"), "cannot be read"),
+        (rows_frame(3, 0, b"abc"), "layer 3, which was not asked for"),
+        (rows_frame(2, 1, b"abc"), "do not follow"),
+        (rows_frame(2, 0, b"abc" * 6), "do not follow"),
+        (frames.HEADER.pack(3 + 2**31, 3, frames.ROWS) + b"\x0a\x01\x08", "cannot be read"),
+        (frames.frame(frames.REFUSED, b"\xff"), "a refusal cannot be read"),
+    ],
+)
+def test_what_no_server_says_is_a_protocol_error(sent, text):
+    with peer(sent) as made:
+        with pytest.raises(ProtocolError, match=text):
+            ask(made, exchange(5))
+        assert not ask(made, exchange(5))  # the connection is gone
+
+
+def test_a_broken_answer_goes_on_over_grpc_with_what_is_missing():
+    wanted, sent = whole_answer(5, set())
+    end_of_layer_2 = len(frames.rows_start(2, 0, 15)) + 15
+    for cut in (0, 1, 20, end_of_layer_2 - 1):
+        with peer(sent[:cut] or (lambda _: None)) as made:
+            taken = exchange(5)
+            assert not ask(made, taken)
+            assert taken.answer_bytes == 30
+    with peer(sent[: end_of_layer_2 + 5]) as made:
+        taken = exchange(5)
+        assert not ask(made, taken)
+        assert taken.answer_bytes == 15
+        assert taken.rows(2).tobytes() == wanted[2]
+    with peer(sent[:-1]) as made:
+        taken = exchange(5)
+        assert ask(made, taken)  # only the end was lost
+        assert {layer: taken.rows(layer).tobytes() for layer in (2, 9)} == wanted
+
+
+def test_a_refusal_is_typed_and_the_connection_is_used_again():
+    refusal = pool_pb2.Refusal(code=3, reason="too-many-rows", text="split it").SerializeToString()
+    _, sent = whole_answer(5, set())
+    with peer(frames.frame(frames.REFUSED, refusal), sent) as made:
+        with pytest.raises(RejectedError, match="split it") as raised:
+            ask(made, exchange(5))
+        assert raised.value.reason == "too-many-rows"
+        assert ask(made, exchange(5))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 100])
+def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut):
+    _, sent = whole_answer(3000, set())
+    with peer(sent[:cut] or (lambda _: None), b"") as made:
+        begin = time.monotonic()
+        with pytest.raises(DeadlineError):
+            ask(made, exchange(3000), timeout_s=0.2, spin_s=1e-3)
+        assert 0.19 < time.monotonic() - begin < LIMIT_S
+
+
+@pytest.mark.parametrize("cut", [0, 10, 100])
+def test_a_peer_that_is_silent_for_too_long_is_left_for_grpc_before_the_deadline(cut, monkeypatch):
+    monkeypatch.setattr(lane, "_SILENCE_S", 0.2)
+    _, sent = whole_answer(3000, set())
+    with peer(sent[:cut] or (lambda _: None), b"") as made:
+        assert ask(made, exchange(3000), timeout_s=3600, spin_s=1e-3) is False
+        assert not made.open
+
+
+def test_a_lane_that_lets_in_and_does_not_answer_is_tried_less_and_less_often(packed, monkeypatch):
+    """As through a proxy that passes on how a connection begins, and nothing after."""
+    monkeypatch.setattr(lane, "_SILENCE_S", 0.05)
+    with running(packed) as run, Client(run.address, attach="off") as client:
+        (endpoint,) = client._shards.sets[0].replicas
+        made = endpoint._direct
+        pauses = []
+        for _ in range(4):
+            eventually(lambda: made._idle, "a connection was opened")
+            connection = made._idle[-1]
+            monkeypatch.setattr(connection, "receive", silent)
+            assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
+            assert "does not answer" in endpoint.why_not_direct
+            pauses.append(made._pause_s)
+            made._not_before = 0.0  # that time is over
+            made._want_one()
+        assert pauses == [2.0, 4.0, 8.0, 16.0]
+        eventually(lambda: made.open, "a connection was opened")
+        client.lookup_rows({2: np.array([1])})
+        assert made._pause_s == 1.0  # it answered
+
+
+def silent(*_: object, **__: object) -> None:
+    raise lane._SilentError("nothing came")
+
+
+def test_a_connection_that_was_just_opened_is_not_distrusted_with_one_that_is_older(packed):
+    with running(packed) as run, Client(run.address, attach="off") as client:
+        made = client._shards.sets[0].replicas[0]._direct
+        eventually(lambda: made._idle, "a connection was opened")
+        old = made._idle.pop()
+        old.asked_at = time.monotonic()
+        made._want_one()
+        eventually(lambda: made._idle, "another was opened")
+        new = made._idle[-1]
+        made._distrust(old)
+        assert made._idle[-1] is new
+
+
+def test_the_system_waits_hardly_longer_than_is_left():
+    with peer(lambda _: None) as made:
+        connection = made._idle[-1]
+        for left_s in (2.0, 1.9, 1.82, 1.819, 0.5, 0.46, 3600.0, 0.001):
+            connection._allow(time.monotonic() + left_s)
+            assert connection._limit_s <= min(left_s, lane._SILENCE_S) + 0.005
+        connection.close()
+
+
+def test_the_system_looks_after_connections_that_are_idle(server):
+    with Client(server.address, attach="off") as client:
+        (connection,) = client._shards._sets[0].replicas[0]._direct._open
+        assert connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 10
+
+
+@given(head=st.binary(max_size=40), nbytes=st.integers(0, 1000))
+def test_heads_are_read_as_the_generated_code_reads_the_whole(head, nbytes):
+    try:
+        layer, first = frames.parse_rows_head(head, nbytes)
+    except WireError:
+        return
+    (run,) = wire.parse_response(head + bytes(nbytes)).tables
+    assert (run.layer, run.first, run.rows) == (layer, first, bytes(nbytes))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 5000))
+def test_heads_come_back(layer, first, nbytes):
+    start = frames.rows_start(layer, first, nbytes)
+    length, head, kind = frames.HEADER.unpack_from(start)
+    assert (length, 12 + head, kind) == (len(start) - 12 + nbytes, len(start), frames.ROWS)
+    assert frames.parse_rows_head(start[12:], nbytes) == (layer, first)
+    message = pool_pb2.LookupResponse.FromString(start[12:] + bytes(nbytes))
+    assert [(run.layer, run.first, len(run.rows)) for run in message.tables] == [(layer, first, nbytes)]
+
+
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [
+        ("localhost:50051", "localhost"),
+        ("127.0.0.1:1", "127.0.0.1"),
+        ("[::1]:50051", "::1"),
+        ("dns:///node-1:50051", "node-1"),
+        ("dns://8.8.8.8/node-1:50051", "node-1"),
+        ("dns:node-1", "node-1"),
+        ("ipv4:10.0.0.1:50051", "10.0.0.1"),
+        ("ipv6:[::1]:50051", "::1"),
+        ("ipv4:10.0.0.1:1,10.0.0.2:1", ""),
+        ("unix:/run/pool", ""),
+        ("unix:pool", ""),
+        ("unix-abstract:pool", ""),
+        ("xds:///pool", ""),
+    ],
+)
+def test_the_host_of_a_target(target, host):
+    assert lane._host(target) == host

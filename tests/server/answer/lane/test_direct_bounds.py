@@ -1,0 +1,325 @@
+"""Callers of the direct lane that begin and do not end, do not read, or come in numbers: what each may take is bounded,
+and others notice nothing.
+"""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from direct_callers import Caller, caller, way_in
+from engrampool_proto import frames
+from engrampool_server.answer.lane import callers, direct
+from engrampool_server.answer.lookups import Lookups, RefusedError
+from engrampool_server.memory.tables import HeldTable
+from server_fixtures import RawPool, Running, eventually, expected, joined, pack, running, version_of
+
+MIB = 1 << 20
+# One peer may have 8 MiB.
+LIMITS = {"max_answer_bytes": 16 * MIB, "max_in_flight_bytes": 16 * MIB}
+MANY = np.tile(np.arange(6500), 9)  # 14.7 MiB: more than the system keeps on the way
+PATIENCE_S = 0.2
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("bounds") / "small")
+
+
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def server(request: pytest.FixtureRequest, packed: Path) -> Iterator[Running]:
+    with running(packed, event_loop=request.param, **LIMITS) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def pool(server: Running, packed: Path) -> Iterator[RawPool]:
+    with RawPool(server.address, version_of(packed)) as client:
+        yield client
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_PATIENCE_S", PATIENCE_S)
+
+
+@pytest.fixture
+def end_of_patience(monkeypatch: pytest.MonkeyPatch, impatient: None) -> threading.Event:
+    """Until it is set nobody is cut off, so that what is held until then can be seen."""
+    reached = threading.Event()
+    cut_off = direct._Connection.cut
+
+    def cut_later(connection: Any, reason: str) -> None:
+        if reason == "unread-answer" and not connection._paused:
+            return  # read in the end, by a machine that is busy
+        if reached.is_set():
+            cut_off(connection, reason)
+        else:
+            connection._lane.loop.call_later(0.01, cut_later, connection, reason)
+
+    monkeypatch.setattr(direct._Connection, "cut", cut_later)
+    return reached
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(server: Running) -> Iterator[None]:
+    """Whatever the test did: afterwards no bytes are in flight and no connection is open."""
+    yield
+    eventually(lambda: in_flight(server) == (0, 0), "nothing in flight")
+    eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "no connection")
+
+
+def in_flight(server: Running) -> tuple[float, int]:
+    """Bytes, as Prometheus sees them and as they are."""
+    return server.scrape()["engrampool_in_flight_bytes"], server.server._lookups.in_flight.total
+
+
+def cut(server: Running, reason: str) -> float:
+    return server.scrape().get(f'engrampool_direct_cut_total{{reason="{reason}"}}', 0)
+
+
+def still_good(lane: Caller, pool: RawPool) -> None:
+    lane.ask(pool.by_ids((2, [5])))
+    assert joined(lane.answer()) == {2: expected(2, [5])}
+
+
+# --- requests that begin
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "sent", "counted"),
+    [
+        (100, -9, 0),
+        (100, 1, 0),
+        (100, 99, 0),
+        (MIB // 2, 70_000, MIB // 2 + 20),
+        (6 * MIB, 70_000, MIB),
+        (6 * MIB, 2 * MIB, 4 * MIB),
+    ],
+)
+def test_a_request_that_does_not_end_is_counted_and_cut_off(server, pool, end_of_patience, nbytes, sent, counted):
+    before = cut(server, "slow-request")
+    with caller(server) as other, caller(server) as lane:
+        start = frames.request_start(0, nbytes)
+        lane.socket.sendall((start + bytes(nbytes))[: len(start) + sent])
+        eventually(lambda: in_flight(server) == (counted, counted), "what it may bring is counted")
+        still_good(other, pool)
+        end_of_patience.set()
+        assert lane.ended()
+        eventually(lambda: in_flight(server) == (0, 0), "it is given back")
+        still_good(other, pool)
+    assert cut(server, "slow-request") == before + 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_request_that_trickles_is_cut_off(server):
+    with caller(server) as lane:
+        lane.socket.sendall(frames.request_start(0, 100_000))
+        lane.socket.settimeout(PATIENCE_S / 10)
+        for _ in range(1000):
+            try:
+                lane.socket.sendall(b"x")
+                if not lane.socket.recv(1):
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return
+    raise AssertionError("it may go on for ever")
+
+
+def test_a_request_that_goes_on_may_take_its_time(server, pool, monkeypatch):
+    request = pool.by_ids((2, np.tile(np.arange(6500), 4)), dtype=np.uint64)
+    whole = frames.request_start(0, len(request)) + request
+    with caller(server) as lane:
+        (connection,) = server.server._direct._connections
+        for part in (whole[:100_000], whole[100_000:200_000]):
+            lane.socket.sendall(part)
+        eventually(lambda: connection._filled == 200_000, "so much has come")
+
+        async def later(before: int) -> None:
+            connection._no_timer()
+            connection._await_rest(before)
+
+        monkeypatch.setattr(direct, "_PROGRESS_BYTES", 100_000)
+        server.call(lambda: later(100_000))
+        lane.socket.sendall(whole[200_000:])
+        assert joined(lane.answer()) == {2: expected(2, np.tile(np.arange(6500), 4))}
+        # And between two requests it may be silent for as long as it likes.
+        assert connection._timer is None
+
+
+def test_a_request_for_which_there_is_no_room_is_refused_and_the_next_one_is_not(server, pool):
+
+    def but_one(nbytes: int) -> bytes:
+        return frames.request_start(0, nbytes) + bytes(nbytes - 1)
+
+    with caller(server) as first, caller(server) as second, caller(server, "127.0.0.2") as other:
+        first.socket.sendall(but_one(3 * MIB))
+        eventually(lambda: in_flight(server)[1] == 3 * MIB + 20, "all of it is counted")
+        second.socket.sendall(but_one(7 * MIB) + b"x")
+        code, reason, text = second.refusal()
+        assert (code, reason) == (8, "peer-share")
+        assert "for 127.0.0.1" in text
+        still_good(second, pool)
+        # Others have room for as much.
+        other.socket.sendall(but_one(6 * MIB) + b"x")
+        assert other.refusal()[1] == "malformed-message"
+        still_good(other, pool)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_hello_that_does_not_end_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(direct, "_HELLO_S", PATIENCE_S)
+    before = cut(server, "no-hello")
+    with Caller(way_in(server)) as silent, Caller(way_in(server)) as half:
+        half.socket.sendall(frames.frame(frames.HELLO, half.ticket)[:-1])
+        assert silent.ended()
+        assert half.ended()
+    assert cut(server, "no-hello") == before + 2
+
+
+# --- answers that are not read
+
+
+@pytest.mark.parametrize("timeout_us", [0, 10**12, 2**64 - 1])
+def test_who_reads_nothing_holds_little_and_is_cut_off(server, pool, end_of_patience, timeout_us):
+    before = cut(server, "unread-answer")
+    with caller(server) as lane, caller(server, "127.0.0.2") as other:
+        lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lane.ask(pool.by_ids((2, MANY)), timeout_us)
+        lane.exactly(100)
+        assert in_flight(server)[1] <= 5 * MIB  # of 14.7: two pieces, and the request
+        other.ask(pool.by_ids((2, MANY[::-1])))
+        assert joined(other.answer()) == {2: expected(2, MANY[::-1])}
+        end_of_patience.set()
+        eventually(lambda: cut(server, "unread-answer") == before + 1, "cut off")
+        eventually(lambda: in_flight(server) == (0, 0), "nothing is in flight")
+        still_good(other, pool)
+
+
+def test_who_never_reads_is_cut_off_at_its_deadline(server, pool):
+    code = 'engrampool_direct_lookups_total{code="CANCELLED"}'
+    before = server.scrape().get(code, 0)
+    with caller(server) as lane:
+        lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lane.ask(pool.by_ids((2, MANY)), timeout_us=300_000)
+        eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "cut off")
+        eventually(lambda: server.scrape().get(code, 0) == before + 1, "it is counted")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_only_asks_and_never_reads_refusals_is_cut_off(server):
+    before = cut(server, "unread-answer")
+    with caller(server) as lane:
+        lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection = next(iter(server.server._direct._connections))
+
+        async def ask_until_full() -> None:
+            while not connection._unread:
+                connection._transport.write(bytes(64 << 10))  # as if refusals had filled it by and by
+                connection._refuse(RefusedError(grpc.StatusCode.NOT_FOUND, "unknown-model", "none here"))
+
+        server.call(ask_until_full)
+        eventually(lambda: cut(server, "unread-answer") == before + 1, "cut off")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool):
+    with caller(server) as lane:
+        lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lane.ask(pool.by_ids((2, MANY)))
+        lane.exactly(100)
+        lane.socket.shutdown(socket.SHUT_WR)
+        eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "cut off")
+
+
+# --- connections
+
+
+def test_strangers_stand_in_the_way_of_their_own_peer_only(server, pool, monkeypatch):
+    monkeypatch.setattr(callers, "_STRANGERS", 4)
+    where, elsewhere = way_in(server), way_in(server)
+    with Caller(where) as mine, Caller(elsewhere, "127.0.0.2") as other:
+        eventually(lambda: server.scrape()["engrampool_direct_connections"] == 2, "both have come")
+        strangers = [Caller(where) for _ in range(8)]
+        told = [stranger.refusal()[1] for stranger in strangers[3:]]
+        assert told == ["too-many-connections"] * 5
+        still_good(mine.hello(), pool)
+        # Those that had their time go for those that come.
+        monkeypatch.setattr(callers, "_GRACE_S", 0.0)
+        before = cut(server, "stranger")
+        late = [Caller(where) for _ in range(5)]
+        assert all(stranger.ended() for stranger in strangers[:3])
+        still_good(other.hello(), pool)
+        still_good(mine, pool)
+        eventually(lambda: cut(server, "stranger") == before + 4, "they are counted")
+        for one in (*strangers, *late):
+            one.socket.close()
+
+
+def test_a_peer_may_open_no_more_connections_than_it_leaves_free(server, pool, monkeypatch):
+    monkeypatch.setattr(server.server._direct._connections, "_most", 8)
+    let_in = [Caller(way_in(server)).hello() for _ in range(4)]
+    with Caller(way_in(server)) as more:
+        assert more.refusal()[:2] == (8, "too-many-connections")
+        assert more.ended()
+    with caller(server, "127.0.0.2") as other:
+        still_good(other, pool)
+        for lane in let_in:
+            still_good(lane, pool)
+            lane.socket.close()
+    assert server.scrape()['engrampool_refused_total{reason="too-many-connections"}'] > 0
+
+
+def test_who_vanishes_at_any_point_leaves_nothing(server, pool):
+    request = pool.by_ids((2, np.arange(6500)))
+    steps: list[Callable[[Caller], None]] = [
+        lambda lane: None,
+        lambda lane: lane.socket.sendall(frames.frame(frames.HELLO, lane.ticket)[:20]),
+        lambda lane: lane.socket.sendall(frames.frame(frames.HELLO, lane.ticket)),
+        lambda lane: lane.hello().socket.sendall(frames.request_start(0, 2 * MIB) + bytes(MIB)),
+        lambda lane: lane.hello().socket.sendall(frames.request_start(0, len(request)) + request),
+        lambda lane: lane.hello().ask(pool.by_ids((2, MANY))),
+    ]
+    for step in steps:
+        for half in (False, True):
+            with Caller(way_in(server)) as lane:
+                step(lane)
+                if half:
+                    lane.socket.shutdown(socket.SHUT_WR)
+
+
+# --- what goes wrong here
+
+
+def _no_memory(*_: object) -> Any:
+    raise MemoryError
+
+
+BROKEN = {
+    "check": (Lookups, "check"),
+    "resolve": (HeldTable, "check"),
+    "buffer": (direct.DirectLane, "take_buffer"),
+    "gather": (HeldTable, "gather"),
+}
+
+
+@pytest.mark.parametrize("ids", [[1, 2], MANY], ids=["small", "large"])
+@pytest.mark.parametrize("where", BROKEN)
+def test_what_goes_wrong_ends_one_connection_and_gives_its_bytes_back(server, pool, monkeypatch, where, ids):
+    before = cut(server, "failed")
+    with caller(server) as lane, caller(server) as other:
+        still_good(lane, pool)
+        with monkeypatch.context() as broken:
+            broken.setattr(*BROKEN[where], _no_memory)
+            lane.ask(pool.by_ids((2, ids)))
+            assert lane.ended()
+        eventually(lambda: in_flight(server) == (0, 0), "nothing is in flight")
+        still_good(other, pool)
+    assert cut(server, "failed") == before + 1

@@ -1,0 +1,170 @@
+"""The way into the direct lane: tickets that admit once, and where it listens."""
+
+import hmac
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from engrampool_server.answer.lane import entrance
+from engrampool_server.answer.lane.entrance import Entrance, Tickets
+from engrampool_server.ports import ListenError
+from server_fixtures import LIMIT_S
+
+
+@pytest.fixture
+def tickets():
+    made = Tickets()
+    yield made
+    made.close()
+
+
+def test_a_ticket_is_good_once(tickets):
+    first, second = tickets.issue(10, "a"), tickets.issue(10, "a")
+    assert first != second
+    assert [tickets.take(ticket) for ticket in (second, first, first, second)] == [True, True, False, False]
+
+
+def test_what_was_never_issued_is_no_ticket(tickets):
+    ticket = tickets.issue(10, "a")
+    last = bytes([ticket[-1] ^ 1])
+    others = [b"", ticket[:-1], ticket + b"\0", ticket[:-1] + last, bytes(36), b"\xff" * 36, b"\1\0\0\0" + ticket[4:]]
+    assert not any(map(tickets.take, others))
+    assert tickets.take(ticket)
+
+
+def test_a_ticket_grows_old(tickets, monkeypatch):
+    ticket = tickets.issue(10, "a")
+    now = time.monotonic_ns()
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now + 10_100_000_000)
+    assert not tickets.take(ticket)
+
+
+def test_a_peer_that_asks_for_many_loses_its_own_oldest_ones(tickets):
+    other = tickets.issue(10, "another")
+    issued = [tickets.issue(10, "greedy") for _ in range(entrance._SLOTS + 100)]
+    assert None not in issued
+    assert tickets.take(other)
+    good = [tickets.take(ticket) for ticket in issued]
+    assert good == [False] * (len(issued) - entrance._OF_PEER) + [True] * entrance._OF_PEER
+
+
+def test_where_no_slot_is_free_whoever_has_most_loses_its_oldest(tickets):
+    # Expiry is what tells the oldest, and two of one moment are equally old.
+    few = [tickets.issue(10 + at, "few") for at in range(3)]
+    many = [[tickets.issue(10 + at, f"peer {n}") for at in range(entrance._OF_PEER)] for n in range(15)]
+    most = [tickets.issue(10 + at, "more") for at in range(entrance._SLOTS - 3 - 15 * entrance._OF_PEER)]
+    fresh = [tickets.issue(100, "newcomer"), tickets.issue(100, "few")]
+    assert all(map(tickets.take, [*fresh, *few, *most]))
+    assert sum(not tickets.take(of_peer[0]) for of_peer in many) == 2
+    assert all(tickets.take(ticket) for of_peer in many for ticket in of_peer[1:])
+
+
+# A process that stops in the midst of taking a ticket, or of issuing one; `tickets` and `ticket` are its parent's.
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_process_that_is_stopped_with_a_ticket_keeps_nobody_waiting(tickets, monkeypatch):
+    ticket = tickets.issue(10, "a")
+    in_midst = multiprocessing.get_context("fork")
+
+    def take() -> None:
+        monkeypatch.setattr(hmac, "compare_digest", lambda *_: _stop())
+        tickets.take(ticket)
+
+    def go_on() -> None:
+        others = [tickets.issue(10, "a") for _ in range(2 * entrance._SLOTS)]
+        assert None not in others
+        assert tickets.take(others[-1])
+        assert not tickets.take(others[-1])
+        assert not tickets.take(ticket)  # somebody is taking it
+
+    stopped, other = in_midst.Process(target=take), in_midst.Process(target=go_on)
+    stopped.start()
+    try:
+        assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
+        other.start()
+        other.join(LIMIT_S)
+        assert other.exitcode == 0, "it waits for the process that is stopped"
+    finally:
+        for process in (stopped, other):
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    assert tickets.take(tickets.issue(10, "a"))
+
+
+def test_a_slot_that_changes_while_a_ticket_is_to_take_it_is_left_alone(tickets, monkeypatch):
+    ticket = tickets.issue(10, "a")
+    index = int.from_bytes(ticket[:4], "little")
+    candidates = tickets._candidates
+    # As another process would have seen it before that ticket was issued.
+    monkeypatch.setattr(tickets, "_candidates", lambda *about: [(index, 0), *candidates(*about)])
+    assert tickets.issue(10, "b") != ticket
+    assert tickets.take(ticket)
+
+
+def test_of_many_processes_one_is_let_in(tickets):
+    issued = [tickets.issue(60, f"peer {at % 4}") for at in range(200)]
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def take() -> None:
+        results.put([tickets.take(ticket) for ticket in issued])
+
+    processes = [context.Process(target=take) for _ in range(3)]
+    for process in processes:
+        process.start()
+    taken = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert [sum(by) for by in zip(*taken, strict=True)] == [1] * 200
+
+
+def test_where_clients_are_told_to_go():
+    for direct, host in [("auto", ""), ("127.0.0.1:0", ""), ("0.0.0.0:0", ""), ("127.0.0.2:0", "127.0.0.2")]:
+        made = Entrance.open(direct, "127.0.0.1:50051")
+        assert (made.host, made.port) == (host, made.listener.getsockname()[1])
+        assert made.unix_path == ""
+        made.close()
+    assert Entrance.open("off", "127.0.0.1:50051") is None
+
+
+def test_a_port_that_is_taken_is_said_so():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ListenError, match=f"cannot listen on {address} for the direct lane: in use"):
+            Entrance.open(address, "127.0.0.1:1")
+
+
+def test_a_unix_socket_comes_and_goes(tmp_path):
+    path = tmp_path / "lane"
+    made = Entrance.open(f"unix:{path}", "127.0.0.1:1")
+    assert (made.host, made.port, made.unix_path) == ("", 0, str(path))
+    with pytest.raises(ListenError, match="in use"):
+        Entrance.open(f"unix:{path}", "127.0.0.1:1")
+    pid = os.fork()
+    if not pid:  # a worker that ends leaves the path to the others
+        made.close()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert path.exists()
+    made.close()
+    assert not path.exists()
+
+
+def test_what_a_killed_server_left_is_replaced_and_nothing_else_is(tmp_path):
+    path = tmp_path / "lane"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    Entrance.open(f"unix:{path}", "127.0.0.1:1").close()
+    path.write_text("somebody's")
+    with pytest.raises(ListenError, match="in use"):
+        Entrance.open(f"unix:{path}", "127.0.0.1:1")
+    assert path.read_text() == "somebody's"
+    with pytest.raises(ListenError, match="too long"):
+        Entrance.open(f"unix:{tmp_path / ('x' * 200)}", "127.0.0.1:1")

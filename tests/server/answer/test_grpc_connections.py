@@ -1,0 +1,131 @@
+"""What a caller of gRPC begins and does not end: bounded by its connection, which the server ends by and by.
+
+Spoken in HTTP/2 frames, since gRPC's own clients end what they begin, and read what comes.
+"""
+
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from direct_callers import Caller, way_in
+from engrampool_server.answer import peers
+from engrampool_server.answer import server as server_module
+from server_fixtures import LIMIT_S, RawPool, Running, eventually, expected, pack, rows_of, running, version_of
+
+MIB = 1 << 20
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, ACK = 0, 1, 3, 4, 6, 7, 1
+END_HEADERS, END_STREAM = 4, 1
+HEADER_FIELDS = {
+    ":method": "POST",
+    ":scheme": "http",
+    ":path": "/engrampool.v1.Pool/Lookup",
+    ":authority": "pool",
+    "te": "trailers",
+    "content-type": "application/grpc",
+}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("connections") / "small")
+
+
+@pytest.fixture
+def server(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """One whose connections live for a moment."""
+    monkeypatch.setattr(server_module, "_CONNECTION_AGE_S", 0.5)
+    monkeypatch.setattr(server_module, "_CONNECTION_GRACE_S", 0.2)
+    with running(packed) as run:
+        yield run
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
+
+
+def call(address: str) -> socket.socket:
+    """A connection with one call of Lookup, of which nothing but the headers was sent."""
+    host, port = address.rsplit(":", 1)
+    made = socket.create_connection((host, int(port)), LIMIT_S)
+    block = b""
+    for name, value in HEADER_FIELDS.items():  # literals, as they are
+        block += b"\0" + bytes((len(name),)) + name.encode() + bytes((len(value),)) + value.encode()
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, b"") + frame(SETTINGS, ACK, 0, b"")
+    made.sendall(preface + frame(HEADERS, END_HEADERS, 1, block))
+    return made
+
+
+def message(request: bytes) -> bytes:
+    return b"\0" + struct.pack(">I", len(request)) + request
+
+
+def read_to_its_end(made: socket.socket) -> None:
+    try:
+        while made.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+
+
+def test_a_request_that_does_not_end_ends_with_its_connection(server, packed):
+    with call(server.address) as made, RawPool(server.address, version_of(packed)) as pool:
+        made.sendall(frame(DATA, 0, 1, message(bytes(MIB))[:10_000]))
+        assert rows_of(pool.lookup(pool.by_ids((2, [5])))) == {2: expected(2, [5])}
+        read_to_its_end(made)
+
+
+def test_an_answer_that_is_not_read_is_counted_until_its_connection_ends(server, packed):
+    with RawPool("127.0.0.1:1", version_of(packed)) as unused:
+        request = unused.by_ids((2, np.arange(4000)))
+    with call(server.address) as made:
+        made.sendall(frame(DATA, END_STREAM, 1, message(request)))
+        eventually(lambda: server.scrape()["engrampool_in_flight_bytes"] == 4000 * 264, "it is counted")
+        eventually(lambda: server.scrape()["engrampool_in_flight_bytes"] == 0, "it is given back")
+        read_to_its_end(made)
+
+
+def test_clients_notice_nothing_of_connections_that_grow_old(packed, monkeypatch):
+    monkeypatch.setattr(server_module, "_CONNECTION_AGE_S", 0.5)  # and a call that is under way has time to end
+    seen = set()
+    of_call = peers.of_call
+    monkeypatch.setattr(peers, "of_call", lambda peer: seen.add(peer) or of_call(peer))
+    with running(packed) as server, RawPool(server.address, version_of(packed)) as pool:
+        while len(seen) < 4:  # each connection has a port of its own
+            assert rows_of(pool.lookup(pool.by_ids((2, [5])), timeout=LIMIT_S)) == {2: expected(2, [5])}
+
+
+@pytest.mark.parametrize("with_a_call", [False, True], ids=["idle", "with a call"])
+def test_pings_of_other_languages_clients_are_answered_however_many(packed, with_a_call):
+    """gRPC's own default is to cut callers off after three, unless minutes are between them."""
+    with running(packed) as run, call(run.address) as made, made.makefile("rb") as stream:
+        if not with_a_call:
+            made.sendall(frame(RST_STREAM, 0, 1, struct.pack(">I", 8)))
+        for number in range(20):
+            payload = struct.pack(">Q", number)
+            made.sendall(frame(PING, 0, 0, payload))
+            while True:
+                head = stream.read(9)
+                body = stream.read(int.from_bytes(head[:3]))
+                assert head[3] != GOAWAY, body
+                if (head[3], head[4]) == (PING, ACK):
+                    assert body == payload
+                    break
+
+
+def test_a_caller_that_answers_no_ping_while_a_call_is_under_way_is_cut_off(packed, monkeypatch):
+    monkeypatch.setattr(server_module, "_SIGN_OF_LIFE_S", 0.3)
+    with running(packed) as run, call(run.address) as made:  # long before its connection is old
+        read_to_its_end(made)
+
+
+def test_the_system_looks_after_callers_of_the_direct_lane(packed):
+    with running(packed) as run, Caller(way_in(run)).hello():
+        (connection,) = run.server._direct._connections
+        taken = connection._transport.get_extra_info("socket")
+        assert taken.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+        assert 0 < taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 60_000
