@@ -522,7 +522,8 @@ def test_a_size_that_no_file_system_has_is_an_error(tmp_path):
 def test_a_stray_write_to_a_table_ends_the_one_process_that_tried(packed, tmp_path):
     program = (
         "import ctypes, os, sys, threading; from pathlib import Path\n"
-        "from engrampool_server.files.table_files import PackedModel; from engrampool_server.memory.tables import load\n"
+        "from engrampool_server.files.table_files import PackedModel\n"
+        "from engrampool_server.memory.tables import load\n"
         "with PackedModel.open(Path(sys.argv[1])) as model:\n"
         "    held = load(model, sys.argv[2], False, 1, threading.Event(), lambda _: None)\n"
         "for table in held.tables.values():\n"
