@@ -182,7 +182,7 @@ def test_no_file_mixes_two_versions(tmp_path, out, monkeypatch):
         begun.append(client.version)
         step = prefetch(client, *arguments, **how)
         if len(begun) == 2:
-            client._following._move_to(second)  # what follows the active version does so
+            client._versions._move_to(second)  # what follows the active version does so
         return step
 
     monkeypatch.setattr(Client, "prefetch", prefetch_and_move)

@@ -16,8 +16,8 @@ from engrampool_client.client import Client
 from engrampool_client.doctor.replay import Clock, Forward, Play, play
 from engrampool_client.errors import EngrampoolError
 from engrampool_client.lookup.cache import HotRows
-from engrampool_client.lookup.plan import Layout, Part
-from engrampool_client.settings import SPLIT_ABOVE_BYTES
+from engrampool_client.lookup.layout import Layout, Part
+from engrampool_client.pool.endpoint import SPLIT_ABOVE_BYTES
 from engrampool_client.status import ClientStatus
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
