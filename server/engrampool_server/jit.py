@@ -40,6 +40,7 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
 
     def __init__(self, py_func: Any, py_file: str) -> None:
         super().__init__(py_func, py_file)
+        self._source = Path(py_file)
         self._cache_path = str(AHEAD / config.CPU_NAME)
 
     def ensure_cache_path(self) -> None:
@@ -47,7 +48,7 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
 
     def get_source_stamp(self) -> str:
         """Of the file's bytes, as installing, copying and image layers change its time."""
-        return hashlib.sha256(Path(self._py_file).read_bytes()).hexdigest()
+        return hashlib.sha256(self._source.read_bytes()).hexdigest()
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> Self | None:
