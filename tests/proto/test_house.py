@@ -15,8 +15,6 @@ TOO_LONG = {
     "client/engrampool_client/lanes/native.py",
     "client/engrampool_client/lookup/exchange.py",
     "client/engrampool_client/lookup/plan.py",
-    "proto/engrampool_proto/registry/etcd.py",
-    "proto/engrampool_proto/wire.py",
     "server/engrampool_server/answer/lane/direct.py",
     "server/engrampool_server/processes/supervisor.py",
 }
