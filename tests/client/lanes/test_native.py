@@ -169,7 +169,7 @@ def test_in_mid_answer_too_and_the_rows_are_right(packed):
         broken = threading.Event()
 
         def abort() -> None:
-            eventually(lambda: any(c._answering for c in list(run.server._direct._connections)), "answering")
+            eventually(lambda: any(c.answerer.busy for c in list(run.server._direct._connections)), "answering")
             for connection in list(run.server._direct._connections):
                 run._loop.call_soon_threadsafe(connection.abort)
             broken.set()
