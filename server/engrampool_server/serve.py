@@ -26,7 +26,7 @@ def serve(file: Path | None, print_config: bool, **flags: Any) -> None:
         click.echo(render(resolved), nl=False)
         return
     # Not before: this compiles the kernels, where none are kept.
-    from engrampool_server.processes.supervisor import supervise
+    from engrampool_server.processes.lifecycle import supervise
 
     if resolved.config.pin_malloc:
         pin_malloc()

@@ -15,7 +15,6 @@ TOO_LONG = {
     "client/engrampool_client/lanes/native.py",
     "client/engrampool_client/lookup/exchange.py",
     "client/engrampool_client/lookup/plan.py",
-    "server/engrampool_server/processes/supervisor.py",
 }
 # Underscored names of libraries that offer no other way, by file.
 OF_LIBRARIES = {
