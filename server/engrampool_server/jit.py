@@ -116,7 +116,7 @@ def compile_ahead(*levels: str) -> None:
     Raises subprocess.CalledProcessError where that fails, after a message of its own.
     """
     x86 = _X86_LEVELS if platform.machine() == "x86_64" else ()
-    imports = "import sys, engrampool_server.processes.lifecycle; from engrampool_server import jit"
+    imports = "import sys, engrampool_server.serve; from engrampool_server import jit"
     code = f"{imports}; sys.exit(jit.not_kept())"
     for name in levels or (*x86, "generic"):
         (AHEAD / name).mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from http.client import BadStatusLine
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,13 +73,8 @@ class EtcdClient:
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        match = _URL.fullmatch(url)
-        endpoints = [_ENDPOINT.fullmatch(text) for text in match["endpoints"].split(",")] if match else []
-        if not match or not all(found and 0 < int(found["port"]) < 65_536 for found in endpoints):
-            raise ValueError(f"not etcd://HOST:PORT[,HOST:PORT...][/PREFIX]: {url!r}")
-        self._url = url
-        self._endpoints = [(found["host"].strip("[]"), int(found["port"])) for found in endpoints if found]
-        self._root = f"/{match['prefix'] or _DEFAULT_PREFIX}/"
+        self._endpoints, prefix = split_url(url)
+        self._url, self._root = url, f"/{prefix}/"
         self._timeout_s = timeout_s
         self._clients: list[Etcd3Client] = []
         # Of the endpoint to be asked first.
@@ -228,6 +222,16 @@ class EtcdClient:
         return self._clients
 
 
+def split_url(url: str) -> tuple[list[tuple[str, int]], str]:
+    """The endpoints, of (host, port), and the prefix of an etcd's URL. Raises ValueError for another one."""
+    match = _URL.fullmatch(url)
+    endpoints = [_ENDPOINT.fullmatch(text) for text in match["endpoints"].split(",")] if match else []
+    if not match or not all(found and 0 < int(found["port"]) < 65_536 for found in endpoints):
+        raise ValueError(f"not etcd://HOST:PORT[,HOST:PORT...][/PREFIX]: {url!r}")
+    found = [(one["host"].strip("[]"), int(one["port"])) for one in endpoints if one]
+    return found, match["prefix"] or _DEFAULT_PREFIX
+
+
 def require_etcd3gw(url: str) -> None:
     """Raise RegistryError where the package is missing that the registry `url` is asked through."""
     if find_spec("etcd3gw") is None:
@@ -293,6 +297,8 @@ def _post(client: "Etcd3Client", path: str, body: Mapping[str, Any]) -> dict[str
 
 def _unreached(error: Exception) -> str:
     """Why nothing came of a connection, as well as that is known."""
+    from http.client import BadStatusLine
+
     cause: BaseException = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engrampool_proto.errors import EngrampoolError
-from engrampool_proto.spec import MAX_LAYER, canonical_json
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_ROWS = 1 << 63
@@ -50,9 +49,7 @@ class Member:
     def to_json(self) -> bytes:
         """The record's bytes."""
         held = [{**vars(one), "parts": dict(one.parts)} for one in self.held]
-        return canonical_json(
-            {"address": self.address, "held": held, "failed": dict(self.failed), "active": dict(self.active)}
-        )
+        return _json({"address": self.address, "held": held, "failed": dict(self.failed), "active": dict(self.active)})
 
     @classmethod
     def from_json(cls, address: str, raw: bytes) -> "Member":
@@ -87,7 +84,7 @@ class Published:
 
     def to_json(self) -> bytes:
         """The record's bytes."""
-        return canonical_json({**vars(self), "rows": dict(self.rows)})
+        return _json({**vars(self), "rows": dict(self.rows)})
 
     @classmethod
     def from_json(cls, model: str, version: str, raw: bytes) -> "Published":
@@ -118,7 +115,7 @@ class Active:
 
     def to_json(self) -> bytes:
         """The record's bytes."""
-        return canonical_json({"version": self.version, "previous": self.previous})
+        return _json({"version": self.version, "previous": self.previous})
 
     @classmethod
     def from_json(cls, model: str, raw: bytes) -> "Active":
@@ -131,7 +128,7 @@ class Active:
 
 def retirement_json(model: str, version: str) -> bytes:
     """The record that a version was retired."""
-    return canonical_json({"model": model, "version": version})
+    return _json({"model": model, "version": version})
 
 
 def retirement_from_json(model: str, version: str, raw: bytes) -> tuple[str, str]:
@@ -141,6 +138,13 @@ def retirement_from_json(model: str, version: str, raw: bytes) -> tuple[str, str
         _same(document["model"], _name(model))
         _same(document["version"], _name(version))
         return model, version
+
+
+def _json(document: Any) -> bytes:
+    # Not before: it brings numpy, and whoever only names a registry needs none.
+    from engrampool_proto.spec import canonical_json
+
+    return canonical_json(document)
 
 
 @contextmanager
@@ -176,6 +180,8 @@ def _same(value: Any, expected: str) -> None:
 
 
 def _layers(document: Any) -> dict[int, Any]:
+    from engrampool_proto.spec import MAX_LAYER
+
     layers = {int(layer): value for layer, value in document.items()}
     if [str(layer) for layer in layers] != list(document) or not all(0 <= layer <= MAX_LAYER for layer in layers):
         raise ValueError(f"not layers: {list(document)!r:.80}")

@@ -2,7 +2,7 @@
 
 It is a plain process with one thread and no gRPC in it, so that it can fork at any time: a child inherits the tables,
 which stay one copy because nobody writes to them. Which of them there are, and in which order they come, is
-lifecycle.py's. A child that ended, or that fell silent and was killed (see children.py), is replaced.
+serve.py's. A child that ended, or that fell silent and was killed (see children.py), is replaced.
 """
 
 import gc
