@@ -16,12 +16,12 @@ from engrampool_proto.errors import BatchError, EngrampoolError
 from engrampool_proto.segment import Identity
 from engrampool_proto.sharding import Part, part_nbytes, whole
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
-from engrampool_server.answer.hasher import Hasher
 from engrampool_server.files.patches.patch_files import PatchBlock, PatchFiles
 from engrampool_server.files.raw_model import RawModel
 from engrampool_server.files.table_files import Block, PackedModel, TableFileError
 from engrampool_server.machine import Machine
 from engrampool_server.memory.gather import first_outside, gather
+from engrampool_server.memory.hasher import Hasher
 from engrampool_server.memory.memory import allocate, huge_page_bytes, lock_pages, populate, protect
 from engrampool_server.memory.overlay import Overlay
 from engrampool_server.memory.segments import Backing, Place, Segment, find_backing, nameless, take
