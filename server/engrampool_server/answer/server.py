@@ -11,11 +11,11 @@ from grpc_reflection.v1alpha import reflection
 from engrampool_proto.wire import SERVICE
 from engrampool_server.answer.health import SERVING, Health
 from engrampool_server.answer.in_flight import InFlight
+from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.lane.direct import DirectLane
-from engrampool_server.answer.lane.entrance import Entrance
 from engrampool_server.answer.lookups import Limits, Lookups
 from engrampool_server.answer.service import PoolService
-from engrampool_server.answer.shared import Shared
+from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.load import Holdings
 from engrampool_server.memory.tables import HeldModel
@@ -49,10 +49,10 @@ class Server:
     address, metrics_address: "HOST:PORT" once started, with the port that port 0 became.
     """
 
-    def __init__(self, config: ServerConfig, shared: Shared | None = None) -> None:
+    def __init__(self, config: ServerConfig, shared: SharedState | None = None) -> None:
         self._config = config
         self._alone = shared is None
-        self._shared = shared or Shared(Metrics(), InFlight(config.max_in_flight_bytes))
+        self._shared = shared or SharedState(Metrics(), InFlight(config.max_in_flight_bytes))
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
         self._lookups = Lookups(limits, self._shared.in_flight, self._shared.metrics, config.gather_threads)
         self._calls = CallMetrics(self._shared.metrics)
@@ -74,10 +74,10 @@ class Server:
         if self._alone:
             self._holdings.open()
             self._listen_metrics()
-            self._shared.entrance = Entrance.open(config.direct, config.listen)
+            self._shared.admission = Admission.open(config.direct, config.listen)
         max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
-        if self._shared.entrance is not None:
-            self._direct = DirectLane(self._lookups, self._shared.metrics, self._shared.entrance, max_request_bytes)
+        if self._shared.admission is not None:
+            self._direct = DirectLane(self._lookups, self._shared.metrics, self._shared.admission, max_request_bytes)
         options = [
             # Two servers on one port would each get some of the connections, a stale one too.
             ("grpc.so_reuseport", 0 if self._alone else 1),
@@ -155,9 +155,9 @@ class Server:
             self._grpc = None
             if self._alone:
                 log.event("stopped", drained_s=round(time.monotonic() - begin, 3))
-        if self._alone and self._shared.entrance is not None:
-            self._shared.entrance.close()
-            self._shared.entrance = None
+        if self._alone and self._shared.admission is not None:
+            self._shared.admission.close()
+            self._shared.admission = None
         if self._flushing is not None:
             self._flushing.cancel()
         self._lookups.close()

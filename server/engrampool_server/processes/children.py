@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class Child:
-    """role: what it does. index: what is started again in its place has the same. slot: see Shared.
+    """role: what it does. index: what is started again in its place has the same. slot: see SharedState.
 
     report: its pipe, to read. overheard: its standard error.
     heard_s, ready_s: when it was last heard of (at first, forked), and ready. busy_s: when it was last seen to be at

@@ -19,8 +19,8 @@ from typing import Self, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server.answer.in_flight import InFlight, int64s
-from engrampool_server.answer.lane.entrance import Entrance
-from engrampool_server.answer.shared import Shared, free_slot
+from engrampool_server.answer.lane.admission import Admission
+from engrampool_server.answer.shared_state import SharedState, free_slot
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.preflight import OTHER_PROCESSES
 from engrampool_server.ports import listen_on, reserve
@@ -64,7 +64,7 @@ class Supervisor:
         self.config, self._memory = config, memory
         self._pid = os.getpid()
         slots = config.workers + OTHER_PROCESSES
-        self.shared = Shared(Metrics(), InFlight(config.max_in_flight_bytes, slots))
+        self.shared = SharedState(Metrics(), InFlight(config.max_in_flight_bytes, slots))
         self.metrics = self.shared.metrics
         log.count_dropped(self.metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)
@@ -107,8 +107,8 @@ class Supervisor:
         try:
             self.children.__exit__(kind, error, trace)
         finally:
-            if self.shared.entrance is not None:
-                self.shared.entrance.close()
+            if self.shared.admission is not None:
+                self.shared.admission.close()
             if self._gate is not None:
                 self._gate.close()
 
@@ -125,7 +125,7 @@ class Supervisor:
         else:
             address, self._reserved = reserve(self.config.listen)
         self.config = replace(self.config, listen=address)
-        self.shared.entrance = Entrance.open(self.config.direct, address)
+        self.shared.admission = Admission.open(self.config.direct, address)
         if self.config.metrics == "off":
             return "off"
         self._metrics_listener = listen_on(self.config.metrics, "metrics")

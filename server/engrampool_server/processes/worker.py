@@ -8,12 +8,12 @@ from collections.abc import Callable
 import uvloop
 
 from engrampool_server.answer.server import Server
-from engrampool_server.answer.shared import Shared
+from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.config import ServerConfig
 from engrampool_server.processes.link import Link
 
 
-def answer(config: ServerConfig, shared: Shared, link: Link, *, serving: bool) -> None:
+def answer(config: ServerConfig, shared: SharedState, link: Link, *, serving: bool) -> None:
     """Answer calls on the port of `config` until SIGTERM, then drain. To be called in a fresh child.
 
     serving: lookups in the models that `shared` has; else every lookup is UNAVAILABLE, as tables are still loading.

@@ -12,9 +12,9 @@ import grpc
 
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.answer import peers
-from engrampool_server.answer.lane.callers import Callers
+from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.lane.connection import Connection
-from engrampool_server.answer.lane.entrance import Entrance
+from engrampool_server.answer.lane.connection_limits import ConnectionLimits
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Lookups, RefusedError
 from engrampool_server.telemetry import log
@@ -28,32 +28,32 @@ _KEEP_IDLE_S, _KEEP_EVERY_S, _UNACKNOWLEDGED_S = 30, 10, 60
 
 
 class DirectLane:
-    """Takes connections from the entrance, on the event loop that it is made on."""
+    """Takes connections from the listener of `admission`, on the event loop that it is made on."""
 
-    def __init__(self, lookups: Lookups, metrics: Metrics, entrance: Entrance, max_request_bytes: int) -> None:
+    def __init__(self, lookups: Lookups, metrics: Metrics, admission: Admission, max_request_bytes: int) -> None:
         self._resources = Resources(lookups, metrics, max_request_bytes)
         self._loop = self._resources.loop
-        self._metrics, self._entrance = metrics, entrance
+        self._metrics, self._admission = metrics, admission
         self._listening = False
         self._arriving: set[asyncio.Task[None]] = set()
-        self._connections: Callers[Connection] = Callers()
+        self._connections: ConnectionLimits[Connection] = ConnectionLimits()
         self._empty = asyncio.Event()
 
     def start(self) -> None:
         """Take connections."""
         self._listening = True
-        self._loop.add_reader(self._entrance.listener.fileno(), self._accept)
+        self._loop.add_reader(self._admission.listener.fileno(), self._accept)
 
     def admit_one(self, peer: str) -> pool_pb2.OpenDirectResponse:
         """Let a caller of that peer in, once. Raises RefusedError."""
-        ticket = self._entrance.tickets.issue(_TICKET_VALID_S, peer)
+        ticket = self._admission.tickets.issue(_TICKET_VALID_S, peer)
         if ticket is None:
             text = "too many tickets are asked for at this moment; try again later"
             raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", text)
         return pool_pb2.OpenDirectResponse(
-            host=self._entrance.host.strip("[]"),
-            port=self._entrance.port,
-            unix_path=self._entrance.unix_path,
+            host=self._admission.host.strip("[]"),
+            port=self._admission.port,
+            unix_path=self._admission.unix_path,
             ticket=ticket,
             valid_ms=round(_TICKET_VALID_S * 1e3),
         )
@@ -63,7 +63,7 @@ class DirectLane:
         if not self._listening:
             return
         self._listening = False
-        self._loop.remove_reader(self._entrance.listener.fileno())
+        self._loop.remove_reader(self._admission.listener.fileno())
         if self._arriving:
             await asyncio.wait(self._arriving)
         for connection in self._connections:
@@ -83,18 +83,18 @@ class DirectLane:
     def _accept(self) -> None:
         """Take one connection: where there are more, other workers may be idle."""
         try:
-            accepted, _ = self._entrance.listener.accept()
+            accepted, _ = self._admission.listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:  # no more descriptors, say
             log.event("direct-accept-failed", level="warning", error=error.strerror)
-            self._loop.remove_reader(self._entrance.listener.fileno())
+            self._loop.remove_reader(self._admission.listener.fileno())
             self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again)
             return
         accepted.setblocking(False)
         try:
             connection = Connection(self._resources, peers.of_connection(accepted), self._admit, self._left)
-            displaced = self._connections.come(connection, connection.peer)
+            displaced = self._connections.add(connection, connection.peer)
         except OSError:  # it left already
             accepted.close()
             return
@@ -111,7 +111,7 @@ class DirectLane:
 
     def _accept_again(self) -> None:
         if self._listening:
-            self._loop.add_reader(self._entrance.listener.fileno(), self._accept)
+            self._loop.add_reader(self._admission.listener.fileno(), self._accept)
 
     async def _connect(self, accepted: socket.socket, connection: Connection) -> None:
         try:
@@ -130,14 +130,14 @@ class DirectLane:
 
     def _admit(self, connection: Connection, ticket: bytes) -> bool:
         """Whether the ticket lets the connection in."""
-        good = self._entrance.tickets.take(ticket)
+        good = self._admission.tickets.take(ticket)
         if good:
-            self._connections.admitted(connection)
+            self._connections.admit(connection)
         return good
 
     def _left(self, connection: Connection) -> None:
         """Forget a connection."""
-        self._connections.left(connection)
+        self._connections.remove(connection)
         self._metrics.direct_connections.set(len(self._connections))
         if not self._connections:
             self._empty.set()

@@ -14,7 +14,7 @@ import pytest
 
 from direct_callers import Caller, caller, way_in
 from engrampool_proto import frames
-from engrampool_server.answer.lane import answers, callers, connection
+from engrampool_server.answer.lane import answers, connection, connection_limits
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Lookups, RefusedError
 from engrampool_server.memory.tables import HeldTable
@@ -245,7 +245,7 @@ def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool):
 
 
 def test_strangers_stand_in_the_way_of_their_own_peer_only(server, pool, monkeypatch):
-    monkeypatch.setattr(callers, "_STRANGERS", 4)
+    monkeypatch.setattr(connection_limits, "_STRANGERS", 4)
     where, elsewhere = way_in(server), way_in(server)
     with Caller(where) as mine, Caller(elsewhere, "127.0.0.2") as other:
         eventually(lambda: server.scrape()["engrampool_direct_connections"] == 2, "both have come")
@@ -254,7 +254,7 @@ def test_strangers_stand_in_the_way_of_their_own_peer_only(server, pool, monkeyp
         assert told == ["too-many-connections"] * 5
         still_good(mine.hello(), pool)
         # Those that had their time go for those that come.
-        monkeypatch.setattr(callers, "_GRACE_S", 0.0)
+        monkeypatch.setattr(connection_limits, "_GRACE_S", 0.0)
         before = cut(server, "stranger")
         late = [Caller(where) for _ in range(5)]
         assert all(stranger.ended() for stranger in strangers[:3])

@@ -5,23 +5,23 @@ from dataclasses import dataclass, field
 
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.known import Key
-from engrampool_server.answer.lane.entrance import Entrance
+from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.memory.tables import HeldModel
 from engrampool_server.telemetry.metrics import Metrics
 
 
 @dataclass
-class Shared:
+class SharedState:
     """What every process of a server inherits when it is forked.
 
     models: those loaded before the fork; their rows are the one copy that all processes read.
-    entrance: of the direct lane, None for no such lane.
+    admission: of the direct lane, None for no such lane.
     """
 
     metrics: Metrics
     in_flight: InFlight
     models: list[HeldModel] = field(default_factory=list)
-    entrance: Entrance | None = None
+    admission: Admission | None = None
     # Of each of the models, in memory that forks share: 1 for the version that clients read.
     _active: dict[Key, memoryview] = field(default_factory=dict)
 
