@@ -9,10 +9,10 @@
 from engrampool_proto import __version__
 from engrampool_proto.registry.etcd import require_etcd3gw
 from engrampool_server import jit
-from engrampool_server.answer.known import Key
 from engrampool_server.config import ServerConfig
-from engrampool_server.memory.load import Holdings, require_segments
+from engrampool_server.memory.load import ModelLoader, require_segments
 from engrampool_server.memory.preflight import require_address_space
+from engrampool_server.memory.tables import VersionKey
 from engrampool_server.processes.supervisor import LOBBY_DRAIN_S, Supervisor
 from engrampool_server.processes.version_steps import VersionSteps, cache_of
 from engrampool_server.telemetry import log
@@ -49,7 +49,7 @@ def serve(config: ServerConfig) -> None:
 def _serve(supervisor: Supervisor) -> None:
     """From the first look at the models until a signal to stop."""
     config, shared, children = supervisor.config, supervisor.shared, supervisor.children
-    others: tuple[Key, ...] | None = ()
+    others: tuple[VersionKey, ...] | None = ()
     if config.registry != "off":
         require_etcd3gw(config.registry)
         require_segments(config.memory)
@@ -57,9 +57,9 @@ def _serve(supervisor: Supervisor) -> None:
             cache.check()
         others = None
     versions = VersionSteps(supervisor)
-    holdings = Holdings(config, supervisor.metrics, config.workers, others)
+    loader = ModelLoader(config, supervisor.metrics, config.workers, others)
     try:
-        supervisor.on_thread(lambda _: holdings.open())  # which may wait for a disk, or a store
+        supervisor.on_thread(lambda _: loader.open())  # which may wait for a disk, or a store
         if supervisor.stopping:
             return
         metrics = supervisor.listen()
@@ -68,10 +68,10 @@ def _serve(supervisor: Supervisor) -> None:
         if supervisor.stopping:
             return
         log.event("listening", listen=supervisor.config.listen, metrics=metrics)
-        for model in supervisor.on_thread(lambda cancel: list(holdings.load(cancel))) or ():
+        for model in supervisor.on_thread(lambda cancel: list(loader.load(cancel))) or ():
             shared.hold(model)
     finally:
-        holdings.close()
+        loader.close()
     versions.hold_fixed()
     if config.registry != "off" and not supervisor.stopping:
         versions.start_registrar()

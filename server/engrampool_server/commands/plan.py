@@ -55,8 +55,8 @@ def plan(
     except ValueError as error:
         raise click.UsageError(f"--max-in-flight-bytes {max_in_flight_bytes!r}: allowed: {size.allowed}") from error
     # Not before: they bring numpy, which help does without.
+    from engrampool_server.memory.placement import read_placement
     from engrampool_server.memory.shard_plan import ShardPlan, spec_of
-    from engrampool_server.memory.shards import read_placement
 
     spec = spec_of(location)
     if placement is not None:

@@ -29,6 +29,8 @@ from engrampool_server.memory.segments import Backing, Place, Segment, find_back
 # While another server makes the same segment.
 _POLL_S = 0.1
 _SPOT_CHECKS = 6
+# Of a version: its model, and itself.
+VersionKey = tuple[str, str]
 _Block = TypeVar("_Block", Block, PatchBlock)
 
 
@@ -41,7 +43,7 @@ class LoadCancelledError(EngrampoolError):
 
 
 @dataclass(frozen=True, eq=False)
-class HeldTable:
+class LoadedTable:
     """Rows [row_start, row_start + len(rows)) of a table. rows: uint8 [n, row_bytes], read-only.
 
     place: where others can map them, None where they cannot.
@@ -89,7 +91,7 @@ class HeldTable:
 
 
 @dataclass(frozen=True, eq=False)
-class HeldModel:
+class LoadedModel:
     """One version of a model, in memory.
 
     tables: those of which rows are held, by layer, ascending. hasher: from its tokens to its rows.
@@ -97,11 +99,16 @@ class HeldModel:
 
     spec: ModelSpec
     version: str
-    tables: Mapping[int, HeldTable]
+    tables: Mapping[int, LoadedTable]
     hasher: Hasher = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hasher", Hasher(self.spec))
+
+    @property
+    def key(self) -> VersionKey:
+        """The names of model and version."""
+        return self.spec.name, self.version
 
 
 def load(
@@ -113,7 +120,7 @@ def load(
     progress: Callable[[int], None],
     attach: str = "off",
     part: Part | None = None,
-) -> HeldModel:
+) -> LoadedModel:
     """Hold every table in memory of the kind `memory` (a setting): adopted where it lies there already, else read.
 
     part: the rows to hold; all if it is None. Only blocks with such rows are read; of a checkpoint all are.
@@ -153,24 +160,24 @@ def load(
             rows = flat.reshape(len(held), spec.row_bytes)
             fill(rows)
             protect(rows, huge_page_bytes() if memory == "hugetlb" else mmap.PAGESIZE)
-            tables[spec.layer] = HeldTable(spec, rows, held.start)
+            tables[spec.layer] = LoadedTable(spec, rows, held.start)
         else:
             identity = _identity(packed, spec, held)
             segment = _segment(packed, identity, blocks, backing, lock, stop, progress, fill)
-            tables[spec.layer] = HeldTable(spec, segment.rows, held.start, segment.place)
+            tables[spec.layer] = LoadedTable(spec, segment.rows, held.start, segment.place)
     version = packed.version
     assert version is not None
-    return HeldModel(packed.spec, version, tables)
+    return LoadedModel(packed.spec, version, tables)
 
 
 def load_patched(
     patch: PatchFiles,
-    base: HeldModel,
+    base: LoadedModel,
     threads: int,
     stop: threading.Event,
     progress: Callable[[int], None],
     lock: bool = False,
-) -> HeldModel:
+) -> LoadedModel:
     """Hold the version that `patch` makes of `base`: the same rows in the same memory, and the changed ones beside it.
 
     Of each table only blocks with changed rows that are held are read, and all of these checked. Their memory is
@@ -193,12 +200,12 @@ def load_patched(
         overlay = _overlay(patch, table, threads, stop, progress, lock)
         # Who maps a table finds the base's version in it, changed or not.
         tables[layer] = replace(table, place=None, overlay=overlay)
-    return HeldModel(patch.spec, patch.version, tables)
+    return LoadedModel(patch.spec, patch.version, tables)
 
 
 def _overlay(
     patch: PatchFiles,
-    table: HeldTable,
+    table: LoadedTable,
     threads: int,
     stop: threading.Event,
     progress: Callable[[int], None],

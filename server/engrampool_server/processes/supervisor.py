@@ -25,9 +25,9 @@ from engrampool_server.config import ServerConfig
 from engrampool_server.memory.preflight import OTHER_PROCESSES
 from engrampool_server.ports import listen_on, reserve
 from engrampool_server.processes.children import MAX_DELAY_S, Child, Children
-from engrampool_server.processes.link import Link, Report
+from engrampool_server.processes.reports import Report, Reporter
 from engrampool_server.processes.roll import Roll
-from engrampool_server.processes.unix_gate import UnixGate
+from engrampool_server.processes.unix_path import UnixPath
 from engrampool_server.processes.worker import answer
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.telemetry import log
@@ -90,7 +90,7 @@ class Supervisor:
         self._generation = 0
         self._stop_begun_s = 0.0
         self._metrics_listener: socket.socket | None = None
-        self._gate: UnixGate | None = None
+        self._unix_path: UnixPath | None = None
         self._is_astray = False  # the gate leads to nobody, and the log says so
         self.kept: dict[int, Callable[[], object]] = {}
         self.said: Callable[[Child, Report], None] = lambda child, report: None
@@ -109,8 +109,8 @@ class Supervisor:
         finally:
             if self.shared.admission is not None:
                 self.shared.admission.close()
-            if self._gate is not None:
-                self._gate.close()
+            if self._unix_path is not None:
+                self._unix_path.close()
 
     # --- for whoever says which processes there are
 
@@ -120,8 +120,8 @@ class Supervisor:
             self.metrics.worker_restarts.labels(reason)
         # Kept, so that the port is ours for as long as we live.
         if self.config.listen.startswith("unix:"):
-            self._gate = UnixGate(Path(self.config.listen.removeprefix("unix:")), len(self._pids))
-            address = self._gate.address
+            self._unix_path = UnixPath(Path(self.config.listen.removeprefix("unix:")), len(self._pids))
+            address = self._unix_path.address
         else:
             address, self._reserved = reserve(self.config.listen)
         self.config = replace(self.config, listen=address)
@@ -135,7 +135,7 @@ class Supervisor:
 
     def start_lobby(self) -> Child:
         """Start the process that answers, in place of workers, that tables are still loading."""
-        return self.fork("lobby", 0, lambda link: self._answer(link, serving=False))
+        return self.fork("lobby", 0, lambda reporter: self._answer(reporter, serving=False))
 
     def start(self, index: int) -> None:
         """Start a worker, or one of those that are kept. Raises OSError before this server serves."""
@@ -150,10 +150,10 @@ class Supervisor:
             log.event("fork-failed", level="error", error=error.strerror)
             self.children.start_later(index)
 
-    def fork(self, role: str, index: int, work: Callable[[Link], None]) -> Child:
+    def fork(self, role: str, index: int, work: Callable[[Reporter], None]) -> Child:
         """Start a process that does `work`, and ends with it. Raises OSError."""
         slot = free_slot([child.slot for child in self.children])
-        child = self.children.fork(role, index, slot, lambda link: self._live(role, index, slot, link, work))
+        child = self.children.fork(role, index, slot, lambda reporter: self._live(role, index, slot, reporter, work))
         child.generation = self._generation
         self._inherited[slot] = resident_memory()[1]
         self._pids[slot] = child.pid
@@ -218,9 +218,9 @@ class Supervisor:
     # --- in children
 
     def _fork_worker(self, index: int) -> Child:
-        return self.fork("worker", index, lambda link: self._answer(link, serving=True))
+        return self.fork("worker", index, lambda reporter: self._answer(reporter, serving=True))
 
-    def _live(self, role: str, index: int, slot: int, link: Link, work: Callable[[Link], None]) -> None:
+    def _live(self, role: str, index: int, slot: int, reporter: Reporter, work: Callable[[Reporter], None]) -> None:
         """What a child does."""
         become(str(slot))
         self.shared.in_flight.slot = slot
@@ -231,24 +231,29 @@ class Supervisor:
         else:
             # Nothing that is withdrawn may stay in memory because of a process that has no use for it.
             self.shared.models.clear()
-        work(link)
+        work(reporter)
 
-    def _answer(self, link: Link, *, serving: bool) -> None:
+    def _answer(self, reporter: Reporter, *, serving: bool) -> None:
         if self._metrics_listener is not None:
             self._metrics_listener.close()
         config = self.config
-        if self._gate is not None:
-            config = replace(config, listen=self._gate.own(self.shared.in_flight.slot))
+        if self._unix_path is not None:
+            config = replace(config, listen=self._unix_path.own(self.shared.in_flight.slot))
         if not serving:
             config = replace(config, drain_s=min(config.drain_s, LOBBY_DRAIN_S))
-        answer(config, self.shared, link, serving=serving)
+        answer(config, self.shared, reporter, serving=serving)
 
-    def _export(self, link: Link) -> None:
+    def _export(self, reporter: Reporter) -> None:
         assert self._metrics_listener is not None
         processes = Processes(self._pid, self._pids, self._inherited)
-        link.ready()
+        reporter.ready()
         export(
-            self._metrics_listener, self._memory, processes, lambda: bool(self._ready_now[0]), link.beat, link.beat_s
+            self._metrics_listener,
+            self._memory,
+            processes,
+            lambda: bool(self._ready_now[0]),
+            reporter.beat,
+            reporter.beat_s,
         )
 
     # --- what children say, and what becomes of them
@@ -275,14 +280,14 @@ class Supervisor:
 
         Where that cannot be, as in a directory that is gone or full, it is tried again at every turn.
         """
-        if self._gate is None:
+        if self._unix_path is None:
             return
         workers = [child for _, child in sorted(self._workers.items())]
         lobbies = [child for child in self.children if child.role == "lobby"]
         for child in (*workers, *lobbies):
             if child.ready_s is not None and child.kill_s is None:
                 try:
-                    self._gate.point(child.slot)
+                    self._unix_path.point(child.slot)
                 except OSError as error:
                     if not self._is_astray:
                         why = error.strerror or str(error)

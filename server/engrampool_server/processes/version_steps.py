@@ -1,6 +1,6 @@
 """What becomes of a version that a registry names: it is loaded, held, told of, and given up, one step at a time.
 
-versions_held.py says which step is next. A loader fills the segments of a version, which are adopted here; then the
+version_plan.py says which step is next. A loader fills the segments of a version, which are adopted here; then the
 workers are replaced, as each has what was there when it was forked. The registry is told that a version is held after
 that, and that it is not before it goes.
 """
@@ -13,16 +13,16 @@ from pathlib import Path
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.registry.etcd import Held, Member, Published
-from engrampool_server.answer.known import Key, Known
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.load import show
-from engrampool_server.memory.tables import HeldModel
+from engrampool_server.memory.tables import LoadedModel, VersionKey
 from engrampool_server.processes.children import Child
-from engrampool_server.processes.link import Report
 from engrampool_server.processes.loader import LoadError, adopt, become_loader, discard
+from engrampool_server.processes.pool_view import PoolView
 from engrampool_server.processes.registrar import Cache, register
+from engrampool_server.processes.reports import Report
 from engrampool_server.processes.supervisor import LOADER, REGISTRAR, Supervisor, WorkerError
-from engrampool_server.processes.versions_held import VersionsHeld
+from engrampool_server.processes.version_plan import VersionPlan
 from engrampool_server.telemetry import log
 
 # Of why a version could not be loaded, for the registry.
@@ -35,16 +35,16 @@ class VersionSteps:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor, self._children = supervisor, supervisor.children
         self._shared, self._metrics = supervisor.shared, supervisor.metrics
-        self._versions = VersionsHeld()
-        self._known: Known | None = None
+        self._versions = VersionPlan()
+        self._known: PoolView | None = None
         # Of each version that came by the registry, how long loading it took, and whether it is a patch.
-        self._loads: dict[Key, tuple[float, bool]] = {}
+        self._loads: dict[VersionKey, tuple[float, bool]] = {}
         self._orders: socket.socket | None = None
         supervisor.said = self._said
 
     def hold_fixed(self) -> None:
         """Take what was loaded at the start as held for ever."""
-        self._versions = VersionsHeld([_key(model) for model in self._shared.models])
+        self._versions = VersionPlan([model.key for model in self._shared.models])
         self.register()
 
     def start_registrar(self) -> None:
@@ -80,9 +80,9 @@ class VersionSteps:
         if self._orders is None or not self._supervisor.serving:
             return
         held = tuple(
-            Held(*_key(model), {layer: (table.row_start, table.row_stop) for layer, table in model.tables.items()})
+            Held(*model.key, {layer: (table.row_start, table.row_stop) for layer, table in model.tables.items()})
             for model in self._shared.models
-            if _key(model) in versions.held
+            if model.key in versions.held
         )
         failed = {version: why[:_REASON_CHARS] for (_, version), why in versions.failed.items()}
         try:
@@ -108,8 +108,8 @@ class VersionSteps:
             self._supervisor.fork(
                 "registrar",
                 REGISTRAR,
-                lambda link: register(
-                    config.registry, cache, _address(config), orders, self._metrics, link, known=self._known
+                lambda reporter: register(
+                    config.registry, cache, _address(config), orders, self._metrics, reporter, known=self._known
                 ),
             )
         self.register()
@@ -124,7 +124,7 @@ class VersionSteps:
         if report.known is not None:
             self._learn(report.known)
 
-    def _learn(self, known: Known) -> None:
+    def _learn(self, known: PoolView) -> None:
         """Take note of what is to be held now, and of what clients read, as the registrar has it."""
         before, self._known = self._known, known
         if self._versions.want(known.published.values()):
@@ -161,13 +161,13 @@ class VersionSteps:
             log.event("version-held", model=key[0], version=key[1], seconds=round(time.monotonic() - begin_s, 3))
         self.register()
 
-    def _load(self, published: Published) -> HeldModel | None:
+    def _load(self, published: Published) -> LoadedModel | None:
         """A version in memory; None if the server is to stop, or the version is wanted no more."""
         supervisor, config = self._supervisor, self._supervisor.config
         if published.base is not None:
             return supervisor.on_thread(lambda cancel: self._adopt(published, cancel))
-        others = {*self._versions.published, *map(_key, self._shared.models)}
-        loader = supervisor.fork("loader", LOADER, lambda link: become_loader(published, config, others, link))
+        others = {*self._versions.published, *(model.key for model in self._shared.models)}
+        loader = supervisor.fork("loader", LOADER, lambda reporter: become_loader(published, config, others, reporter))
 
         def is_wanted() -> bool:
             return not supervisor.stopping and self._versions.wants(published)
@@ -188,20 +188,20 @@ class VersionSteps:
                 self._children.kill(loader)
             self._children.turn_until(lambda: loader not in self._children)
 
-    def _adopt(self, published: Published, cancel: threading.Event) -> HeldModel:
+    def _adopt(self, published: Published, cancel: threading.Event) -> LoadedModel:
         def progress(nbytes: int) -> None:
             self._metrics.to_load_bytes.inc(nbytes)
             self._metrics.loaded_bytes.inc(nbytes)
 
         return adopt(published, self._supervisor.config, self._shared.models, cancel, progress)
 
-    def _withdraw(self, gone: list[Key]) -> None:
+    def _withdraw(self, gone: list[VersionKey]) -> None:
         """Hold these versions no more: tell of it, have workers without them, and free their memory."""
         self._versions.dropped(gone)
         self.register()
         for model in self._shared.models:
-            if _key(model) in gone:
-                seconds, is_patch = self._loads.pop(_key(model))
+            if model.key in gone:
+                seconds, is_patch = self._loads.pop(model.key)
                 show(self._metrics, model, seconds, is_patch=is_patch, sign=-1)
         del model  # or its memory would stay
         self._shared.drop(gone)
@@ -209,7 +209,7 @@ class VersionSteps:
         self._discard(gone)
         log.event("version-withdrawn", versions=[f"{model} {version}" for model, version in gone])
 
-    def _discard(self, versions: list[Key]) -> None:
+    def _discard(self, versions: list[VersionKey]) -> None:
         """Free the segments of what is held no more, and of loads that came to nothing."""
         try:
             self._supervisor.on_thread(lambda _: discard(self._supervisor.config.memory, versions))
@@ -225,7 +225,3 @@ def cache_of(config: ServerConfig) -> Cache | None:
 def _address(config: ServerConfig) -> str:
     """Where clients reach this server."""
     return config.listen if config.advertise == "auto" else config.advertise
-
-
-def _key(model: HeldModel) -> Key:
-    return model.spec.name, model.version

@@ -23,8 +23,8 @@ from engrampool_server.files.checkpoint import Checkpoint, CheckpointError
 from engrampool_server.files.pack import pack
 from engrampool_server.files.synth_checkpoint import synth_checkpoint
 from engrampool_server.files.table_files import PackedModel
+from engrampool_server.memory.placement import read_placement
 from engrampool_server.memory.shard_plan import spec_of
-from engrampool_server.memory.shards import read_placement
 from published import QWEN_PLACE, Published, Tensor, noise, scalar
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 123456\n" % 0

@@ -30,7 +30,7 @@ from engrampool_server.memory.segments import (
     sweep,
     take,
 )
-from engrampool_server.memory.tables import HeldModel, LoadCancelledError, identities, load
+from engrampool_server.memory.tables import LoadCancelledError, LoadedModel, identities, load
 from server_fixtures import SPEC, Events, change_byte, eventually, expected, pack
 
 NAME = "engrampool-{uid}-{version}-{layer}-0-{rows}"
@@ -47,7 +47,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("segments") / "other", change=True, block_bytes=100_000)
 
 
-def load_into(directory: Path, packed: Path, stop: threading.Event | None = None, **options) -> HeldModel:
+def load_into(directory: Path, packed: Path, stop: threading.Event | None = None, **options) -> LoadedModel:
     with PackedModel.open(packed) as model:
         return load(
             model, f"file:{directory}", options.get("lock", False), 2, stop or threading.Event(), lambda _: None
@@ -65,7 +65,7 @@ def backing(directory: Path) -> Backing:
     return found
 
 
-def right(held: HeldModel) -> bool:
+def right(held: LoadedModel) -> bool:
     return all(
         table.rows.tobytes() == expected(layer, np.arange(len(table.rows))) for layer, table in held.tables.items()
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engrampool_proto.errors import BatchError
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.memory.memory import OutOfMemoryError
-from engrampool_server.memory.tables import HeldTable, LoadCancelledError, load
+from engrampool_server.memory.tables import LoadCancelledError, LoadedTable, load
 from server_fixtures import SPEC, expected, pack
 
 TABLE = SPEC.table(9)
@@ -27,8 +27,8 @@ def load_all(directory: Path, threads: int = 2, memory: str = "anon", stop=None,
         return load(model, memory, False, threads, stop or threading.Event(), progress)
 
 
-def held(rows: int, start: int = 0) -> HeldTable:
-    return HeldTable(TABLE, np.random.default_rng(rows).integers(0, 256, (rows, 42), np.uint8), start)
+def held(rows: int, start: int = 0) -> LoadedTable:
+    return LoadedTable(TABLE, np.random.default_rng(rows).integers(0, 256, (rows, 42), np.uint8), start)
 
 
 @pytest.mark.parametrize("memory", ["anon", "file"])

@@ -17,7 +17,7 @@ from engrampool_proto import frames
 from engrampool_server.answer.lane import answers, connection, connection_limits
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Lookups, RefusedError
-from engrampool_server.memory.tables import HeldTable
+from engrampool_server.memory.tables import LoadedTable
 from server_fixtures import RawPool, Running, eventually, expected, joined, pack, running, version_of
 
 MIB = 1 << 20
@@ -306,9 +306,9 @@ def _no_memory(*_: object) -> Any:
 
 BROKEN = {
     "check": (Lookups, "check"),
-    "resolve": (HeldTable, "check"),
+    "resolve": (LoadedTable, "check"),
     "buffer": (Resources, "take_buffer"),
-    "gather": (HeldTable, "gather"),
+    "gather": (LoadedTable, "gather"),
 }
 
 
