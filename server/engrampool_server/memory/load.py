@@ -14,7 +14,8 @@ from engrampool_server.machine import Machine
 from engrampool_server.memory.placement import part_of
 from engrampool_server.memory.preflight import Need, PreflightError, Report, check, raise_soft_limits
 from engrampool_server.memory.segments import check_writable, file_name, find_backing, free, sweep
-from engrampool_server.memory.tables import LoadedModel, identities, load
+from engrampool_server.memory.table_loader import identities, load
+from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.telemetry import log
 from engrampool_server.telemetry.metrics import Metrics
 
@@ -128,7 +129,7 @@ class ModelLoader:
     def load(
         self, cancel: threading.Event, tell: Callable[[int, int], None] = lambda *_: None
     ) -> Iterator[LoadedModel]:
-        """Read one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`.
+        """Read one model after the other. Raises what `table_loader.load` raises, LoadCancelledError after `cancel`.
 
         tell: called with `loaded_bytes` and `nbytes` after each block, from any thread, but never from two at a time.
         """

@@ -25,7 +25,8 @@ from engrampool_server.memory.load import ModelLoader
 from engrampool_server.memory.placement import part_of
 from engrampool_server.memory.preflight import Machine, Need, check, raise_soft_limits
 from engrampool_server.memory.segments import find_backing, free, survey
-from engrampool_server.memory.tables import LoadedModel, load, load_patched
+from engrampool_server.memory.table_loader import load, load_patched
+from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.processes.reports import Reporter
 from engrampool_server.telemetry import log
 from engrampool_server.telemetry.metrics import Metrics

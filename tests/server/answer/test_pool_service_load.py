@@ -18,7 +18,8 @@ from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.answer.lookups import Limits, Lookups
 from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.tables import LoadedTable, load
+from engrampool_server.memory.table_loader import load
+from engrampool_server.memory.tables import LoadedTable
 from engrampool_server.telemetry.metrics import Metrics
 from server_fixtures import (
     LIMIT_S,

@@ -22,7 +22,8 @@ from engrampool_server.files.synth import fill_rows, synthetic_model
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.files.table_writer import write_tables
 from engrampool_server.files.verify import damaged_blocks
-from engrampool_server.memory.tables import LoadedModel, load
+from engrampool_server.memory.table_loader import load
+from engrampool_server.memory.tables import LoadedModel
 from stores import S3, HttpFiles, http_files, line_to, s3_server
 
 SECRET = "topsecret"
