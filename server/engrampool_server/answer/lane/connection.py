@@ -44,7 +44,7 @@ class Connection(asyncio.BufferedProtocol):
         self.answerer = Answerer(resources, peer)
         self._resources, self._admit, self._left = resources, admit, left
         self._kind = frames.HELLO  # of the frame that may come next
-        self._view = self._small = memoryview(bytearray(_HELLO_BYTES))
+        self._view = self._read_buffer = memoryview(bytearray(_HELLO_BYTES))
         self._filled = 0
         self._ending = False  # what comes is thrown away
         self._unwanted: tuple[int, RefusedError] | None = None  # a request to be read to this end, then refused
@@ -165,9 +165,9 @@ class Connection(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._no_timer()
         (timeout_us,) = frames.TIMEOUT.unpack_from(self._view, frames.HEADER.size)
-        view, self._view, self._filled = self._view, self._small, 0
+        view, self._view, self._filled = self._view, self._read_buffer, 0
         message = view[_MESSAGE_AT:total].toreadonly()
-        self.answerer.ask(message, timeout_us / 1e6 if timeout_us else None, view is self._small)
+        self.answerer.ask(message, timeout_us / 1e6 if timeout_us else None, view is self._read_buffer)
 
     def _grow(self, total: int) -> None:
         """Have room for more of a frame of `total` bytes; where there is none, for nothing of it."""
@@ -175,7 +175,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             self.answerer.reserve_request(size)
         except RefusedError as error:
-            self._view = self._small
+            self._view = self._read_buffer
             self._unwanted = total, error
             return
         larger = np.empty(size, np.uint8).data
@@ -196,7 +196,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._no_timer()
         self._kind = frames.REQUEST
-        self._view = self._small = memoryview(bytearray(SMALL_REQUEST_BYTES))
+        self._view = self._read_buffer = memoryview(bytearray(SMALL_REQUEST_BYTES))
         self.answerer.welcome()
 
     def _end(self, error: RefusedError) -> None:
