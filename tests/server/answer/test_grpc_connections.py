@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from direct_callers import Caller, way_in
+from engrampool_server.answer import grpc_server as server_module
 from engrampool_server.answer import peers
-from engrampool_server.answer import server as server_module
 from server_fixtures import LIMIT_S, RawPool, Running, eventually, expected, pack, rows_of, running, version_of
 
 MIB = 1 << 20
@@ -125,7 +125,7 @@ def test_a_caller_that_answers_no_ping_while_a_call_is_under_way_is_cut_off(pack
 def test_the_system_looks_after_callers_of_the_direct_lane(packed):
     with running(packed) as run, Caller(way_in(run)).hello():
         (connection,) = run.server._direct._connections
-        taken = connection._transport.get_extra_info("socket")
+        taken = connection.answerer._transport.get_extra_info("socket")
         assert taken.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
         assert 0 < taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 60_000

@@ -16,9 +16,9 @@ from engrampool_proto import wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.v1 import pool_pb2
-from engrampool_server.answer.service import PoolService
+from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.tables import load
+from engrampool_server.memory.table_loader import load
 from server_fixtures import (
     SPEC,
     VOCAB,
@@ -300,7 +300,7 @@ def test_a_description_is_made_once_for_all_who_ask(packed, tmp_path, monkeypatc
     monkeypatch.setattr(ModelSpec, "to_json", lambda spec: made.append(spec.name) or to_json(spec))
     services = []
     monkeypatch.setattr(
-        "engrampool_server.answer.server.PoolService",
+        "engrampool_server.answer.grpc_server.PoolService",
         lambda *given: services.append(PoolService(*given)) or services[0],
     )
     with running(packed) as run, RawPool(run.address) as pool:
