@@ -37,8 +37,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """One whose connections live for a moment."""
-    monkeypatch.setattr(server_module, "_CONNECTION_AGE_S", 0.5)
-    monkeypatch.setattr(server_module, "_CONNECTION_GRACE_S", 0.2)
+    monkeypatch.setattr(server_module, "CONNECTION_AGE_S", 0.5)
+    monkeypatch.setattr(server_module, "CONNECTION_GRACE_S", 0.2)
     with running(packed) as run:
         yield run
 
@@ -89,7 +89,7 @@ def test_an_answer_that_is_not_read_is_counted_until_its_connection_ends(server,
 
 
 def test_clients_notice_nothing_of_connections_that_grow_old(packed, monkeypatch):
-    monkeypatch.setattr(server_module, "_CONNECTION_AGE_S", 0.5)  # and a call that is under way has time to end
+    monkeypatch.setattr(server_module, "CONNECTION_AGE_S", 0.5)  # and a call that is under way has time to end
     seen = set()
     of_call = peers.of_call
     monkeypatch.setattr(peers, "of_call", lambda peer: seen.add(peer) or of_call(peer))
@@ -117,7 +117,7 @@ def test_pings_of_other_languages_clients_are_answered_however_many(packed, with
 
 
 def test_a_caller_that_answers_no_ping_while_a_call_is_under_way_is_cut_off(packed, monkeypatch):
-    monkeypatch.setattr(server_module, "_SIGN_OF_LIFE_S", 0.3)
+    monkeypatch.setattr(server_module, "SIGN_OF_LIFE_S", 0.3)
     with running(packed) as run, call(run.address) as made:  # long before its connection is old
         read_to_its_end(made)
 

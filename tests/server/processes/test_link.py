@@ -53,24 +53,23 @@ def test_what_is_said_arrives(pipe):
         Report(failed="grün"),
         Report(ready=True),
     ]
-    assert not link.is_behind
+    assert not link.behind_bytes
 
 
 def test_a_child_whose_reader_stands_still_goes_on_and_loses_nothing_that_matters(pipe):
     """Longer than the pipe is what is published: a part of it is in the pipe, and what follows must not mix with it."""
     lines, link = pipe
     link.known(KNOWN)
-    assert link.is_behind
+    assert link.behind_bytes
     for number in range(20_000):
         link.beat()
         link.loaded(number, 20_000)
     link.ready()
     link.failed("first")
     link.failed("last")
-    kept = len(link._rest) + sum(map(len, link._to_come.values()))
-    assert kept < 1 << 20
+    assert link.behind_bytes < 1 << 20
     said = taken(lines)
-    while link.is_behind:
+    while link.behind_bytes:
         link.beat()
         said += taken(lines)
     assert [report for report in said if report != Report()] == [
@@ -131,7 +130,7 @@ def test_any_bytes_are_a_report_or_refused(line):
 
 def test_a_line_without_an_end_takes_no_memory_without_an_end(pipe, monkeypatch):
     lines, link = pipe
-    monkeypatch.setattr(link_module, "_LONGEST_BYTES", 100_000)
+    monkeypatch.setattr(link_module, "LONGEST_BYTES", 100_000)
     for _ in range(40):
         os.write(link.report, b" " * 50_000)
         assert lines.read() == []
