@@ -1,11 +1,13 @@
-"""Draws docs/architecture.svg: `python docs/architecture.py`.
+"""Draws docs/architecture.svg, and fills in the tables of files in docs/ARCHITECTURE.md: `python docs/architecture.py`.
 
 The house as its imports have it: a box for each room (a folder of a package, with all that lies in it) and for files
 beside the rooms, an arrow from a box to those that it imports. Rooms are found, not listed here. An arrow that others
-imply is left out; one that closes a circle is red. The same imports give the same bytes.
+imply is left out; one that closes a circle is red. The same imports give the same bytes. A file is described by the
+first sentence of its docstring.
 """
 
 import ast
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ text { font: 10px "DejaVu Sans Mono", Menlo, Consolas, monospace; fill: #33414d 
 """
 
 Edge = tuple[str, str]
+Files = dict[str, dict[str, str]]  # by place: file -> what it is for
 
 
 @dataclass
@@ -68,11 +71,11 @@ def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
             yield from imports(node)
 
 
-def read(root: Path) -> tuple[dict[str, list[str]], Counter[Edge]]:
-    """Gives place -> files and (place, place) -> imports. A place: "client/lanes", or "client/aio" beside the rooms."""
+def read(root: Path) -> tuple[Files, Counter[Edge]]:
+    """Gives the files and (place, place) -> imports. A place: "client/lanes", or "client/aio" beside the rooms."""
     places: dict[str, str] = {}
-    files: dict[str, list[str]] = {}
-    trees: dict[str, ast.AST] = {}
+    files: Files = {}
+    trees: dict[str, ast.Module] = {}
     for package in TITLES:
         top = root / package / f"engrampool_{package}"
         for path in sorted(top.rglob("*.py")):
@@ -82,7 +85,9 @@ def read(root: Path) -> tuple[dict[str, list[str]], Counter[Edge]]:
             if parts != ("__init__",):
                 places[module] = f"{package}/{parts[0]}"
                 if parts[-1] != "__init__":
-                    files.setdefault(places[module], []).append("/".join(parts[1:] or parts))
+                    about = " ".join((ast.get_docstring(trees[module]) or "").partition("\n\n")[0].split())
+                    sentence = re.split(r"(?<=[.?]) ", about)[0].removesuffix(".")
+                    files.setdefault(places[module], {})["/".join(parts[1:] or parts)] = sentence
     edges: Counter[Edge] = Counter()
     for module, tree in trees.items():
         for node in imports(tree):
@@ -91,6 +96,11 @@ def read(root: Path) -> tuple[dict[str, list[str]], Counter[Edge]]:
                 names = [one if (one := f"{node.module}.{name}") in places else str(node.module) for name in names]
             edges.update((places[module], places[name]) for name in names if module in places and name in places)
     return files, Counter({edge: count for edge, count in edges.items() if edge[0] != edge[1]})
+
+
+def is_room(place: str, files: Files) -> bool:
+    """Whether it is a folder."""
+    return list(files[place]) != [place.split("/")[1]]
 
 
 def leads(edges: set[Edge], start: str, goal: str) -> bool:
@@ -119,7 +129,7 @@ def without_circles(edges: Counter[Edge]) -> set[Edge]:
 class Package:
     """One package's boxes in rows, each above all that it imports."""
 
-    def __init__(self, name: str, files: dict[str, list[str]], edges: Counter[Edge]) -> None:
+    def __init__(self, name: str, files: Files, edges: Counter[Edge]) -> None:
         inside = Counter({edge: n for edge, n in edges.items() if all(at.startswith(name + "/") for at in edge)})
         down = without_circles(inside)
         self.boxes: dict[str, Box] = {}
@@ -128,7 +138,7 @@ class Package:
         row_of: dict[str, int] = {}
         places = sorted(place for place in files if place.startswith(name + "/"))
         # Files beside the rooms that none of the package imports are its doors: they stand at the top.
-        doors = [at for at in places if files[at] == [at.split("/")[1]] and not any(b == at for _, b in down)]
+        doors = [at for at in places if not is_room(at, files) and not any(b == at for _, b in down)]
         ahead = [place for place in places if place not in doors]
         while ahead or doors:
             free = [place for place in ahead if not any(a == place and b in ahead for a, b in down)]
@@ -136,7 +146,7 @@ class Package:
                 free, doors = doors, []
             for place in free:
                 title = place.removeprefix(name + "/")
-                room = files[place] != [title]
+                room = is_room(place, files)
                 box_of[place] = key = place if room else f"{name}, row {len(self.rows)}"
                 self.boxes.setdefault(key, Box(title + "/" if room else "")).files += files[place]
                 row_of[key] = len(self.rows)
@@ -269,5 +279,26 @@ def picture(root: Path) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
+def page(text: str, root: Path) -> str:
+    """The page with its tables as they are to be. Raises ValueError where a room has no place for one."""
+    files, _ = read(root)
+    tables: Files = {}
+    for place in files:
+        tables.setdefault(place if is_room(place, files) else place.split("/")[0], {}).update(files[place])
+    for name, table in tables.items():
+        lines = ["", "| file | what it is for |", "| --- | --- |"]
+        for file, purpose in table.items():
+            cell = purpose.replace("|", "\\|")
+            lines.append(f"| `{file}.py` | {cell} |")
+        begin, end = f"<!-- files of {name} -->\n", "<!-- -->"
+        if text.count(begin) != 1:
+            raise ValueError(f"docs/ARCHITECTURE.md is to have one place for the files of {name}: {begin}")
+        before, _, rest = text.partition(begin)
+        text = before + begin + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2]
+    return text
+
+
 if __name__ == "__main__":
     (HERE / "architecture.svg").write_text(picture(HERE.parent), encoding="utf-8")
+    described = HERE / "ARCHITECTURE.md"
+    described.write_text(page(described.read_text(encoding="utf-8"), HERE.parent), encoding="utf-8")
