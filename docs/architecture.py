@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TITLES = {"client": "client: asks", "server": "server: holds, answers", "proto": "proto: what both sides share"}
 # Pixels. A letter is as wide as those of a monospaced font.
-LETTER, LINE, TITLE, PAD, GAP, BETWEEN_ROWS, MARGIN = 6.1, 13, 16, 8, 16, 40, 14
+LETTER, LINE, TITLE, PAD, GAP, BETWEEN_ROWS, MARGIN, CIRCLE = 6.1, 13, 16, 8, 16, 40, 14, 30
 LETTERS = 26  # of a line in a box
 STYLE = """
 text { font: 10px "DejaVu Sans Mono", Menlo, Consolas, monospace; fill: #33414d }
@@ -42,6 +42,7 @@ class Box:
     files: list[str] = field(default_factory=list)
     x: float = 0.0  # of its middle
     y: float = 0.0  # of its upper edge
+    bend: float = 0.0  # height of one that only bends an arrow: that of its row
 
     @property
     def lines(self) -> list[str]:
@@ -56,7 +57,7 @@ class Box:
     @property
     def height(self) -> float:
         """As many lines as there are."""
-        return 2 * PAD - 3 + LINE * len(self.lines) + (TITLE if self.title else 0) if self.files else 0
+        return 2 * PAD - 3 + LINE * len(self.lines) + (TITLE if self.title else 0) if self.files else self.bend
 
 
 # --- reading
@@ -182,6 +183,7 @@ class Package:
             height = max(self.boxes[key].height for key in row)
             for key in row:
                 box = self.boxes[key]
+                box.bend = height
                 box.y = y + (height - box.height) / 2
             y += height + BETWEEN_ROWS
         self.height = y - BETWEEN_ROWS
@@ -210,9 +212,13 @@ class Package:
     def draw(self) -> Iterator[str]:
         """Arrows, and boxes upon them."""
         for path in self.arrows:
-            yield _arrow([self.boxes[key] for key in path], "arrow")
+            boxes = [self.boxes[key] for key in path]
+            points = [at for box in boxes for at in ((box.x, box.y), (box.x, box.y + box.height))]
+            yield _arrow(points[1:-1], "arrow")
         for start, stop in self.circles:
-            yield _arrow([self.boxes[start], self.boxes[stop]], "arrow circle")
+            low, high = self.boxes[start], self.boxes[stop]
+            points = [(low.x + CIRCLE, low.y), (high.x + CIRCLE, high.y + high.height)]
+            yield _arrow(points, "arrow circle")
         for box in self.boxes.values():
             if box.files:
                 left = box.x - box.width / 2
@@ -230,9 +236,8 @@ def _rectangle(kind: str, x: float, y: float, width: float, height: float) -> st
     return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="4"/>'
 
 
-def _arrow(boxes: list[Box], kind: str) -> str:
-    """From box to box, through those between."""
-    points = [(boxes[0].x, boxes[0].y + boxes[0].height), *((box.x, box.y) for box in boxes[1:])]
+def _arrow(points: list[tuple[float, float]], kind: str) -> str:
+    """From point to point: a curve between two rows, straight through those between."""
     path = f"M{points[0][0]:.1f},{points[0][1]:.1f}"
     for (x, y), (to_x, to_y) in pairwise(points):
         middle = (y + to_y) / 2
