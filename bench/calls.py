@@ -44,7 +44,9 @@ class Counting:
     def _event(self, frame: FrameType, event: str, _: Any) -> None:
         calls = self._calls
         if event == "call" and calls is not None and frame.f_code.co_filename != __file__:
-            calls[frame.f_code.co_filename, frame.f_code.co_qualname] += 1
+            # A method that a dataclass makes has no file name of its own, but the globals of its module.
+            file = frame.f_globals.get("__file__", frame.f_code.co_filename)
+            calls[file, frame.f_code.co_qualname] += 1
 
     def of(self, step: Callable[[], object], steps: int) -> Calls:
         """The median of each function's calls."""
