@@ -3,9 +3,12 @@
 Spoken in HTTP/2 frames, since gRPC's own clients end what they begin, and read what comes.
 """
 
+import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,17 @@ def call(address: str) -> socket.socket:
 
 def message(request: bytes) -> bytes:
     return b"\0" + struct.pack(">I", len(request)) + request
+
+
+def other_end(made: socket.socket) -> socket.socket:
+    """The socket of this process that was accepted for another one of it."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it is closed by now, or not connected
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                with socket.socket(fileno=os.dup(int(entry.name))) as found:
+                    if found.getpeername() == made.getsockname():
+                        return found.dup()
+    raise AssertionError("it was not accepted")
 
 
 def read_to_its_end(made: socket.socket) -> None:
@@ -123,9 +137,7 @@ def test_a_caller_that_answers_no_ping_while_a_call_is_under_way_is_cut_off(pack
 
 
 def test_the_system_looks_after_callers_of_the_direct_lane(packed):
-    with running(packed) as run, Caller(way_in(run)).hello():
-        (connection,) = run.server._direct._connections
-        taken = connection._transport.get_extra_info("socket")
+    with running(packed) as run, Caller(way_in(run)).hello() as caller, other_end(caller.socket) as taken:
         assert taken.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
         assert 0 < taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 60_000
