@@ -73,6 +73,12 @@ class ServerProcess:
         with self._changed:
             return {line["worker"]: line["pid"] for line in self._events if line["event"] == "worker-ready"}
 
+    @property
+    def last_lines(self) -> list[str]:
+        """The last 20 lines that it wrote, whatever they are."""
+        with self._changed:
+            return list(self._tail)
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Stop all of it by SIGSTOP within this: it takes connections, and answers nothing."""

@@ -11,7 +11,7 @@ from engrampool_proto.errors import EngrampoolError
 from engrampool_server.setting_kinds import split_address
 
 # A server that was killed holds its port until the kernel has taken its memory apart.
-_PATIENCE_S = 2.0
+PATIENCE_S = 2.0
 _PAUSE_S = 0.05
 
 _Address = tuple[Any, ...]
@@ -87,7 +87,7 @@ def _resolve(listen: str, purpose: str = "") -> list[tuple[socket.AddressFamily,
 
 
 def _patiently(family: socket.AddressFamily, address: _Address) -> socket.socket:
-    end = time.monotonic() + _PATIENCE_S
+    end = time.monotonic() + PATIENCE_S
     while True:
         try:
             return _take(family, address)

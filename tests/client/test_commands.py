@@ -176,16 +176,28 @@ def test_no_file_mixes_two_versions(tmp_path, out, monkeypatch):
     first, second = map(version_of, models)
     ids = np.random.default_rng(5).integers(0, VOCAB, 300).astype(np.int32)
     np.save(tmp_path / "tokens.npy", ids)
-    prefetch, begun = Client.prefetch, []
+    begun = []
 
-    def prefetch_and_move(client, *arguments, **how):
-        begun.append(client.version)
-        step = prefetch(client, *arguments, **how)
-        if len(begun) == 2:
-            client._versions._move_to(second)  # what follows the active version does so
-        return step
+    class Follower(Client):
+        """From the second piece on the active version is another one."""
 
-    monkeypatch.setattr(Client, "prefetch", prefetch_and_move)
+        def __init__(self, target, name, version, **settings):
+            super().__init__(target, name, version, **settings)
+            self.next = Client(target, name, second, **settings)
+
+        version = property(lambda self: second if len(begun) >= 2 else first)
+        version_changes = property(lambda self: {"followed": len(begun) >= 2})
+
+        def prefetch(self, *arguments, **how):
+            now = super() if self.version == first else self.next
+            begun.append(self.version)
+            return now.prefetch(*arguments, **how)
+
+        def close(self):
+            self.next.close()
+            super().close()
+
+    monkeypatch.setattr("engrampool_client.client.Client", Follower)
     with serve_thread(*models, max_rows_per_request=400) as address:
         run(lookup, "--server", address, "--version", first, "--tokens", tmp_path / "tokens.npy", "--out", out)
         with Client(address, version=second) as client, np.load(out) as found:

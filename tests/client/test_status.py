@@ -191,13 +191,16 @@ def test_the_client_of_asyncio_says_the_same(server):
 
 
 def test_a_server_that_is_let_go_of_at_that_moment_is_there_all_the_same(packed, monkeypatch):
-    with serve_thread(packed) as first, serve_thread(packed) as second, Client([first, second]) as client:
+    stopped = ExitStack()
+    first = stopped.enter_context(serve_thread(packed))
+    with stopped, serve_thread(packed) as second, Client([first, second]) as client:
         away = Shards.away.fget
 
         def let_go_before(shards):
             known = dict(away(shards))
             if not known:
-                shards._let_go(shards.sets[0].replicas[0])
+                stopped.close()
+                eventually(lambda: client.lookup(TOKENS) and away(shards), "it is away")
             return known
 
         monkeypatch.setattr(Shards, "away", property(let_go_before))

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 from grpc import StatusCode
@@ -93,6 +94,14 @@ def test_every_thread_of_the_client_is_on_the_page_of_processes():
     named = {name for source in sources for name in re.findall(r'"(engrampool-[a-z]+)"', source)}
     assert "engrampool-deadlines" in named
     assert not {name for name in named if f"`{name}`" not in page}
+
+
+def test_the_picture_of_the_house_and_its_tables_are_what_the_code_makes_of_them():
+    script = runpy.run_path(str(ROOT / "docs/architecture.py"))
+    page = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+    stale = "run `python docs/architecture.py`"
+    assert (ROOT / "docs/architecture.svg").read_text(encoding="utf-8") == script["picture"](ROOT), stale
+    assert page == script["page"](page, ROOT), stale
 
 
 def test_every_anchor_is_a_heading():

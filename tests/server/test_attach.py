@@ -93,11 +93,16 @@ def test_tables_in_shm_can_be_mapped(shm_packed):
 @pytest.mark.parametrize("how", ["memory", "attach", "one table"])
 def test_what_cannot_be_mapped_is_refused_and_described_so(packed, tmp_path, how):
     settings = {"memory": "anon"} if how == "memory" else {"memory": f"file:{tmp_path}"}
-    with running(packed, **settings, attach="off" if how == "attach" else "all") as run:
-        (held,) = run.server._lookups.held()
+    with running(packed, load=False, **settings, attach="off" if how == "attach" else "all") as run:
+        with PackedModel.open(packed) as model:
+            held = load(model, settings["memory"], False, 1, threading.Event(), lambda _: None)
         if how == "one table":
-            assert describe(run).attach
             object.__setattr__(held.tables[9], "place", None)
+
+        async def hold() -> None:
+            run.server.hold([held])
+
+        run.call(hold)
         assert refused(run, "small", version_of(packed)) == (grpc.StatusCode.FAILED_PRECONDITION, "no-attach")
         assert not describe(run).attach
         assert run.scrape()['engrampool_refused_total{reason="no-attach"}'] == 1

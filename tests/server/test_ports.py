@@ -13,7 +13,7 @@ from engrampool_server.ports import ListenError, listen_on, reserve
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(ports, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(ports, "PATIENCE_S", 0.1)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_port_is_free_again_at_once_whatever_connections_it_had(held):
 
 
 def test_it_waits_for_a_server_that_was_just_killed(monkeypatch, held):
-    monkeypatch.setattr(ports, "_PATIENCE_S", 30)
+    monkeypatch.setattr(ports, "PATIENCE_S", 30)
     command = (
         "import socket, sys\n"
         "taken = socket.create_server(('127.0.0.1', 0))\n"

@@ -23,7 +23,7 @@ _YOUNG = "lookups were still making the process larger, which costs time and end
 
 def print_report(report: "Report") -> None:
     """For people."""
-    from engrampool_client.doctor.diagnosis import WORTH, best_size
+    from engrampool_client.doctor.cache_sizes import WORTH, best_size
     from engrampool_client.status import lines
 
     status = report.status

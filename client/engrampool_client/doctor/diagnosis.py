@@ -1,6 +1,6 @@
 """Whether rows are there when the layers want them: what is measured, what is made of it, and what is tried against it.
 
-Nothing here prints; doctor.py does.
+Nothing here prints; command.py does.
 """
 
 import resource
@@ -10,25 +10,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from engrampool_client.client import Client
+from engrampool_client.doctor.cache_sizes import CacheSize, best_size, simulate
 from engrampool_client.doctor.replay import Clock, Forward, Play, play
 from engrampool_client.errors import EngrampoolError
-from engrampool_client.lookup.cache import HotRows
-from engrampool_client.lookup.layout import Layout, Part
 from engrampool_client.pool.endpoint import SPLIT_ABOVE_BYTES
 from engrampool_client.status import ClientStatus
-from engrampool_proto.hashing import TokenBatch
-from engrampool_proto.spec import ModelSpec
 
-Ids = npt.NDArray[Any]
 Settings = Mapping[str, Any]
-CAPACITIES = tuple(1 << bits for bits in (24, 26, 28, 30, 32))
-# Of the bytes that deduplication leaves; below, a cache is not worth its memory and is not tried.
-WORTH = 0.1
-# The cache that is tried is the smallest that saves so much of what the largest does.
-_NEARLY = 0.9
 # How the time given is shared out: among phases as they are, the cache's simulation, and what is tried.
 _AS_IS, _SIMULATION = 0.4, 0.15
 _WARM_UP = 0.6  # of a measurement, at most
@@ -92,146 +82,6 @@ def split(played: Play, percentile: float) -> dict[str, tuple[float, float]]:
         for name, values in parts.items()
         if values
     }
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """What a cache of that many bytes would do. hits: share of n-grams that it has, of those that differ in a lookup.
-
-    saved: phase -> share of the bytes that deduplication leaves to ask for. evicted: n-grams that had to make room.
-    """
-
-    nbytes: int
-    hits: float
-    saved: Mapping[str, float]
-    evicted: int
-
-
-def simulate(
-    spec: ModelSpec,
-    heads: tuple[int, int] | None,
-    phases: Mapping[str, Sequence[Forward]],
-    seconds: float,
-    capacities: Sequence[int] = CAPACITIES,
-) -> list[CacheSize]:
-    """Run a stream's keys through caches of several sizes, which all start empty; phases share them, in order.
-
-    seconds: for all of it; each phase gets its share of them, and goes no further. The sizes that follow one which lost
-    nothing are left out. Gives nothing for a stream without keys (ids that no hash gives).
-    """
-    layout = Layout(spec, None if heads is None else slice(*heads))
-    ways_bytes = 8 * (layout.entry_bytes + 16)
-    sizes = [nbytes for nbytes in capacities if nbytes >= ways_bytes]
-    # As many sets, but entries of one byte: it is only asked what it has.
-    caches = [HotRows(nbytes // ways_bytes * 8 * (1 + 16), 1) for nbytes in sizes]
-    asked = dict.fromkeys(phases, 0)
-    saved = {name: [0] * len(sizes) for name in phases}
-    distinct, hits = 0, [0] * len(sizes)
-    for name, forwards in phases.items():
-        until = time.monotonic() + seconds / len(phases)
-        for forward in forwards:
-            entries = _entries(spec, layout, forward)
-            asked[name] += sum(one.nbytes for one in entries)
-            distinct += sum(len(one.keys) for one in entries)
-            for at, cache in enumerate(caches):
-                nbytes, count = _ask(cache, entries)
-                saved[name][at] += nbytes
-                hits[at] += count
-            if time.monotonic() > until:
-                break
-    results: list[CacheSize] = []
-    for at, (size, cache) in enumerate(zip(sizes, caches, strict=True)):
-        if not distinct or (results and not results[-1].evicted):
-            break
-        shares = {name: saved[name][at] / asked[name] for name in phases if asked[name]}
-        results.append(CacheSize(size, hits[at] / distinct, shares, cache.evicted))
-    return results
-
-
-def best_size(sizes: Sequence[CacheSize], phase: str) -> int | None:
-    """Bytes of the smallest cache that does nearly what the largest does for a phase; None if none is worth it."""
-    most = max((size.saved.get(phase, 0.0) for size in sizes), default=0.0)
-    if most < WORTH:
-        return None
-    return next(size.nbytes for size in sizes if size.saved.get(phase, 0.0) >= _NEARLY * most)
-
-
-@dataclass(frozen=True, eq=False)
-class _Entries:
-    """Those of one part in one lookup.
-
-    every: keys [T, groups]. keys, groups: of the distinct ones, [N]. at: where one of each is in `every`.
-    """
-
-    part: Part
-    every: Ids
-    keys: Ids
-    groups: Ids
-    at: Ids
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct entries' rows."""
-        return len(self.keys) * self.part.entry_bytes
-
-
-def _entries(spec: ModelSpec, layout: Layout, forward: Forward) -> list[_Entries]:
-    """By part. Nothing for ids that have no keys."""
-    entries = []
-    for part, keys in _keys(spec, layout, forward):
-        if keys is None:
-            return []
-        found = [np.unique(row, return_index=True) for row in keys]
-        groups = np.repeat(np.arange(part.number, part.number + len(keys), dtype=np.uint8), [len(f[0]) for f in found])
-        at = np.concatenate([tokens * len(keys) + group for group, (_, tokens) in enumerate(found)])
-        entries.append(_Entries(part, keys.T, np.concatenate([f[0] for f in found]), groups, at))
-    return entries
-
-
-def _ask(cache: HotRows, entries: Sequence[_Entries]) -> tuple[int, int]:
-    """Ask as a lookup does: for every token's, then put what was missing. Gives bytes and number of what it had."""
-    if not entries:
-        return 0, 0
-    of_all = [
-        (one.every.reshape(-1), np.tile(np.arange(one.part.number, one.part.number + n, dtype=np.uint8), tokens))
-        for one in entries
-        for tokens, n in (one.every.shape,)
-    ]
-    found = cache.find(np.concatenate([keys for keys, _ in of_all]), np.concatenate([of for _, of in of_all])) >= 0
-    nbytes = count = start = 0
-    for one in entries:
-        had = found[start : start + one.every.size][one.at]
-        start += one.every.size
-        nbytes += int(had.sum()) * one.part.entry_bytes
-        count += int(had.sum())
-        missing = one.keys[~had]
-        cache.put(missing, one.groups[~had], np.zeros((len(missing), 1), np.uint8))
-    return nbytes, count
-
-
-def _keys(spec: ModelSpec, layout: Layout, forward: Forward) -> Iterable[tuple[Part, Ids | None]]:
-    """Of each part of each layer: int64 [groups, T], None if there are none."""
-    asked = forward.asked
-    if isinstance(asked, TokenBatch):
-        windows = asked.windows(spec.lookback, None if spec.token_map is None else spec.token_map.ids)
-        for table in spec.tables:
-            found = table.hash.keys(windows)
-            for part in layout.parts[table.layer]:
-                yield part, part.pick(found)
-        return
-    for layer, ids in asked.items():
-        table = spec.table(layer)
-        columns = layout.columns(table)
-        for part in layout.parts[layer]:
-            of_part: list[Ids] | None = []
-            for at, span in enumerate(part.columns):
-                first = part.first + at * part.width
-                if ids.ndim != 2 or ids.shape[1] != columns.stop - columns.start:
-                    keys = None
-                else:
-                    keys = table.hash.keys_of(span, ids[:, first : first + part.width], table.head_offsets)
-                of_part = None if keys is None or of_part is None else [*of_part, keys]
-            yield part, None if of_part is None else np.stack(of_part)
 
 
 # --- measuring
@@ -329,6 +179,39 @@ class Report:
             one["hidden"] = verdict.hidden
 
 
+def trials(
+    settings: Settings,
+    phase: Phase,
+    stream: Sequence[Forward],
+    sizes: Sequence[CacheSize],
+    *,
+    lane: str,
+    attachable: bool,
+    direct: bool,
+) -> list[Trial]:
+    """Trials that promise something for a phase, measured with `settings` over `lane`.
+
+    stream: all forwards of the phase. sizes: what caches would do. attachable, direct: whether the servers offer that.
+    """
+    chosen = []
+    size = best_size(sizes, phase.name)
+    if size is not None and lane != "attached" and size > settings.get("cache_bytes", 0):
+        chosen.append(Trial(f"cache_bytes={size}", {"cache_bytes": size}))
+    if phase.hidden:
+        return chosen
+    if settings.get("attach") == "off" and attachable:
+        chosen.insert(0, Trial('attach="auto"', {"attach": "auto"}))
+    if settings.get("direct") == "off" and direct:
+        chosen.append(Trial('direct="auto"', {"direct": "auto"}))
+    if not settings.get("dedupe", True):
+        chosen.append(Trial("dedupe=True", {"dedupe": True}))
+    if settings.get("connections", 1) == 1 and phase.bytes["wire"] > SPLIT_ABOVE_BYTES:
+        chosen.append(Trial("connections=2", {"connections": 2}))
+    if phase.name == "prefill" and len(stream) > 4:
+        chosen.append(Trial("prefetch(..., ahead=True) of the next chunk as one starts", ahead=True))
+    return chosen
+
+
 class Doctor:
     """Measures phases of a stream with one client's settings, and then with others.
 
@@ -357,15 +240,15 @@ class Doctor:
             status, attachable, direct = client.status(), client.served.attach, client.served.direct
         sizes = simulate(spec, heads, self._phases, _SIMULATION * self._seconds)
         notes: list[str] = []
-        trials = [
-            (phase, trial)
-            for phase in measured
-            for trial in self._trials(phase, sizes, status["lane"], attachable, direct)
-        ]
         tried = []
-        for phase, trial in trials:
+        to_try: list[tuple[Phase, Trial]] = []
+        for phase in measured:
+            stream, lane = self._phases[phase.name], status["lane"]
+            chosen = trials(self._settings, phase, stream, sizes, lane=lane, attachable=attachable, direct=direct)
+            to_try += [(phase, trial) for trial in chosen]
+        for phase, trial in to_try:
             try:
-                tried.append(Tried(trial, self._try(phase, trial, len(trials))))
+                tried.append(Tried(trial, self._try(phase, trial, len(to_try))))
             except EngrampoolError as error:  # what is only tried must not take the measured verdict away
                 notes.append(f"{trial.name} could not be tried for {phase.name}: {error}")
         return Report(spec.name, version, status, self._percentile, round_trip_s, measured, sizes, tried, notes)
@@ -390,32 +273,9 @@ class Doctor:
             settled,
         )
 
-    def _trials(
-        self, phase: Phase, sizes: Sequence[CacheSize], lane: str, attachable: bool, direct: bool
-    ) -> list[Trial]:
-        """What promises something for a phase."""
-        settings, exposed = self._settings, not phase.hidden
-        trials = []
-        size = best_size(sizes, phase.name)
-        if size is not None and lane != "attached" and size > settings.get("cache_bytes", 0):
-            trials.append(Trial(f"cache_bytes={size}", {"cache_bytes": size}))
-        if not exposed:
-            return trials
-        if settings.get("attach") == "off" and attachable:
-            trials.insert(0, Trial('attach="auto"', {"attach": "auto"}))
-        if settings.get("direct") == "off" and direct:
-            trials.append(Trial('direct="auto"', {"direct": "auto"}))
-        if not settings.get("dedupe", True):
-            trials.append(Trial("dedupe=True", {"dedupe": True}))
-        if settings.get("connections", 1) == 1 and phase.bytes["wire"] > SPLIT_ABOVE_BYTES:
-            trials.append(Trial("connections=2", {"connections": 2}))
-        if phase.name == "prefill" and len(self._phases[phase.name]) > 4:
-            trials.append(Trial("prefetch(..., ahead=True) of the next chunk as one starts", ahead=True))
-        return trials
-
-    def _try(self, phase: Phase, trial: Trial, trials: int) -> Phase:
+    def _try(self, phase: Phase, trial: Trial, among: int) -> Phase:
         """Play the same forwards again. A cache gets to know others of the stream first, as one in use would."""
-        until = time.monotonic() + (1 - _AS_IS - _SIMULATION) * self._seconds / trials
+        until = time.monotonic() + (1 - _AS_IS - _SIMULATION) * self._seconds / among
         with Client(**{**self._settings, **trial.settings}) as client:
             if client.cache is not None:
                 half = time.monotonic() + (until - time.monotonic()) / 2

@@ -47,8 +47,7 @@ _SUM_BYTES = 8
 _LAYER = struct.Struct("<III")
 _DTYPES = ("uint32", "uint64")
 _MAX_HEADER_BYTES = 1 << 20
-# Arrays that wait to be written; beyond, lookups are counted and left out rather than waited for.
-_MAX_WAITING_BYTES = 64 << 20
+MAX_WAITING_BYTES = 64 << 20
 _log = logging.getLogger("engrampool")
 
 Ids = npt.NDArray[Any]
@@ -70,13 +69,14 @@ class Recorded:
 class Recorder:
     """Writes lookups to a file, in a thread of its own. Whatever becomes of the file, no lookup waits for it or fails.
 
-    dropped: lookups left out, as the disk could not keep up or took no more. error: why it took no more.
-    The file is made anew, for its owner alone. Raises RecordError if it cannot be.
+    max_waiting_bytes: of arrays that wait to be written; a lookup beyond that is counted and left out, not waited for.
+    waiting_bytes: so many wait. dropped: lookups left out, as the disk could not keep up or took no more. error: why it
+    took no more. The file is made anew, for its owner alone. Raises RecordError if it cannot be.
     """
 
-    def __init__(self, path: Path, spec: ModelSpec, version: str) -> None:
-        self._path, self._spec = path, spec
-        self.dropped = 0
+    def __init__(self, path: Path, spec: ModelSpec, version: str, max_waiting_bytes: int = MAX_WAITING_BYTES) -> None:
+        self._path, self._spec, self._max_waiting_bytes = path, spec, max_waiting_bytes
+        self.waiting_bytes = self.dropped = 0
         self.error: OSError | None = None
         try:
             # Unbuffered: a fork's child must have nothing of it to write.
@@ -88,7 +88,7 @@ class Recorder:
         self._begin = time.monotonic()
         self._lock = threading.Lock()
         self._waiting: queue.SimpleQueue[tuple[float, TokenBatch | dict[int, Any], Sequence[int], int] | None]
-        self._waiting, self._waiting_bytes, self._closed = queue.SimpleQueue(), 0, False
+        self._waiting, self._closed = queue.SimpleQueue(), False
         self._thread = threading.Thread(target=self._run, name="engrampool-record", daemon=True)
         self._thread.start()
 
@@ -119,11 +119,11 @@ class Recorder:
             if self._closed:
                 return
             # One that is larger by itself has its turn once nothing waits.
-            full = self._waiting_bytes and self._waiting_bytes + nbytes > _MAX_WAITING_BYTES
+            full = self.waiting_bytes and self.waiting_bytes + nbytes > self._max_waiting_bytes
             if full or self.error is not None:
                 self.dropped += 1
                 return
-            self._waiting_bytes += nbytes
+            self.waiting_bytes += nbytes
             self._waiting.put((time.monotonic() - self._begin, what, layers, nbytes))
 
     def _run(self) -> None:
@@ -138,7 +138,7 @@ class Recorder:
             except MemoryError:
                 written = False
             with self._lock:
-                self._waiting_bytes -= nbytes
+                self.waiting_bytes -= nbytes
                 self.dropped += not written
         with suppress(OSError):
             self._file.close()

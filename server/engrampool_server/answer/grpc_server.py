@@ -31,11 +31,11 @@ _REQUEST_MARGIN_BYTES = 1 << 20
 _INT32_MAX = 2**31 - 1
 # gRPC gives its handlers no way to end a call whose request never ends, or whose answer nobody reads. A connection of
 # this age takes no new calls, for which clients make another one by themselves, and is closed after the grace.
-_CONNECTION_AGE_S, _CONNECTION_GRACE_S = 600, 60
+CONNECTION_AGE_S, CONNECTION_GRACE_S = 600, 60
 # Calls at one time on one connection; more of them wait at the client.
 _CONNECTION_CALLS = 1024
 # How often callers are asked for a sign of life while a call of theirs is under way, and how long that may take.
-_SIGN_OF_LIFE_S = 10
+SIGN_OF_LIFE_S = 10
 # How often to look, while draining, whether there is anything left to wait for.
 _IDLE_S = 0.1
 
@@ -84,12 +84,12 @@ class GrpcServer:
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_concurrent_streams", _CONNECTION_CALLS),
-            ("grpc.max_connection_age_ms", round(_CONNECTION_AGE_S * 1e3)),
-            ("grpc.max_connection_age_grace_ms", round(_CONNECTION_GRACE_S * 1e3)),
+            ("grpc.max_connection_age_ms", round(CONNECTION_AGE_S * 1e3)),
+            ("grpc.max_connection_age_grace_ms", round(CONNECTION_GRACE_S * 1e3)),
             # A caller that was lost on the way without a word takes no place for longer than that.
-            ("grpc.keepalive_time_ms", round(_SIGN_OF_LIFE_S * 1e3)),
-            ("grpc.keepalive_timeout_ms", round(_SIGN_OF_LIFE_S * 1e3)),
-            ("grpc.http2.ping_timeout_ms", round(_SIGN_OF_LIFE_S * 1e3)),  # which is what gRPC 1.85 goes by
+            ("grpc.keepalive_time_ms", round(SIGN_OF_LIFE_S * 1e3)),
+            ("grpc.keepalive_timeout_ms", round(SIGN_OF_LIFE_S * 1e3)),
+            ("grpc.http2.ping_timeout_ms", round(SIGN_OF_LIFE_S * 1e3)),  # which is what gRPC 1.85 goes by
             # gRPC would cut off callers that ask for signs of life themselves, as many languages' do every few seconds.
             ("grpc.http2.max_ping_strikes", 0),
         ]

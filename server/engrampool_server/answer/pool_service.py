@@ -33,7 +33,7 @@ _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
 # restart takes, and short enough that memory of a server that is gone does not stay for long.
 _ATTACH_VALID_S = 5.0
 # How long a caller may take to read one message of a stream.
-_PATIENCE_S = 10.0
+PATIENCE_S = 10.0
 # What an answer of Describe is made of: what is held, which of it is active, whether it can be mapped, the limits.
 _MadeOf = tuple[list[LoadedModel], tuple[bool, ...], bool, Limits]
 
@@ -199,7 +199,7 @@ class PoolService:
                 else:
                     times = server_times(arrived, begin, gathered)
                     writer.set_times(times)
-                timer = loop.call_later(_PATIENCE_S, self._give_up, call, context, hold, len(writer.message))
+                timer = loop.call_later(PATIENCE_S, self._give_up, call, context, hold, len(writer.message))
                 try:
                     yield writer.message  # which returns once gRPC has room for another one
                 finally:
@@ -214,7 +214,7 @@ class PoolService:
         """End a stream whose caller does not read. What gRPC has of it stays until the caller reads on, or is gone."""
         hold.kept_bytes = unread_bytes
         call.cancel()
-        text = f"nothing of the answer was read for {_PATIENCE_S:g} s"
+        text = f"nothing of the answer was read for {PATIENCE_S:g} s"
         error = RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "unread-answer", text)
         task = asyncio.create_task(self._refuse(context, error))
         self._given_up.add(task)

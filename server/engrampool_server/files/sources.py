@@ -28,12 +28,12 @@ STORE_READS_PER_THREAD = 8
 PATIENCE_S = 30.0
 OPEN_PATIENCE_S = 5.0
 READ_TIMEOUT = timedelta(seconds=10)
-_RETRY: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
+RETRY: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
 _LONGEST_DELAY_S = 5.0
 _HEAD_BYTES = 4096  # a table file's header, as a rule
 # Of what a connection has received, at a time. From 64 KiB to 8 MiB speed is the same; what was not handed over
 # yet when a connection breaks is asked for again.
-_CHUNK_BYTES = 256 << 10
+CHUNK_BYTES = 256 << 10
 _SECRETS = re.compile(r"""(?<=://)[^/@\s'"]*@|(?<=[^\s'"])\?[^\s'"]*""")
 # What stands between two colons of a list, the colons of a URL apart.
 _ENTRY = re.compile(r"(?:[A-Za-z0-9+.-]+://(?:[^/@]*@)?(?:\[[^]]*\]|[^/:]*)(?::[0-9]+)?)?[^:]*")
@@ -225,7 +225,7 @@ class _Store:
         parts = urlsplit(url.text)
         # An endpoint that is plain HTTP is one that somebody asked for by its name.
         options: Any = {"allow_http": True, "read_timeout": READ_TIMEOUT, "timeout": timedelta(minutes=5)}
-        how: Any = {"client_options": options, "retry_config": _RETRY}
+        how: Any = {"client_options": options, "retry_config": RETRY}
         kinds: Any = {"s3": obstore.store.S3Store, "gs": obstore.store.GCSStore, "az": obstore.store.AzureStore}
         try:
             if parts.scheme in kinds:
@@ -283,7 +283,7 @@ class _Object:
                 if found.meta["size"] != self.size:
                     raise ReadError(f"it was replaced meanwhile: {self.size} bytes then, {found.meta['size']} now")
                 # Piece by piece as it comes: whole, it would lie in a buffer of its own first, for one more copy.
-                for piece in found.stream(min_chunk_size=_CHUNK_BYTES):
+                for piece in found.stream(min_chunk_size=CHUNK_BYTES):
                     if len(piece) > wanted - done:
                         raise ReadError("the server sent more than was asked for")
                     out[done : done + len(piece)] = memoryview(piece)

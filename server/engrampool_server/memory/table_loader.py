@@ -26,7 +26,7 @@ from engrampool_server.memory.segments import Backing, Segment, find_backing, na
 from engrampool_server.memory.tables import LoadedModel, LoadedTable
 
 # While another server makes the same segment.
-_POLL_S = 0.1
+POLL_S = 0.1
 _SPOT_CHECKS = 6
 _Block = TypeVar("_Block", Block, PatchBlock)
 
@@ -186,7 +186,7 @@ def _segment(
     """The segment, adopted or filled. blocks: those with rows of it."""
 
     def wait() -> None:
-        if stop.wait(_POLL_S):
+        if stop.wait(POLL_S):
             raise LoadCancelledError("loading was cancelled")
 
     segment = take(backing, identity, lambda rows: _spot_check(packed, blocks, rows, identity.row_start), wait)

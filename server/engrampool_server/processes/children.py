@@ -29,14 +29,14 @@ _SETTLED_S = 30.0
 _BEAT_S = 1.0
 # Until a child is ready it has so long between two signs of life, and may show by its use of processors, too, that it
 # is at work: it may have a slow disk or a far store to read, or a compiler to wait for. So little is no work.
-_START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 60.0
 _BUSY_S = 1e-3
 # But it may not go on like this for ever.
-_LONGEST_SILENCE_S = 1800.0
+LONGEST_SILENCE_S = 1800.0
 # Of one that ended, what a process that it left behind may still say is not waited for.
 _LAST_READS = 64
 # For work on a thread to end that nobody wants any more: it may be held up by a file system that does not answer.
-_GIVE_UP_S = 5.0
+GIVE_UP_S = 5.0
 _LONGEST_WAIT_S = 3600.0
 # For the log to be taken, before a process ends.
 _LAST_LINES_S = 0.2
@@ -207,7 +207,7 @@ class Children(Collection[Child]):
         self.turn_until(lambda: is_off() or finished.is_set())
         cancel.set()
         # What is off is over, however long this takes.
-        thread.join(_GIVE_UP_S if is_off() else None)
+        thread.join(GIVE_UP_S if is_off() else None)
         self._has_thread = thread.is_alive()
         if is_off():
             return None
@@ -225,7 +225,7 @@ class Children(Collection[Child]):
     def _patient_until(self, child: Child) -> float:
         if child.ready_s is not None:
             return child.heard_s + self._timeout_s
-        return max(child.heard_s, child.busy_s) + _START_TIMEOUT_S
+        return max(child.heard_s, child.busy_s) + START_TIMEOUT_S
 
     def _is_silent(self, child: Child, now: float) -> bool:
         """Whether a child's time is over, nothing that it said is unread, and nothing else speaks for it."""
@@ -238,7 +238,7 @@ class Children(Collection[Child]):
 
     def _is_busy(self, child: Child, now: float) -> bool:
         """Whether a child that has not come to its work yet, and is silent, did anything since this was asked last."""
-        if child.ready_s is not None or now >= child.heard_s + _LONGEST_SILENCE_S:
+        if child.ready_s is not None or now >= child.heard_s + LONGEST_SILENCE_S:
             return False
         cpu_s, before_s = _cpu_s(child.pid), child.cpu_s
         child.busy_s, child.cpu_s = now, cpu_s

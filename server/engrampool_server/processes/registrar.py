@@ -136,7 +136,7 @@ def register(
             cache.touch()
         try:
             # What is known may be longer than the pipe takes at once.
-            latest = news.get(timeout=_AGAIN_S if reporter.is_behind else reporter.beat_s)
+            latest = news.get(timeout=_AGAIN_S if reporter.behind_bytes else reporter.beat_s)
         except Empty:
             if is_first and waited_s >= PATIENCE_S:
                 is_first = False

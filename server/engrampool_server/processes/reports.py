@@ -14,7 +14,7 @@ from engrampool_server.processes.pool_view import PoolView
 from engrampool_server.telemetry import log
 
 # What is published is the longest line: some hundred bytes for each version.
-_LONGEST_BYTES = 8 << 20
+LONGEST_BYTES = 8 << 20
 _READ_BYTES = 65536
 _SHOWN_BYTES = 200
 # Of tables.
@@ -39,9 +39,9 @@ class Reporter:
     _to_come: dict[str, bytes] = field(default_factory=dict, init=False)
 
     @property
-    def is_behind(self) -> bool:
-        """Whether the pipe did not take all that was said. The next sign of life tries again."""
-        return bool(self._rest or self._to_come)
+    def behind_bytes(self) -> int:
+        """Bytes that were said and that the pipe did not take. The next sign of life tries again."""
+        return len(self._rest) + sum(map(len, self._to_come.values()))
 
     def beat(self) -> None:
         """Give a sign of life."""
@@ -70,7 +70,7 @@ class Reporter:
         self._to_come[kind] = line + b"\n"
         # A full pipe is one that nobody reads, as while the supervisor is held by a debugger.
         with suppress(BlockingIOError):
-            while self.is_behind:
+            while self._rest or self._to_come:
                 if not self._rest:
                     self._rest = self._to_come.pop(next(iter(self._to_come)))
                 self._rest = self._rest[os.write(self.report, self._rest) :]
@@ -127,7 +127,7 @@ class ReportReader:
         if not said:
             return None
         *lines, self.unread = (self.unread + said).split(b"\n")
-        if len(self.unread) > _LONGEST_BYTES:
+        if len(self.unread) > LONGEST_BYTES:
             # Nobody says that, nor may its end, when it comes, make a line of it that somebody says.
             self.unread = b"\xff" + self.unread[:_SHOWN_BYTES]
         return lines

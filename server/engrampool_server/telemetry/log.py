@@ -21,7 +21,7 @@ _LOGGER = logging.getLogger("engrampool")
 # Which process of the server speaks.
 _PROCESS: dict[str, int] = {}
 # What a process keeps of lines that nobody takes.
-_KEPT_BYTES = 256 << 10
+KEPT_BYTES = 256 << 10
 _PAUSE_MS = 10
 # Of a field in a line that is too long: as much of each as lets the line be short enough.
 _ROOMS = (2048, 1024, 512, 256, 128, 64, 32)
@@ -103,7 +103,7 @@ class _Lines(logging.Handler):
         try:
             self._write()
             line = self.format(record).encode() + b"\n"
-            if self._kept and self._kept_bytes + len(line) > _KEPT_BYTES:
+            if self._kept and self._kept_bytes + len(line) > KEPT_BYTES:
                 self._drop(1)
                 return
             if self._dropped:

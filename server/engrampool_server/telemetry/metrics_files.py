@@ -33,22 +33,23 @@ _writer = [""]
 class MetricsMemory:
     """The metrics of this server alone, for this process and its forks. To be made once in a process.
 
+    file: the descriptor of the memory that they lie in.
     Raises EngrampoolError if the system gives no memory.
     """
 
     def __init__(self) -> None:
         try:
-            self._memory = os.memfd_create("engrampool-metrics")
+            self.file = os.memfd_create("engrampool-metrics")
         except OSError as error:
             raise EngrampoolError(f"no memory for metrics: {error.strerror}") from error
 
     def close(self) -> None:
         """Give it back. No metric may be counted in this process any more."""
-        os.close(self._memory)
+        os.close(self.file)
 
     def use(self, writer: str) -> None:
         """Keep the metrics that are made from now on here; this process is `writer`: SUPERVISOR, or a slot's number."""
-        _memory[0] = self._memory
+        _memory[0] = self.file
         # prometheus_client joins a directory and a name each time it opens a file; here the name is all.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = ""
         values.MmapedDict = multiprocess.MmapedDict = _Part  # type: ignore[assignment, attr-defined]
@@ -60,12 +61,12 @@ class MetricsMemory:
         for kind in _KINDS:
             if kind.startswith("gauge"):
                 name = _name(kind, writer)
-                if _place(name) < os.fstat(self._memory).st_size:
-                    os.pwrite(self._memory, bytes(_USED_BYTES), _place(name))
+                if _place(name) < os.fstat(self.file).st_size:
+                    os.pwrite(self.file, bytes(_USED_BYTES), _place(name))
 
     def collect(self) -> Iterable[Metric]:
         """The sums of what all writers counted."""
-        parts = range(os.fstat(self._memory).st_size // _PART_BYTES)
+        parts = range(os.fstat(self.file).st_size // _PART_BYTES)
         names = [_name(_KINDS[part % len(_KINDS)], _writer_at(part // len(_KINDS))) for part in parts]
         merged: Iterable[Metric] = MultiProcessCollector.merge(names)  # type: ignore[no-untyped-call]
         return merged

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,20 +12,9 @@ from hypothesis import strategies as st
 
 from engrampool_client import BatchError, Client, FingerprintError, RecordError, SpecError, UnavailableError
 from engrampool_client.doctor import diagnosis
+from engrampool_client.doctor.cache_sizes import CacheSize
 from engrampool_client.doctor.command import doctor, print_report
-from engrampool_client.doctor.diagnosis import (
-    CacheSize,
-    Doctor,
-    Phase,
-    Report,
-    Trial,
-    Tried,
-    Verdict,
-    best_size,
-    judge,
-    simulate,
-    split,
-)
+from engrampool_client.doctor.diagnosis import Phase, Report, Trial, Tried, Verdict, judge, split, trials
 from engrampool_client.doctor.record import Recorder, Recording
 from engrampool_client.doctor.replay import (
     Clock,
@@ -39,8 +26,6 @@ from engrampool_client.doctor.replay import (
     phases_of_text,
     play,
 )
-from engrampool_client.lookup.cache import HotRows
-from engrampool_client.lookup.plan import Layout
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.wire import ServerTimes
 from server_fixtures import eventually, serve_thread
@@ -128,14 +113,6 @@ def test_the_parts_of_a_lookup_add_up_and_are_of_those_that_asked_the_server():
     assert set(split(Play([cached], {2: 0.0}), 99)) == {"whole", "call of prefetch"}
 
 
-def test_the_cache_tried_is_the_smallest_that_does_nearly_what_the_largest_does():
-    sizes = [CacheSize(1 << at, 0.5, {"decode": share}, 1) for at, share in enumerate((0.1, 0.44, 0.46, 0.5))]
-    assert best_size(sizes, "decode") == 1 << 2
-    assert best_size(sizes, "prefill") is None
-    assert best_size([CacheSize(1, 0.5, {"decode": 0.09}, 0)], "decode") is None
-    assert best_size([], "decode") is None
-
-
 # --- streams
 
 
@@ -219,64 +196,6 @@ def test_a_clock_gives_each_layer_its_start():
     assert Clock((0.1, 0.2, 0.3), 10, True).starts(5) == pytest.approx([0, 0.05, 0.15, 0.3])
     assert Clock((0.1, 0.2, 0.3), 10, False).starts(5) == pytest.approx([0, 0.1, 0.3, 0.6])
     assert Clock.even(0.4, 4, 10, False).starts(10) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-
-
-# --- the cache's simulation
-
-
-@pytest.mark.parametrize("heads", [None, (3, 20)])
-@pytest.mark.parametrize("source", ["tokens", "rows"])
-def test_a_simulated_cache_does_what_one_in_a_client_does(server, spec, heads, source):
-    size = 1 << 20
-    batches = [TokenBatch.of(text_of(300, seed)) for seed in range(4)]
-    forwards = [
-        Forward(batch)
-        if source == "tokens"
-        else Forward(
-            {layer: np.ascontiguousarray(ids[:, slice(*heads or (None,))]) for layer, ids in spec.hash(batch).items()}
-        )
-        for batch in batches
-    ]
-    (found,) = simulate(spec, heads, {"decode": forwards}, 60, (size,))
-    with Client(server, cache_bytes=size, heads=heads, attach="off", max_steps=1) as client:
-        for one in forwards:
-            step, put = one.start(client), threading.Event()
-            step.wait()
-            step.delivery.on_idle(put.set)  # its rows are in the cache before the next one is planned
-            assert put.wait(60)
-    # What it saves is what of the distinct entries is not asked for.
-    layout = Layout(spec, None if heads is None else slice(*heads))
-    distinct = sum(
-        len(np.unique(keys)) * part.entry_bytes
-        for one in forwards
-        for part, groups in diagnosis._keys(spec, layout, one)
-        for keys in groups
-    )
-    assert found.saved == {"decode": pytest.approx(1 - client.stats.bytes["wire"] / distinct)}
-    assert 0.05 < found.saved["decode"] < 1
-    assert found.evicted == client.cache.evicted > 0
-
-
-def test_sizes_beyond_one_that_loses_nothing_are_left_out(spec):
-    forwards = [Forward(TokenBatch.of(text_of(50))), Forward(TokenBatch.of(text_of(50)))]
-    sizes = (1, 1 << 17, 1 << 22, 1 << 23, 1 << 24)
-    found = simulate(spec, None, {"prefill": forwards[:1], "decode": forwards[1:]}, 60, sizes)
-    assert [size.nbytes for size in found] == [1 << 17, 1 << 22]
-    assert found[0].evicted
-    assert found[-1] == CacheSize(1 << 22, pytest.approx(0.5), {"prefill": 0.0, "decode": 1.0}, 0)
-
-
-def test_ids_without_keys_are_not_simulated(spec):
-    assert simulate(spec, None, {"decode": [Forward({1: np.arange(5)})]}, 60) == []
-
-
-def test_simulated_caches_take_little_memory(spec, monkeypatch):
-    made = []
-    monkeypatch.setattr(diagnosis, "HotRows", lambda *arguments: made.append(HotRows(*arguments)) or made[-1])
-    simulate(spec, None, {"decode": [Forward(TokenBatch.of(text_of(4)))]}, 60, (1 << 28,))
-    real = HotRows(1 << 28, Layout(spec, None).entry_bytes)
-    assert len(made[0].rows) == len(real.rows)
-    assert made[0].rows.nbytes * 100 < real.rows.nbytes
 
 
 # --- playing
@@ -473,10 +392,12 @@ def test_the_program_ends_with_the_verdicts_code(server, tokens, patient_ms, tmp
 
 
 def test_a_trial_that_fails_takes_no_verdict_away(server, tokens, monkeypatch):
-    def fail(*_, **__):
-        raise FingerprintError(["all"])
+    def connect(**settings):
+        if settings["direct"] == "auto":
+            raise FingerprintError(["all"])
+        return Client(**settings)
 
-    monkeypatch.setattr(Doctor, "_try", fail)
+    monkeypatch.setattr(diagnosis, "Client", connect)
     code, output = run(
         *("--server", server, "--tokens", tokens, "--layers", LAYERS, "--decode-batch", 8, "--decode-ms", 0),
         *("--direct", "off", "--attach", "off", "--seconds", 0.2),
@@ -552,6 +473,6 @@ def test_without_a_remedy_it_says_so(capsys):
 )
 def test_what_is_tried_is_what_promises_something(settings, lane, phase, names):
     sizes = [CacheSize(64, 0.5, {"decode": 0.5}, 0)]
-    held = Doctor({"target": "t", **settings}, {}, {phase.name: [SimpleNamespace()] * 9})
-    trials = held._trials(phase, sizes, lane, attachable=True, direct=True)
-    assert [trial.name.split("=")[0] for trial in trials] == [name.split("=")[0] for name in names]
+    stream = [Forward({})] * 9
+    chosen = trials({"target": "t", **settings}, phase, stream, sizes, lane=lane, attachable=True, direct=True)
+    assert [trial.name.split("=")[0] for trial in chosen] == [name.split("=")[0] for name in names]

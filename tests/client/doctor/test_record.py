@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import BatchError, Client, RecordError, private_files
-from engrampool_client.doctor import record
 from engrampool_client.doctor.record import Recorder, Recording
 from engrampool_proto.hashing import TokenBatch
 from server_fixtures import eventually
@@ -49,7 +48,7 @@ def write(path, spec, *lookups) -> Recorder:
 
 def written(recorder: Recorder) -> None:
     """Wait until nothing waits to be written."""
-    eventually(lambda: not recorder._waiting_bytes, "all is written")
+    eventually(lambda: not recorder.waiting_bytes, "all is written")
 
 
 def lookup_of(layers: bytes, count: int, at_s: float = 0.0) -> bytes:
@@ -117,15 +116,32 @@ def test_every_byte_is_accounted_for_and_none_is_of_a_token(spec, tmp_path):
     assert 0 <= struct.unpack("<d", body[:8])[0] < 60
 
 
+class SlowDisk:
+    """Files that `private_files.create` makes, which take nothing before `go`."""
+
+    def __init__(self, monkeypatch):
+        self.go, self._create = threading.Event(), private_files.create
+        monkeypatch.setattr(private_files, "create", self._open)
+
+    def _open(self, path, buffering):
+        self._file = self._create(path, buffering)
+        return self
+
+    def write(self, data):
+        assert self.go.wait(30)
+        return self._file.write(data)
+
+    def close(self):
+        self._file.close()
+
+
 def test_arrays_may_be_overwritten_at_once(spec, tmp_path, monkeypatch):
-    go = threading.Event()
-    make = record._record
-    monkeypatch.setattr(record, "_record", lambda *arguments: (go.wait(30), make(*arguments))[1])
+    disk = SlowDisk(monkeypatch)
     recorder = Recorder(tmp_path / "stream", spec, "v")
     ids = np.full((2, HEADS), 5)
     recorder.rows({1: ids})
     ids[:] = 6
-    go.set()
+    disk.go.set()
     recorder.close()
     (found,) = Recording(tmp_path / "stream")
     assert (found.ids[1] == 5).all()
@@ -149,22 +165,12 @@ def test_what_a_lookup_is_refused_for_is_not_recorded(spec, tmp_path):
 
 
 def test_nothing_is_waited_for_and_what_there_is_no_room_for_is_counted(spec, tmp_path, monkeypatch, caplog):
-    inside, go = threading.Event(), threading.Event()
-    make = record._record
-
-    def held(*arguments):
-        inside.set()
-        assert go.wait(30)
-        return make(*arguments)
-
-    monkeypatch.setattr(record, "_record", held)
-    monkeypatch.setattr(record, "_MAX_WAITING_BYTES", 1000)
-    recorder = Recorder(tmp_path / "stream", spec, "v")
+    disk = SlowDisk(monkeypatch)
+    recorder = Recorder(tmp_path / "stream", spec, "v", max_waiting_bytes=1000)
     recorder.rows({1: np.full(500, 1)})  # alone it may be larger than all that may wait
-    assert inside.wait(30)
     recorder.rows({1: np.full(1, 2)})
     assert recorder.dropped == 1
-    go.set()
+    disk.go.set()
     recorder.close()
     recorder.rows({1: np.full(1, 3)})  # closed: neither written nor counted
     recorder.close()
@@ -173,9 +179,8 @@ def test_nothing_is_waited_for_and_what_there_is_no_room_for_is_counted(spec, tm
     assert "lacks 1 lookups (the disk was too slow)" in caplog.text
 
 
-def test_room_is_given_back_once_written(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "_MAX_WAITING_BYTES", 1000)
-    recorder = Recorder(tmp_path / "stream", spec, "v")
+def test_room_is_given_back_once_written(spec, tmp_path):
+    recorder = Recorder(tmp_path / "stream", spec, "v", max_waiting_bytes=1000)
     for value in range(5):
         recorder.rows({1: np.full(100, value)})
         written(recorder)

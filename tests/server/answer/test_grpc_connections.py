@@ -3,9 +3,12 @@
 Spoken in HTTP/2 frames, since gRPC's own clients end what they begin, and read what comes.
 """
 
+import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +40,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """One whose connections live for a moment."""
-    monkeypatch.setattr(server_module, "_CONNECTION_AGE_S", 0.5)
-    monkeypatch.setattr(server_module, "_CONNECTION_GRACE_S", 0.2)
+    monkeypatch.setattr(server_module, "CONNECTION_AGE_S", 0.5)
+    monkeypatch.setattr(server_module, "CONNECTION_GRACE_S", 0.2)
     with running(packed) as run:
         yield run
 
@@ -61,6 +64,17 @@ def call(address: str) -> socket.socket:
 
 def message(request: bytes) -> bytes:
     return b"\0" + struct.pack(">I", len(request)) + request
+
+
+def other_end(made: socket.socket) -> socket.socket:
+    """The socket of this process that was accepted for another one of it."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it is closed by now, or not connected
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                with socket.socket(fileno=os.dup(int(entry.name))) as found:
+                    if found.getpeername() == made.getsockname():
+                        return found.dup()
+    raise AssertionError("it was not accepted")
 
 
 def read_to_its_end(made: socket.socket) -> None:
@@ -89,7 +103,7 @@ def test_an_answer_that_is_not_read_is_counted_until_its_connection_ends(server,
 
 
 def test_clients_notice_nothing_of_connections_that_grow_old(packed, monkeypatch):
-    monkeypatch.setattr(server_module, "_CONNECTION_AGE_S", 0.5)  # and a call that is under way has time to end
+    monkeypatch.setattr(server_module, "CONNECTION_AGE_S", 0.5)  # and a call that is under way has time to end
     seen = set()
     of_call = peers.of_call
     monkeypatch.setattr(peers, "of_call", lambda peer: seen.add(peer) or of_call(peer))
@@ -117,15 +131,13 @@ def test_pings_of_other_languages_clients_are_answered_however_many(packed, with
 
 
 def test_a_caller_that_answers_no_ping_while_a_call_is_under_way_is_cut_off(packed, monkeypatch):
-    monkeypatch.setattr(server_module, "_SIGN_OF_LIFE_S", 0.3)
+    monkeypatch.setattr(server_module, "SIGN_OF_LIFE_S", 0.3)
     with running(packed) as run, call(run.address) as made:  # long before its connection is old
         read_to_its_end(made)
 
 
 def test_the_system_looks_after_callers_of_the_direct_lane(packed):
-    with running(packed) as run, Caller(way_in(run)).hello():
-        (connection,) = run.server._direct._connections
-        taken = connection.answerer._transport.get_extra_info("socket")
+    with running(packed) as run, Caller(way_in(run)).hello() as caller, other_end(caller.socket) as taken:
         assert taken.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
         assert 0 < taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 60_000

@@ -1,8 +1,10 @@
 """The calls of a real server, asked in raw bytes: answers, streams, refusals, hostile messages."""
 
+import gc
 import json
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,6 @@ from engrampool_proto import wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.v1 import pool_pb2
-from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.memory.table_loader import load
 from server_fixtures import (
@@ -298,11 +299,6 @@ def test_a_description_is_made_once_for_all_who_ask(packed, tmp_path, monkeypatc
     made = []
     to_json = ModelSpec.to_json
     monkeypatch.setattr(ModelSpec, "to_json", lambda spec: made.append(spec.name) or to_json(spec))
-    services = []
-    monkeypatch.setattr(
-        "engrampool_server.answer.grpc_server.PoolService",
-        lambda *given: services.append(PoolService(*given)) or services[0],
-    )
     with running(packed) as run, RawPool(run.address) as pool:
         describe = pool.channel.unary_unary("/engrampool.v1.Pool/Describe")
 
@@ -321,9 +317,15 @@ def test_a_description_is_made_once_for_all_who_ask(packed, tmp_path, monkeypatc
         assert bare.models[0].spec_json == b""
         assert bare.models[0].spec_digest == SPEC.digest
         # Of names that callers invent nothing is kept.
-        for number in range(10):
-            assert refusal(lambda number=number: ask(f"other{number}").SerializeToString())[1] == "unknown-model"
-        assert services[0]._described.keys() == {("", True), ("small", True), ("", False)}
+        tracemalloc.start()
+        try:
+            for number in range(30):
+                invented = f"other{number}" + 100_000 * "x"
+                assert refusal(lambda name=invented: ask(name).SerializeToString())[1] == "unknown-model"
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 1_000_000
+        finally:
+            tracemalloc.stop()
 
         # What is held is another thing now.
         with PackedModel.open(pack(tmp_path / "changed", change=True)) as other:

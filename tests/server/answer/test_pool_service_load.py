@@ -172,10 +172,10 @@ def test_a_passed_deadline_is_refused_as_such(packed, ids, stream):
             message = unused.by_ids((2, ids))
         try:
             if stream:
-                async for _ in service._lookup_stream(message, context):
+                async for _ in service.handlers()["LookupStream"].unary_stream(message, context):
                     raise AssertionError("a row was read")
             else:
-                await service._lookup(message, context)
+                await service.handlers()["Lookup"].unary_unary(message, context)
         finally:
             context.ended(context)
             lookups.close()
@@ -211,7 +211,7 @@ BULK = np.tile(np.arange(6500), 18)  # 30.9 MiB, more than any window
 
 def test_a_stream_that_is_not_read_holds_little_and_is_ended(wide, monkeypatch):
     run, pool = wide
-    monkeypatch.setattr(pool_service, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(pool_service, "PATIENCE_S", 0.2)
     message = pool.by_ids((2, BULK))
     call = pool.stream(message)
     next(call)
@@ -230,7 +230,7 @@ def test_a_stream_that_is_not_read_holds_little_and_is_ended(wide, monkeypatch):
 @pytest.mark.parametrize("leaves", ["cancels", "closes"])
 def test_a_stream_that_was_given_up_is_over_once_its_caller_leaves(wide, monkeypatch, leaves):
     run, pool = wide
-    monkeypatch.setattr(pool_service, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(pool_service, "PATIENCE_S", 0.2)
     with RawPool(run.address, pool.version) as other:
         call = other.stream(other.by_ids((2, BULK)))
         next(call)

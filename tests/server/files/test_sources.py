@@ -66,7 +66,7 @@ def http(packed: Path, request: pytest.FixtureRequest) -> Iterator[HttpFiles]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PATIENCE_S", 0.3)
     monkeypatch.setattr(sources, "OPEN_PATIENCE_S", 0.3)
-    monkeypatch.setattr(sources, "_RETRY", {"max_retries": 0})
+    monkeypatch.setattr(sources, "RETRY", {"max_retries": 0})
 
 
 def load_all(where: Path | Url, part=None) -> LoadedModel:
@@ -301,7 +301,7 @@ def test_a_line_that_is_cut_again_and_again_costs_no_byte(s3, packed, monkeypatc
 
 def test_an_answer_that_breaks_off_goes_on_where_it_did(http, monkeypatch):
     """Also where no e-tag says that the rest is of the same file: the checksum does."""
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1)
     with PackedModel.open(Url(f"{http.url}/m")) as model:
         block = model.blocks(1)[1]
         name = f"m/{block.file}"

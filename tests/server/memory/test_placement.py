@@ -298,13 +298,14 @@ def test_of_a_checkpoint_all_is_read_and_the_part_held(checkpoint, tmp_path, mem
 def test_it_is_said_that_all_of_a_checkpoint_is_read(checkpoint, events):
     for shard, warned in (("all", 0), ("0/1", 0), ("1/2", 1)):
         events.lines.clear()
-        models = ModelLoader(ServerConfig(models=(checkpoint("longcat"),), shard=shard), Metrics())
+        directory = checkpoint("longcat")
+        models = ModelLoader(ServerConfig(models=(directory,), shard=shard), Metrics())
         models.open()
         models.close()
         warnings = [fields["warning"] for fields in events.of("preflight")]
         assert sum("all is read at every start" in warning for warning in warnings) == warned
         assert [fields["shard"] for fields in events.of("opened")] == [shard]
-        shutil.rmtree(models._packed[0].directory)
+        shutil.rmtree(directory)
 
 
 # --- answers

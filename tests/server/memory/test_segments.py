@@ -194,7 +194,7 @@ def test_a_whole_segment_under_the_name_of_another_is_not_adopted(packed, other,
 
 
 def test_a_damaged_segment_that_a_server_uses_is_an_error_that_says_so(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("engrampool_server.memory.table_loader._POLL_S", 0.001)
+    monkeypatch.setattr("engrampool_server.memory.table_loader.POLL_S", 0.001)
     held = load_into(tmp_path, packed)
     path = tmp_path / file_name(wanted(packed)[0])
     change_byte(path, 0)

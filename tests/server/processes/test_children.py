@@ -29,7 +29,9 @@ def said(child, report):
 def ended(child):
     happened.append([child.role, "ended", child.status, child.hung, child.failure])
 
-family = Children(10, signalled=lambda number: None, said=said, ended=ended, start=lambda index: None)
+asked = []
+family = Children(float(sys.argv[2]), signalled=asked.append, said=said, ended=ended, start=lambda index: None)
+parent = os.getpid()
 numbers = iter(range(1, 100))
 
 def start(role, work):
@@ -52,9 +54,10 @@ print(json.dumps(happened))
 """
 
 
-def live(scenario: str) -> tuple[list[list[object]], list[dict]]:
-    """What happened to the children, and what was logged."""
-    done = subprocess.run([sys.executable, "-c", PARENT, scenario], capture_output=True, text=True, timeout=60)
+def live(scenario: str, timeout_s: float = 10) -> tuple[list[list[object]], list[dict]]:
+    """What happened to the children, which may be silent for timeout_s, and what was logged."""
+    command = [sys.executable, "-c", PARENT, scenario, str(timeout_s)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     logged = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     return json.loads(done.stdout), logged
@@ -87,8 +90,8 @@ assert other in family
 
 
 def test_a_child_that_babbles_counts_as_silent_and_is_told_of_once():
-    happened, logged = live("""
-family._timeout_s = 0.3
+    happened, logged = live(
+        """
 def babble(reporter):
     reporter.ready()
     while True:
@@ -99,15 +102,15 @@ def babble(reporter):
             time.sleep(0.001)
 start("babbler", babble)
 until(lambda: not family)
-""")
+""",
+        timeout_s=0.3,
+    )
     assert happened[-1] == ["babbler", "ended", "SIGKILL", True, ""]
     assert [line["event"] for line in logged] == ["worker-garbled", "worker-hung"]
 
 
 def test_a_family_without_children_is_looked_after():
     happened, _ = live("""
-asked = []
-family._signalled = asked.append
 threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGHUP)).start()
 until(lambda: asked)
 """)
@@ -141,7 +144,7 @@ finally:
 def test_a_child_that_works_before_it_is_ready_is_busy_and_one_that_waits_hangs():
     """Both say nothing for much longer than a start may be silent: only one of them does anything."""
     happened, logged = live("""
-module._START_TIMEOUT_S = 0.5
+module.START_TIMEOUT_S = 0.5
 def compute(reporter):
     end = time.monotonic() + 1.6
     while time.monotonic() < end:
@@ -167,8 +170,8 @@ assert busy in family
 
 def test_a_parent_that_was_stopped_hears_what_was_said_meanwhile_before_it_judges():
     """For a little longer than children may be silent, so that it does not see that it was stopped itself."""
-    happened, logged = live("""
-family._timeout_s = 0.5
+    happened, logged = live(
+        """
 child = start("well", well)
 until(lambda: child.ready_s is not None)
 stopper = os.fork()  # no child of the family
@@ -179,14 +182,16 @@ if not stopper:
     os._exit(0)
 until(lambda: not os.path.exists(f"/proc/{stopper}"))
 assert child in family
-""")
+""",
+        timeout_s=0.5,
+    )
     assert happened == [["well", "ready"]]
     assert logged == []
 
 
 def test_a_child_that_is_busy_for_ever_before_it_is_ready_is_killed_in_the_end():
     happened, _ = live("""
-module._START_TIMEOUT_S, module._LONGEST_SILENCE_S = 0.2, 0.5
+module.START_TIMEOUT_S, module.LONGEST_SILENCE_S = 0.2, 0.5
 def spin(reporter):
     while True:
         pass
@@ -201,7 +206,7 @@ def test_a_child_that_ends_while_another_is_forked_is_seen_to_end():
 first = start("first", well)
 until(lambda: first.ready_s is not None)
 def end():
-    if first in family and os.getpid() == family._pid:
+    if first in family and os.getpid() == parent:
         os.kill(first.pid, signal.SIGKILL)
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
 os.register_at_fork(before=end)
@@ -214,10 +219,8 @@ assert list(family) == [second]
 
 def test_work_that_nobody_wants_any_more_is_not_waited_for_without_end():
     happened, _ = live("""
-module._GIVE_UP_S = 0.1
+module.GIVE_UP_S = 0.1
 threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-asked = []
-family._signalled = asked.append
 assert family.on_thread(lambda cancel: time.sleep(60), lambda: bool(asked)) is None
 assert family.has_thread
 """)
@@ -225,7 +228,7 @@ assert family.has_thread
 
 
 LOADERS = """
-module._START_TIMEOUT_S = 1.0
+module.START_TIMEOUT_S = 1.0
 from engrampool_proto.registry.etcd import Published
 from engrampool_server.config import ServerConfig
 from engrampool_server.processes.loader import become_loader

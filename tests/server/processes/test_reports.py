@@ -53,24 +53,23 @@ def test_what_is_said_arrives(pipe):
         Report(failed="grün"),
         Report(ready=True),
     ]
-    assert not reporter.is_behind
+    assert not reporter.behind_bytes
 
 
 def test_a_child_whose_reader_stands_still_goes_on_and_loses_nothing_that_matters(pipe):
     """Longer than the pipe is what is published: a part of it is in the pipe, and what follows must not mix with it."""
     lines, reporter = pipe
     reporter.known(KNOWN)
-    assert reporter.is_behind
+    assert reporter.behind_bytes
     for number in range(20_000):
         reporter.beat()
         reporter.loaded(number, 20_000)
     reporter.ready()
     reporter.failed("first")
     reporter.failed("last")
-    kept = len(reporter._rest) + sum(map(len, reporter._to_come.values()))
-    assert kept < 1 << 20
+    assert reporter.behind_bytes < 1 << 20
     said = taken(lines)
-    while reporter.is_behind:
+    while reporter.behind_bytes:
         reporter.beat()
         said += taken(lines)
     assert [report for report in said if report != Report()] == [
@@ -131,7 +130,7 @@ def test_any_bytes_are_a_report_or_refused(line):
 
 def test_a_line_without_an_end_takes_no_memory_without_an_end(pipe, monkeypatch):
     lines, reporter = pipe
-    monkeypatch.setattr(module, "_LONGEST_BYTES", 100_000)
+    monkeypatch.setattr(module, "LONGEST_BYTES", 100_000)
     for _ in range(40):
         os.write(reporter.report, b" " * 50_000)
         assert lines.read() == []

@@ -122,7 +122,7 @@ child("1", 4, 20)
 show()
 memory.forget("0")
 child("0", 100, 5)
-os.ftruncate(memory._memory, 40 << 24)  # and a third made its part, and wrote nothing
+os.ftruncate(memory.file, 40 << 24)  # and a third made its part, and wrote nothing
 show()
 for slot in "01":
     memory.forget(slot)

@@ -219,7 +219,7 @@ def test_lines_of_grpc_are_json_and_say_which_process_wrote_them(packed):
         assert line["worker"] in ("lobby", 0)
         assert "log.cc" in line["where"]
         assert "INFO" in line["message"]
-    assert all(json.loads(line)["event"] for line in server._tail)
+    assert all(json.loads(line)["event"] for line in server.last_lines)
 
 
 LAST_WORDS = """
@@ -244,13 +244,13 @@ def test_what_a_worker_says_as_it_crashes_is_in_the_log(packed, tmp_path):
         flag.touch()
         os.kill(server.worker_pids()[0], signal.SIGKILL)
         server.wait_until(lambda lines: [line["event"] for line in lines].count("worker-ready") == 2)
-        said = [line for line in server._events if line["event"] == "stderr"]
+        said = server.said("stderr")
         assert [line["message"] for line in said] == ["free(): invalid pointer", "and half a line"]
         assert {line["worker"] for line in said} == {0}
 
 
 def test_a_server_whose_terminal_takes_no_more_obeys_sigterm_and_counts(packed, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("from engrampool_server.telemetry import log; log._KEPT_BYTES = 500")
+    (tmp_path / "sitecustomize.py").write_text("from engrampool_server.telemetry import log; log.KEPT_BYTES = 500")
     search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     reader, writer = pty.openpty()
     tty.setraw(writer)
