@@ -180,7 +180,6 @@ class Supervisor:
 
     def freeze(self) -> None:
         """Have collections in the children leave what they inherit alone, and so shared."""
-        gc.unfreeze()
         gc.collect()
         gc.freeze()
 
@@ -199,6 +198,7 @@ class Supervisor:
         self._show_serving()
         if self.serving and not self.shared.models:
             log.event("nothing-held", level="error")
+        gc.unfreeze()  # what a model was held by that is held no more
         self.freeze()
 
         def is_done() -> bool:
