@@ -31,6 +31,7 @@ _PROGRAM = (sys.executable, "-m", "engrampool_proto")
 # What it imports, some of it not before it is needed.
 _IMPORTS = (
     "engrampool_proto.cli",
+    "engrampool_server.commands.serve",
     "engrampool_server.serve",
     "engrampool_server.processes.supervisor",
     "engrampool_server.commands.files",
