@@ -1,10 +1,13 @@
 """Settings of every test: property tests draw the same examples each run, and a slow machine fails none of them."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from engrampool_proto.token_map import TokenMap
 
 settings.register_profile(
     "engrampool",
@@ -46,6 +49,24 @@ _SLOW_FILES = {
     "server/files/test_sources.py",
     "server/commands/test_versions.py",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def large_tokenizers_are_mapped_once() -> Iterator[None]:
+    """A real tokenizer takes seconds to map: whoever maps the same bytes again is given the same map."""
+    from_tokenizer, made = TokenMap.from_tokenizer, {}
+
+    def once(path: Path) -> TokenMap:
+        if not path.is_file() or path.stat().st_size < 1 << 20:
+            return from_tokenizer(path)
+        raw = path.read_bytes()
+        if raw not in made:
+            made[raw] = from_tokenizer(path)
+        return made[raw]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenMap, "from_tokenizer", once)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
