@@ -15,13 +15,13 @@ LIMIT = 100
 
 def peers_apart(number: int) -> list[str]:
     """So many names of peers of which no two share a bucket. Python hashes them otherwise in each process."""
-    bound, peers = InFlight(LIMIT), []
-    for peer in map(str, count()):
+    bound, names, peers = InFlight(LIMIT), map(str, count()), []
+    while len(peers) < number:
+        peer = next(names)
         if not bound.of(peer):
             assert bound.reserve(1, peer)
             peers.append(peer)
-        if len(peers) == number:
-            return peers
+    return peers
 
 
 PEERS = peers_apart(3)
