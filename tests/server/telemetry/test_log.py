@@ -177,7 +177,7 @@ log.event("many", **{f"field{number}": number for number in range(1000)})
 
 
 def test_long_lines_are_whole_in_a_file(tmp_path):
-    code = "from engrampool_server import log; log.configure('info'); log.event('long', text='x' * 9000)"
+    code = "from engrampool_server.telemetry import log; log.configure('info'); log.event('long', text='x' * 9000)"
     with (tmp_path / "log").open("w") as file:
         subprocess.run([sys.executable, "-c", code], stderr=file, check=True, timeout=60)
     assert json.loads((tmp_path / "log").read_text())["text"] == "x" * 9000
@@ -250,7 +250,7 @@ def test_what_a_worker_says_as_it_crashes_is_in_the_log(packed, tmp_path):
 
 
 def test_a_server_whose_terminal_takes_no_more_obeys_sigterm_and_counts(packed, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("from engrampool_server import log; log._KEPT_BYTES = 500")
+    (tmp_path / "sitecustomize.py").write_text("from engrampool_server.telemetry import log; log._KEPT_BYTES = 500")
     search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     reader, writer = pty.openpty()
     tty.setraw(writer)
@@ -300,7 +300,7 @@ def test_a_start_that_failed_and_cannot_say_so_ends_at_sigterm(tmp_path):
 def test_the_log_leaves_what_it_shares_with_others_as_it_was():
     reader, writer = os.pipe()
     before = fcntl.fcntl(writer, fcntl.F_GETFL)
-    code = "from engrampool_server import log; log.configure('info'); log.event('said')"
+    code = "from engrampool_server.telemetry import log; log.configure('info'); log.event('said')"
     subprocess.run([sys.executable, "-c", code], stderr=writer, check=True, timeout=60)
     assert fcntl.fcntl(writer, fcntl.F_GETFL) == before
     assert json.loads(os.read(reader, 4096))["event"] == "said"
