@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from engrampool_client.testing import serve_process
+from engrampool_proto.cli import engrampool
+from server_fixtures import serve_thread
 from small_model import small_spec, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +27,8 @@ def packed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(packed) -> Iterator[str]:
-    with serve_process(packed) as server:
-        yield server.address
+    with serve_thread(packed) as address:
+        yield address
 
 
 def run(example: str, address: str) -> str:
@@ -80,12 +83,7 @@ def test_every_command_and_option_shown_exists():
     )
     used = "synth pack inspect verify serve rows lookup doctor plan publish rollback patch"
     assert {name for name, _ in shown} == set(used.split())
-    help_of = {
-        name: subprocess.run(
-            [sys.executable, "-m", "engrampool_proto", name, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        for name in {name for name, _ in shown}
-    }
+    help_of = {name: CliRunner().invoke(engrampool, [name, "--help"]).output for name in {name for name, _ in shown}}
     for name, arguments in shown:
         for option in re.findall(r"--[\w-]+", arguments):
             assert f"{option} " in help_of[name], f"engrampool {name} has no {option}"

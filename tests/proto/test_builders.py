@@ -278,7 +278,7 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@settings(max_examples=150)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(data=st.data())
 def test_nothing_but_spec_errors_comes_out(tokenizer_path, family, data):
     config = copy.deepcopy(CONFIGS[family])
