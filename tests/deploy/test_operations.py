@@ -48,7 +48,7 @@ def test_the_metrics_are_what_a_server_exposes(server, round_of_lookups):
 
 def test_the_events_are_what_the_server_logs():
     logged: dict[str, set[str]] = {}
-    for path in (ROOT / "server/engrampool_server").glob("*.py"):
+    for path in (ROOT / "server/engrampool_server").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("log.event", "event"):
                 fields = {str(keyword.arg) for keyword in node.keywords} - {"level"}

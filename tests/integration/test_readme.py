@@ -12,6 +12,7 @@ import pytest
 
 from engrampool_client.testing import serve_process
 from prefork import PREFORK
+from server_fixtures import serve_thread
 from small_model import small_spec, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +26,8 @@ def packed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(packed) -> Iterator[str]:
-    with serve_process(packed) as server:
-        yield server.address
+    with serve_thread(packed) as address:
+        yield address
 
 
 def run(example: str, address: str) -> str:

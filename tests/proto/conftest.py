@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import golden_vectors
 import hash_reference
 import pytest
 
@@ -21,6 +22,6 @@ def token_map(tokenizer_path: Path) -> TokenMap:
 
 
 @pytest.fixture(scope="session")
-def reference_map(tokenizer_path: Path) -> list[int]:
+def reference_map() -> list[int]:
     """The reference's token map of it."""
-    return hash_reference.token_map(tokenizer_path)
+    return golden_vectors.token_map()

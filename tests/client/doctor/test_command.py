@@ -277,7 +277,7 @@ def test_generous_layers_are_hidden(server, tokens, patient_ms):
 def test_layers_without_any_time_are_exposed_and_what_was_tried_is_said(server, tokens):
     code, output = run(
         *("--server", server, "--tokens", tokens, "--layers", LAYERS, "--decode-batch", 8, "--decode-ms", 0),
-        *("--direct", "off", "--attach", "off", "--no-dedupe", "--seconds", 2),
+        *("--direct", "off", "--attach", "off", "--no-dedupe", "--seconds", 0.5),
     )
     assert code == 3
     assert "decode: exposed; hidden with: " in output

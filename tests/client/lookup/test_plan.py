@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engrampool_client import BatchError, CacheFileError, Client
@@ -26,6 +26,10 @@ SETTINGS = {
     "tensor-parallel": {"heads": (6, 13), "cache_bytes": 1 << 20},
     "one column": {"heads": (23, 24)},
 }
+
+
+# Each is asked of six clients, with several batches.
+FEWER = settings(max_examples=min(25, settings.default.max_examples))
 
 
 @pytest.fixture(scope="module", params=SETTINGS.values(), ids=list(SETTINGS))
@@ -71,6 +75,7 @@ def assert_same(found, wanted) -> None:
         assert np.array_equal(found[layer], rows)
 
 
+@FEWER
 @given(st.lists(batches(), min_size=1, max_size=3))
 def test_any_settings_give_the_bytes_of_the_table(client, some):
     for batch in some:
@@ -84,6 +89,7 @@ def test_any_settings_give_the_bytes_of_the_table(client, some):
         assert_same(out, wanted)
 
 
+@FEWER
 @given(batches(), st.booleans())
 def test_rows_by_id_are_the_same_rows(client, batch, shaped):
     heads = columns_of(client)
@@ -98,6 +104,7 @@ def test_rows_by_id_are_the_same_rows(client, batch, shaped):
     assert_same(client.lookup_rows(mixed), {layer: rows[..., ::-1, :] for layer, rows in wanted.items()})
 
 
+@FEWER
 @given(batches())
 def test_segments_are_written_apart(client, batch):
     wanted = expected(client, batch)

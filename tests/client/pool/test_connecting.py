@@ -15,8 +15,7 @@ import pytest
 
 from engrampool_client import AsyncClient, Client, ProtocolError, UnavailableError
 from engrampool_client.lanes.native import NativeLane
-from engrampool_client.testing import serve_process
-from server_fixtures import LIMIT_S, lasting_address
+from server_fixtures import LIMIT_S, lasting_address, running, serve_thread
 
 
 @contextmanager
@@ -83,9 +82,11 @@ def test_an_unknown_host_is_said_to_be_unknown():
 
 
 def test_the_metrics_port_is_said_to_be_no_grpc_at_once(packed):
-    with serve_process(packed, workers=1) as server, pytest.raises(ProtocolError, match="its metrics port") as told:
-        Client(server.metrics_address, connect_timeout_s=3600)
-    assert server.metrics_address in str(told.value)
+    with running(packed, metrics="127.0.0.1:0") as run:
+        address = run.server.metrics_address
+        with pytest.raises(ProtocolError, match="its metrics port") as told:
+            Client(address, connect_timeout_s=3600)
+    assert address in str(told.value)
 
 
 @pytest.mark.parametrize("say", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9\r\n"])
@@ -120,7 +121,7 @@ def test_a_server_that_starts_later_is_waited_for(packed):
     with listening(None):
         thread = threading.Thread(target=lambda: made.append(Client(target, attach="off", connect_timeout_s=LIMIT_S)))
         thread.start()
-        with serve_process(packed, workers=1, listen=target):
+        with serve_thread(packed, listen=target):
             thread.join(LIMIT_S)
             with made[0] as client:
                 assert client.lookup([1])[1].shape == (1, 24, 264)
@@ -153,8 +154,8 @@ def company_proxy(monkeypatch) -> Iterator[list[bytes]]:
 @pytest.mark.parametrize("settings", [{"attach": "off", "direct": "off"}, {"attach": "off"}, {}], ids=str)
 def test_a_proxy_that_the_environment_names_is_not_asked(packed, company_proxy, settings):
     with (
-        serve_process(packed, workers=1, memory="shm") as server,
-        Client(server.address, connect_timeout_s=LIMIT_S, **settings) as client,
+        serve_thread(packed, memory="shm") as server,
+        Client(server, connect_timeout_s=LIMIT_S, **settings) as client,
     ):
         assert client.attached == (not settings)
         assert client.direct == ("direct" not in settings)
@@ -180,7 +181,7 @@ def test_nor_by_the_commands(server, company_proxy, tmp_path):
     assert not company_proxy
 
 
-def test_a_client_that_closes_while_its_lanes_open_logs_nothing(packed, monkeypatch, caplog):
+def test_a_client_that_closes_while_its_lanes_open_logs_nothing(server, monkeypatch, caplog):
     """Its connection ends first, which an opening lane finds out in whatever it is doing."""
     opening, closing = threading.Event(), threading.Event()
     connect = NativeLane._connect
@@ -192,8 +193,8 @@ def test_a_client_that_closes_while_its_lanes_open_logs_nothing(packed, monkeypa
         connect(lane)
 
     monkeypatch.setattr(NativeLane, "_connect", slowly)
-    with serve_process(packed, workers=1) as server, caplog.at_level(logging.WARNING, "engrampool"):
-        client = Client(server.address, attach="off")
+    with caplog.at_level(logging.WARNING, "engrampool"):
+        client = Client(server, attach="off")
         endpoint = client._shards._sets[0].replicas[0]
         endpoint._native._want_one()
         assert opening.wait(LIMIT_S)
@@ -204,7 +205,7 @@ def test_a_client_that_closes_while_its_lanes_open_logs_nothing(packed, monkeypa
     assert not caplog.records
 
 
-def test_a_lane_that_begins_to_open_as_its_client_closes_logs_nothing(packed, monkeypatch, caplog):
+def test_a_lane_that_begins_to_open_as_its_client_closes_logs_nothing(server, monkeypatch, caplog):
     """Its endpoint does not know it yet, and so cannot tell it."""
     stopped = threading.Event()
 
@@ -216,7 +217,7 @@ def test_a_lane_that_begins_to_open_as_its_client_closes_logs_nothing(packed, mo
 
     connect = NativeLane._connect
     monkeypatch.setattr(NativeLane, "_connect", late)
-    with serve_process(packed, workers=1) as server, caplog.at_level(logging.WARNING, "engrampool"):
-        Client(server.address, attach="off").close()
+    with caplog.at_level(logging.WARNING, "engrampool"):
+        Client(server, attach="off").close()
     assert stopped.is_set()
     assert not caplog.records

@@ -38,14 +38,18 @@ def wait_until_closed(client: Client) -> None:
     assert not client.breaker_open
 
 
+@pytest.fixture(scope="module")
+def silent(packed):
+    """A server that answers nothing while it is frozen."""
+    with serve_process(packed, workers=1) as server:
+        yield server
+
+
 @pytest.mark.parametrize("direct", LANES)
-def test_a_silent_server_is_masked_then_known_then_back(packed, direct, monkeypatch):
+def test_a_silent_server_is_masked_then_known_then_back(silent, direct, monkeypatch):
     monkeypatch.setattr("engrampool_client.pool.endpoint._PROBE_TIMEOUT_S", 0.1)
-    with (
-        serve_process(packed, workers=1) as server,
-        Client(server.address, direct=direct, on_failure="mask", breaker_failures=3, attach="off") as client,
-    ):
-        with server.frozen():
+    with Client(silent.address, direct=direct, on_failure="mask", breaker_failures=3, attach="off") as client:
+        with silent.frozen():
             misses = 0
             # A deadline that passed before anything was sent does not count: how often that happens is the machine's.
             while not client.breaker_open:
@@ -104,7 +108,7 @@ def test_deadlines_too_short_for_what_is_asked_do_not_open_the_breaker(tmp_path,
         gate.open.set()
 
 
-def test_a_client_closes_at_once_while_a_silent_server_is_probed(packed, monkeypatch):
+def test_a_client_closes_at_once_while_a_silent_server_is_probed(silent, monkeypatch):
     monkeypatch.setattr("engrampool_client.pool.endpoint._PROBE_TIMEOUT_S", 3600.0)
     probing, probe = threading.Event(), Endpoint._probe
 
@@ -113,16 +117,15 @@ def test_a_client_closes_at_once_while_a_silent_server_is_probed(packed, monkeyp
         probe(endpoint)
 
     monkeypatch.setattr(Endpoint, "_probe", probed)
-    with serve_process(packed, workers=1) as server:
-        client = Client(server.address, breaker_failures=1, attach="off")
-        closer = threading.Thread(target=client.close)
-        with server.frozen():
-            with pytest.raises(DeadlineError):
-                client.lookup(TOKENS, timeout_s=0.05)
-            assert probing.wait(LIMIT_S)
-            closer.start()
-            closer.join(LIMIT_S)
-            assert not closer.is_alive()
+    client = Client(silent.address, breaker_failures=1, attach="off")
+    closer = threading.Thread(target=client.close)
+    with silent.frozen():
+        with pytest.raises(DeadlineError):
+            client.lookup(TOKENS, timeout_s=0.05)
+        assert probing.wait(LIMIT_S)
+        closer.start()
+        closer.join(LIMIT_S)
+        assert not closer.is_alive()
 
 
 @pytest.mark.parametrize("direct", LANES)
@@ -139,21 +142,24 @@ def test_a_dead_server_opens_the_breaker_and_raises_where_asked_to(packed, direc
         with pytest.raises(UnavailableError) as caught:
             client.prefetch(TOKENS, timeout_s=3600).rows(1)
         assert caught.value.reason == "breaker-open"
-        with serve_process(packed, listen=listen):
+        with serve_thread(packed, listen=listen):
             wait_until_closed(client)
             assert client.lookup(TOKENS)[1].shape == (500, 24, 264)
 
 
 @contextmanager
 def connected(packed, listen, **settings):
-    with serve_process(packed, listen=listen) as server, Client(listen, attach="off", **settings) as client:
+    with (
+        serve_process(packed, listen=listen, workers=1) as server,
+        Client(listen, attach="off", **settings) as client,
+    ):
         yield client, server
 
 
 def test_cached_tokens_stay_valid_when_the_server_is_gone(packed):
     known, unknown = np.arange(40, dtype=np.int32), np.arange(1000, 1040, dtype=np.int32)
     with (
-        serve_process(packed) as server,
+        serve_process(packed, workers=1) as server,
         Client(server.address, on_failure="mask", cache_bytes=8 << 20, retry_s=0, attach="off") as client,
     ):
         client.lookup(known)
@@ -178,7 +184,10 @@ def test_cached_tokens_stay_valid_when_the_server_is_gone(packed):
 
 
 def test_masked_rows_in_the_callers_arrays_are_zero(packed):
-    with serve_process(packed) as server, Client(server.address, on_failure="mask", retry_s=0, attach="off") as client:
+    with (
+        serve_process(packed, workers=1) as server,
+        Client(server.address, on_failure="mask", retry_s=0, attach="off") as client,
+    ):
         server.process.kill()
         server.process.wait()
         out = {
@@ -198,8 +207,8 @@ def test_masked_rows_in_the_callers_arrays_are_zero(packed):
         assert not step.rows(14).any()
 
 
-def test_nothing_is_written_after_the_deadline(packed):
-    with serve_process(packed) as server, Client(server.address, on_failure="mask", attach="off") as client:
+def test_nothing_is_written_after_the_deadline(server):
+    with Client(server, on_failure="mask", attach="off") as client:
         out = {layer: np.empty((500, 24, 264), np.uint8) for layer in (1, 14)}
         for _ in range(30):
             # Sometimes in time, sometimes not: what was settled then stays.
@@ -213,24 +222,23 @@ def test_nothing_is_written_after_the_deadline(packed):
                 assert not seen[~valid].any()
 
 
-def test_prefetch_refuses_what_would_not_fit_in_memory(packed):
-    with serve_process(packed, workers=1) as server:
-        step_bytes = 500 * 48 * 264
-        with Client(server.address, max_pending_bytes=3 * step_bytes, attach="off") as client, server.frozen():
-            steps = [client.prefetch(TOKENS, timeout_s=60) for _ in range(3)]
-            assert client.stats.in_flight == 3
-            with pytest.raises(OverloadedError, match="max_pending_bytes") as caught:
-                client.prefetch(TOKENS)
-            assert caught.value.reason == "client-full"
-            steps[2].cancel()
-            client.prefetch(TOKENS).cancel()
-            for step in steps:
-                step.cancel()
-            assert client.stats.pending_bytes == 0
-            assert client.stats.in_flight == 0
-            # A step larger than the bound is let in alone: it could never be otherwise.
-            with pytest.raises(DeadlineError):
-                client.prefetch(np.tile(TOKENS, 4), timeout_s=0.01).rows(1)
+def test_prefetch_refuses_what_would_not_fit_in_memory(silent):
+    step_bytes = 500 * 48 * 264
+    with Client(silent.address, max_pending_bytes=3 * step_bytes, attach="off") as client, silent.frozen():
+        steps = [client.prefetch(TOKENS, timeout_s=60) for _ in range(3)]
+        assert client.stats.in_flight == 3
+        with pytest.raises(OverloadedError, match="max_pending_bytes") as caught:
+            client.prefetch(TOKENS)
+        assert caught.value.reason == "client-full"
+        steps[2].cancel()
+        client.prefetch(TOKENS).cancel()
+        for step in steps:
+            step.cancel()
+        assert client.stats.pending_bytes == 0
+        assert client.stats.in_flight == 0
+        # A step larger than the bound is let in alone: it could never be otherwise.
+        with pytest.raises(DeadlineError):
+            client.prefetch(np.tile(TOKENS, 4), timeout_s=0.01).rows(1)
 
 
 def test_steps_for_later_are_overtaken(packed, monkeypatch):

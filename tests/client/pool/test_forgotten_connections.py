@@ -4,8 +4,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -17,7 +15,7 @@ from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from forgetful_proxy import Proxy, proxy
-from server_fixtures import LIMIT_S
+from server_fixtures import LIMIT_S, serve_thread
 
 TOKENS = np.arange(20, dtype=np.int32)
 LANES = ["off", "auto"]
@@ -26,9 +24,10 @@ RECOVERED_S = 60
 
 
 @pytest.fixture(scope="module")
-def ports(packed) -> Iterator[tuple[int, int]]:
-    with serve_process(packed, workers=1) as server:
-        yield ports_of(server.address)
+def ports(packed) -> Iterator[list[tuple[int, int]]]:
+    """Those of each of two servers."""
+    with serve_process(packed, workers=1) as one, serve_process(packed, workers=1) as other:
+        yield [ports_of(server.address) for server in (one, other)]
 
 
 def ports_of(address: str) -> tuple[int, int]:
@@ -40,7 +39,7 @@ def ports_of(address: str) -> tuple[int, int]:
 
 @pytest.fixture
 def way(ports) -> Iterator[Proxy]:
-    with proxy(*ports) as made:
+    with proxy(*ports[0]) as made:
         yield made
 
 
@@ -58,6 +57,7 @@ def until_answered(client: Client, tokens: np.ndarray = TOKENS, timeout_s: float
             break
         except (DeadlineError, UnavailableError):
             failed += 1
+            time.sleep(0.005)
             assert time.monotonic() < until, "it never recovers"
     check(client, rows, tokens)
     return failed
@@ -75,6 +75,7 @@ def test_steps_with_little_time_are_answered_again(way, direct, breaker_failures
         until = time.monotonic() + RECOVERED_S
         while client.direct != (direct == "auto") or client.servers_in_trouble:
             until_answered(client)
+            time.sleep(0.005)
             assert time.monotonic() < until
 
 
@@ -129,10 +130,13 @@ def test_a_client_that_is_made_meanwhile_connects(way):
         check(client, client.lookup(TOKENS))
 
 
-def test_attached_memory_stays_attached(packed):
+def test_attached_memory_stays_attached(packed, monkeypatch):
+    lease_s = 2.0
+    monkeypatch.setattr("engrampool_server.answer.pool_service._ATTACH_VALID_S", lease_s)
+    monkeypatch.setattr("engrampool_client.lanes.attach._ASK_TIMEOUT_S", 0.4)
     with (
-        serve_process(packed, workers=1, memory="shm") as server,
-        proxy(*ports_of(server.address)) as way,
+        serve_thread(packed, memory="shm") as address,
+        proxy(*ports_of(address)) as way,
         Client(way.address, timeout_s=LIMIT_S) as client,
     ):
         assert client.attached
@@ -141,23 +145,20 @@ def test_attached_memory_stays_attached(packed):
         way.forget()
         asked = way.asked
         until = time.monotonic() + RECOVERED_S
-        while lane._current() is None or lane._lease.until < before + 10:  # two leases later
+        while lane._current() is None or lane._lease.until < before + 2 * lease_s:
             assert time.monotonic() < until, "its control path is lost"
             check(client, client.lookup(TOKENS))
+            time.sleep(0.005)
         assert way.asked > asked
 
 
-@contextmanager
-def two_ways(packed: Path) -> Iterator[list[Proxy]]:
-    with ExitStack() as stack:
-        servers = [stack.enter_context(serve_process(packed, workers=1)) for _ in range(2)]
-        yield [stack.enter_context(proxy(*ports_of(server.address))) for server in servers]
-
-
 @pytest.mark.parametrize("direct", LANES)
-def test_a_replica_that_is_gone_for_good_is_counted_and_used_again_once_it_is_back(packed, direct):
-    with two_ways(packed) as ways, Client([way.address for way in ways], direct=direct, attach="off") as client:
-        gone = ways[0]
+def test_a_replica_that_is_gone_for_good_is_counted_and_used_again_once_it_is_back(ports, direct):
+    with (
+        proxy(*ports[0]) as gone,
+        proxy(*ports[1]) as kept,
+        Client([gone.address, kept.address], direct=direct, attach="off") as client,
+    ):
 
         def look_up_until(in_trouble: set[str]) -> None:
             until = time.monotonic() + RECOVERED_S

@@ -97,9 +97,8 @@ def shards(request, packed):
     """Addresses of the servers of all rows: by head, by row (which cuts heads in two), by layer."""
     count = 2 if request.param == "layer" else 3
     with ExitStack() as stack:
-        settings = {"shard_by": request.param, "workers": 1}
-        servers = [serve_process(packed, shard=f"{at}/{count}", **settings) for at in range(count)]
-        yield [stack.enter_context(server).address for server in servers]
+        servers = [serve_thread(packed, shard=f"{at}/{count}", shard_by=request.param) for at in range(count)]
+        yield [stack.enter_context(server) for server in servers]
 
 
 SETTINGS = {
@@ -154,18 +153,18 @@ def test_missing_rows_are_named(shards):
 
 def test_shards_that_disagree_are_refused(packed, shards):
     with (
-        serve_process(packed, shard="0/2", shard_by="row") as other,
+        serve_thread(packed, shard="0/2", shard_by="row") as other,
         pytest.raises(SpecError, match=r"overlap|no server holds"),
-        Client([*shards[1:], other.address]),
+        Client([*shards[1:], other]),
     ):
         pass
 
 
 def test_two_versions_never_mix(packed, other_packed, shards):
-    with serve_process(other_packed) as other, Client([*shards, other.address], "deepseek-v4.1") as client:
+    with serve_thread(other_packed) as other, Client([*shards, other], "deepseek-v4.1") as client:
         assert_same(client.lookup(TOKENS), wanted(client))
-        assert list(unused(client)) == [other.address]
-        assert "deepseek-v4.1" in unused(client)[other.address]
+        assert list(unused(client)) == [other]
+        assert "deepseek-v4.1" in unused(client)[other]
 
 
 def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed):
@@ -190,18 +189,23 @@ def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed):
             client.lookup(TOKENS)
 
 
-def test_a_server_that_comes_later_is_found(packed):
+def test_a_server_that_comes_later_is_found(packed, looking_often):
     with ExitStack() as stack:
         listen = lasting_address()
         first = stack.enter_context(serve_process(packed, workers=1))
         client = stack.enter_context(Client([listen, first.address], attach="off", retry_s=0))
         assert list(unused(client)) == [listen]
-        stack.enter_context(serve_process(packed, listen=listen, workers=1))
+        stack.enter_context(serve_thread(packed, listen=listen))
         wait_for(lambda: not unused(client))
         first.process.kill()
         first.process.wait()
         for _ in range(4):
             assert_same(client.lookup(TOKENS), wanted(client))
+
+
+@pytest.fixture
+def looking_often(monkeypatch) -> None:
+    monkeypatch.setattr("engrampool_client.pool.shards._LOOK_S", 0.05)
 
 
 def wait_for(condition) -> None:
@@ -210,37 +214,37 @@ def wait_for(condition) -> None:
         pause.wait(0.01)
 
 
-def test_a_server_that_holds_other_rows_by_now_is_left_aside(packed, other_packed):
+def test_a_server_that_holds_other_rows_by_now_is_left_aside(packed, other_packed, server, looking_often):
+    listen = lasting_address()
     with ExitStack() as stack:
-        first = stack.enter_context(serve_process(packed, workers=1))
         second = ExitStack()
-        replica = second.enter_context(serve_process(packed, listen=lasting_address(), workers=1))
-        client = stack.enter_context(Client([first.address, replica.address], attach="off"))
+        second.enter_context(serve_thread(packed, listen=listen))
+        client = stack.enter_context(Client([server, listen], attach="off"))
         expected = wanted(client)
         second.close()
         for model, settings in ((other_packed, {}), (packed, {"shard": "1/2"})):
-            with serve_process(model, listen=replica.address, workers=1, **settings):
+            with serve_thread(model, listen=listen, **settings):
                 # Its connections come back by themselves, to a server that is another one.
-                while list(unused(client)) != [replica.address]:
+                while list(unused(client)) != [listen]:
                     assert_same(client.lookup(TOKENS), expected)
                 assert_same(client.lookup(TOKENS), expected)
-        with serve_process(packed, listen=replica.address, workers=1):
+        with serve_thread(packed, listen=listen):
             wait_for(lambda: not unused(client))
             for _ in range(4):
                 assert_same(client.lookup(TOKENS), expected)
 
 
-def test_addresses_that_a_name_has_no_more_are_forgotten(packed, monkeypatch):
+def test_addresses_that_a_name_has_no_more_are_forgotten(packed, server, looking_often, monkeypatch):
     with ExitStack() as stack:
-        servers = [stack.enter_context(serve_process(packed, workers=1)) for _ in range(2)]
-        known = [server.address for server in servers]
+        other = stack.enter_context(serve_process(packed, workers=1))
+        known = [server, other.address]
         monkeypatch.setattr("engrampool_client.pool.discovery.resolve", lambda target: list(known) if known else None)
         client = stack.enter_context(Client("dns:///pool:1", attach="off", retry_s=0, breaker_failures=1))
         expected = wanted(client)
         gone = known.pop()
         left, known[:] = list(known), []  # for now the name cannot be looked up at all
-        servers[1].process.kill()
-        servers[1].process.wait()
+        other.process.kill()
+        other.process.wait()
         for _ in range(4):
             assert_same(client.lookup(TOKENS), expected)
         assert gone in used(client)
@@ -249,16 +253,16 @@ def test_addresses_that_a_name_has_no_more_are_forgotten(packed, monkeypatch):
         assert_same(client.lookup(TOKENS), expected)
 
 
-def test_replicas_that_are_only_slow_are_waited_for(packed, monkeypatch):
+def test_replicas_that_are_only_slow_are_waited_for(packed, server, monkeypatch):
     """Whatever a moment is: none of them answers within it, and one is away."""
     monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", 1e-6)
     monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S_PER_BYTE", 0.0)
     with ExitStack() as stack:
-        servers = [stack.enter_context(serve_process(packed, workers=1)) for _ in range(3)]
-        addresses = [server.address for server in servers]
+        away = stack.enter_context(serve_process(packed, workers=1))
+        addresses = [server, away.address, stack.enter_context(serve_thread(packed))]
         clients = [stack.enter_context(Client(addresses, direct=lane, attach="off")) for lane in ("off", "auto")]
-        servers[1].process.kill()
-        servers[1].process.wait()
+        away.process.kill()
+        away.process.wait()
         for client in clients * 6:
             assert_same(client.lookup(TOKENS), wanted(client))
 

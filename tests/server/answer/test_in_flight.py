@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from itertools import count
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,12 +11,25 @@ from hypothesis import strategies as st
 from engrampool_server.answer.in_flight import InFlight
 
 LIMIT = 100
-PEERS = ("a", "b", "c")
 
 
-def processes_of(bound: InFlight, count: int) -> list[InFlight]:
-    """What each of `count` forks has."""
-    made = [copy.copy(bound) for _ in range(count)]
+def peers_apart(number: int) -> list[str]:
+    """So many names of peers of which no two share a bucket. Python hashes them otherwise in each process."""
+    bound, names, peers = InFlight(LIMIT), map(str, count()), []
+    while len(peers) < number:
+        peer = next(names)
+        if not bound.of(peer):
+            assert bound.reserve(1, peer)
+            peers.append(peer)
+    return peers
+
+
+PEERS = peers_apart(3)
+
+
+def processes_of(bound: InFlight, number: int) -> list[InFlight]:
+    """What each of `number` forks has."""
+    made = [copy.copy(bound) for _ in range(number)]
     for slot, one in enumerate(made):
         one.slot = slot
     return made
@@ -61,13 +75,14 @@ def test_it_counts_what_plain_sums_would(steps):
 def test_however_many_peers_are_greedy_there_is_room_for_one_more():
     bound = InFlight(1 << 30, 2)
     processes = processes_of(bound, 2)
-    for peer in map(str, range(8)):
+    *greedy, newcomer = peers_apart(9)
+    for peer in greedy:
         had = 0
         while any(one.reserve(1 << 20, peer) for one in processes):
             had += 1
         assert had > 0
     assert bound.total < bound.limit_bytes
-    assert bound.reserve(1 << 20, "a newcomer")
+    assert bound.reserve(1 << 20, newcomer)
 
 
 # Four processes, each a peer of its own, reserve 3 of 10 as fast as they can, and look how many of them hold one: never

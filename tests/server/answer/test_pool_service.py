@@ -387,7 +387,7 @@ def oracle(message: bytes) -> dict[int, bytes]:
 
 
 @pytest.mark.usefixtures("untouched")
-@settings(max_examples=200)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(message=st.binary(max_size=80), stream=st.booleans())
 def test_random_bytes_are_refused(pool, message, stream):
     assert answered(pool, message, stream) != grpc.StatusCode.OK
@@ -423,7 +423,7 @@ def loose_requests(draw: st.DrawFn, version: str = "@") -> pool_pb2.LookupReques
 
 
 @pytest.mark.usefixtures("untouched")
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(request=loose_requests(), stream=st.booleans())
 def test_loose_requests_are_refused_or_answered_right(pool, request, stream):
     request.version = pool.version
@@ -431,7 +431,7 @@ def test_loose_requests_are_refused_or_answered_right(pool, request, stream):
 
 
 @pytest.mark.usefixtures("untouched")
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(
     tokens=batches(),
     by_tokens=st.booleans(),

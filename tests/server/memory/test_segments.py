@@ -343,9 +343,11 @@ def load_at_once(directory: Path, packed: Path, barrier, results, done) -> None:
 
 
 @pytest.mark.parametrize("before", ["nothing", "partial", "whole"])
-def test_servers_that_start_at_once_share_one_copy(packed, tmp_path, before):
+def test_servers_that_start_at_once_share_one_copy(packed, tmp_path, monkeypatch, before):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_segments", "server_fixtures", "numpy"])
+    context.set_forkserver_preload([__name__])
+    # By this its process finds the module, which its children would else import, one by one.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     for number in range(2):
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -404,7 +406,7 @@ import numpy as np
 from engrampool_server.memory import segments
 from engrampool_server.memory import table_loader
 from engrampool_server.files.table_files import PackedModel
-from server_fixtures import expected
+from server_fixtures import SPEC, expected
 
 packed, old, directory, first, step = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:])
 FILES = (segments.__file__, table_loader.__file__)
@@ -442,10 +444,12 @@ def killed_at(line):
     sys.settrace(trace)
     start(packed)
 
+RIGHT = {table.layer: expected(table.layer, np.arange(table.num_rows)) for table in SPEC.tables}
+
 def whole():
     held, wanted = start(packed)
     for layer, table in held.tables.items():
-        assert table.rows.tobytes() == expected(layer, np.arange(len(table.rows)))
+        assert table.rows.tobytes() == RIGHT[layer]
     found = segments.survey(segments.find_backing(memory))
     assert {one.identity for one in found} == set(wanted), found
     assert {path.name for path in directory.iterdir()} == {segments.file_name(one) for one in wanted}
@@ -477,19 +481,23 @@ def test_a_load_that_is_killed_anywhere_is_in_nobodys_way(tmp_path):
 
 # --- no room
 
+# For each size of a file system that is made there and unmade again.
 FULL = """
 import os, subprocess, sys, threading
 from pathlib import Path
-subprocess.run(["mount", "-t", "tmpfs", "-o", sys.argv[3], "none", sys.argv[2]], check=True)
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.memory.table_loader import load
-with PackedModel.open(Path(sys.argv[1])) as model:
-    try:
-        load(model, sys.argv[4], False, 2, threading.Event(), lambda _: None)
-    except Exception as error:
-        print(type(error).__name__, error)
-print(sorted(name.split("-")[3] for name in os.listdir(sys.argv[2])))
-print(os.statvfs(sys.argv[2]).f_bfree > 0 and "free again")
+packed, where, memory, *sizes = sys.argv[1:]
+for size in sizes:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", where], check=True)
+    with PackedModel.open(Path(packed)) as model:
+        try:
+            load(model, memory, False, 2, threading.Event(), lambda _: None)
+        except Exception as error:
+            print(type(error).__name__, error)
+    print(sorted(name.split("-")[3] for name in os.listdir(where)))
+    print(os.statvfs(where).f_bfree > 0 and "free again")
+    subprocess.run(["umount", "--lazy", where], check=True)
 """
 
 
@@ -501,17 +509,17 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="this process may not mount a file system of its own; root may")
-@pytest.mark.parametrize(("size", "left"), [("size=1m", "[]"), ("size=1800k", "['2']")])
 @pytest.mark.parametrize("kind", ["shm", "file"])
-def test_a_full_file_system_is_an_error_and_not_the_end_of_the_process(packed, tmp_path, size, left, kind):
-    where = Path("/dev/shm") if kind == "shm" else tmp_path
-    memory = "shm" if kind == "shm" else f"file:{tmp_path}"
-    command = [*OWN_MOUNTS, sys.executable, "-c", FULL]
-    done = subprocess.run([*command, str(packed), str(where), size, memory], capture_output=True, text=True, timeout=60)
+def test_a_full_file_system_is_an_error_and_not_the_end_of_the_process(packed, tmp_path, kind):
+    left_at = {"size=1m": "[]", "size=1800k": "['2']"}
+    where, memory = ("/dev/shm", "shm") if kind == "shm" else (str(tmp_path), f"file:{tmp_path}")
+    command = [*OWN_MOUNTS, sys.executable, "-c", FULL, str(packed), where, memory, *left_at]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    error, rest, free_again = done.stdout.splitlines()
-    assert error.startswith("OutOfMemoryError ")
-    assert (rest, free_again) == (left, "free again")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[::3]] == ["OutOfMemoryError"] * 2
+    assert lines[1::3] == list(left_at.values())
+    assert lines[2::3] == ["free again"] * 2
 
 
 def test_a_size_that_no_file_system_has_is_an_error(tmp_path):
@@ -525,16 +533,18 @@ def test_a_stray_write_to_a_table_ends_the_one_process_that_tried(packed, tmp_pa
         "import ctypes, os, sys, threading; from pathlib import Path\n"
         "from engrampool_server.files.table_files import PackedModel\n"
         "from engrampool_server.memory.table_loader import load\n"
-        "with PackedModel.open(Path(sys.argv[1])) as model:\n"
-        "    held = load(model, sys.argv[2], False, 1, threading.Event(), lambda _: None)\n"
-        "for table in held.tables.values():\n"
-        "    if not (pid := os.fork()): ctypes.memset(table.rows.ctypes.data + 1, 1, 1)\n"
-        "    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+        "for memory in sys.argv[2:]:\n"
+        "    with PackedModel.open(Path(sys.argv[1])) as model:\n"
+        "        held = load(model, memory, False, 1, threading.Event(), lambda _: None)\n"
+        "    for table in held.tables.values():\n"
+        "        if not (pid := os.fork()): ctypes.memset(table.rows.ctypes.data + 1, 1, 1)\n"
+        "        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+        "    del held, table\n"
     )
-    for memory in ("anon", f"file:{tmp_path}", f"file:{tmp_path}"):  # read, made, adopted
-        command = [sys.executable, "-c", program, str(packed), memory]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.stdout.split() == [str(-signal.SIGSEGV)] * 2, done.stderr
+    memories = ["anon", f"file:{tmp_path}", f"file:{tmp_path}"]  # read, made, adopted
+    command = [sys.executable, "-c", program, str(packed), *memories]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [str(-signal.SIGSEGV)] * 6, done.stderr
 
 
 # --- the command
