@@ -104,6 +104,22 @@ def test_the_picture_of_the_house_and_its_tables_are_what_the_code_makes_of_them
     assert page == script["page"](page, ROOT), stale
 
 
+def test_every_file_class_and_method_on_the_page_of_the_house_is_there():
+    page = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+    there = {"None"}
+    for room in ("proto", "server", "client"):
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                    there.add(node.name)
+                    inside = [one for one in ast.walk(node) if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+                    there |= {f"{node.name}.{one.name}" for one in inside}
+    for name in re.findall(r"`([A-Z]\w*[a-z]\w*(?:\.\w+)?)`", page):
+        assert name in there, name
+    for room, rest in re.findall(r"`(proto|server|client)/((?!engrampool_)[\w/.]+)`", page):
+        assert (ROOT / room / f"engrampool_{room}" / rest).exists(), f"{room}/{rest}"
+
+
 def test_every_anchor_is_a_heading():
     for page in PAGES:
         for link, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
