@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Two processes share the tests; what one has not begun the other may take.
 AT_ONCE ?= --numprocesses 2 --dist worksteal
+# They start hundreds of processes, each of which would compile our modules again where bytecode must not be kept.
+test test-quick test-torch test-ray: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-quick test-torch test-ray tiny-lm lint stubs bench bench-quick clean
 
