@@ -11,18 +11,15 @@ from functools import lru_cache
 import grpc
 
 from engrampool_client.errors import PoolError, ProtocolError, from_status
+from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, dial
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
 
-# To get in. A port that is blocked costs this once, when a client is made.
-OPEN_TIMEOUT_S = 1.0
 # A server that is well sends some of its answer within so long. Where nothing came, the connection may be one that was
 # forgotten on the way without a word; gRPC, which asks for signs of life, finds out.
 _SILENCE_S = 2.0
-# Of a connection that is idle: when the system first asks for a sign of life, how often then, and how often in vain.
-_KEEP_IDLE_S, _KEEP_EVERY_S, _KEEP_TRIES = 10, 2, 3
 # Answers up to half this size are read whole into memory of ours, and copied from there.
 _SCRATCH_BYTES = 256 << 10
 # Requests up to this size fit into what the system buffers for a connection.
@@ -52,7 +49,7 @@ class Connection:
     def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str) -> None:
         """Raises OSError, PoolError."""
         self._target = target
-        self._socket = _connected(way_in, target)
+        self._socket = dial(way_in, target)
         # Whoever gives a step up takes it, in whatever the thread is doing: garbage collection does that, too.
         self._lock = threading.RLock()
         self.answering = False  # whether there is an answer, or a part of one, still to be received
@@ -419,40 +416,3 @@ def _refusal(head: bytes, target: str) -> PoolError:
         raise ProtocolError(f"{target}: a refusal cannot be read: {error}") from error
     code = _CODES.get(refusal.code, grpc.StatusCode.UNKNOWN)
     return from_status(code, refusal.reason or None, refusal.text, target)
-
-
-def _connected(way_in: pool_pb2.OpenDirectResponse, target: str) -> socket.socket:
-    """A blocking socket. Raises OSError."""
-    if way_in.unix_path:
-        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            connected.settimeout(OPEN_TIMEOUT_S)
-            connected.connect(way_in.unix_path)
-        except BaseException:
-            connected.close()
-            raise
-    else:
-        host = way_in.host or _host(target)
-        if not host:
-            raise OSError(f"{target} has no host to connect to")
-        connected = socket.create_connection((host, way_in.port), OPEN_TIMEOUT_S)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_IDLE_S)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_EVERY_S)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEP_TRIES)
-    connected.settimeout(None)
-    return connected
-
-
-def _host(target: str) -> str:
-    """The host of "HOST:PORT" or a gRPC name for one; "" for other names, such as a Unix socket's."""
-    scheme, separator, rest = target.partition(":")
-    if separator and scheme in ("dns", "ipv4", "ipv6"):
-        target = rest.rpartition("/")[2]
-    if "," in target or "/" in target or target.startswith("unix"):
-        return ""
-    host, separator, port = target.rpartition(":")
-    if not separator or not port.isdigit() or host.endswith(":"):
-        host = target
-    return host.removeprefix("[").removesuffix("]")

@@ -12,7 +12,8 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from engrampool_client.errors import DeadlineError, PoolError, StepCancelledError
-from engrampool_client.lanes.connection import OPEN_TIMEOUT_S, Connection, RefusedError, SilentError
+from engrampool_client.lanes.connection import Connection, RefusedError, SilentError
+from engrampool_client.lanes.dial import OPEN_TIMEOUT_S
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2

@@ -16,6 +16,7 @@ from direct_peers import TIMES, exchange, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
 from engrampool_client.errors import StepCancelledError
 from engrampool_client.lanes import connection as lane
+from engrampool_client.lanes import dial
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
@@ -128,7 +129,8 @@ def test_where_either_side_has_it_off_lookups_go_over_grpc(server, packed):
 
 
 def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkeypatch):
-    monkeypatch.setattr(lane, "OPEN_TIMEOUT_S", 0.2)
+    for module in (dial, lane):
+        monkeypatch.setattr(module, "OPEN_TIMEOUT_S", 0.2)
     with running(packed) as run:
         admission = run.server._shared.admission
         admission.port = 1  # nobody listens there
@@ -411,4 +413,4 @@ def test_heads_come_back(layer, first, nbytes):
     ],
 )
 def test_the_host_of_a_target(target, host):
-    assert lane._host(target) == host
+    assert dial.host_of(target) == host
