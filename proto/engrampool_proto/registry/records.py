@@ -13,6 +13,8 @@ from typing import Any
 
 from engrampool_proto.errors import EngrampoolError
 
+# Of a version: its model, and itself.
+VersionKey = tuple[str, str]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_ROWS = 1 << 63
 

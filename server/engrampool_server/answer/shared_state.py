@@ -3,9 +3,10 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from engrampool_proto.registry.records import VersionKey
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
-from engrampool_server.memory.tables import LoadedModel, VersionKey
+from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.telemetry.metrics import Metrics
 
 

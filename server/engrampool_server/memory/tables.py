@@ -7,14 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto.errors import BatchError
+from engrampool_proto.registry.records import VersionKey
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 from engrampool_server.memory.gather import first_outside, gather
 from engrampool_server.memory.hasher import Hasher
 from engrampool_server.memory.overlay import Overlay
 from engrampool_server.memory.segments import Place
-
-# Of a version: its model, and itself.
-VersionKey = tuple[str, str]
 
 
 class NotHeldError(BatchError):

@@ -212,7 +212,7 @@ class Children(Collection[Child]):
         if is_off():
             return None
         if failures:
-            # Taken out: see table_loader.py of what an error keeps in memory.
+            # Taken out: see memory/reading.py of what an error keeps in memory.
             raise failures.pop()
         return results.pop()
 

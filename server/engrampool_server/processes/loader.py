@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.registry.etcd import Published
@@ -25,11 +25,12 @@ from engrampool_server.memory.load import ModelLoader
 from engrampool_server.memory.placement import part_of
 from engrampool_server.memory.preflight import Machine, Need, check, raise_soft_limits
 from engrampool_server.memory.segments import find_backing, free, survey
-from engrampool_server.memory.table_loader import load, load_patched
-from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.processes.reports import Reporter
 from engrampool_server.telemetry import log
 from engrampool_server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from engrampool_server.memory.tables import LoadedModel
 
 # For the log to be taken, before the loader ends.
 _LAST_LINES_S = 0.2
@@ -68,14 +69,16 @@ def become_loader(
 def adopt(
     published: Published,
     config: ServerConfig,
-    held: Sequence[LoadedModel],
+    held: "Sequence[LoadedModel]",
     cancel: threading.Event,
     progress: Callable[[int], None],
-) -> LoadedModel:
+) -> "LoadedModel":
     """Hold a version whose segments a loader filled; or a patch, whose base is among `held`.
 
     progress: called with the bytes of each block of a patch. Raises what loading raises, LoadError.
     """
+    from engrampool_server.memory.table_loader import load, load_patched  # the loader does without the kernels
+
     location = _location(published)
     if published.base is not None:
         base = next(one for one in held if (one.spec.name, one.version) == (published.model, published.base))
@@ -149,7 +152,7 @@ def _fill(
 
     loader = ModelLoader(replace(config, models=(location,)), Metrics(), config.workers, others)
     loader.open()
-    held = list(loader.load(threading.Event(), tell))
+    held = loader.fill(threading.Event(), tell)
     reporter.loaded(loader.loaded_bytes, loader.nbytes)
     reporter.ready()
     assert held  # it goes on using the segments, until this process ends

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engrampool_proto.registry.etcd import Published, State
-from engrampool_server.memory.tables import VersionKey
+from engrampool_proto.registry.records import VersionKey
 
 
 @dataclass(frozen=True)

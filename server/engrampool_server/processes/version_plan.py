@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 
 from engrampool_proto.registry.etcd import Published
-from engrampool_server.memory.tables import VersionKey
+from engrampool_proto.registry.records import VersionKey
 
 # A version that could not be loaded is tried again, less and less often.
 _FIRST_DELAY_S, _MAX_DELAY_S = 30.0, 300.0

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.registry.etcd import Held, Member, Published
+from engrampool_proto.registry.records import VersionKey
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.load import show
-from engrampool_server.memory.tables import LoadedModel, VersionKey
+from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.processes.children import Child
 from engrampool_server.processes.loader import LoadError, adopt, become_loader, discard
 from engrampool_server.processes.pool_view import PoolView

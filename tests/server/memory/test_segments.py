@@ -19,6 +19,7 @@ from engrampool_server.commands.files import segments as segments_command
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.memory import segments as segments_module
 from engrampool_server.memory.memory import OutOfMemoryError
+from engrampool_server.memory.reading import LoadCancelledError, identities
 from engrampool_server.memory.segments import (
     Backing,
     Found,
@@ -30,7 +31,7 @@ from engrampool_server.memory.segments import (
     sweep,
     take,
 )
-from engrampool_server.memory.table_loader import LoadCancelledError, identities, load
+from engrampool_server.memory.table_loader import load
 from engrampool_server.memory.tables import LoadedModel
 from server_fixtures import SPEC, Events, change_byte, eventually, expected, pack
 
@@ -194,7 +195,7 @@ def test_a_whole_segment_under_the_name_of_another_is_not_adopted(packed, other,
 
 
 def test_a_damaged_segment_that_a_server_uses_is_an_error_that_says_so(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("engrampool_server.memory.table_loader.POLL_S", 0.001)
+    monkeypatch.setattr("engrampool_server.memory.reading.POLL_S", 0.001)
     held = load_into(tmp_path, packed)
     path = tmp_path / file_name(wanted(packed)[0])
     change_byte(path, 0)
@@ -404,17 +405,17 @@ import gc, os, signal, sys, threading
 from pathlib import Path
 import numpy as np
 from engrampool_server.memory import segments
-from engrampool_server.memory import table_loader
+from engrampool_server.memory import reading, table_loader
 from engrampool_server.files.table_files import PackedModel
 from server_fixtures import SPEC, expected
 
 packed, old, directory, first, step = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:])
-FILES = (segments.__file__, table_loader.__file__)
+FILES = (segments.__file__, reading.__file__)
 memory = f"file:{directory}"
 
 def start(packed):
     with PackedModel.open(packed) as model:
-        wanted = table_loader.identities(model)
+        wanted = reading.identities(model)
         segments.sweep(segments.find_backing(memory), wanted)
         return table_loader.load(model, memory, False, 1, threading.Event(), lambda _: None), wanted
 
@@ -468,7 +469,7 @@ print(killed)
 
 
 def test_a_load_that_is_killed_anywhere_is_in_nobodys_way(tmp_path):
-    """SIGKILL before a line of segments.py or table_loader.py, then a start that must serve; every 11th line run."""
+    """SIGKILL before a line of segments.py or reading.py, then a start that must serve; every 11th line run."""
     directory = tmp_path / "segments"
     directory.mkdir()
     packed, old = pack(tmp_path / "new", block_bytes=500_000), pack(tmp_path / "old", change=True, block_bytes=500_000)
