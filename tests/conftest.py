@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from engrampool_client import testing
+from prefork import PREFORK
+
 settings.register_profile(
     "engrampool",
     derandomize=True,
@@ -55,6 +58,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(root)
         if path.parts[0] in _SLOW_FOLDERS or path.as_posix() in _SLOW_FILES:
             item.add_marker("slow")
+
+
+# Most servers of tests are forks, as that is cheaper; those of tests with the marker `executed` are programs started.
+testing.start_program = PREFORK.start
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    PREFORK.is_on = item.get_closest_marker("executed") is None
+
+
+def pytest_unconfigure() -> None:
+    PREFORK.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -104,6 +104,11 @@ class ServerProcess:
             self._changed.notify_all()
 
 
+def start_program(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a program whose standard error is text to be read. Another function in this place may do it cheaper."""
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)  # noqa: S603
+
+
 @contextmanager
 def serve_process(
     *models: Path | str,
@@ -122,9 +127,7 @@ def serve_process(
     command = [*prefix, sys.executable, "-m", "engrampool_proto", "serve"]
     command += [word for path in models for word in ("--model", str(path))]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    process = subprocess.Popen(  # noqa: S603
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environ or {})}
-    )
+    process = start_program(command, {**os.environ, **(environ or {})})
     server = ServerProcess(process)
     reader = threading.Thread(target=server._read, daemon=True)
     reader.start()

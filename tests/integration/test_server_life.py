@@ -22,6 +22,7 @@ from engrampool_client.testing import ServerProcess, ServerStartError, serve_pro
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.memory.memory import huge_page_bytes
+from prefork import PREFORK
 from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, expected, joined, pack, refusal, rows_of, version_of
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -89,7 +90,7 @@ def fails(*arguments: str, launcher: str | None = None) -> str:
     command = [*SERVE, *arguments]
     if launcher is not None:
         command = [sys.executable, "-c", f"{launcher}\nimport os, sys; os.execv(sys.argv[1], sys.argv[1:])", *command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = PREFORK.run(command, timeout=60)
     assert done.returncode == 1, done
     assert "Traceback" not in done.stderr
     assert done.stdout == ""

@@ -194,7 +194,6 @@ class _Supervisor:
 
     def _freeze(self) -> None:
         """Have collections in the children leave what they inherit alone, and so shared."""
-        gc.unfreeze()
         gc.collect()
         gc.freeze()
 
@@ -552,6 +551,7 @@ class _Supervisor:
         self._show_serving()
         if self._serving and not self._shared.models:
             log.event("nothing-held", level="error")
+        gc.unfreeze()  # what a model was held by that is held no more
         self._freeze()
 
         def is_done() -> bool:
