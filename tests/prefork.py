@@ -32,7 +32,13 @@ _IMPORTS = (
     "engrampool_proto.cli",
     "engrampool_server.serve",
     "engrampool_server.processes.supervisor",
+    "engrampool_server.commands.files",
+    "engrampool_server.commands.versions",
+    "engrampool_server.files.pack",
+    "engrampool_server.files.synth_checkpoint",
+    "engrampool_server.files.verify",
     "etcd3gw.client",
+    "tokenizers",
 )
 _IN_NETWORK = ("nsenter", "--net=")
 _CLONE_NEWNET = 0x40000000
@@ -104,7 +110,7 @@ class Prefork:
         finally:
             os.close(writer)
 
-    def run(self, command: Sequence[str], timeout: float) -> "subprocess.CompletedProcess[str]":
+    def run(self, command: Sequence[str], timeout: float = 120) -> "subprocess.CompletedProcess[str]":
         """As subprocess.run, with its output captured as text."""
         request = self._request(command, os.environ)
         if request is None:

@@ -2,7 +2,6 @@
 
 import json
 import stat
-import subprocess
 import sys
 
 import click
@@ -16,6 +15,7 @@ from engrampool_client.errors import BatchError, EngrampoolError, FingerprintErr
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from prefork import PREFORK
 from server_fixtures import VOCAB, pack, serve_thread, version_of
 from small_model import CONFIG, TOKENIZER
 
@@ -27,7 +27,7 @@ def run(command, *arguments):
 
 def program(*arguments):
     words = [sys.executable, "-m", "engrampool_proto", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+    return PREFORK.run(words)
 
 
 @pytest.fixture

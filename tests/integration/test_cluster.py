@@ -5,7 +5,6 @@ cut. `pytest -s` shows how long everything took to be well again.
 """
 
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.builders import blueprint
 from etcd_process import EtcdProcess, running_etcd
 from network import Host, NotPermittedError, network
+from prefork import PREFORK
 from server_fixtures import lasting_address
 from small_model import CONFIG, TOKENIZER
 
@@ -80,7 +80,7 @@ class Cluster:
     def run(self, *words: str) -> None:
         """An `engrampool` command, on the clients' host."""
         command = [*self._client_prefix, *_ENGRAMPOOL, *words, "--registry", self.etcd.url()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = PREFORK.run(command, timeout=60)
         assert done.returncode == 0, done.stderr
 
     @contextmanager

@@ -1,6 +1,5 @@
 """From a Hugging Face checkpoint to rows in a client, each step by the real program, against the tensors themselves."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from engrampool_client import Client
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_server.files.table_files import PackedModel
+from prefork import PREFORK
 from small_model import TOKENIZER
 
 WINDOWS = 100_000
@@ -21,7 +21,7 @@ BATCH = 5_000
 
 
 def engrampool(*arguments) -> None:
-    subprocess.run([sys.executable, "-m", "engrampool_proto", *map(str, arguments)], check=True)
+    PREFORK.run([sys.executable, "-m", "engrampool_proto", *map(str, arguments)]).check_returncode()
 
 
 def tensors(checkpoint: Path, suffix: str) -> np.ndarray:

@@ -3,7 +3,6 @@
 Writer and hash are not ours: `published` and `hash_reference`.
 """
 
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from engrampool_client.testing import serve_process
 from engrampool_server.files.pack import pack
 from engrampool_server.files.raw_model import RawModel
 from engrampool_server.files.table_files import PackedModel
+from prefork import PREFORK
 from published import Published
 from server_fixtures import serve_thread
 
@@ -98,9 +98,9 @@ def test_by_the_commands_and_as_it_is(tmp_path):
     checkpoint = published.qwen_ple("fp8, among layers of nvfp4")
     directory = checkpoint.save(tmp_path / "checkpoint", files=5)
     command = [sys.executable, "-m", "engrampool_proto"]
-    packing = ["pack", "--checkpoint", directory, "--out", tmp_path / "packed", "--quiet"]
-    subprocess.run([*command, *packing], check=True)
-    subprocess.run([*command, "verify", tmp_path / "packed", "--quiet"], check=True)
+    packing = ["pack", "--checkpoint", str(directory), "--out", str(tmp_path / "packed"), "--quiet"]
+    PREFORK.run([*command, *packing]).check_returncode()
+    PREFORK.run([*command, "verify", str(tmp_path / "packed"), "--quiet"]).check_returncode()
     assert RawModel.lies_in(directory)
     with serve_process(tmp_path / "packed", workers=1) as packed, serve_process(directory, workers=1) as raw:
         compare(checkpoint, packed.address)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engrampool_client.testing import serve_process
+from prefork import PREFORK
 from small_model import small_spec, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -81,9 +82,7 @@ def test_every_command_and_option_shown_exists():
     used = "synth pack inspect verify serve rows lookup doctor plan publish rollback patch"
     assert {name for name, _ in shown} == set(used.split())
     help_of = {
-        name: subprocess.run(
-            [sys.executable, "-m", "engrampool_proto", name, "--help"], capture_output=True, text=True, check=True
-        ).stdout
+        name: PREFORK.run([sys.executable, "-m", "engrampool_proto", name, "--help"]).stdout
         for name in {name for name, _ in shown}
     }
     for name, arguments in shown:

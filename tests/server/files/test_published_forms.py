@@ -3,7 +3,6 @@
 import codecs
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from engrampool_server.files.pack import pack
 from engrampool_server.files.synth_checkpoint import synth_checkpoint
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.memory.shards import read_placement
+from prefork import PREFORK
 from published import QWEN_PLACE, Published, Tensor, noise, scalar
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 123456\n" % 0
@@ -47,7 +47,7 @@ def spec(checkpoint: Published, tmp_path: Path, **how: Any) -> Any:
 
 def engrampool(*arguments: object) -> tuple[int, str]:
     command = [sys.executable, "-m", "engrampool_proto", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = PREFORK.run(command)
     return done.returncode, done.stdout + done.stderr
 
 
