@@ -19,11 +19,21 @@ _PATCHED_EVERY = 100
 def rows_of(version: str, table: TableSpec, ids: Any) -> np.ndarray:
     """The rows `ids`, [..., row_bytes]."""
     rows = synthetic_rows(table, ids)
-    if version == SECOND:
-        rows[..., -1] ^= 1
-    elif version == PATCHED:
-        rows[..., -1] ^= np.where(np.asarray(ids) % _PATCHED_EVERY == 0, 2, 0).astype(np.uint8)
+    rows[..., -1] ^= _change(version, ids)
     return rows
+
+
+def versions_of(table: TableSpec, ids: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """By version, which of `rows` are its rows `ids`: bool [tokens, heads]."""
+    difference = rows ^ synthetic_rows(table, ids)
+    known = ~difference[..., :-1].any(axis=-1)
+    return {version: known & (difference[..., -1] == _change(version, ids)) for version in VERSIONS}
+
+
+def _change(version: str, ids: Any) -> np.ndarray:
+    """By which a last byte is another than in the first version."""
+    changed = {FIRST: 0, SECOND: 1, PATCHED: np.where(np.asarray(ids) % _PATCHED_EVERY == 0, 2, 0)}
+    return np.broadcast_to(changed[version], np.shape(ids)).astype(np.uint8)
 
 
 def write_versions(where: Path, spec: ModelSpec) -> dict[str, str]:
