@@ -44,6 +44,7 @@ def test_clients_reach_a_server_by_a_unix_socket(packed, tmp_path, direct):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.executed
 def test_the_path_leads_to_whoever_answers(packed, tmp_path):
     path = tmp_path / "pool.sock"
     with serve_process(packed, listen=f"unix:{path}", workers=2) as server:

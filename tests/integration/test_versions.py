@@ -71,6 +71,7 @@ def lease_of(etcd: EtcdProcess, key: str) -> str:
     return found["lease"]
 
 
+@pytest.mark.executed
 def test_versions_come_and_go_while_lookups_go_on(etcd, models, tmp_path):
     registry = etcd.registry("come-and-go")
     first, second, patch = (published(models / name) for name in ("first", "second", "patch"))
