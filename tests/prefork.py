@@ -5,6 +5,7 @@ and has the standard streams with it, and a pipe for the fork's process id and, 
 as the program itself: nothing is left to it of the tests, or of what tests set up in their own process.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -230,7 +231,14 @@ def main() -> None:
     if words is not None:
         sys.path.insert(0, str(Path.cwd()))  # as -m does
         sys.argv = ["", *words]
-        runpy.run_module("engrampool_proto", run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module("engrampool_proto", run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            # As the interpreter does, but for freeing one module after the other, which takes a third of a start.
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code)
 
 
 if __name__ == "__main__":
