@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.sharding import Part, part_nbytes
@@ -12,12 +12,16 @@ from engrampool_server.files.raw_model import RawModel
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.machine import Machine
 from engrampool_server.memory.preflight import Need, PreflightError, Report, check, raise_soft_limits
+from engrampool_server.memory.reading import TableRows, identities, read
 from engrampool_server.memory.segments import check_writable, file_name, find_backing, free, sweep
 from engrampool_server.memory.shards import part_of
-from engrampool_server.memory.tables import HeldModel, identities, load
 from engrampool_server.telemetry import log
 from engrampool_server.telemetry.metrics import Metrics
 
+if TYPE_CHECKING:
+    from engrampool_server.memory.tables import HeldModel
+
+_Brought = TypeVar("_Brought")
 _PROGRESS_S = 5.0
 _READS_ALL = (
     "{} is a checkpoint, of which all is read at every start, though this server holds a shard: its version is known "
@@ -125,11 +129,28 @@ class Holdings:
         report.raise_if_short()
         self._metrics.to_load_bytes.set(table_bytes)
 
-    def load(self, cancel: threading.Event, tell: Callable[[int, int], None] = lambda *_: None) -> Iterator[HeldModel]:
-        """Read one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`.
+    def load(self, cancel: threading.Event) -> "Iterator[HeldModel]":
+        """Hold one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`."""
+        from engrampool_server.memory.tables import load  # it imports the kernels
+
+        for held, seconds in self._bring(load, cancel):
+            show(self._metrics, held, seconds)
+            yield held
+
+    def fill(self, cancel: threading.Event, tell: Callable[[int, int], None]) -> list[dict[int, TableRows]]:
+        """Have the rows of each model in memory, by layer, to be held by others. Raises what `load` raises.
 
         tell: called with `loaded_bytes` and `nbytes` after each block, from any thread, but never from two at a time.
         """
+        return [rows for rows, _ in self._bring(read, cancel, tell)]
+
+    def _bring(
+        self,
+        bring: Callable[..., _Brought],
+        cancel: threading.Event,
+        tell: Callable[[int, int], None] = lambda *_: None,
+    ) -> Iterator[tuple[_Brought, float]]:
+        """What `bring` makes of one model after the other, and in how many seconds."""
         config, metrics = self._config, self._metrics
         total = self.nbytes
         begin = reported = time.monotonic()
@@ -150,7 +171,7 @@ class Holdings:
 
         for packed, part in self._held:
             model_begin = time.monotonic()
-            held = load(
+            brought = bring(
                 packed,
                 config.memory,
                 config.lock_memory,
@@ -164,9 +185,8 @@ class Holdings:
             _refuse_duplicates(self._packed)
             packed.close()
             seconds = time.monotonic() - model_begin
-            show(metrics, held, seconds)
-            log.event("loaded", model=held.spec.name, version=held.version, seconds=round(seconds, 3))
-            yield held
+            log.event("loaded", model=packed.spec.name, version=packed.version, seconds=round(seconds, 3))
+            yield brought, seconds
 
     def close(self) -> None:
         """Close the files. Twice is once."""
@@ -181,7 +201,7 @@ def require_segments(memory: str) -> None:
 
 
 def show(
-    metrics: Metrics, held: HeldModel, seconds: float, *, is_patch: bool = False, sign: Literal[1, -1] = 1
+    metrics: Metrics, held: "HeldModel", seconds: float, *, is_patch: bool = False, sign: Literal[1, -1] = 1
 ) -> None:
     """Have Prometheus see that a model is held, which took `seconds` to load; sign -1: that it is held no more.
 

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.registry.etcd import Published
@@ -25,10 +25,12 @@ from engrampool_server.memory.load import Holdings
 from engrampool_server.memory.preflight import Machine, Need, check, raise_soft_limits
 from engrampool_server.memory.segments import find_backing, free, survey
 from engrampool_server.memory.shards import part_of
-from engrampool_server.memory.tables import HeldModel, load, load_patched
 from engrampool_server.processes.link import Link
 from engrampool_server.telemetry import log
 from engrampool_server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from engrampool_server.memory.tables import HeldModel
 
 # For the log to be taken, before the loader ends.
 _LAST_LINES_S = 0.2
@@ -67,14 +69,16 @@ def become_loader(
 def adopt(
     published: Published,
     config: ServerConfig,
-    held: Sequence[HeldModel],
+    held: "Sequence[HeldModel]",
     cancel: threading.Event,
     progress: Callable[[int], None],
-) -> HeldModel:
+) -> "HeldModel":
     """Hold a version whose segments a loader filled; or a patch, whose base is among `held`.
 
     progress: called with the bytes of each block of a patch. Raises what loading raises, LoadError.
     """
+    from engrampool_server.memory.tables import load, load_patched  # the loader does without the kernels
+
     location = _location(published)
     if published.base is not None:
         base = next(one for one in held if (one.spec.name, one.version) == (published.model, published.base))
@@ -146,7 +150,7 @@ def _fill(published: Published, config: ServerConfig, others: Collection[tuple[s
 
     holdings = Holdings(replace(config, models=(location,)), Metrics(), config.workers, others)
     holdings.open()
-    held = list(holdings.load(threading.Event(), tell))
+    held = holdings.fill(threading.Event(), tell)
     link.loaded(holdings.loaded_bytes, holdings.nbytes)
     link.ready()
     assert held  # it goes on using the segments, until this process ends

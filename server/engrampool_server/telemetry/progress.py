@@ -1,12 +1,15 @@
 """The progress bar of commands that move bytes."""
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def byte_progress(action: str, total_bytes: int, done_bytes: int = 0, quiet: bool = False) -> "tqdm[NoReturn]":
     """A bar on standard error that counts bytes; none where that is no terminal. `update` it from one thread."""
+    from tqdm import tqdm  # a server, which imports this module too, shows no bar
+
     return tqdm(
         desc=action,
         total=total_bytes,

@@ -19,6 +19,7 @@ from engrampool_server.commands.files import segments as segments_command
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.memory import segments as segments_module
 from engrampool_server.memory.memory import OutOfMemoryError
+from engrampool_server.memory.reading import LoadCancelledError, identities
 from engrampool_server.memory.segments import (
     Backing,
     Found,
@@ -30,7 +31,7 @@ from engrampool_server.memory.segments import (
     sweep,
     take,
 )
-from engrampool_server.memory.tables import HeldModel, LoadCancelledError, identities, load
+from engrampool_server.memory.tables import HeldModel, load
 from server_fixtures import SPEC, Events, change_byte, eventually, expected, pack
 
 NAME = "engrampool-{uid}-{version}-{layer}-0-{rows}"
@@ -193,7 +194,7 @@ def test_a_whole_segment_under_the_name_of_another_is_not_adopted(packed, other,
 
 
 def test_a_damaged_segment_that_a_server_uses_is_an_error_that_says_so(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("engrampool_server.memory.tables._POLL_S", 0.001)
+    monkeypatch.setattr("engrampool_server.memory.reading._POLL_S", 0.001)
     held = load_into(tmp_path, packed)
     path = tmp_path / file_name(wanted(packed)[0])
     change_byte(path, 0)
@@ -400,18 +401,19 @@ KILLED = """
 import gc, os, signal, sys, threading
 from pathlib import Path
 import numpy as np
+from engrampool_server.memory import reading
 from engrampool_server.memory import segments
 from engrampool_server.memory import tables
 from engrampool_server.files.table_files import PackedModel
 from server_fixtures import expected
 
 packed, old, directory, first, step = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:])
-FILES = (segments.__file__, tables.__file__)
+FILES = (segments.__file__, reading.__file__)
 memory = f"file:{directory}"
 
 def start(packed):
     with PackedModel.open(packed) as model:
-        wanted = tables.identities(model)
+        wanted = reading.identities(model)
         segments.sweep(segments.find_backing(memory), wanted)
         return tables.load(model, memory, False, 1, threading.Event(), lambda _: None), wanted
 

@@ -27,9 +27,10 @@ from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.machine import Machine
 from engrampool_server.memory.load import Holdings
 from engrampool_server.memory.preflight import OVERHEAD_BYTES, PreflightError
+from engrampool_server.memory.reading import identities
 from engrampool_server.memory.segments import Backing, file_name, find_backing, survey, sweep
 from engrampool_server.memory.shards import ShardError, part_of
-from engrampool_server.memory.tables import HeldModel, identities, load
+from engrampool_server.memory.tables import HeldModel, load
 from engrampool_server.telemetry.metrics import Metrics
 from server_fixtures import SPEC, RawPool, change_byte, expected, joined, pack, refusal, rows_of, running, version_of
 

@@ -29,7 +29,8 @@ from engrampool_server.files.sources import Url
 from engrampool_server.files.staging import OutputError
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.files.table_writer import write_tables
-from engrampool_server.memory.tables import HeldModel, LoadCancelledError, load, load_patched
+from engrampool_server.memory.reading import LoadCancelledError
+from engrampool_server.memory.tables import HeldModel, load, load_patched
 from stores import http_files
 
 Rows = Mapping[int, npt.NDArray[np.uint8]]
