@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 _TUN_SET_IFF, _TAP, _NO_PACKET_INFO = 0x400454CA, 0x0002, 0x1000
-_MAX_FRAME_BYTES = 2048
+# Jumbo frames, as data centres have them: the switch has a sixth of the frames to pass on.
+_MTU = 9000
+_MAX_FRAME_BYTES = _MTU + 64
 _FRAMES_AT_ONCE = 64
 
 
@@ -59,7 +61,7 @@ def network(hosts: int) -> Iterator[list[Host]]:
         made = [stack.enter_context(_host(number)) for number in range(1, hosts + 1)]
         for host in made:
             # No questions of who has which address: a link that is cut is as silent as behind a router.
-            lines = ["link set lo up", f"link set net0 address {host.mac.hex(':')} up"]
+            lines = ["link set lo up", f"link set net0 address {host.mac.hex(':')} mtu {_MTU} up"]
             lines.append(f"address add {host.address}/24 dev net0")
             lines += [f"neigh add {o.address} lladdr {o.mac.hex(':')} dev net0" for o in made if o is not host]
             _run(*host.prefix, "ip", "-batch", "-", lines=lines)

@@ -17,12 +17,11 @@ import pytest
 from cluster_load import Load, loads
 from cluster_rows import FIRST, PATCHED, SECOND, write_versions
 from engrampool_client.testing import ServerProcess, serve_process
-from engrampool_proto.builders import blueprint
 from etcd_process import EtcdProcess, running_etcd
 from network import Host, NotPermittedError, network
 from prefork import PREFORK
 from server_fixtures import lasting_address
-from small_model import CONFIG, TOKENIZER
+from small_model import small_spec
 
 SHARDS = HOSTS = 4
 MODEL = "deepseek-v4.1"
@@ -129,7 +128,7 @@ def cluster(tmp_path) -> Iterator[Cluster]:
 
 @pytest.mark.timeout(300)
 def test_no_step_fails_and_no_byte_is_wrong_while_one_replica_of_each_shard_is_up(cluster):
-    digests = write_versions(cluster.where, blueprint(CONFIG, TOKENIZER).spec)
+    digests = write_versions(cluster.where, small_spec())
     cluster.run("publish", str(cluster.where / FIRST), "--activate")
     with loads([cluster.etcd.url()], cluster._client_prefix) as cluster.clients:
         cluster.well(FIRST)

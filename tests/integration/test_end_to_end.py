@@ -1,5 +1,6 @@
 """From a Hugging Face checkpoint to rows in a client, each step by the real program, against the tensors themselves."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +92,10 @@ def test_every_family_is_packed_and_served(like, size, tmp_path):
     checkpoint, direct, packed = tmp_path / "checkpoint", tmp_path / "direct", tmp_path / "packed"
     how = ["--like", like, "--vocab-size", size, "--quiet"]
     if like == "engram-demo":
-        how += ["--tokenizer", TOKENIZER]
+        words = {"type": "WordLevel", "vocab": {f"word{n}": n for n in range(1000)}, "unk_token": "word0"}
+        tokenizer = tmp_path / "tokenizer.json"
+        tokenizer.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": words}))
+        how += ["--tokenizer", tokenizer]
     engrampool("synth", *how, "--checkpoint-out", "--out", checkpoint)
     engrampool("synth", *how, "--out", direct)
     engrampool("pack", "--checkpoint", checkpoint, "--out", packed, "--quiet")

@@ -1,0 +1,54 @@
+"""Forks of the prepared process are what the program is that is started."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engrampool_client.testing import ServerProcess, serve_process
+from prefork import PREFORK, Fork
+from server_fixtures import LIMIT_S, pack
+
+PROGRAM = [sys.executable, "-m", "engrampool_proto"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("prefork") / "small")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["serve", "--nonsense"], ["inspect", "absent"]], ids=" ".join)
+def test_a_command_says_the_same_and_ends_alike(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fork, program = PREFORK.run([*PROGRAM, *words]), subprocess.run([*PROGRAM, *words], capture_output=True, text=True)
+    assert (fork.returncode, fork.stdout, fork.stderr) == (program.returncode, program.stdout, program.stderr)
+
+
+def test_a_server_has_the_files_and_the_life_of_one_that_is_started(packed, monkeypatch):
+    def files(server: ServerProcess) -> int:
+        return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+    with serve_process(packed, workers=1) as fork, serve_process(packed, workers=1) as other:
+        assert isinstance(fork.process, Fork)
+        monkeypatch.setattr(PREFORK, "is_on", False)
+        with serve_process(packed, workers=1) as program:
+            assert isinstance(program.process, subprocess.Popen)
+            assert files(fork) == files(other) == files(program)
+        fork.process.send_signal(signal.SIGINT)
+        assert fork.process.wait(LIMIT_S) == 0
+        assert fork.wait_for("stopping")["reason"] == "SIGINT"
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.process.wait(0.01)
+        other.process.kill()
+        assert other.process.wait(LIMIT_S) == -signal.SIGKILL
+        other.wait_ended()
+
+
+def test_another_environment_is_that_of_a_program(packed, monkeypatch):
+    with serve_process(packed, environ={"ENGRAMPOOL_WORKERS": "1"}) as server:
+        assert isinstance(server.process, subprocess.Popen)
+        assert len(server.worker_pids()) == 1
+    monkeypatch.setenv("ENGRAMPOOL_WORKERS", "x")
+    assert "from environment ENGRAMPOOL_WORKERS" in PREFORK.run([*PROGRAM, "serve", "--model", str(packed)]).stderr
