@@ -8,6 +8,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ import pytest
 from engrampool_client import AsyncClient, Client, ForkedError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import GatherGate, running
 
 # Many enough for a long answer, which comes piece by piece.
 TOKENS = np.arange(3000, dtype=np.int32) * 40
@@ -61,13 +61,19 @@ def forked(run) -> tuple[bytes, int]:
     return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def told(packed: str, lane: str) -> None:
-    """A child is told that the client is its parent's, and takes nothing from it."""
-    with (
-        pytest.MonkeyPatch.context() as monkeypatch,
-        running(Path(packed)) as server,
-        Client(server.address, **LANES[lane]) as client,
-    ):
+def told(packed: str) -> None:
+    """A child is told that the client is its parent's, and takes nothing from it, whatever lane lookups go by."""
+    from server_fixtures import running  # only here, as that takes seconds to import
+
+    with running(Path(packed)) as server:
+        for settings in LANES.values():
+            told_by(server.address, settings)
+
+
+def told_by(address: str, settings: dict[str, Any]) -> None:
+    from server_fixtures import GatherGate
+
+    with pytest.MonkeyPatch.context() as monkeypatch, Client(address, **settings) as client:
         gate = GatherGate(monkeypatch)
         there = client.prefetch(FEW)
         there.wait()

@@ -195,12 +195,12 @@ def test_large_lookups_share_connections(server, connections, lane, monkeypatch)
             assert_rows({layer: step.rows(layer) for layer in step.layers}, wanted)
             step.wait()
             assert count == 0 or step.times is not None
-        steps = [client.prefetch(tokens_of(3000, seed)) for seed in range(6)]
+        steps = [client.prefetch(tokens_of(1000, seed)) for seed in range(6)]
         steps[1].cancel()
         for seed, step in enumerate(steps):
             if seed != 1:
                 step.wait()
-                wanted = expected(client.spec, TokenBatch.of(tokens_of(3000, seed)))
+                wanted = expected(client.spec, TokenBatch.of(tokens_of(1000, seed)))
                 assert_rows({layer: step.rows(layer) for layer in step.layers}, wanted)
         with pytest.raises(BatchError, match="is 129280"):
             client.lookup([VOCAB] * 1000)

@@ -129,7 +129,7 @@ def file(tmp_path):
     return tmp_path / "server.toml"
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(in_file=some_settings, in_environment=some_settings, in_flags=some_settings)
 def test_any_subset_of_sources_resolves_by_priority_and_round_trips(file, in_file, in_environment, in_flags):
     in_flags = {"models": ["/m"]} | in_flags

@@ -290,9 +290,8 @@ def run_forks(*arguments: object) -> None:
     assert done.stdout == "good\n", done.stderr
 
 
-@pytest.mark.parametrize("lane", forks.LANES)
-def test_a_child_is_told_that_the_client_is_its_parents_and_takes_nothing_from_it(packed, lane):
-    run_forks("told", packed, lane)
+def test_a_child_is_told_that_the_client_is_its_parents_and_takes_nothing_from_it(packed):
+    run_forks("told", packed)
 
 
 def test_a_child_has_a_client_of_its_own_and_ends_as_processes_do(silent):
