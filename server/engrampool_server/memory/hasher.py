@@ -248,7 +248,7 @@ def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> tuple[Calla
         for column, factors in enumerate(f for heads in family.weights for f in heads):
             weights[column, : orders[column]] = factors[: orders[column]]
         return _polynomial, (weights, orders, moduli, inverses, offsets, _or_none(family.stop))
-    raise NotImplementedError(f"hash family {family.FAMILY!r} has no kernel")
+    raise SpecError(f"the server has no kernel for hash family {family.FAMILY!r}; update it")
 
 
 def _or_none(stop: int | None) -> int:
