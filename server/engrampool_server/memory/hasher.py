@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import Identity, Polynomial, TokenBatch, XorMix
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 from engrampool_server.jit import kernel, view
