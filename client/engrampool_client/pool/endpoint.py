@@ -275,8 +275,9 @@ class EndpointRequest:
                     if endpoint._native is not None:
                         sent = endpoint._native.ask(exchange, deadline, spin_s=spin_s)
                 request, sent = sent, None
+                if request is None:
+                    self._check_time()  # it may have passed just now
                 if request is None or not request.receive():
-                    self._check_time()
                     lane.ask(exchange, deadline).receive()
                 break
             except PoolError as error:
