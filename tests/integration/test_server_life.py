@@ -173,8 +173,7 @@ def test_each_event_is_one_json_line_with_its_facts(packed):
 # --- draining
 
 
-@pytest.mark.executed
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.executed), signal.SIGINT])
 def test_lookups_in_flight_finish_and_new_ones_are_refused(packed, number):
     with serve_process(packed, drain_s=60) as server, RawPool(server.address, version_of(packed)) as pool:
         call = pool.stream(pool.by_ids((2, BIG)))
