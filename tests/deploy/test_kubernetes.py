@@ -26,7 +26,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from container import Container
 from engrampool_client import Client
-from engrampool_client.testing import serve_process
 from engrampool_proto import __version__
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server.config import ServerConfig, load_config, split_address
@@ -34,6 +33,7 @@ from engrampool_server.files.sources import Url
 from engrampool_server.machine import Machine, Room
 from engrampool_server.memory.preflight import Need, check
 from engrampool_server.processes import children, supervisor
+from server_fixtures import serve_thread
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
@@ -599,15 +599,15 @@ def test_a_server_serves_what_the_probes_ask_for(server):
 
 
 def test_the_pods_of_a_set_hold_the_model_together(packed):
-    """Servers started as the pods are, apart from addresses and sizes: a client finds every row among them."""
+    """Servers with the pods' settings, apart from addresses and sizes: a client finds every row among them."""
     tokens = np.arange(64, dtype=np.int32)
     with ExitStack() as stack:
         addresses = []
         for pod in pods(build("base")):
-            ours = {name: value for name, value in pod.environment().items() if name.startswith("ENGRAMPOOL_")}
-            environ = {**ours, "ENGRAMPOOL_DIRECT": "auto"}
-            addresses.append(stack.enter_context(serve_process(packed, environ=environ, workers=1)).address)
-        expected = stack.enter_context(serve_process(packed, workers=1)).address
+            settings = vars(pod.config()) | {"listen": "127.0.0.1:0", "direct": "auto", "metrics": "off"}
+            del settings["models"]
+            addresses.append(stack.enter_context(serve_thread(packed, **settings)))
+        expected = stack.enter_context(serve_thread(packed))
         rows = [stack.enter_context(Client(target)).lookup(tokens) for target in (addresses, expected)]
         assert rows[0].keys() == rows[1].keys()
         for layer in rows[0]:

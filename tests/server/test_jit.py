@@ -37,7 +37,7 @@ def test_a_server_that_can_keep_no_kernels_compiles_them_says_so_and_serves(tmp_
     assert answer == {2: expected(2, [5, 0]), 9: expected(9, [4099])}
 
 
-def test_kernels_are_compiled_once_and_then_read(tmp_path):
+def test_every_kernel_is_read_by_the_next_who_starts():
     count = (
         "from engrampool_server import jit; from engrampool_server.memory import gather, tables\n"
         "from engrampool_server.memory import hasher\n"
@@ -46,10 +46,10 @@ def test_kernels_are_compiled_once_and_then_read(tmp_path):
         "print(sum(sum(k.stats.cache_hits.values()) for k in kernels),"
         " sum(sum(k.stats.cache_misses.values()) for k in kernels), jit.not_kept())"
     )
-    hits, misses, not_kept = python(count, NUMBA_CACHE_DIR=str(tmp_path)).split()
-    assert (hits, not_kept) == ("0", "None")
-    assert int(misses) > 0
-    assert python(count, NUMBA_CACHE_DIR=str(tmp_path)).split() == [misses, "0", "None"]
+    hits, misses, not_kept = python(count).split()  # some may have been compiled before
+    assert not_kept == "None"
+    assert int(hits) + int(misses) > 0
+    assert python(count).split() == [str(int(hits) + int(misses)), "0", "None"]
 
 
 def test_clients_and_the_command_line_need_no_compiler():
