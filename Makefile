@@ -38,6 +38,7 @@ lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/bench-peers-installed
 	$(BIN)/python bench/run.py --out bench-data $(if $(JSON),--json $(JSON))

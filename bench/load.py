@@ -35,7 +35,7 @@ from engrampool_server.files.synth import synth
 from engrampool_server.files.table_files import Block, PackedModel
 from engrampool_server.memory.memory import allocate, populate
 from engrampool_server.memory.segments import find_backing, sweep, take
-from engrampool_server.memory.tables import identities, load
+from engrampool_server.memory.table_loader import identities, load
 
 Rows = npt.NDArray[np.uint8]
 # V4.1: 24 heads of 264 bytes a row in two layers.

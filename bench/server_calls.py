@@ -16,9 +16,9 @@ from engrampool_client.testing import serve_process
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.answer.lookups import Limits, Lookups
-from engrampool_server.answer.service import PoolService
+from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.tables import HeldModel
+from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.telemetry.metrics import Metrics
 from engrampool_server.telemetry.metrics_files import MetricsMemory
 from workload import Workload
@@ -41,7 +41,7 @@ def handler(packed: Path, metrics: Metrics) -> Callable[[], object]:
     """One call of Describe's handler, without gRPC around it."""
     lookups = Lookups(Limits(1 << 22, 1 << 30, 1 << 20), InFlight(1 << 30), metrics, 0)
     with PackedModel.open(packed) as files:
-        lookups.add(HeldModel(files.spec, files.version, {}))
+        lookups.add(LoadedModel(files.spec, files.version, {}))
     lookups.ready = True
     describe = PoolService(lookups, None, True).handlers()["Describe"].unary_unary
 

@@ -34,7 +34,7 @@ from typing import Any
 from engrampool_server.files.sources import STORE_READS_PER_THREAD, parse_location
 from engrampool_server.files.synth import synth
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.tables import load
+from engrampool_server.memory.table_loader import load
 
 Pipe = multiprocessing.connection.Connection
 Run = tuple[float, float, int]

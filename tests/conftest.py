@@ -37,7 +37,7 @@ _SLOW_FILES = {
     "proto/registry/test_etcd.py",
     "server/test_attach.py",
     "server/processes/test_children.py",
-    "server/answer/test_hasher.py",
+    "server/memory/test_hasher.py",
     "server/test_jit.py",
     "server/telemetry/test_log.py",
     "server/files/test_pack.py",

@@ -24,12 +24,12 @@ from engrampool_proto.hashing import TokenBatch, XorMix
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.token_map import TokenMap
+from engrampool_server.answer.grpc_server import GrpcServer
 from engrampool_server.answer.lookups import Lookups
-from engrampool_server.answer.server import Server
 from engrampool_server.config import ServerConfig
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.files.table_writer import write_tables
-from engrampool_server.memory.tables import HeldTable
+from engrampool_server.memory.tables import LoadedTable
 
 VOCAB = 1000
 # Layer 2 has six heads over 4-grams and rows as DeepSeek-V4.1's; layer 9 two heads over 3-grams and rows of another
@@ -75,7 +75,7 @@ def expected(layer: int, ids: Any) -> bytes:
 class Running:
     """A server on a thread of this process. server: for what no client can see."""
 
-    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, server: GrpcServer, loop: asyncio.AbstractEventLoop) -> None:
         self.server, self._loop = server, loop
 
     def call(self, make: Callable[[], Any]) -> Any:
@@ -100,8 +100,8 @@ def running(*models: Path, load: bool = True, **settings: Any) -> Iterator[Runni
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
-    async def create() -> Server:
-        return Server(config)
+    async def create() -> GrpcServer:
+        return GrpcServer(config)
 
     server = asyncio.run_coroutine_threadsafe(create(), loop).result(LIMIT_S)
     run = Running(server, loop)
@@ -280,16 +280,16 @@ class GatherGate:
         self.open = threading.Event()
         self.begun = 0
         self._lock = threading.Lock()
-        gather = HeldTable.gather
+        gather = LoadedTable.gather
 
-        def gated(table: HeldTable, ids: Any, out: Any) -> None:
+        def gated(table: LoadedTable, ids: Any, out: Any) -> None:
             if len(ids) >= rows:
                 with self._lock:
                     self.begun += 1
                 assert self.open.wait(LIMIT_S)
             gather(table, ids, out)
 
-        monkeypatch.setattr(HeldTable, "gather", gated)
+        monkeypatch.setattr(LoadedTable, "gather", gated)
         # What is held back must be a gather thread, never the event loop, which answers only small requests itself.
         monkeypatch.setattr(Lookups, "inline_bytes", 4096)
 

@@ -9,10 +9,13 @@ rows. `placed` reads parts that somebody chose by hand.
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engrampool_proto.errors import SpecError
-from engrampool_proto.spec import ModelSpec, Shard, ShardMap, TableSpec, canonical_json
+
+if TYPE_CHECKING:
+    # Which brings numpy: whoever only reads what a shard is called needs none.
+    from engrampool_proto.spec import ModelSpec, TableSpec
 
 # The rows held of each layer; a layer of which nothing is held is not there.
 Part = Mapping[int, range]
@@ -25,12 +28,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOLERANCE = 20
 
 
-def whole(spec: ModelSpec) -> Part:
+def whole(spec: "ModelSpec") -> Part:
     """All rows of all tables."""
     return {table.layer: range(table.num_rows) for table in spec.tables}
 
 
-def part_nbytes(spec: ModelSpec, part: Part) -> int:
+def part_nbytes(spec: "ModelSpec", part: Part) -> int:
     """Bytes of the rows of a part."""
     return sum(len(rows) * spec.table(layer).row_bytes for layer, rows in part.items())
 
@@ -48,7 +51,7 @@ def is_shard_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and text != "all"
 
 
-def cut(spec: ModelSpec, count: int, by: ShardBy = "head") -> tuple[Part, ...]:
+def cut(spec: "ModelSpec", count: int, by: ShardBy = "head") -> tuple[Part, ...]:
     """The model in `count` parts of about equal bytes, none of them empty.
 
     by: where a cut may be. S is an equal share, the bytes of the model over `count`.
@@ -84,13 +87,15 @@ def cut(spec: ModelSpec, count: int, by: ShardBy = "head") -> tuple[Part, ...]:
     return parts
 
 
-def placed(document: Any, spec: ModelSpec) -> dict[str, Part]:
+def placed(document: Any, spec: "ModelSpec") -> dict[str, Part]:
     """The parts of a model by name, as a placement has them: {model: {part: {layer: [first row, one past the last]}}}.
 
     document: JSON types; layers are texts, as JSON's keys are. Of other models it is not looked at.
     Raises SpecError for anything else, for a model that is not in it, and unless every row of every table is held and
     ranges are equal or apart.
     """
+    from engrampool_proto.spec import Shard, ShardMap, canonical_json
+
     try:
         given = document[spec.name]
         parts = {
@@ -117,7 +122,7 @@ def placed(document: Any, spec: ModelSpec) -> dict[str, Part]:
     return {name: dict(sorted(part.items())) for name, part in parts.items()}
 
 
-def placement_json(spec: ModelSpec, parts: Mapping[str, Part]) -> dict[str, Any]:
+def placement_json(spec: "ModelSpec", parts: Mapping[str, Part]) -> dict[str, Any]:
     """A placement, as `placed` reads it, that names these parts of one model."""
     return {spec.name: _parts_json(parts)}
 
@@ -126,12 +131,12 @@ def _parts_json(parts: Mapping[str, Part]) -> dict[str, Any]:
     return {name: {str(layer): [rows.start, rows.stop] for layer, rows in part.items()} for name, part in parts.items()}
 
 
-def _head_ends(table: TableSpec) -> list[int]:
+def _head_ends(table: "TableSpec") -> list[int]:
     """One past the last row of each head; padding belongs to the last."""
     return [*list(accumulate(table.hash.head_rows()))[:-1], table.num_rows]
 
 
-def _row_near(spec: ModelSpec, at: int) -> int:
+def _row_near(spec: "ModelSpec", at: int) -> int:
     """Where the row begins that is nearest to byte `at`."""
     start = 0
     for table in spec.tables:
@@ -158,7 +163,7 @@ def _near_equal(places: Sequence[int], preferred: set[int], count: int) -> list[
     return [*(places[at] for at in chosen), total]
 
 
-def _between(spec: ModelSpec, start: int, stop: int) -> Part:
+def _between(spec: "ModelSpec", start: int, stop: int) -> Part:
     """The rows in bytes [start, stop), which begins and ends with rows."""
     part = {}
     for table in spec.tables:

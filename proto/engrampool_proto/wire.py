@@ -7,10 +7,9 @@ reading a `bytes` field of a generated message copies it, every time.
 
 import ctypes
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,21 @@ import numpy.typing as npt
 
 from engrampool_proto.errors import WireError
 from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.protobuf import (
+    BYTES,
+    FIXED32,
+    U32,
+    U64,
+    VARINT,
+    Budget,
+    fields,
+    merged_fields,
+    put_bytes,
+    put_message,
+    put_varint,
+    read_varint,
+    varint,
+)
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -27,15 +41,10 @@ REASON_KEY = "engrampool-reason"
 
 # Found here, as to make one takes longer than to use it.
 _LITTLE = {np.dtype(name): np.dtype(name).newbyteorder("<") for name in ("u4", "u8", "i4")}
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_U32, _U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
-# Fields in one message, those of the messages within it counted too. Ours have a handful a table; a message of millions
-# of empty fields, which takes seconds to read, is an attack or a mistake.
-MAX_FIELDS = 10_000
 # ServerTimes { queue_us, gather_us, total_us }, each a tag byte and a fixed32, so that they can be filled in last.
 _TIMES = struct.Struct("<BIBIBI")
-_TIMES_START = bytes((2 << 3 | _BYTES, _TIMES.size))
-_TIMES_TAGS = (1 << 3 | _FIXED32, 2 << 3 | _FIXED32, 3 << 3 | _FIXED32)
+_TIMES_START = bytes((2 << 3 | BYTES, _TIMES.size))
+_TIMES_TAGS = (1 << 3 | FIXED32, 2 << 3 | FIXED32, 3 << 3 | FIXED32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +93,17 @@ def encode_request(request: LookupRequest) -> bytes:
         data = _little(ids)
         parts += _ids_start(layer, 2 if ids.dtype == np.uint32 else 3, len(data)), data
     if request.tokens is not None:
-        _put_message(parts, 4, _token_fields(request.tokens))
+        put_message(parts, 4, _token_fields(request.tokens))
     if request.layers:
-        _put_bytes(parts, 5, b"".join(map(_varint, request.layers)))
+        put_bytes(parts, 5, b"".join(map(varint, request.layers)))
     return b"".join(parts)
 
 
 @lru_cache(maxsize=256)  # decode asks for the same few shapes over and over
 def _request_start(model: str, version: str) -> bytes:
     parts: list[bytes | memoryview] = []
-    _put_bytes(parts, 1, model.encode())
-    _put_bytes(parts, 2, version.encode())
+    put_bytes(parts, 1, model.encode())
+    put_bytes(parts, 2, version.encode())
     return b"".join(parts)
 
 
@@ -102,22 +111,22 @@ def _request_start(model: str, version: str) -> bytes:
 def _ids_start(layer: int, number: int, nbytes: int) -> bytes:
     """What goes before the bytes of a table's ids."""
     table: list[bytes | memoryview] = []
-    _put_varint(table, 1, layer)
-    table.append(_varint(number << 3 | _BYTES) + _varint(nbytes))
+    put_varint(table, 1, layer)
+    table.append(varint(number << 3 | BYTES) + varint(nbytes))
     size = sum(map(len, table)) + nbytes
-    return b"".join([_varint(3 << 3 | _BYTES) + _varint(size), *table])
+    return b"".join([varint(3 << 3 | BYTES) + varint(size), *table])
 
 
 def _token_fields(batch: TokenBatch) -> list[bytes | memoryview]:
     fields: list[bytes | memoryview] = []
-    _put_bytes(fields, 1, _little(batch.tokens))
-    _put_bytes(fields, 2, _little(batch.query_start_loc))
-    _put_bytes(fields, 3, _little(batch.lookback))
-    _put_varint(fields, 4, batch.lookback.shape[1])
+    put_bytes(fields, 1, _little(batch.tokens))
+    put_bytes(fields, 2, _little(batch.query_start_loc))
+    put_bytes(fields, 3, _little(batch.lookback))
+    put_varint(fields, 4, batch.lookback.shape[1])
     if batch.dead is not None:
-        _put_bytes(fields, 5, _little(batch.dead.view(np.uint8)))
+        put_bytes(fields, 5, _little(batch.dead.view(np.uint8)))
     if batch.lookback_dead is not None:
-        _put_bytes(fields, 6, _little(batch.lookback_dead.view(np.uint8)))
+        put_bytes(fields, 6, _little(batch.lookback_dead.view(np.uint8)))
     return fields
 
 
@@ -126,52 +135,52 @@ def parse_request(data: bytes | memoryview) -> LookupRequest:
 
     Raises WireError for malformed bytes, BatchError for a token batch whose parts do not fit together.
     """
-    budget = _Budget()
+    budget = Budget()
     model = version = ""
     tables: list[tuple[int, Ids]] = []
     token_messages: list[memoryview] = []
     layers: list[int] = []
-    for number, kind, value in _fields(memoryview(data), budget):
-        if number == 1 and kind == _BYTES:
+    for number, kind, value in fields(memoryview(data), budget):
+        if number == 1 and kind == BYTES:
             model = _text("model", value)
-        elif number == 2 and kind == _BYTES:
+        elif number == 2 and kind == BYTES:
             version = _text("version", value)
-        elif number == 3 and kind == _BYTES:
+        elif number == 3 and kind == BYTES:
             tables.append(_parse_ids(value, budget))
-        elif number == 4 and kind == _BYTES:
+        elif number == 4 and kind == BYTES:
             token_messages.append(value)
-        elif number == 5 and kind == _VARINT:
-            layers.append(value & _U32)
-        elif number == 5 and kind == _BYTES:
+        elif number == 5 and kind == VARINT:
+            layers.append(value & U32)
+        elif number == 5 and kind == BYTES:
             position = 0
             while position < len(value):
                 budget.spend()
-                layer, position = _read_varint(value, position)
-                layers.append(layer & _U32)
+                layer, position = read_varint(value, position)
+                layers.append(layer & U32)
     tokens = _parse_tokens(token_messages, budget) if token_messages else None
     return LookupRequest(model, version, tuple(tables), tokens, tuple(layers))
 
 
-def _parse_ids(data: memoryview, budget: "_Budget") -> tuple[int, Ids]:
+def _parse_ids(data: memoryview, budget: Budget) -> tuple[int, Ids]:
     layer, raw, dtype = 0, memoryview(b""), np.dtype("<u4")
-    for number, kind, value in _fields(data, budget):
-        if number == 1 and kind == _VARINT:
-            layer = value & _U32
-        elif number in (2, 3) and kind == _BYTES:
+    for number, kind, value in fields(data, budget):
+        if number == 1 and kind == VARINT:
+            layer = value & U32
+        elif number in (2, 3) and kind == BYTES:
             raw, dtype = value, np.dtype("<u4" if number == 2 else "<u8")
     if len(raw) % dtype.itemsize:
         raise WireError(f"row ids of layer {layer} are {len(raw)} bytes, no multiple of {dtype.itemsize}")
     return layer, np.frombuffer(raw, dtype)
 
 
-def _parse_tokens(messages: list[memoryview], budget: "_Budget") -> TokenBatch:
+def _parse_tokens(messages: list[memoryview], budget: Budget) -> TokenBatch:
     raw = {number: memoryview(b"") for number in (1, 2, 3, 5, 6)}
     width = 0
-    for number, kind, value in _merged_fields(messages, budget):
-        if number in raw and kind == _BYTES:
+    for number, kind, value in merged_fields(messages, budget):
+        if number in raw and kind == BYTES:
             raw[number] = value
-        elif number == 4 and kind == _VARINT:
-            width = value & _U32
+        elif number == 4 and kind == VARINT:
+            width = value & U32
     for number, name in ((1, "tokens"), (2, "query_start_loc"), (3, "lookback")):
         if len(raw[number]) % 4:
             raise WireError(f"{name} is {len(raw[number])} bytes, no multiple of 4")
@@ -225,7 +234,7 @@ class ResponseWriter:
 
 def _times_fields(times: ServerTimes) -> tuple[int, ...]:
     values = (times.queue_us, times.gather_us, times.total_us)
-    (a, b, c), (x, y, z) = _TIMES_TAGS, [min(_U32, max(0, int(us))) for us in values]
+    (a, b, c), (x, y, z) = _TIMES_TAGS, [min(U32, max(0, int(us))) for us in values]
     return a, x, b, y, c, z
 
 
@@ -235,12 +244,12 @@ def _layout(tables: tuple[tuple[int, int, int], ...], with_times: bool) -> tuple
     pieces: list[bytes | int] = []
     for layer, first, nbytes in tables:
         head: list[bytes | memoryview] = []
-        _put_varint(head, 1, layer)
-        _put_varint(head, 2, first)
+        put_varint(head, 1, layer)
+        put_varint(head, 2, first)
         if nbytes:
-            head.append(_varint(3 << 3 | _BYTES) + _varint(nbytes))
+            head.append(varint(3 << 3 | BYTES) + varint(nbytes))
         body = b"".join(head)
-        pieces += [_varint(1 << 3 | _BYTES) + _varint(len(body) + nbytes) + body, nbytes]
+        pieces += [varint(1 << 3 | BYTES) + varint(len(body) + nbytes) + body, nbytes]
     if with_times:
         pieces.append(_TIMES_START)
     size = sum([len(p) if isinstance(p, bytes) else p for p in pieces]) + (_TIMES.size if with_times else 0)
@@ -277,58 +286,58 @@ def parse_response_start(start: bytes, nbytes: int) -> tuple[int, int]:
     Raises WireError unless `start` and any `nbytes` are a LookupResponse of one run whose rows they are.
     """
     data = memoryview(start)
-    tag, position = _read_varint(data, 0, longest=5)
-    size, position = _read_varint(data, position, longest=5)
-    if tag != 1 << 3 | _BYTES or size != len(data) - position + nbytes:
+    tag, position = read_varint(data, 0, longest=5)
+    size, position = read_varint(data, position, longest=5)
+    if tag != 1 << 3 | BYTES or size != len(data) - position + nbytes:
         raise WireError(f"an answer of one run, {nbytes} bytes of rows at its end, does not begin like this")
     found = {1: 0, 2: 0}
     while position < len(data):
-        tag, position = _read_varint(data, position, longest=5)
-        value, position = _read_varint(data, position)
-        if tag == 3 << 3 | _BYTES and value == nbytes and position == len(data):
-            return found[1] & _U32, found[2]
-        if tag & 7 != _VARINT:
+        tag, position = read_varint(data, position, longest=5)
+        value, position = read_varint(data, position)
+        if tag == 3 << 3 | BYTES and value == nbytes and position == len(data):
+            return found[1] & U32, found[2]
+        if tag & 7 != VARINT:
             break
         found[tag >> 3] = value
     if nbytes or position < len(data):
         raise WireError(f"a run of {nbytes} bytes of rows does not begin like this")
-    return found[1] & _U32, found[2]
+    return found[1] & U32, found[2]
 
 
 def parse_response(data: bytes) -> LookupResponse:
     """Read a LookupResponse; rows are views into `data`. Raises WireError for malformed bytes."""
-    budget = _Budget()
+    budget = Budget()
     tables: list[TableRows] = []
     times_messages: list[memoryview] = []
-    for number, kind, value in _fields(memoryview(data), budget):
-        if number == 1 and kind == _BYTES:
+    for number, kind, value in fields(memoryview(data), budget):
+        if number == 1 and kind == BYTES:
             tables.append(_parse_rows(value, budget))
-        elif number == 2 and kind == _BYTES:
+        elif number == 2 and kind == BYTES:
             times_messages.append(value)
     return LookupResponse(tuple(tables), _parse_times(times_messages, budget) if times_messages else None)
 
 
-def _parse_times(messages: list[memoryview], budget: "_Budget") -> ServerTimes:
+def _parse_times(messages: list[memoryview], budget: Budget) -> ServerTimes:
     if len(messages) == 1 and len(messages[0]) == _TIMES.size:  # as `ResponseWriter` has them
         a, queue_us, b, gather_us, c, total_us = _TIMES.unpack(messages[0])
         if (a, b, c) == _TIMES_TAGS:
             return ServerTimes(queue_us, gather_us, total_us)
     found = {1: 0, 2: 0, 3: 0}
-    for number, kind, value in _merged_fields(messages, budget):
-        if number in found and kind == _FIXED32:
+    for number, kind, value in merged_fields(messages, budget):
+        if number in found and kind == FIXED32:
             found[number] = value
     return ServerTimes(found[1], found[2], found[3])
 
 
-def _parse_rows(data: memoryview, budget: "_Budget") -> TableRows:
+def _parse_rows(data: memoryview, budget: Budget) -> TableRows:
     layer = first = 0
     rows = memoryview(b"")
-    for number, kind, value in _fields(data, budget):
-        if number == 1 and kind == _VARINT:
-            layer = value & _U32
-        elif number == 2 and kind == _VARINT:
-            first = value & _U64
-        elif number == 3 and kind == _BYTES:
+    for number, kind, value in fields(data, budget):
+        if number == 1 and kind == VARINT:
+            layer = value & U32
+        elif number == 2 and kind == VARINT:
+            first = value & U64
+        elif number == 3 and kind == BYTES:
             rows = value
     return TableRows(layer, first, rows)
 
@@ -356,105 +365,6 @@ def _little(array: npt.NDArray[Any]) -> memoryview:
     """The array's bytes, little-endian and C-contiguous, without a copy where it is so already."""
     plain: npt.NDArray[Any] = np.ascontiguousarray(array, _LITTLE.get(array.dtype) or array.dtype.newbyteorder("<"))
     return plain.reshape(-1).view(np.uint8).data
-
-
-def _varint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes((value,))
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _put_varint(parts: list[bytes | memoryview], number: int, value: int) -> None:
-    if value:
-        parts.append(_varint(number << 3 | _VARINT) + _varint(value))
-
-
-def _put_bytes(parts: list[bytes | memoryview], number: int, value: bytes | memoryview) -> None:
-    if len(value):
-        parts.append(_varint(number << 3 | _BYTES) + _varint(len(value)))
-        parts.append(value)
-
-
-def _put_message(parts: list[bytes | memoryview], number: int, fields: list[bytes | memoryview]) -> None:
-    parts.append(_varint(number << 3 | _BYTES) + _varint(sum(map(len, fields))))
-    parts.extend(fields)
-
-
-def _read_varint(data: memoryview, position: int, longest: int = 10) -> tuple[int, int]:
-    """The number at `position` and where it ends. Tags and lengths have 5 bytes at most, as protobuf holds them to."""
-    if position < len(data) and data[position] < 0x80:
-        return data[position], position + 1
-    value = shift = 0
-    while True:
-        if position >= len(data):
-            raise WireError("message ends inside a number")
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & _U64, position
-        shift += 7
-        if shift >= 7 * longest:
-            raise WireError(f"a number before byte {position} is longer than {longest} bytes")
-
-
-class _Budget:
-    """Fields that a message may still have."""
-
-    def __init__(self) -> None:
-        self._left = MAX_FIELDS
-
-    def spend(self, fields: int = 1) -> None:
-        """Count fields. Raises WireError when there are too many."""
-        self._left -= fields
-        if self._left < 0:
-            raise WireError(f"the message has more than {MAX_FIELDS} fields")
-
-
-def _fields(data: memoryview, budget: _Budget) -> list[tuple[int, int, Any]]:
-    """Fields of a message in order: (number, wire type, int or memoryview). Unknown ones are the caller's to skip."""
-    position, size = 0, len(data)
-    found: list[tuple[int, int, Any]] = []
-    while position < size:
-        if len(found) > MAX_FIELDS:
-            break
-        tag = data[position]
-        if tag < 0x80:  # as all of ours are
-            position += 1
-        else:
-            tag, position = _read_varint(data, position, longest=5)
-        number, kind = tag >> 3, tag & 7
-        if not 0 < number < 1 << 29:
-            raise WireError(f"field number {number} before byte {position} cannot be")
-        if kind == _VARINT:
-            value, position = _read_varint(data, position)
-            found.append((number, kind, value))
-            continue
-        if kind == _BYTES:
-            length, position = _read_varint(data, position, longest=5)
-        elif kind in (_FIXED32, _FIXED64):
-            length = 4 if kind == _FIXED32 else 8
-        else:
-            raise WireError(f"field {number} before byte {position} has wire type {kind}, which this contract has not")
-        if length > size - position:
-            raise WireError(
-                f"field {number} wants {length} bytes at byte {position}, the message has {size - position}"
-            )
-        piece = data[position : position + length]
-        position += length
-        found.append((number, kind, piece if kind == _BYTES else int.from_bytes(piece, "little")))
-    budget.spend(len(found))
-    return found
-
-
-def _merged_fields(messages: list[memoryview], budget: _Budget) -> Iterator[tuple[int, int, Any]]:
-    """Fields of a message that was given more than once, which means all merged. Each must end where it ends."""
-    return chain.from_iterable(_fields(message, budget) for message in messages)
 
 
 def _text(name: str, value: memoryview) -> str:

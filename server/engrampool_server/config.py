@@ -2,14 +2,12 @@
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
-
-import click
+from typing import Any, Literal, get_args
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.sharding import ShardBy, is_shard_name
@@ -38,7 +36,7 @@ from engrampool_server.setting_kinds import (
     split_address,
 )
 
-__all__ = ["ConfigError", "ResolvedConfig", "ServerConfig", "load_config", "render", "serve_options", "split_address"]
+__all__ = ["ConfigError", "ResolvedConfig", "ServerConfig", "load_config", "render", "split_address"]
 
 ENVIRONMENT_PREFIX = "ENGRAMPOOL_"
 
@@ -61,8 +59,6 @@ _SERVICE_LINK = re.compile(
     )""",
     re.VERBOSE,
 )
-
-_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
 
 
 class ConfigError(EngrampoolError, ValueError):
@@ -264,9 +260,10 @@ class ServerConfig:
             )
 
 
-_SETTINGS: Mapping[str, Field[Any]] = {setting.name: setting for setting in fields(ServerConfig)}
-_VARIABLES = {name: ENVIRONMENT_PREFIX + name.upper() for name in _SETTINGS}
-_FLAGS = {name: one.metadata["flag"] or f"--{name.replace('_', '-')}" for name, one in _SETTINGS.items()}
+# By field name: the field, the environment variable, the flag.
+SETTINGS: Mapping[str, Field[Any]] = {setting.name: setting for setting in fields(ServerConfig)}
+_VARIABLES = {name: ENVIRONMENT_PREFIX + name.upper() for name in SETTINGS}
+FLAGS = {name: one.metadata["flag"] or f"--{name.replace('_', '-')}" for name, one in SETTINGS.items()}
 
 
 @dataclass(frozen=True)
@@ -280,7 +277,7 @@ class ResolvedConfig:
 def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None) -> ResolvedConfig:
     """Resolve every setting: the flag if given, else the environment's value, else the file's, else the default.
 
-    flags: what a command with `serve_options` was called with, by field name; None is a flag not given.
+    flags: what a command line gave, by field name; None is a flag not given.
     environ: all of it; ENGRAMPOOL_* is ours, and none of it that is empty. ENGRAMPOOL_MODELS is separated as PATH is.
     file: TOML, one top-level key a field. Relative directories start at the working directory, as in flags.
 
@@ -289,12 +286,12 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path
     The environment's registry counts only with `join`.
     """
     values: dict[str, Any] = {}
-    sources = dict.fromkeys(_SETTINGS, "default")
+    sources = dict.fromkeys(SETTINGS, "default")
     before: tuple[Any, str] = "off", sources["registry"]
     for name, value, source in chain(_from_file(file), _from_environment(environ), _from_flags(flags)):
         if name == "registry" and source.startswith("environment"):
             before = values.get(name, "off"), sources[name]
-        values[name] = _parse(_SETTINGS[name], value, f" from {source}")
+        values[name] = _parse(SETTINGS[name], value, f" from {source}")
         sources[name] = source
     if sources["registry"].startswith("environment") and values["registry"] != "off" and not values.get("join"):
         # In a shell it is for commands such as `publish`: nobody joins a pool unasked.
@@ -310,28 +307,12 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path
 def render(resolved: ResolvedConfig) -> str:
     """The settings as a TOML file for `load_config`, with the source and the range of each in a comment."""
     lines = []
-    for name, setting in _SETTINGS.items():
+    for name, setting in SETTINGS.items():
         value = setting.metadata["kind"].toml(getattr(resolved.config, name))
         comment = f"from {resolved.sources[name]}; allowed: {setting.metadata['allowed']}"
         # A file's name may hold what a TOML comment may not, such as a line break.
         lines.append(f"{name} = {value}  # {''.join(c if c.isprintable() else '?' for c in comment)}\n")
     return "".join(lines)
-
-
-def serve_options(command: _Command) -> _Command:
-    """Decorate a click command with one option a setting, passed by field name, None (or ()) where not given."""
-    for setting in reversed(list(_SETTINGS.values())):
-        kind, flag = setting.metadata["kind"], _FLAGS[setting.name]
-        takes_value: dict[str, Any] = {"type": str, "metavar": kind.metavar} if kind.metavar else {}
-        command = click.option(
-            flag if takes_value else f"{flag}/{_negative(flag)}",
-            setting.name,
-            default=None,
-            multiple=isinstance(kind, Directories),
-            help=f"{setting.metadata['help']} ({setting.metadata['allowed']}{_default_text(setting)})",
-            **takes_value,
-        )(command)
-    return command
 
 
 def _from_file(file: Path | None) -> Iterator[tuple[str, Any, str]]:
@@ -344,8 +325,8 @@ def _from_file(file: Path | None) -> Iterator[tuple[str, Any, str]]:
     except ValueError as error:  # not UTF-8, or not TOML
         raise ConfigError(f"{file} is not a TOML file: {error}") from error
     for name, value in document.items():
-        if name not in _SETTINGS:
-            raise _unknown(f"setting {name!r} in {file}", name, {key: key for key in _SETTINGS})
+        if name not in SETTINGS:
+            raise _unknown(f"setting {name!r} in {file}", name, {key: key for key in SETTINGS})
         yield name, value, f"file {file}"
 
 
@@ -362,11 +343,11 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, st
 
 def _from_flags(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     for name, value in flags.items():
-        if name not in _SETTINGS:
-            raise _unknown(f"flag {name!r}", name, _FLAGS)
+        if name not in SETTINGS:
+            raise _unknown(f"flag {name!r}", name, FLAGS)
         # click passes an option that may repeat as (), not None, where it is absent.
         if value is not None and value != ():
-            yield name, value, f"flag {_negative(_FLAGS[name]) if value is False else _FLAGS[name]}"
+            yield name, value, f"flag {negative_flag(FLAGS[name]) if value is False else FLAGS[name]}"
 
 
 def _parse(setting: Field[Any], value: Any, origin: str = "") -> Any:
@@ -386,10 +367,6 @@ def _unknown(what: str, name: str, known: Mapping[str, str]) -> ConfigError:
     return ConfigError(f"unknown {what}; {hint}")
 
 
-def _negative(flag: str) -> str:
+def negative_flag(flag: str) -> str:
+    """The flag that says no."""
     return f"--no-{flag[2:]}"
-
-
-def _default_text(setting: Field[Any]) -> str:
-    default = setting.default_factory() if setting.default_factory is not MISSING else setting.default
-    return f"; default: {setting.metadata['kind'].toml(default)}"

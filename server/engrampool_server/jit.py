@@ -40,6 +40,7 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
 
     def __init__(self, py_func: Any, py_file: str) -> None:
         super().__init__(py_func, py_file)
+        self._source = Path(py_file)
         self._cache_path = str(AHEAD / config.CPU_NAME)
 
     def ensure_cache_path(self) -> None:
@@ -47,7 +48,7 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
 
     def get_source_stamp(self) -> str:
         """Of the file's bytes, as installing, copying and image layers change its time."""
-        return hashlib.sha256(Path(self._py_file).read_bytes()).hexdigest()
+        return hashlib.sha256(self._source.read_bytes()).hexdigest()
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> Self | None:
@@ -115,7 +116,7 @@ def compile_ahead(*levels: str) -> None:
     Raises subprocess.CalledProcessError where that fails, after a message of its own.
     """
     x86 = _X86_LEVELS if platform.machine() == "x86_64" else ()
-    imports = "import sys, engrampool_server.processes.supervisor; from engrampool_server import jit"
+    imports = "import sys, engrampool_server.serve; from engrampool_server import jit"
     code = f"{imports}; sys.exit(jit.not_kept())"
     for name in levels or (*x86, "generic"):
         (AHEAD / name).mkdir(parents=True, exist_ok=True)

@@ -1,34 +1,91 @@
-"""`engrampool serve`."""
+"""The life of `engrampool serve`, from the first look at the models to the end: which processes there are, and when.
 
-import os
-from pathlib import Path
-from typing import Any
+- The exporter answers Prometheus, and the lobby answers that tables are still loading.
+- Once they are loaded, the workers take over from the lobby.
+- With a registry, versions of models come and go meanwhile: the registrar says which are wanted, and a loader, one at a
+  time, brings the next into memory.
+"""
 
-import click
-
-from engrampool_proto.malloc import pin_malloc
-from engrampool_server.config import load_config, render, serve_options
+from engrampool_proto import __version__
+from engrampool_proto.registry.etcd import require_etcd3gw
+from engrampool_server import jit
+from engrampool_server.config import ServerConfig
+from engrampool_server.memory.load import ModelLoader, require_segments
+from engrampool_server.memory.preflight import require_address_space
+from engrampool_server.memory.tables import VersionKey
+from engrampool_server.processes.supervisor import LOBBY_DRAIN_S, Supervisor
+from engrampool_server.processes.version_steps import VersionSteps, cache_of
 from engrampool_server.telemetry import log
+from engrampool_server.telemetry.metrics_files import SUPERVISOR, MetricsMemory
+
+# For the log to be taken, at the end.
+_LAST_LINES_S = 1.0
 
 
-@click.command()
-@click.option("--config", "file", type=click.Path(dir_okay=False, path_type=Path), help="TOML file of settings.")
-@click.option("--print-config", is_flag=True, help="Say what is in force and where it came from, and stop.")
-@serve_options
-def serve(file: Path | None, print_config: bool, **flags: Any) -> None:
-    """Hold packed models in memory and answer lookups over gRPC.
+def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and stop. SIGHUP replaces every worker, one after the other.
 
-    Every setting can also stand in the file (setting = value) or in the environment (ENGRAMPOOL_SETTING); a flag wins
-    over the environment, which wins over the file.
+    Raises ConfigError, ListenError, PreflightError, TableFileError, OutOfMemoryError, WorkerError, RegistryError;
+    nothing is left running then.
     """
-    resolved = load_config(flags, os.environ, file)
-    if print_config:
-        click.echo(render(resolved), nl=False)
-        return
-    # Not before: this compiles the kernels, where none are kept.
-    from engrampool_server.processes.supervisor import supervise
+    log.event("starting", version=__version__, models=[str(path) for path in config.models])
+    jit.require_compiler()
+    require_address_space(config.max_in_flight_bytes)
+    reason = jit.not_kept()
+    if reason is not None:
+        log.event("kernels-not-kept", level="warning", reason=reason)
+    memory = MetricsMemory()
+    try:
+        memory.use(SUPERVISOR)
+        with Supervisor(config, memory) as supervisor:
+            _serve(supervisor)
+            supervisor.await_end()
+    finally:
+        log.count_dropped(lambda lines: None)
+        log.tend(_LAST_LINES_S)
+        memory.close()
 
-    if resolved.config.pin_malloc:
-        pin_malloc()
-    log.configure(resolved.config.log_level)
-    supervise(resolved.config)
+
+def _serve(supervisor: Supervisor) -> None:
+    """From the first look at the models until a signal to stop."""
+    config, shared, children = supervisor.config, supervisor.shared, supervisor.children
+    others: tuple[VersionKey, ...] | None = ()
+    if config.registry != "off":
+        require_etcd3gw(config.registry)
+        require_segments(config.memory)
+        if (cache := cache_of(config)) is not None:
+            cache.check()
+        others = None
+    versions = VersionSteps(supervisor)
+    loader = ModelLoader(config, supervisor.metrics, config.workers, others)
+    try:
+        supervisor.on_thread(lambda _: loader.open())  # which may wait for a disk, or a store
+        if supervisor.stopping:
+            return
+        metrics = supervisor.listen()
+        lobby = supervisor.start_lobby()
+        children.turn_until(lambda: supervisor.stopping or lobby.ready_s is not None)
+        if supervisor.stopping:
+            return
+        log.event("listening", listen=supervisor.config.listen, metrics=metrics)
+        for model in supervisor.on_thread(lambda cancel: list(loader.load(cancel))) or ():
+            shared.hold(model)
+    finally:
+        loader.close()
+    versions.hold_fixed()
+    if config.registry != "off" and not supervisor.stopping:
+        versions.start_registrar()
+    if supervisor.stopping:
+        return
+    supervisor.freeze()
+    for index in range(config.workers):
+        supervisor.start(index)
+    children.turn_until(lambda: supervisor.stopping or supervisor.ready_workers() == config.workers)
+    supervisor.stop(lobby, LOBBY_DRAIN_S)
+    children.turn_until(lambda: supervisor.stopping or lobby not in children)
+    if supervisor.stopping:
+        return
+    supervisor.begin_serving()
+    log.event("serving", listen=supervisor.config.listen, metrics=metrics)
+    versions.register()
+    versions.follow(lambda: False)

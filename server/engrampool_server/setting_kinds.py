@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from engrampool_proto.registry.etcd import Registry
+from engrampool_proto.registry.etcd_client import split_url
 from engrampool_proto.sharding import MAX_SHARDS, is_shard_name, parse_shard
 from engrampool_server.files.sources import SCHEMES, Location, Url, parse_location
 
@@ -284,7 +284,7 @@ class RegistryOrOff:
         if not isinstance(value, str):
             raise ValueError
         if value != "off":
-            Registry(value)
+            split_url(value)
         return value
 
     def toml(self, value: str) -> str:

@@ -114,19 +114,19 @@ import threading
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server.telemetry import log
 from engrampool_server.config import ServerConfig
-from engrampool_server.memory.load import Holdings
+from engrampool_server.memory.load import ModelLoader
 from engrampool_server.telemetry.metrics import Metrics
 log.configure("info")
 def start(*models):
-    holdings = Holdings(ServerConfig(models=models, memory=f"file:{sys.argv[1]}"), Metrics())
+    loader = ModelLoader(ServerConfig(models=models, memory=f"file:{sys.argv[1]}"), Metrics())
     try:
-        holdings.open()
-        list(holdings.load(threading.Event()))
+        loader.open()
+        list(loader.load(threading.Event()))
         print("loaded")
     except EngrampoolError as error:
         print(error)
     finally:
-        holdings.close()
+        loader.close()
 one, other, big = map(Path, sys.argv[2:])
 start(one)
 start(big)

@@ -106,8 +106,8 @@ def test_tables_that_do_not_fit_shm_are_refused_before_they_are_read(packed):
 
 # A neighbour takes the last of it once the machine was looked at.
 TAKEN = """
-from engrampool_server.memory import load as holdings
-before = holdings.Holdings.load
+from engrampool_server.memory import load as loader
+before = loader.ModelLoader.load
 def load(self, *args):
     with open("/dev/shm/neighbour", "wb", buffering=0) as file:
         try:
@@ -116,7 +116,7 @@ def load(self, *args):
         except OSError:
             pass
     return before(self, *args)
-holdings.Holdings.load = load
+loader.ModelLoader.load = load
 """
 
 

@@ -50,13 +50,13 @@ BIG = np.tile(np.arange(6500), 40)
 # A process that starts to serve the tables ends at once while the file is there.
 CRASHING = """
 import os
-from engrampool_server.answer.server import Server
-hold = Server.hold
+from engrampool_server.answer.grpc_server import GrpcServer
+hold = GrpcServer.hold
 def crash(self, models):
     if os.path.exists(os.environ["TEST_CRASH"]):
         os._exit(3)
     hold(self, models)
-Server.hold = crash
+GrpcServer.hold = crash
 """
 
 

@@ -17,7 +17,7 @@ from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.memory.segments import find_backing, take
-from engrampool_server.memory.tables import load
+from engrampool_server.memory.table_loader import load
 from server_fixtures import SPEC, RawPool, Running, eventually, expected, pack, refusal, running, version_of
 
 MODES = {"off": 0o600, "user": 0o600, "group": 0o640, "all": 0o644}

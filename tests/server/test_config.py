@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engrampool_proto.errors import EngrampoolError
-from engrampool_server.config import ConfigError, ServerConfig, load_config, render, serve_options
+from engrampool_server.commands.serve import serve_options
+from engrampool_server.config import ConfigError, ServerConfig, load_config, render
 
 GIB = 1 << 30
 NAMES = [setting.name for setting in fields(ServerConfig)]

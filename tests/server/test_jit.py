@@ -40,7 +40,7 @@ def test_a_server_that_can_keep_no_kernels_compiles_them_says_so_and_serves(tmp_
 def test_kernels_are_compiled_once_and_then_read(tmp_path):
     count = (
         "from engrampool_server import jit; from engrampool_server.memory import gather, tables\n"
-        "from engrampool_server.answer import hasher\n"
+        "from engrampool_server.memory import hasher\n"
         "every = [*vars(gather).values(), *vars(hasher).values()]\n"
         "kernels = [k for k in every if 'nogil' in getattr(k, 'targetoptions', ())]\n"
         "print(sum(sum(k.stats.cache_hits.values()) for k in kernels),"

@@ -1,6 +1,6 @@
 """What a lookup is, whichever way it came: checked, bounded, resolved to rows, refused, counted.
 
-service.py answers over gRPC, direct.py over plain sockets; what they answer is decided here.
+pool_service.py answers over gRPC, direct.py over plain sockets; what they answer is decided here.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from engrampool_proto import wire
 from engrampool_proto.errors import BatchError, EngrampoolError, WireError
 from engrampool_proto.spec import RowIds
 from engrampool_server.answer.in_flight import InFlight
-from engrampool_server.memory.tables import HeldModel, HeldTable, NotHeldError
+from engrampool_server.memory.tables import LoadedModel, LoadedTable, NotHeldError
 from engrampool_server.telemetry.metrics import Metrics
 
 # Ids of answers in pieces up to this size are hashed and checked by the event loop, if it gathers too: some
@@ -56,7 +56,7 @@ Refusals = (RefusedError, WireError, BatchError)
 class Piece:
     """A run of rows of one table: `ids`, which begin at position `first` of what was asked for."""
 
-    table: HeldTable
+    table: LoadedTable
     first: int
     ids: RowIds
 
@@ -75,8 +75,8 @@ class Job:
     """
 
     request: wire.LookupRequest
-    model: HeldModel
-    tables: Sequence[HeldTable]
+    model: LoadedModel
+    tables: Sequence[LoadedTable]
     answer_bytes: int
 
     @cached_property
@@ -124,14 +124,14 @@ class Lookups:
             self.inline_bytes = in_flight.share_bytes
         # What is sent in pieces must fit into the share of one peer, however small that is.
         self.chunk_bytes = min(limits.stream_chunk_bytes, max(1, in_flight.share_bytes // _CHUNKS_HELD))
-        self._models: dict[str, dict[str, HeldModel]] = {}
+        self._models: dict[str, dict[str, LoadedModel]] = {}
         # One there is always, for large answers that are asked for as one message.
         self.threads = ThreadPoolExecutor(max(1, gather_threads), "gather")
         self.gathers_inline = gather_threads == 0
         self.ready = False
         metrics.in_flight_limit.set(in_flight.limit_bytes)
 
-    def add(self, model: HeldModel) -> None:
+    def add(self, model: LoadedModel) -> None:
         """Hold `model` from now on."""
         self._models.setdefault(model.spec.name, {})[model.version] = model
 
@@ -144,12 +144,12 @@ class Lookups:
         if not self.ready:
             raise RefusedError(grpc.StatusCode.UNAVAILABLE, "loading", "tables are still loading")
 
-    def held(self, name: str = "") -> list[HeldModel]:
+    def held(self, name: str = "") -> list[LoadedModel]:
         """All versions of one model, or of all of them. Raises RefusedError for one that is not here."""
         models = [self._versions(name)] if name else self._models.values()
         return [held for versions in models for held in versions.values()]
 
-    def find(self, name: str, version: str) -> HeldModel:
+    def find(self, name: str, version: str) -> LoadedModel:
         """The one version of the model. Raises RefusedError for what is not here."""
         versions = self._versions(name)
         if version not in versions:
@@ -249,14 +249,14 @@ class Lookups:
             raise invalid(text, "too-many-rows")
         return Job(request, model, tables, answer_bytes)
 
-    def _versions(self, name: str) -> dict[str, HeldModel]:
+    def _versions(self, name: str) -> dict[str, LoadedModel]:
         if name not in self._models:
             held = ", ".join(sorted(self._models)) or "none"
             text = f"no model {name[:200]!r} here; held: {held}"
             raise RefusedError(grpc.StatusCode.NOT_FOUND, "unknown-model", text)
         return self._models[name]
 
-    def _table(self, model: HeldModel, layer: int) -> HeldTable:
+    def _table(self, model: LoadedModel, layer: int) -> LoadedTable:
         if layer not in model.tables:
             layers = model.spec.layers
             text = f"model {model.spec.name} has no layer {layer}; it has {', '.join(map(str, layers))}"
@@ -265,7 +265,7 @@ class Lookups:
             raise invalid(text, "unknown-layer")
         return model.tables[layer]
 
-    def _whole(self, model: HeldModel, layer: int) -> HeldTable:
+    def _whole(self, model: LoadedModel, layer: int) -> LoadedTable:
         """The table of a layer, for rows that nobody knows yet."""
         table = model.tables.get(layer)
         if table is not None and table.is_whole:
@@ -313,7 +313,7 @@ def server_times(arrived: float, begin: float, gathered_s: float) -> wire.Server
     return wire.ServerTimes(round((begin - arrived) * 1e6), round(gathered_s * 1e6), round(total_s * 1e6))
 
 
-def _held(model: HeldModel) -> str:
+def _held(model: LoadedModel) -> str:
     rows = [
         f"{'all' if table.is_whole else f'rows {table.row_start} .. {table.row_stop - 1}'} of layer {layer}"
         for layer, table in model.tables.items()

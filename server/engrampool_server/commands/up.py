@@ -8,7 +8,6 @@ import click
 
 from engrampool_proto.errors import EngrampoolError, how_to_install
 from engrampool_proto.sharding import MAX_SHARDS, cut
-from engrampool_server.commands.plan import ShardPlan, spec_of
 from engrampool_server.config import load_config
 from engrampool_server.files.sources import parse_location, redact
 
@@ -80,6 +79,9 @@ def up(
         raise click.UsageError(f"{redact(repr(model))} is {error}") from error
     location = location.absolute() if isinstance(location, Path) else location
     config = load_config({**settings, "models": (location,), "shard": f"0/{shards}"}, {}, None).config
+    # Not before: they bring numpy, which help does without.
+    from engrampool_server.memory.shard_plan import ShardPlan, spec_of
+
     spec = spec_of(location)
     parts = {f"{at}/{shards}": part for at, part in enumerate(cut(spec, shards, config.shard_by))}
     needs = ShardPlan(spec, parts, "", replicas, config.workers, config.max_in_flight_bytes).needs

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from engrampool_proto.registry.etcd import Active, NotHeldError, Published, Registry, State, VersionError
-from engrampool_server.files.patches.patch_files import PatchFiles, open_any
 from engrampool_server.files.sources import Location, parse_location, redact
 
 # As git's short names: so many digits are seldom those of two versions.
@@ -65,6 +64,9 @@ def publish(location: Location, registry: Registry, then_activate: bool, wait_s:
 
     Servers read it from there, so a directory must be at the same place on each. Clients go on with the active version.
     """
+    # Not before: they bring numpy, which help does without.
+    from engrampool_server.files.patches.patch_files import PatchFiles, open_any
+
     with open_any(location) as files:
         spec, version = files.spec, files.version
         base = files.base_version if isinstance(files, PatchFiles) else None

@@ -51,8 +51,11 @@ class ModelFiles(ABC):
     def checks(self) -> Sequence[tuple[int, Check]]:
         """For each block the bytes it has, and what reads it into scratch memory of this size and checks it."""
 
-    def _fill(self, name: str, pieces: Sequence[tuple[int, memoryview]], checksum: str, what: str) -> None:
-        """Fill each piece from its byte of the file `name` on. checksum: of all of them together; what: for errors."""
+    def fill(self, name: str, pieces: Sequence[tuple[int, memoryview]], checksum: str, what: str) -> None:
+        """Fill each piece from its byte of the file `name` on. checksum: of all of them together; what: for errors.
+
+        Raises TableFileError if they cannot be read or have another checksum.
+        """
         file = self._opened.get(name)
         if file is None:
             raise TableFileError(f"{self.directory} was closed before {what} was read")
@@ -60,7 +63,7 @@ class ModelFiles(ABC):
         if found != checksum and not isinstance(self.directory, Path):
             found = self._read(file, name, pieces, what)  # it may have been damaged on its way, or by a proxy
         if found != checksum:
-            raise self._damaged(name, f"{what} has checksum {found}, the manifest says {checksum}")
+            raise self.damaged(name, f"{what} has checksum {found}, the manifest says {checksum}")
 
     def _read(self, file: File, name: str, pieces: Sequence[tuple[int, memoryview]], what: str) -> str:
         """The checksum of what was read."""
@@ -69,13 +72,18 @@ class ModelFiles(ABC):
             try:
                 missing = len(out) - file.read(offset, out)
             except ReadError as error:
-                raise self._damaged(name, f"{what} cannot be read ({error})") from error
+                raise self.damaged(name, f"{what} cannot be read ({error})") from error
             if missing:
-                raise self._damaged(name, f"{what} ends {missing} bytes too early")
+                raise self.damaged(name, f"{what} ends {missing} bytes too early")
             hasher.update(out)
         return hasher.hexdigest()
 
-    def _damaged(self, name: str, problem: str) -> TableFileError:
+    def forget(self, name: str, offset: int, nbytes: int) -> None:
+        """Have the page cache forget what was read of the file `name`."""
+        self._opened[name].drop_cached(offset, nbytes)
+
+    def damaged(self, name: str, problem: str) -> TableFileError:
+        """The error for the file `name`; it says whether the file was replaced meanwhile."""
         advice = _REPLACED if self._replaced() else _ADVICE
         return TableFileError(f"{self.directory / name}: {problem}; {advice}")
 

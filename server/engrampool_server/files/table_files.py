@@ -88,7 +88,7 @@ class PackedModel(ModelFiles):
         shape = (block.stop - block.start, self.spec.table(block.layer).row_bytes)
         if out.dtype != np.uint8 or out.shape != shape or not out.flags.c_contiguous:
             raise ValueError(f"out must be C-contiguous uint8 {list(shape)}; it is {out.dtype} {list(out.shape)}")
-        self._fill(block.file, [(block.offset, out.data.cast("B"))], block.checksum, _describe(block))
+        self.fill(block.file, [(block.offset, out.data.cast("B"))], block.checksum, _describe(block))
 
     def checks(self) -> Sequence[tuple[int, Check]]:
         """As of `ModelFiles`, in order of layer and row."""
@@ -101,7 +101,7 @@ class PackedModel(ModelFiles):
     def drop_cached(self, block: Block) -> None:
         """Have the page cache forget what `read_block` read."""
         length = (block.stop - block.start) * self.spec.table(block.layer).row_bytes
-        self._opened[block.file].drop_cached(block.offset, length)
+        self.forget(block.file, block.offset, length)
 
 
 def _describe(block: Block) -> str:

@@ -11,10 +11,11 @@ from engrampool_server.config import ServerConfig
 from engrampool_server.files.raw_model import RawModel
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.machine import Machine
+from engrampool_server.memory.placement import part_of
 from engrampool_server.memory.preflight import Need, PreflightError, Report, check, raise_soft_limits
 from engrampool_server.memory.segments import check_writable, file_name, find_backing, free, sweep
-from engrampool_server.memory.shards import part_of
-from engrampool_server.memory.tables import HeldModel, identities, load
+from engrampool_server.memory.table_loader import identities, load
+from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.telemetry import log
 from engrampool_server.telemetry.metrics import Metrics
 
@@ -29,7 +30,7 @@ _NO_HUGETLBFS = (
 )
 
 
-class Holdings:
+class ModelLoader:
     """Models, or the parts of them to be held here, on their way into memory. To be closed.
 
     Says in log and metrics how far they are.
@@ -125,8 +126,10 @@ class Holdings:
         report.raise_if_short()
         self._metrics.to_load_bytes.set(table_bytes)
 
-    def load(self, cancel: threading.Event, tell: Callable[[int, int], None] = lambda *_: None) -> Iterator[HeldModel]:
-        """Read one model after the other. Raises what `tables.load` raises, LoadCancelledError after `cancel`.
+    def load(
+        self, cancel: threading.Event, tell: Callable[[int, int], None] = lambda *_: None
+    ) -> Iterator[LoadedModel]:
+        """Read one model after the other. Raises what `table_loader.load` raises, LoadCancelledError after `cancel`.
 
         tell: called with `loaded_bytes` and `nbytes` after each block, from any thread, but never from two at a time.
         """
@@ -181,7 +184,7 @@ def require_segments(memory: str) -> None:
 
 
 def show(
-    metrics: Metrics, held: HeldModel, seconds: float, *, is_patch: bool = False, sign: Literal[1, -1] = 1
+    metrics: Metrics, held: LoadedModel, seconds: float, *, is_patch: bool = False, sign: Literal[1, -1] = 1
 ) -> None:
     """Have Prometheus see that a model is held, which took `seconds` to load; sign -1: that it is held no more.
 

@@ -1,8 +1,8 @@
 """The child processes of a process that forks: one loop looks after them, after signals, and after what is due.
 
-Each child has a pipe on which it gives signs of life, and says how it is; see link.py. One that falls silent is killed,
-unless it has not come to its work yet and is seen to be busy. None of them outlives the process that started it,
-however that one ends.
+Each child has a pipe on which it gives signs of life, and says how it is; see reports.py. One that falls silent is
+killed, unless it has not come to its work yet and is seen to be busy. None of them outlives the process that started
+it, however that one ends.
 """
 
 import ctypes
@@ -19,8 +19,8 @@ from math import inf
 from typing import Any, NoReturn, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
-from engrampool_server.processes.link import GarbledError, Lines, Link, Report, shown
-from engrampool_server.processes.overheard import Overheard
+from engrampool_server.processes.reports import GarbledError, Report, Reporter, ReportReader, shown
+from engrampool_server.processes.stderr_pipe import StderrPipe
 from engrampool_server.telemetry import log
 
 # A child that ends soon after its start, again and again, is started less and less often.
@@ -49,9 +49,9 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class Child:
-    """role: what it does. index: what is started again in its place has the same. slot: see Shared.
+    """role: what it does. index: what is started again in its place has the same. slot: see SharedState.
 
-    report: its pipe, to read. overheard: its standard error.
+    report: its pipe, to read. stderr: its standard error.
     heard_s, ready_s: when it was last heard of (at first, forked), and ready. busy_s: when it was last seen to be at
     work, and cpu_s: how much it had done. kill_s: once it was told to end, when waiting for that is over. hung: it was
     killed because it was silent. is_garbled: what it said was not understood. failure: why it ended, as it said itself.
@@ -64,7 +64,7 @@ class Child:
     slot: int
     pid: int
     report: int
-    overheard: Overheard
+    stderr: StderrPipe
     heard_s: float
     ready_s: float | None = None
     busy_s: float = 0.0
@@ -77,10 +77,10 @@ class Child:
     generation: int = 0
     loaded_bytes: int = 0
     of_bytes: int = 0
-    lines: Lines = field(init=False, repr=False)
+    reports: ReportReader = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.lines = Lines(self.report)
+        self.reports = ReportReader(self.report)
 
     @property
     def why(self) -> str:
@@ -168,9 +168,9 @@ class Children(Collection[Child]):
             for key, _ in self._selector.select(wait_s):
                 if key.data is None:
                     self._take_signals()
-                elif isinstance(key.data, Overheard):
+                elif isinstance(key.data, StderrPipe):
                     if key.data.reader >= 0 and not key.data.read():
-                        self._overhear_no_more(key.data)
+                        self._close_stderr(key.data)
                 elif key.data.report >= 0:  # it may have ended just now
                     self._hear(key.data)
             now = time.monotonic()
@@ -212,7 +212,7 @@ class Children(Collection[Child]):
         if is_off():
             return None
         if failures:
-            # Taken out: see tables.py of what an error keeps in memory.
+            # Taken out: see table_loader.py of what an error keeps in memory.
             raise failures.pop()
         return results.pop()
 
@@ -276,7 +276,7 @@ class Children(Collection[Child]):
                     while reads < _LAST_READS and child.report >= 0 and self._hear(child):
                         reads += 1
                     self._close(child)
-                    self._overhear_no_more(child.overheard)
+                    self._close_stderr(child.stderr)
                     code = os.waitstatus_to_exitcode(ended[1])
                     child.status = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     self._ended(child)
@@ -284,7 +284,7 @@ class Children(Collection[Child]):
     def _hear(self, child: Child) -> bool:
         """Read what there is on a child's pipe, or close it at its end. Whether there may be more."""
         try:
-            lines = child.lines.read()
+            lines = child.reports.read()
         except BlockingIOError:
             return False
         if lines is None:
@@ -310,16 +310,16 @@ class Children(Collection[Child]):
         """Hear no more of a child."""
         if child.report < 0:
             return
-        if child.lines.unread:
-            self._garbled(child, child.lines.unread, "it has no end")
+        if child.reports.unread:
+            self._garbled(child, child.reports.unread, "it has no end")
         self._selector.unregister(child.report)
         os.close(child.report)
         child.report = -1
 
-    def _overhear_no_more(self, overheard: Overheard) -> None:
-        if overheard.reader >= 0:
-            self._selector.unregister(overheard.reader)
-            overheard.close()
+    def _close_stderr(self, stderr: StderrPipe) -> None:
+        if stderr.reader >= 0:
+            self._selector.unregister(stderr.reader)
+            stderr.close()
 
     def _garbled(self, child: Child, line: bytes, error: str) -> None:
         """Log, once for a child, that it says what cannot be understood. Such a line counts for nothing."""
@@ -328,38 +328,38 @@ class Children(Collection[Child]):
             said = shown(line)
             log.event("worker-garbled", level="error", worker=child.name, pid=child.pid, line=said, error=error)
 
-    def fork(self, role: str, index: int, slot: int, work: Callable[[Link], None]) -> Child:
+    def fork(self, role: str, index: int, slot: int, work: Callable[[Reporter], None]) -> Child:
         """Start a child that does `work`, and ends with it. Raises OSError."""
         reader, writer = os.pipe()
-        overheard = None
+        stderr = None
         # No signal may reach the child before it has handlers of its own.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            overheard = Overheard()
+            stderr = StderrPipe()
             pid = os.fork()
             if not pid:
                 os.close(reader)
                 os.set_blocking(writer, False)
-                overheard.take_over()
-                link = Link(self._life_reader, writer, min(_BEAT_S, self._timeout_s / 4))
-                self._live(_name(role, index), link, work)
+                stderr.take_over()
+                reporter = Reporter(self._life_reader, writer, min(_BEAT_S, self._timeout_s / 4))
+                self._live(_name(role, index), reporter, work)
         except OSError:
             os.close(reader)
-            if overheard is not None:
-                overheard.leave()
+            if stderr is not None:
+                stderr.leave()
             raise
         finally:
             os.close(writer)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.set_blocking(reader, False)
-        overheard.listen(_name(role, index), pid)
-        child = Child(role, index, slot, pid, reader, overheard, time.monotonic())
+        stderr.listen(_name(role, index), pid)
+        child = Child(role, index, slot, pid, reader, stderr, time.monotonic())
         self._by_pid[pid] = child
         self._selector.register(reader, selectors.EVENT_READ, child)
-        self._selector.register(overheard.reader, selectors.EVENT_READ, overheard)
+        self._selector.register(stderr.reader, selectors.EVENT_READ, stderr)
         return child
 
-    def _live(self, name: int | str, link: Link, work: Callable[[Link], None]) -> NoReturn:
+    def _live(self, name: int | str, reporter: Reporter, work: Callable[[Reporter], None]) -> NoReturn:
         """A child's life, from fork to end."""
         code = 1
         try:
@@ -379,14 +379,14 @@ class Children(Collection[Child]):
             for child in self:
                 if child.report >= 0:  # else it is ending
                     os.close(child.report)
-                child.overheard.leave()
-            work(link)
+                child.stderr.leave()
+            work(reporter)
             code = 0
         except EngrampoolError as error:
-            link.failed(str(error))
+            reporter.failed(str(error))
         except BaseException as error:
             log.event("worker-failed", level="error", worker=name, error=traceback.format_exc())
-            link.failed(repr(error))
+            reporter.failed(repr(error))
         finally:
             log.tend(_LAST_LINES_S)
             os._exit(code)

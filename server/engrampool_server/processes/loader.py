@@ -21,12 +21,13 @@ from engrampool_server.config import ServerConfig
 from engrampool_server.files.patches.patch_files import PatchFiles
 from engrampool_server.files.sources import Location, parse_location, redact
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.load import Holdings
+from engrampool_server.memory.load import ModelLoader
+from engrampool_server.memory.placement import part_of
 from engrampool_server.memory.preflight import Machine, Need, check, raise_soft_limits
 from engrampool_server.memory.segments import find_backing, free, survey
-from engrampool_server.memory.shards import part_of
-from engrampool_server.memory.tables import HeldModel, load, load_patched
-from engrampool_server.processes.link import Link
+from engrampool_server.memory.table_loader import load, load_patched
+from engrampool_server.memory.tables import LoadedModel
+from engrampool_server.processes.reports import Reporter
 from engrampool_server.telemetry import log
 from engrampool_server.telemetry.metrics import Metrics
 
@@ -39,7 +40,7 @@ class LoadError(EngrampoolError):
 
 
 def become_loader(
-    published: Published, config: ServerConfig, others: Collection[tuple[str, str]], link: Link
+    published: Published, config: ServerConfig, others: Collection[tuple[str, str]], reporter: Reporter
 ) -> NoReturn:
     """Turn this process, a fresh fork, into one that fills the segments of a version, as far as they are held here.
 
@@ -50,12 +51,12 @@ def become_loader(
         "published": [published.model, published.version, published.to_json().decode()],
         "config": vars(config),
         "others": list(others),
-        "report": link.report,
-        "beat_s": link.beat_s,
-        # Standard error is overheard, for libraries.
+        "report": reporter.report,
+        "beat_s": reporter.beat_s,
+        # Standard error is a pipe, for libraries.
         "log": log.descriptor(),
     }
-    for descriptor in (link.report, log.descriptor()):
+    for descriptor in (reporter.report, log.descriptor()):
         os.set_inheritable(descriptor, True)
     # A program of its own: what reads object stores does not work in the forks of a process that has used it. Its
     # metrics are nobody's.
@@ -67,10 +68,10 @@ def become_loader(
 def adopt(
     published: Published,
     config: ServerConfig,
-    held: Sequence[HeldModel],
+    held: Sequence[LoadedModel],
     cancel: threading.Event,
     progress: Callable[[int], None],
-) -> HeldModel:
+) -> LoadedModel:
     """Hold a version whose segments a loader filled; or a patch, whose base is among `held`.
 
     progress: called with the bytes of each block of a patch. Raises what loading raises, LoadError.
@@ -115,23 +116,25 @@ def discard(memory: str, versions: Collection[tuple[str, str]]) -> None:
 def main() -> int:
     """The process that `become_loader` makes. Its exit code."""
     order = json.loads(sys.argv[1])
-    link = Link(-1, order["report"], order["beat_s"])
+    reporter = Reporter(-1, order["report"], order["beat_s"])
     try:
         config = ServerConfig(**order["config"])
         log.configure(config.log_level, order["log"])
         model, version, record = order["published"]
         published = Published.from_json(model, version, record.encode())
-        _fill(published, config, {(model, version) for model, version in order["others"]}, link)
+        _fill(published, config, {(model, version) for model, version in order["others"]}, reporter)
     except EngrampoolError as error:
-        link.failed(str(error))
+        reporter.failed(str(error))
     except BaseException as error:
         log.event("worker-failed", level="error", worker="loader", error=traceback.format_exc())
-        link.failed(repr(error))
+        reporter.failed(repr(error))
     log.tend(_LAST_LINES_S)
     return 1
 
 
-def _fill(published: Published, config: ServerConfig, others: Collection[tuple[str, str]], link: Link) -> NoReturn:
+def _fill(
+    published: Published, config: ServerConfig, others: Collection[tuple[str, str]], reporter: Reporter
+) -> NoReturn:
     location = _location(published)
     with PackedModel.open(location) as packed:
         _check(published, packed)
@@ -140,19 +143,19 @@ def _fill(published: Published, config: ServerConfig, others: Collection[tuple[s
 
     def tell(nbytes: int, of_bytes: int) -> None:
         nonlocal said_s
-        if time.monotonic() >= said_s + link.beat_s:
+        if time.monotonic() >= said_s + reporter.beat_s:
             said_s = time.monotonic()
-            link.loaded(nbytes, of_bytes)
+            reporter.loaded(nbytes, of_bytes)
 
-    holdings = Holdings(replace(config, models=(location,)), Metrics(), config.workers, others)
-    holdings.open()
-    held = list(holdings.load(threading.Event(), tell))
-    link.loaded(holdings.loaded_bytes, holdings.nbytes)
-    link.ready()
+    loader = ModelLoader(replace(config, models=(location,)), Metrics(), config.workers, others)
+    loader.open()
+    held = list(loader.load(threading.Event(), tell))
+    reporter.loaded(loader.loaded_bytes, loader.nbytes)
+    reporter.ready()
     assert held  # it goes on using the segments, until this process ends
     while True:
-        time.sleep(link.beat_s)
-        link.beat()
+        time.sleep(reporter.beat_s)
+        reporter.beat()
 
 
 def _location(published: Published) -> Location:

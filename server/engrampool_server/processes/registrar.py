@@ -18,9 +18,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from engrampool_proto.registry.etcd import ClashError, Member, Published, Registry, RegistryError, State
-from engrampool_server.answer.known import Known
 from engrampool_server.config import ConfigError
-from engrampool_server.processes.link import Link
+from engrampool_server.processes.pool_view import PoolView
+from engrampool_server.processes.reports import Reporter
 from engrampool_server.telemetry import log
 from engrampool_server.telemetry.metrics import Metrics
 
@@ -51,7 +51,7 @@ class Cache:
                 if not stat.S_ISREG(path.lstat().st_mode):
                     raise ConfigError(f"registry_cache: {path} is there, and is no regular file; name another file")
 
-    def write(self, known: Known) -> None:
+    def write(self, known: PoolView) -> None:
         """Put it there, all of it or nothing. That it cannot be written is logged."""
         try:
             with self._draft.open("w", encoding="utf-8") as file:
@@ -77,11 +77,11 @@ class Cache:
         except OSError:
             return 0.0
 
-    def read(self) -> Known | None:
+    def read(self) -> PoolView | None:
         """What is there; None if it is not there, or of no use, which is logged."""
         try:
             document = json.loads(self._path.read_bytes())
-            return Known.from_json(document) if document["registry"] == self._registry else None
+            return PoolView.from_json(document) if document["registry"] == self._registry else None
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -95,9 +95,9 @@ def register(
     address: str,
     orders: socket.socket,
     metrics: Metrics,
-    link: Link,
+    reporter: Reporter,
     *,
-    known: Known | None,
+    known: PoolView | None,
 ) -> None:
     """Tell the supervisor what is known, and the registry what is held at `address`; at SIGTERM leave the registry.
 
@@ -117,17 +117,17 @@ def register(
     keep = partial(_keep, registry, address, orders, metrics)
     for work in (lambda: registry.follow(news.put, threading.Event()), keep):
         threading.Thread(target=run, args=(work,), daemon=True).start()
-    link.ready()
+    reporter.ready()
     begun_s, touched_s = time.monotonic(), -inf
     # Of what is known before the registry answers.
     age_s = 0.0 if cache is None else cache.age_s
     is_first = known is None
     if known is None:
-        known = (cache.read() if cache is not None else None) or Known()
-    told: Known | None = None
+        known = (cache.read() if cache is not None else None) or PoolView()
+    told: PoolView | None = None
     lacking: list[Published] = []
     while True:
-        link.beat()
+        reporter.beat()
         # Before it ever answered: since it was asked.
         waited_s = time.monotonic() - begun_s
         metrics.registry_age.set(min(registry.age_s, age_s + waited_s))
@@ -136,7 +136,7 @@ def register(
             cache.touch()
         try:
             # What is known may be longer than the pipe takes at once.
-            latest = news.get(timeout=_AGAIN_S if link.behind_bytes else link.beat_s)
+            latest = news.get(timeout=_AGAIN_S if reporter.behind_bytes else reporter.beat_s)
         except Empty:
             if is_first and waited_s >= PATIENCE_S:
                 is_first = False
@@ -144,7 +144,7 @@ def register(
                     versions = [version for _, version in known.published]
                     log.event("registry-cache", level="warning", versions=versions, age_s=round(age_s))
                     told = known
-                    link.known(known)
+                    reporter.known(known)
             continue
         if latest is None:
             registry.leave()
@@ -157,7 +157,7 @@ def register(
             told = known
             if cache is not None:
                 cache.write(known)
-            link.known(known)
+            reporter.known(known)
         before, lacking = lacking, known.unpublished(latest)
         metrics.versions.labels("unpublished").set(len(lacking))
         if lacking and lacking != before:

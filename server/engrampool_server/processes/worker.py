@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import uvloop
 
-from engrampool_server.answer.server import Server
-from engrampool_server.answer.shared import Shared
+from engrampool_server.answer.grpc_server import GrpcServer
+from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.config import ServerConfig
-from engrampool_server.processes.link import Link
+from engrampool_server.processes.reports import Reporter
 
 
-def answer(config: ServerConfig, shared: Shared, link: Link, *, serving: bool) -> None:
+def answer(config: ServerConfig, shared: SharedState, reporter: Reporter, *, serving: bool) -> None:
     """Answer calls on the port of `config` until SIGTERM, then drain. To be called in a fresh child.
 
     serving: lookups in the models that `shared` has; else every lookup is UNAVAILABLE, as tables are still loading.
@@ -27,16 +27,16 @@ def answer(config: ServerConfig, shared: Shared, link: Link, *, serving: bool) -
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, stopping.set)
-        loop.add_reader(link.life, os._exit, 1)
-        server = Server(config, shared)
+        loop.add_reader(reporter.life, os._exit, 1)
+        server = GrpcServer(config, shared)
         await server.start()
         if serving:
             server.hold(shared.models)
-        link.ready()
+        reporter.ready()
         while not stopping.is_set():
-            link.beat()
+            reporter.beat()
             try:
-                await asyncio.wait_for(stopping.wait(), link.beat_s)
+                await asyncio.wait_for(stopping.wait(), reporter.beat_s)
             except TimeoutError:
                 continue
         await server.stop()

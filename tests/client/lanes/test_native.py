@@ -131,12 +131,12 @@ def test_where_either_side_has_it_off_lookups_go_over_grpc(server, packed):
 def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkeypatch):
     monkeypatch.setattr(lane, "_OPEN_TIMEOUT_S", 0.2)
     with running(packed) as run:
-        entrance = run.server._shared.entrance
-        entrance.port = 1  # nobody listens there
+        admission = run.server._shared.admission
+        admission.port = 1  # nobody listens there
         with Client(run.address) as client:
             assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            entrance.port = silent.getsockname()[1]
+            admission.port = silent.getsockname()[1]
             begin = time.monotonic()
             with Client(run.address) as client:
                 for _ in range(5):
@@ -169,7 +169,7 @@ def test_in_mid_answer_too_and_the_rows_are_right(packed):
         broken = threading.Event()
 
         def abort() -> None:
-            eventually(lambda: any(c._answering for c in list(run.server._direct._connections)), "answering")
+            eventually(lambda: any(c.answerer.busy for c in list(run.server._direct._connections)), "answering")
             for connection in list(run.server._direct._connections):
                 run._loop.call_soon_threadsafe(connection.abort)
             broken.set()

@@ -669,8 +669,8 @@ def test_a_split_lookup_cut_between_layers_goes_on_with_what_is_missing(models, 
 def behind(proxy: CuttingProxy, server: Running) -> str:
     """The server's address there, of both its lanes."""
     host, port = server.address.split(":")
-    entrance = server.server._shared.entrance
-    entrance.port = proxy.to((host, entrance.port))
+    admission = server.server._shared.admission
+    admission.port = proxy.to((host, admission.port))
     return f"127.0.0.1:{proxy.to((host, int(port)))}"
 
 

@@ -1,5 +1,6 @@
 """The registry against a real etcd: leases, following through its failures, and what may become active."""
 
+import json
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_proto.registry import etcd as module
+from engrampool_proto.registry import etcd_client
 from engrampool_proto.registry.etcd import (
     Active,
     ClashError,
@@ -30,7 +32,8 @@ from engrampool_proto.registry.etcd import (
     State,
     VersionError,
 )
-from engrampool_proto.registry.pool_state import UnreadableRecordError, retirement_json
+from engrampool_proto.registry.etcd_client import EtcdClient, Watch
+from engrampool_proto.registry.records import UnreadableRecordError, retirement_json
 from engrampool_proto.spec import canonical_json
 from etcd_process import EtcdProcess, running_etcd
 from server_fixtures import LIMIT_S, eventually, lasting_address
@@ -188,7 +191,7 @@ def test_another_server_listens():
             # As an etcd that stops tells who watches.
             bodies.append(b'{"error": {"grpc_code": 14, "http_code": 503}}')
             with pytest.raises(RegistryError, match="broke the connection off"):
-                registry._each(registry._watch)
+                EtcdClient(registry.url, 2.0).watch()
         finally:
             server.shutdown()
             thread.join()
@@ -235,7 +238,7 @@ def test_a_lease_that_nobody_keeps_ends_and_comes_back(pool):
 
 
 def test_following_survives_the_registry(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_PROBE_S", 0.2)
+    monkeypatch.setattr(etcd_client, "PROBE_S", 0.2)
     with running_etcd(tmp_path) as etcd:
         server = etcd.registry()
         follower = Registry(etcd.url(), timeout_s=0.3)
@@ -267,7 +270,7 @@ def test_following_survives_the_registry(tmp_path, monkeypatch, caplog):
 
 
 def test_a_watch_that_is_silent_hides_nothing(pool, monkeypatch):
-    monkeypatch.setattr(module._Watch, "wait", lambda self, stop: stop.wait(0.05))
+    monkeypatch.setattr(Watch, "wait", lambda self, stop: stop.wait(0.05))
     server = pool()
     with following(pool()) as states:
         server.join(member("h:1", A))
@@ -404,17 +407,17 @@ def test_two_that_activate_at_once_agree_on_an_order(pool):
 
 def before_commit(monkeypatch, *actions: Callable[[], object]) -> list[bool]:
     """Do the next of `actions` before each transaction. Returns the list of what these came to."""
-    left, outcomes, commit = list(actions), [], Registry._commit
+    left, outcomes, commit = list(actions), [], EtcdClient.commit
 
-    def interrupted(registry, compare, writes, lease=0):
+    def interrupted(etcd, compare, writes, lease=0):
         if lease:  # a server that joins
-            return commit(registry, compare, writes, lease)
+            return commit(etcd, compare, writes, lease)
         if left:
             left.pop(0)()
-        outcomes.append(commit(registry, compare, writes))
+        outcomes.append(commit(etcd, compare, writes))
         return outcomes[-1]
 
-    monkeypatch.setattr(Registry, "_commit", interrupted)
+    monkeypatch.setattr(EtcdClient, "commit", interrupted)
     return outcomes
 
 
@@ -596,14 +599,14 @@ def test_a_server_whose_rows_clash_with_those_of_another_does_not_join(pool):
 
 def test_of_two_that_clash_and_join_at_once_one_joins(pool, monkeypatch):
     one, other = pool(), pool()
-    commit, left = Registry._commit, [lambda: one.join(member("h:1", A, rows=(0, 50)))]
+    commit, left = EtcdClient.commit, [lambda: one.join(member("h:1", A, rows=(0, 50)))]
 
-    def interrupted(registry, compare, writes, lease=0):
+    def interrupted(etcd, compare, writes, lease=0):
         if left:
             left.pop()()
-        return commit(registry, compare, writes, lease)
+        return commit(etcd, compare, writes, lease)
 
-    monkeypatch.setattr(Registry, "_commit", interrupted)
+    monkeypatch.setattr(EtcdClient, "commit", interrupted)
     with pytest.raises(ClashError):
         other.join(member("h:2", A, rows=(0, 60)))
     assert list(one.read().members) == ["h:1"]
@@ -625,18 +628,18 @@ def test_many_servers_that_join_at_one_moment_all_get_in(pool):
 
 
 def test_a_server_joins_however_often_others_were_faster(pool, monkeypatch):
-    server, other, commit = pool(), pool(), Registry._commit
+    server, other, commit = pool(), pool(), EtcdClient.commit
     outcomes: list[bool] = []
 
-    def late(registry, *args):
-        if registry is server:
+    def late(etcd, compare, writes, lease):
+        if "servers/h:1" in writes:
             if len(outcomes) < 25:
                 other.join(Member("h:2", failed={"d": f"no {len(outcomes)}"}))
-            outcomes.append(commit(registry, *args))
+            outcomes.append(commit(etcd, compare, writes, lease))
             return outcomes[-1]
-        return commit(registry, *args)
+        return commit(etcd, compare, writes, lease)
 
-    monkeypatch.setattr(Registry, "_commit", late)
+    monkeypatch.setattr(EtcdClient, "commit", late)
     monkeypatch.setattr(module, "_LONGEST_ATTEMPT_PAUSE_S", 0.02, raising=False)
     server.join(member("h:1", A), 600)
     assert outcomes == [False] * 25 + [True]
@@ -667,18 +670,18 @@ def test_of_many_that_clash_and_join_at_one_moment_only_those_get_in_that_fit(po
 
 def test_a_server_that_leaves_while_others_join_does_not_try_again(pool, monkeypatch):
     server, left = pool(), threading.Event()
-    commit = Registry._commit
+    commit = EtcdClient.commit
 
-    def failing(registry, *args):
-        if registry is not server:
-            return commit(registry, *args)
+    def failing(etcd, compare, writes, lease):
+        if "servers/h:1" not in writes:
+            return commit(etcd, compare, writes, lease)
         if not left.is_set():
             left.set()
             leaving.start()
             eventually(lambda: server._member is None)
         return False
 
-    monkeypatch.setattr(Registry, "_commit", failing)
+    monkeypatch.setattr(EtcdClient, "commit", failing)
     leaving = threading.Thread(target=server.leave)
     server.join(member("h:1", A), 600)
     leaving.join(LIMIT_S)
@@ -687,14 +690,14 @@ def test_a_server_that_leaves_while_others_join_does_not_try_again(pool, monkeyp
 
 
 def test_a_lease_that_ends_while_others_join_is_replaced(pool, monkeypatch):
-    server, commit = pool(), Registry._commit
+    server, commit = pool(), EtcdClient.commit
 
-    def beaten_for_long(registry, *args):
-        monkeypatch.setattr(Registry, "_commit", commit)
-        registry._each(lambda client: module._post(client, "/lease/revoke", {"ID": registry._lease}))
+    def beaten_for_long(etcd, compare, writes, lease):
+        monkeypatch.setattr(EtcdClient, "commit", commit)
+        etcd.revoke(lease)
         return False
 
-    monkeypatch.setattr(Registry, "_commit", beaten_for_long)
+    monkeypatch.setattr(EtcdClient, "commit", beaten_for_long)
     server.join(member("h:1", A))
     assert pool().read().members == {"h:1": member("h:1", A)}
 
@@ -740,7 +743,7 @@ READERS = {
 @pytest.mark.parametrize("whole", READERS)
 @given(data=st.data())
 def test_any_bytes_are_a_record_or_refused(whole, data):
-    document = module.json.loads(whole)
+    document = json.loads(whole)
     name = data.draw(st.sampled_from(sorted(document)))
     other = data.draw(JSON)
     nested = [{"model": "m", "version": A, "parts": {"2": other}}, {"2": other}, {A: other}, {str(other): [0, 1]}]

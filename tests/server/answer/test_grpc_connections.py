@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from direct_callers import Caller, way_in
+from engrampool_server.answer import grpc_server as server_module
 from engrampool_server.answer import peers
-from engrampool_server.answer import server as server_module
 from server_fixtures import LIMIT_S, RawPool, Running, eventually, expected, pack, rows_of, running, version_of
 
 MIB = 1 << 20

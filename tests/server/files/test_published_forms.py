@@ -18,13 +18,13 @@ from engrampool_client.errors import FingerprintError
 from engrampool_proto.builders import Stored, blueprint, load_config
 from engrampool_proto.errors import SpecError
 from engrampool_proto.token_map import TokenMap
-from engrampool_server.commands.plan import spec_of
 from engrampool_server.config import load_config as load_settings
 from engrampool_server.files.checkpoint import Checkpoint, CheckpointError
 from engrampool_server.files.pack import pack
 from engrampool_server.files.synth_checkpoint import synth_checkpoint
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.shards import read_placement
+from engrampool_server.memory.placement import read_placement
+from engrampool_server.memory.shard_plan import spec_of
 from published import QWEN_PLACE, Published, Tensor, noise, scalar
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 123456\n" % 0

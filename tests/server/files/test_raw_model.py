@@ -15,12 +15,13 @@ from engrampool_server.files.pack import pack
 from engrampool_server.files.raw_model import RawModel
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.machine import Machine, in_memory
-from engrampool_server.memory.tables import HeldModel, load
+from engrampool_server.memory.table_loader import load
+from engrampool_server.memory.tables import LoadedModel
 from server_fixtures import RawPool, rows_of
 from server_fixtures import pack as pack_small
 
 
-def load_all(model: RawModel | PackedModel, memory: str = "anon", threads: int = 2) -> HeldModel:
+def load_all(model: RawModel | PackedModel, memory: str = "anon", threads: int = 2) -> LoadedModel:
     try:
         return load(model, memory, False, threads, threading.Event(), lambda _: None)
     finally:

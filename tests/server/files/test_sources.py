@@ -22,7 +22,8 @@ from engrampool_server.files.synth import fill_rows, synthetic_model
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.files.table_writer import write_tables
 from engrampool_server.files.verify import damaged_blocks
-from engrampool_server.memory.tables import HeldModel, load
+from engrampool_server.memory.table_loader import load
+from engrampool_server.memory.tables import LoadedModel
 from stores import S3, HttpFiles, http_files, line_to, s3_server
 
 SECRET = "topsecret"
@@ -68,12 +69,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "RETRY", {"max_retries": 0})
 
 
-def load_all(where: Path | Url, part=None) -> HeldModel:
+def load_all(where: Path | Url, part=None) -> LoadedModel:
     with PackedModel.open(where) as model:
         return load(model, "anon", False, 2, threading.Event(), lambda _: None, part=part)
 
 
-def assert_equal(found: HeldModel, packed: Path) -> None:
+def assert_equal(found: LoadedModel, packed: Path) -> None:
     wanted = load_all(packed)
     assert found.version == wanted.version
     for layer, table in wanted.tables.items():

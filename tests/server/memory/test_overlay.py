@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engrampool_proto.errors import BatchError
 from engrampool_server.memory.gather import gather
 from engrampool_server.memory.overlay import Overlay
-from engrampool_server.memory.tables import HeldTable
+from engrampool_server.memory.tables import LoadedTable
 from server_fixtures import SPEC
 
 TABLE = SPEC.table(9)
@@ -64,7 +64,7 @@ def test_an_id_that_is_not_held_is_named_and_ends_the_copy(start, dtype, data):
     held = [value for value in near if start <= value < start + 90]
     ids = data.draw(st.lists(st.sampled_from(held * 8 + near), max_size=80))
     bad = [at for at, value in enumerate(ids) if not start <= value < start + 90]
-    table = HeldTable(TABLE, rows, start, overlay=over)
+    table = LoadedTable(TABLE, rows, start, overlay=over)
     array, out = np.array(ids, dtype), np.zeros(len(ids) * 42, np.uint8)
     if bad:
         with pytest.raises(BatchError, match=f"row id {ids[bad[0]]} at position {bad[0]} of layer 9"):

@@ -30,7 +30,8 @@ from engrampool_server.memory.segments import (
     sweep,
     take,
 )
-from engrampool_server.memory.tables import HeldModel, LoadCancelledError, identities, load
+from engrampool_server.memory.table_loader import LoadCancelledError, identities, load
+from engrampool_server.memory.tables import LoadedModel
 from server_fixtures import SPEC, Events, change_byte, eventually, expected, pack
 
 NAME = "engrampool-{uid}-{version}-{layer}-0-{rows}"
@@ -47,7 +48,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("segments") / "other", change=True, block_bytes=100_000)
 
 
-def load_into(directory: Path, packed: Path, stop: threading.Event | None = None, **options) -> HeldModel:
+def load_into(directory: Path, packed: Path, stop: threading.Event | None = None, **options) -> LoadedModel:
     with PackedModel.open(packed) as model:
         return load(
             model, f"file:{directory}", options.get("lock", False), 2, stop or threading.Event(), lambda _: None
@@ -65,7 +66,7 @@ def backing(directory: Path) -> Backing:
     return found
 
 
-def right(held: HeldModel) -> bool:
+def right(held: LoadedModel) -> bool:
     return all(
         table.rows.tobytes() == expected(layer, np.arange(len(table.rows))) for layer, table in held.tables.items()
     )
@@ -193,7 +194,7 @@ def test_a_whole_segment_under_the_name_of_another_is_not_adopted(packed, other,
 
 
 def test_a_damaged_segment_that_a_server_uses_is_an_error_that_says_so(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("engrampool_server.memory.tables.POLL_S", 0.001)
+    monkeypatch.setattr("engrampool_server.memory.table_loader.POLL_S", 0.001)
     held = load_into(tmp_path, packed)
     path = tmp_path / file_name(wanted(packed)[0])
     change_byte(path, 0)
@@ -401,19 +402,19 @@ import gc, os, signal, sys, threading
 from pathlib import Path
 import numpy as np
 from engrampool_server.memory import segments
-from engrampool_server.memory import tables
+from engrampool_server.memory import table_loader
 from engrampool_server.files.table_files import PackedModel
 from server_fixtures import expected
 
 packed, old, directory, first, step = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:])
-FILES = (segments.__file__, tables.__file__)
+FILES = (segments.__file__, table_loader.__file__)
 memory = f"file:{directory}"
 
 def start(packed):
     with PackedModel.open(packed) as model:
-        wanted = tables.identities(model)
+        wanted = table_loader.identities(model)
         segments.sweep(segments.find_backing(memory), wanted)
-        return tables.load(model, memory, False, 1, threading.Event(), lambda _: None), wanted
+        return table_loader.load(model, memory, False, 1, threading.Event(), lambda _: None), wanted
 
 def child(work):
     pid = os.fork()
@@ -463,7 +464,7 @@ print(killed)
 
 
 def test_a_load_that_is_killed_anywhere_is_in_nobodys_way(tmp_path):
-    """SIGKILL before a line of segments.py or tables.py, then a start that must serve, for every 11th line run."""
+    """SIGKILL before a line of segments.py or table_loader.py, then a start that must serve; every 11th line run."""
     directory = tmp_path / "segments"
     directory.mkdir()
     packed, old = pack(tmp_path / "new", block_bytes=500_000), pack(tmp_path / "old", change=True, block_bytes=500_000)
@@ -481,7 +482,7 @@ import os, subprocess, sys, threading
 from pathlib import Path
 subprocess.run(["mount", "-t", "tmpfs", "-o", sys.argv[3], "none", sys.argv[2]], check=True)
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.tables import load
+from engrampool_server.memory.table_loader import load
 with PackedModel.open(Path(sys.argv[1])) as model:
     try:
         load(model, sys.argv[4], False, 2, threading.Event(), lambda _: None)
@@ -523,7 +524,7 @@ def test_a_stray_write_to_a_table_ends_the_one_process_that_tried(packed, tmp_pa
     program = (
         "import ctypes, os, sys, threading; from pathlib import Path\n"
         "from engrampool_server.files.table_files import PackedModel\n"
-        "from engrampool_server.memory.tables import load\n"
+        "from engrampool_server.memory.table_loader import load\n"
         "with PackedModel.open(Path(sys.argv[1])) as model:\n"
         "    held = load(model, sys.argv[2], False, 1, threading.Event(), lambda _: None)\n"
         "for table in held.tables.values():\n"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from engrampool_proto.errors import BatchError
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.memory.memory import OutOfMemoryError
-from engrampool_server.memory.tables import HeldTable, LoadCancelledError, load
+from engrampool_server.memory.table_loader import LoadCancelledError, load
+from engrampool_server.memory.tables import LoadedTable
 from server_fixtures import SPEC, expected, pack
 
 TABLE = SPEC.table(9)
@@ -27,8 +28,8 @@ def load_all(directory: Path, threads: int = 2, memory: str = "anon", stop=None,
         return load(model, memory, False, threads, stop or threading.Event(), progress)
 
 
-def held(rows: int, start: int = 0) -> HeldTable:
-    return HeldTable(TABLE, np.random.default_rng(rows).integers(0, 256, (rows, 42), np.uint8), start)
+def held(rows: int, start: int = 0) -> LoadedTable:
+    return LoadedTable(TABLE, np.random.default_rng(rows).integers(0, 256, (rows, 42), np.uint8), start)
 
 
 @pytest.mark.parametrize("memory", ["anon", "file"])
@@ -97,7 +98,7 @@ def test_a_stop_before_the_first_block_reads_nothing(packed, monkeypatch):
     def refuse(*_):
         raise AssertionError("memory was asked for")
 
-    monkeypatch.setattr("engrampool_server.memory.tables.allocate", refuse)
+    monkeypatch.setattr("engrampool_server.memory.table_loader.allocate", refuse)
     stop = threading.Event()
     stop.set()
     with pytest.raises(LoadCancelledError):
@@ -150,6 +151,6 @@ def test_memory_that_is_not_there_is_an_error_of_the_load(packed, monkeypatch):
     def refuse(nbytes, kind):
         raise OutOfMemoryError(f"{nbytes} of {kind}")
 
-    monkeypatch.setattr("engrampool_server.memory.tables.allocate", refuse)
+    monkeypatch.setattr("engrampool_server.memory.table_loader.allocate", refuse)
     with pytest.raises(OutOfMemoryError, match=f"{SPEC.table(2).nbytes} of anon"):
         load_all(packed)

@@ -18,7 +18,7 @@ import json, os, signal, sys, threading, time
 from engrampool_server.processes import children as module
 from engrampool_server.telemetry import log
 from engrampool_server.processes.children import Children
-from engrampool_server.processes.link import Report
+from engrampool_server.processes.reports import Report
 
 log.configure("info")
 happened = []
@@ -42,11 +42,11 @@ def until(done):
     family.turn_until(done, time.monotonic() + 30)
     assert done(), happened
 
-def well(link):
-    link.ready()
+def well(reporter):
+    reporter.ready()
     while True:
         time.sleep(0.05)
-        link.beat()
+        reporter.beat()
 
 with family:
     exec(sys.argv[1])
@@ -77,7 +77,7 @@ def test_a_child_that_ends_in_the_midst_of_a_line_is_one_that_ended():
     happened, logged = live(f"""
 other = start("other", well)
 for half in {HALVES!r}:
-    start(repr(half)[:40], lambda link: (link.ready(), os.write(link.report, half), os._exit(3)))
+    start(repr(half)[:40], lambda reporter: (reporter.ready(), os.write(reporter.report, half), os._exit(3)))
 until(lambda: len(family) == 1)
 until(lambda: other.ready_s is not None)
 assert other in family
@@ -92,12 +92,12 @@ assert other in family
 def test_a_child_that_babbles_counts_as_silent_and_is_told_of_once():
     happened, logged = live(
         """
-def babble(link):
-    link.ready()
+def babble(reporter):
+    reporter.ready()
     while True:
         try:
-            os.write(link.report, b"babble" * 1000)
-            os.write(link.report, b"\\n")
+            os.write(reporter.report, b"babble" * 1000)
+            os.write(reporter.report, b"\\n")
         except BlockingIOError:
             time.sleep(0.001)
 start("babbler", babble)
@@ -121,15 +121,15 @@ def test_what_a_child_left_behind_holds_up_nobody():
     """A process of its own still has the pipe, and says nothing: the end of the pipe never comes."""
     happened, _ = live("""
 reader, writer = os.pipe()
-def parent(link):
-    link.ready()
+def parent(reporter):
+    reporter.ready()
     if not os.fork():
         os.close(reader)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.write(writer, str(os.getpid()).encode())
         time.sleep(60)
         os._exit(0)
-    link.failed("I leave")
+    reporter.failed("I leave")
     os._exit(1)
 start("parent", parent)
 left = int(os.read(reader, 20))
@@ -145,14 +145,14 @@ def test_a_child_that_works_before_it_is_ready_is_busy_and_one_that_waits_hangs(
     """Both say nothing for much longer than a start may be silent: only one of them does anything."""
     happened, logged = live("""
 module.START_TIMEOUT_S = 0.5
-def compute(link):
+def compute(reporter):
     end = time.monotonic() + 1.6
     while time.monotonic() < end:
         sum(range(20_000))
-    well(link)
-def wait(link):
-    os.read(link.life, 1)
-def stop(link):
+    well(reporter)
+def wait(reporter):
+    os.read(reporter.life, 1)
+def stop(reporter):
     os.kill(os.getpid(), signal.SIGSTOP)
 busy = start("busy", compute)
 start("stuck", wait)
@@ -192,7 +192,7 @@ assert child in family
 def test_a_child_that_is_busy_for_ever_before_it_is_ready_is_killed_in_the_end():
     happened, _ = live("""
 module.START_TIMEOUT_S, module.LONGEST_SILENCE_S = 0.2, 0.5
-def spin(link):
+def spin(reporter):
     while True:
         pass
 start("spinner", spin)
@@ -236,7 +236,7 @@ from engrampool_server.processes.loader import become_loader
 def load(where):
     config = ServerConfig(registry="etcd://127.0.0.1:1", memory=f"file:{memory}/{where}")
     published = Published("small", version, f"{url}/{where}", None, "d", {2: 6500, 9: 4100})
-    return start(where, lambda link: become_loader(published, config, [], link))
+    return start(where, lambda reporter: become_loader(published, config, [], reporter))
 
 slow, silent = load("slow"), load("silent")
 until(lambda: silent not in family and slow.ready_s is not None)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from engrampool_proto.registry.etcd import Published
-from engrampool_server.answer.known import Known
 from engrampool_server.config import ConfigError
-from engrampool_server.processes.link import Report
+from engrampool_server.processes.pool_view import PoolView
 from engrampool_server.processes.registrar import Cache
+from engrampool_server.processes.reports import Report
 from server_fixtures import LIMIT_S, Events, lasting_address
 
 URL = "etcd://127.0.0.1:2379"
@@ -22,7 +22,9 @@ PUBLISHED = [
     Published("m", "a", "/models/ä", None, "d", {1: 10}),
     Published("m", "b", "s3://bucket/b", "a", "d", {1: 10}),
 ]
-KNOWN = Known({("m", one.version): one for one in PUBLISHED}, {("m", "a"): {"7": 0}, ("m", "b"): {"8": 3}}, {"m": "b"})
+KNOWN = PoolView(
+    {("m", one.version): one for one in PUBLISHED}, {("m", "a"): {"7": 0}, ("m", "b"): {"8": 3}}, {"m": "b"}
+)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def events():
 def test_the_cache_gives_back_what_was_written_last_for_the_same_registry(tmp_path, events):
     cache = Cache(tmp_path / "published.json", URL)
     assert cache.read() is None
-    for known in (KNOWN, Known(), Known({("m", "a"): PUBLISHED[0]}, {("m", "a"): {"7": 0}})):
+    for known in (KNOWN, PoolView(), PoolView({("m", "a"): PUBLISHED[0]}, {("m", "a"): {"7": 0}})):
         cache.write(known)
         assert cache.read() == known
     assert [path.name for path in tmp_path.iterdir()] == ["published.json"]
@@ -113,15 +115,15 @@ REGISTRAR = """
 import socket, sys
 from pathlib import Path
 from engrampool_server.processes import registrar
-from engrampool_server.answer.known import Known
+from engrampool_server.processes.pool_view import PoolView
 from engrampool_server.telemetry.metrics import Metrics
-from engrampool_server.processes.link import Link
+from engrampool_server.processes.reports import Reporter
 registrar.PATIENCE_S = 0.2
 url, path, is_first = sys.argv[1:]
 theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-cache, link = registrar.Cache(Path(path), url), Link(-1, 1, 0.05)
-known = None if is_first == "first" else Known()
-registrar.register(url, cache, "127.0.0.1:1", ours, Metrics(), link, known=known)
+cache, reporter = registrar.Cache(Path(path), url), Reporter(-1, 1, 0.05)
+known = None if is_first == "first" else PoolView()
+registrar.register(url, cache, "127.0.0.1:1", ours, Metrics(), reporter, known=known)
 """
 
 

@@ -95,9 +95,9 @@ class PatchFiles(ModelFiles):
                 raise ValueError(f"ids or rows must be {wanted}; they are {out.dtype} {list(out.shape)}")
         what = f"layer {block.layer} block {block.index} (changed rows {block.first_id} .. {block.last_id})"
         pieces = [(block.ids_offset, ids.data.cast("B")), (block.rows_offset, rows.data.cast("B"))]
-        self._fill(block.file, pieces, block.checksum, what)
+        self.fill(block.file, pieces, block.checksum, what)
         if (ids[0], ids[-1]) != (block.first_id, block.last_id) or not (ids[:-1] < ids[1:]).all():
-            raise self._damaged(block.file, f"{what} has ids that do not ascend from the first to the last of these")
+            raise self.damaged(block.file, f"{what} has ids that do not ascend from the first to the last of these")
 
     def checks(self) -> Sequence[tuple[int, Check]]:
         """As of `ModelFiles`, in order of layer and id."""

@@ -16,7 +16,7 @@ from direct_callers import Caller, caller, way_in
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
-from engrampool_server.answer.lane import direct
+from engrampool_server.answer.lookups import Job
 from server_fixtures import (
     LIMIT_S,
     RawPool,
@@ -158,8 +158,8 @@ def test_refusals_are_those_of_grpc_and_the_connection_stays_good(server, pool, 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_passed_deadline_is_refused_before_work(server, pool, monkeypatch):
-    resolve = direct.Job.resolve
-    monkeypatch.setattr(direct.Job, "resolve", lambda job, left: resolve(job, None if left is None else left - 1))
+    resolve = Job.resolve
+    monkeypatch.setattr(Job, "resolve", lambda job, left: resolve(job, None if left is None else left - 1))
     with caller(server) as lane:
         lane.ask(pool.by_ids((2, [1])), timeout_us=500_000)
         assert lane.refusal() == (4, "deadline", "the deadline passed before work began")

@@ -14,9 +14,10 @@ import pytest
 
 from direct_callers import Caller, caller, way_in
 from engrampool_proto import frames
-from engrampool_server.answer.lane import callers, direct
+from engrampool_server.answer.lane import answers, connection, connection_limits
+from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Lookups, RefusedError
-from engrampool_server.memory.tables import HeldTable
+from engrampool_server.memory.tables import LoadedTable
 from server_fixtures import RawPool, Running, eventually, expected, joined, pack, running, version_of
 
 MIB = 1 << 20
@@ -45,24 +46,25 @@ def pool(server: Running, packed: Path) -> Iterator[RawPool]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_PATIENCE_S", PATIENCE_S)
+    for module in (connection, answers):
+        monkeypatch.setattr(module, "_PATIENCE_S", PATIENCE_S)
 
 
 @pytest.fixture
 def end_of_patience(monkeypatch: pytest.MonkeyPatch, impatient: None) -> threading.Event:
     """Until it is set nobody is cut off, so that what is held until then can be seen."""
     reached = threading.Event()
-    cut_off = direct._Connection.cut
+    cut_off = answers.Answerer.cut
 
-    def cut_later(connection: Any, reason: str) -> None:
-        if reason == "unread-answer" and not connection._paused:
+    def cut_later(answerer: Any, reason: str) -> None:
+        if reason == "unread-answer" and not answerer._paused:
             return  # read in the end, by a machine that is busy
         if reached.is_set():
-            cut_off(connection, reason)
+            cut_off(answerer, reason)
         else:
-            connection._lane.loop.call_later(0.01, cut_later, connection, reason)
+            answerer._resources.loop.call_later(0.01, cut_later, answerer, reason)
 
-    monkeypatch.setattr(direct._Connection, "cut", cut_later)
+    monkeypatch.setattr(answers.Answerer, "cut", cut_later)
     return reached
 
 
@@ -137,21 +139,21 @@ def test_a_request_that_goes_on_may_take_its_time(server, pool, monkeypatch):
     request = pool.by_ids((2, np.tile(np.arange(6500), 4)), dtype=np.uint64)
     whole = frames.request_start(0, len(request)) + request
     with caller(server) as lane:
-        (connection,) = server.server._direct._connections
+        (came,) = server.server._direct._connections
         for part in (whole[:100_000], whole[100_000:200_000]):
             lane.socket.sendall(part)
-        eventually(lambda: connection._filled == 200_000, "so much has come")
+        eventually(lambda: came._filled == 200_000, "so much has come")
 
         async def later(before: int) -> None:
-            connection._no_timer()
-            connection._await_rest(before)
+            came._no_timer()
+            came._await_rest(before)
 
-        monkeypatch.setattr(direct, "_PROGRESS_BYTES", 100_000)
+        monkeypatch.setattr(connection, "_PROGRESS_BYTES", 100_000)
         server.call(lambda: later(100_000))
         lane.socket.sendall(whole[200_000:])
         assert joined(lane.answer()) == {2: expected(2, np.tile(np.arange(6500), 4))}
         # And between two requests it may be silent for as long as it likes.
-        assert connection._timer is None
+        assert came._timer is None
 
 
 def test_a_request_for_which_there_is_no_room_is_refused_and_the_next_one_is_not(server, pool):
@@ -175,7 +177,7 @@ def test_a_request_for_which_there_is_no_room_is_refused_and_the_next_one_is_not
 
 @pytest.mark.usefixtures("impatient")
 def test_a_hello_that_does_not_end_is_cut_off(server, monkeypatch):
-    monkeypatch.setattr(direct, "_HELLO_S", PATIENCE_S)
+    monkeypatch.setattr(connection, "_HELLO_S", PATIENCE_S)
     before = cut(server, "no-hello")
     with Caller(way_in(server)) as silent, Caller(way_in(server)) as half:
         half.socket.sendall(frames.frame(frames.HELLO, half.ticket)[:-1])
@@ -218,12 +220,12 @@ def test_who_only_asks_and_never_reads_refusals_is_cut_off(server):
     before = cut(server, "unread-answer")
     with caller(server) as lane:
         lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection = next(iter(server.server._direct._connections))
+        answerer = next(iter(server.server._direct._connections)).answerer
 
         async def ask_until_full() -> None:
-            while not connection._unread:
-                connection._transport.write(bytes(64 << 10))  # as if refusals had filled it by and by
-                connection._refuse(RefusedError(grpc.StatusCode.NOT_FOUND, "unknown-model", "none here"))
+            while not answerer._unread:
+                answerer._transport.write(bytes(64 << 10))  # as if refusals had filled it by and by
+                answerer.refuse(RefusedError(grpc.StatusCode.NOT_FOUND, "unknown-model", "none here"))
 
         server.call(ask_until_full)
         eventually(lambda: cut(server, "unread-answer") == before + 1, "cut off")
@@ -243,7 +245,7 @@ def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool):
 
 
 def test_strangers_stand_in_the_way_of_their_own_peer_only(server, pool, monkeypatch):
-    monkeypatch.setattr(callers, "_STRANGERS", 4)
+    monkeypatch.setattr(connection_limits, "_STRANGERS", 4)
     where, elsewhere = way_in(server), way_in(server)
     with Caller(where) as mine, Caller(elsewhere, "127.0.0.2") as other:
         eventually(lambda: server.scrape()["engrampool_direct_connections"] == 2, "both have come")
@@ -252,7 +254,7 @@ def test_strangers_stand_in_the_way_of_their_own_peer_only(server, pool, monkeyp
         assert told == ["too-many-connections"] * 5
         still_good(mine.hello(), pool)
         # Those that had their time go for those that come.
-        monkeypatch.setattr(callers, "_GRACE_S", 0.0)
+        monkeypatch.setattr(connection_limits, "_GRACE_S", 0.0)
         before = cut(server, "stranger")
         late = [Caller(where) for _ in range(5)]
         assert all(stranger.ended() for stranger in strangers[:3])
@@ -304,9 +306,9 @@ def _no_memory(*_: object) -> Any:
 
 BROKEN = {
     "check": (Lookups, "check"),
-    "resolve": (HeldTable, "check"),
-    "buffer": (direct.DirectLane, "take_buffer"),
-    "gather": (HeldTable, "gather"),
+    "resolve": (LoadedTable, "check"),
+    "buffer": (Resources, "take_buffer"),
+    "gather": (LoadedTable, "gather"),
 }
 
 

@@ -29,7 +29,8 @@ from engrampool_server.files.sources import Url
 from engrampool_server.files.staging import OutputError
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.files.table_writer import write_tables
-from engrampool_server.memory.tables import HeldModel, LoadCancelledError, load, load_patched
+from engrampool_server.memory.table_loader import LoadCancelledError, load, load_patched
+from engrampool_server.memory.tables import LoadedModel
 from stores import http_files
 
 Rows = Mapping[int, npt.NDArray[np.uint8]]
@@ -66,22 +67,22 @@ def changed_rows(ids: Mapping[int, npt.NDArray[np.uint64]] = IDS) -> dict[int, n
     return rows
 
 
-def hold(base: Path, part: Part | None = None) -> HeldModel:
+def hold(base: Path, part: Part | None = None) -> LoadedModel:
     with PackedModel.open(base) as model:
         return load(model, "anon", False, 2, threading.Event(), lambda _: None, part=part)
 
 
 def hold_patched(
     directory: Path,
-    base: HeldModel,
+    base: LoadedModel,
     progress: Callable[[int], None] = lambda _: None,
     stop: threading.Event | None = None,
-) -> HeldModel:
+) -> LoadedModel:
     with PatchFiles.open(directory) as opened:
         return load_patched(opened, base, 2, stop or threading.Event(), progress)
 
 
-def gathered(model: HeldModel) -> dict[int, npt.NDArray[np.uint8]]:
+def gathered(model: LoadedModel) -> dict[int, npt.NDArray[np.uint8]]:
     """Every row held, by a lookup of each."""
     found = {}
     for layer, table in model.tables.items():
@@ -103,7 +104,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base_held(base: Path) -> HeldModel:
+def base_held(base: Path) -> LoadedModel:
     return hold(base)
 
 
@@ -168,7 +169,7 @@ def test_what_differs_is_what_is_written_and_held(
         assert all(np.array_equal(found[layer], rows[layer][r.start : r.stop]) for layer, r in held_part.items())
 
 
-def test_the_base_stays_as_it_is_and_its_memory_is_shared(patched: Path, base_held: HeldModel) -> None:
+def test_the_base_stays_as_it_is_and_its_memory_is_shared(patched: Path, base_held: LoadedModel) -> None:
     held = hold_patched(patched, base_held)
     for layer, table in held.tables.items():
         assert table.rows is base_held.tables[layer].rows
@@ -214,7 +215,7 @@ def test_blocks_that_agree_are_not_read(base: Path, new: Path, patched: Path, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "patch"]
 
 
-def test_a_shard_reads_only_blocks_with_rows_of_its_own(copy: Path, base: Path, base_held: HeldModel) -> None:
+def test_a_shard_reads_only_blocks_with_rows_of_its_own(copy: Path, base: Path, base_held: LoadedModel) -> None:
     with PatchFiles.open(copy) as opened:
         victim = opened.blocks(3)[1]
         sizes = [(block.stop - block.start) * (8 + 33) for block in opened.blocks(3)]
@@ -236,7 +237,7 @@ def test_a_shard_reads_only_blocks_with_rows_of_its_own(copy: Path, base: Path, 
         hold_patched(copy, base_held)
 
 
-def test_a_patch_is_read_from_a_url_alike(patched: Path, base_held: HeldModel) -> None:
+def test_a_patch_is_read_from_a_url_alike(patched: Path, base_held: LoadedModel) -> None:
     with http_files() as http:
         http.add(patched, "p")
         with open_any(Url(f"{http.url}/p")) as opened:
@@ -245,7 +246,7 @@ def test_a_patch_is_read_from_a_url_alike(patched: Path, base_held: HeldModel) -
     assert all(np.array_equal(rows, changed_rows()[layer]) for layer, rows in gathered(held).items())
 
 
-def test_a_stop_ends_loading(patched: Path, base_held: HeldModel) -> None:
+def test_a_stop_ends_loading(patched: Path, base_held: LoadedModel) -> None:
     stop = threading.Event()
     with pytest.raises(LoadCancelledError):
         hold_patched(patched, base_held, lambda _: stop.set(), stop)
@@ -309,7 +310,7 @@ def test_an_interrupted_patch_leaves_nothing(base: Path, tmp_path: Path, monkeyp
 
 
 def test_a_patch_is_no_model_and_fits_its_base_alone(
-    base: Path, new: Path, patched: Path, base_held: HeldModel, tmp_path: Path
+    base: Path, new: Path, patched: Path, base_held: LoadedModel, tmp_path: Path
 ) -> None:
     with pytest.raises(
         IsPatchError, match=rf"^{patched} is a patch of version '{base_held.version}', not a packed model"

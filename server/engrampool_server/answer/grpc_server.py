@@ -11,14 +11,14 @@ from grpc_reflection.v1alpha import reflection
 from engrampool_proto.wire import SERVICE
 from engrampool_server.answer.health import SERVING, Health
 from engrampool_server.answer.in_flight import InFlight
+from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.lane.direct import DirectLane
-from engrampool_server.answer.lane.entrance import Entrance
 from engrampool_server.answer.lookups import Limits, Lookups
-from engrampool_server.answer.service import PoolService
-from engrampool_server.answer.shared import Shared
+from engrampool_server.answer.pool_service import PoolService
+from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.config import ServerConfig
-from engrampool_server.memory.load import Holdings
-from engrampool_server.memory.tables import HeldModel
+from engrampool_server.memory.load import ModelLoader
+from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.ports import ListenError, listen_on
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.telemetry import log
@@ -40,7 +40,7 @@ SIGN_OF_LIFE_S = 10
 _IDLE_S = 0.1
 
 
-class Server:
+class GrpcServer:
     """Answers on `config.listen`, on the event loop that it was made on.
 
     Alone (`shared` not given) it is a whole server: `start`, `load`, `stop`. As one of several processes it listens on
@@ -49,15 +49,15 @@ class Server:
     address, metrics_address: "HOST:PORT" once started, with the port that port 0 became.
     """
 
-    def __init__(self, config: ServerConfig, shared: Shared | None = None) -> None:
+    def __init__(self, config: ServerConfig, shared: SharedState | None = None) -> None:
         self._config = config
         self._alone = shared is None
-        self._shared = shared or Shared(Metrics(), InFlight(config.max_in_flight_bytes))
+        self._shared = shared or SharedState(Metrics(), InFlight(config.max_in_flight_bytes))
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
         self._lookups = Lookups(limits, self._shared.in_flight, self._shared.metrics, config.gather_threads)
         self._calls = CallMetrics(self._shared.metrics)
         self._health = Health("", SERVICE)
-        self._holdings = Holdings(config, self._shared.metrics)
+        self._loader = ModelLoader(config, self._shared.metrics)
         self._grpc: grpc.aio.Server | None = None
         self._direct: DirectLane | None = None
         self._metrics_http: tuple[Http, threading.Thread] | None = None
@@ -72,12 +72,12 @@ class Server:
         """
         config = self._config
         if self._alone:
-            self._holdings.open()
+            self._loader.open()
             self._listen_metrics()
-            self._shared.entrance = Entrance.open(config.direct, config.listen)
+            self._shared.admission = Admission.open(config.direct, config.listen)
         max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
-        if self._shared.entrance is not None:
-            self._direct = DirectLane(self._lookups, self._shared.metrics, self._shared.entrance, max_request_bytes)
+        if self._shared.admission is not None:
+            self._direct = DirectLane(self._lookups, self._shared.metrics, self._shared.admission, max_request_bytes)
         options = [
             # Two servers on one port would each get some of the connections, a stale one too.
             ("grpc.so_reuseport", 0 if self._alone else 1),
@@ -126,12 +126,12 @@ class Server:
 
     async def load(self) -> None:
         """Read every table, then serve them. Raises what reading and allocating raise."""
-        self.hold(await asyncio.to_thread(lambda: list(self._holdings.load(self._cancel_load))))
+        self.hold(await asyncio.to_thread(lambda: list(self._loader.load(self._cancel_load))))
         self._shared.metrics.serving.set(1)
         self._shared.metrics.workers.set(1)
         log.event("serving", listen=self.address, metrics=self.metrics_address or "off")
 
-    def hold(self, models: list[HeldModel]) -> None:
+    def hold(self, models: list[LoadedModel]) -> None:
         """Answer lookups in `models` from now on; health says SERVING, if there are any."""
         for model in models:
             self._lookups.add(model)
@@ -155,13 +155,13 @@ class Server:
             self._grpc = None
             if self._alone:
                 log.event("stopped", drained_s=round(time.monotonic() - begin, 3))
-        if self._alone and self._shared.entrance is not None:
-            self._shared.entrance.close()
-            self._shared.entrance = None
+        if self._alone and self._shared.admission is not None:
+            self._shared.admission.close()
+            self._shared.admission = None
         if self._flushing is not None:
             self._flushing.cancel()
         self._lookups.close()
-        self._holdings.close()
+        self._loader.close()
         if self._metrics_http is not None:
             server, thread = self._metrics_http
             self._metrics_http = None

@@ -20,7 +20,7 @@ _GRACE_S = 1.0
 _Connection = TypeVar("_Connection")
 
 
-class Callers(Generic[_Connection]):
+class ConnectionLimits(Generic[_Connection]):
     """The connections of one process, each with its peer. Nobody shuts out anybody but those of its own peer.
 
     A peer may have no more connections than it leaves free, and few strangers among them.
@@ -40,7 +40,7 @@ class Callers(Generic[_Connection]):
     def __iter__(self) -> Iterator[_Connection]:
         return iter(list(self._peers))
 
-    def come(self, connection: _Connection, peer: str) -> _Connection | None:
+    def add(self, connection: _Connection, peer: str) -> _Connection | None:
         """Take note of a connection, a stranger as yet. Gives the one that has to go for it. Raises RefusedError."""
         if self._counts[peer] + 1 > self._most - (len(self._peers) + 1):
             text = f"{self._counts[peer]} connections are open from {peer}, and {len(self._peers)} in all"
@@ -51,13 +51,13 @@ class Callers(Generic[_Connection]):
             oldest, since = next(iter(strangers.items()))
             if time.monotonic() - since < _GRACE_S:
                 raise _too_many(f"{len(strangers)} connections from {peer} came just now, and none has said hello")
-            self.left(oldest)
+            self.remove(oldest)
         self._peers[connection] = peer
         self._counts[peer] += 1
         self._strangers.setdefault(peer, {})[connection] = time.monotonic()
         return oldest
 
-    def admitted(self, connection: _Connection) -> None:
+    def admit(self, connection: _Connection) -> None:
         """It is no stranger any more."""
         peer = self._peers[connection]
         strangers = self._strangers.get(peer, {})
@@ -65,10 +65,10 @@ class Callers(Generic[_Connection]):
         if not strangers:
             self._strangers.pop(peer, None)
 
-    def left(self, connection: _Connection) -> None:
+    def remove(self, connection: _Connection) -> None:
         """Forget a connection, if that was not done before."""
         if connection in self._peers:
-            self.admitted(connection)
+            self.admit(connection)
             peer = self._peers.pop(connection)
             self._counts[peer] -= 1
             if not self._counts[peer]:

@@ -5,13 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engrampool_proto.registry.etcd import Published, State
-
-# Model and version.
-Key = tuple[str, str]
+from engrampool_server.memory.tables import VersionKey
 
 
 @dataclass(frozen=True)
-class Known:
+class PoolView:
     """The versions to be held, and which of them clients read.
 
     A registry may lose its records, or another one may answer in its place. So a version is given up only for a record
@@ -24,11 +22,11 @@ class Known:
     active: {model: version} that clients read.
     """
 
-    published: Mapping[Key, Published] = field(default_factory=dict)
-    seen: Mapping[Key, Mapping[str, int]] = field(default_factory=dict)
+    published: Mapping[VersionKey, Published] = field(default_factory=dict)
+    seen: Mapping[VersionKey, Mapping[str, int]] = field(default_factory=dict)
     active: Mapping[str, str] = field(default_factory=dict)
 
-    def after(self, state: State) -> "Known":
+    def after(self, state: State) -> "PoolView":
         """What is known after the registry said this."""
         theirs = {(one.model, one.version): one for one in state.published}
         published = {**self.published, **theirs}
@@ -37,7 +35,7 @@ class Known:
             if (record := published.get((model, one.version))) and not state.uncovered(record):
                 active[model] = one.version
 
-        def is_read(key: Key) -> bool:
+        def is_read(key: VersionKey) -> bool:
             """Whether clients may read this version still, as they have no other one."""
             model, version = key
             reads = state.active[model].version if model in state.active else active.get(model)
@@ -55,14 +53,14 @@ class Known:
             else {state.cluster: 0}
             for key in published
         }
-        return Known(published, seen, active)
+        return PoolView(published, seen, active)
 
     def unpublished(self, state: State) -> list[Published]:
         """Those that the registry knows nothing of, or only a retirement that does not count."""
         theirs = {(one.model, one.version) for one in state.published}
         return [one for key, one in self.published.items() if key not in theirs and not self._is_later(key, state)]
 
-    def _is_later(self, key: Key, state: State) -> bool:
+    def _is_later(self, key: VersionKey, state: State) -> bool:
         """Whether it was retired after this registry was first seen."""
         since = self.seen.get(key, {}).get(state.cluster)
         return since is not None and state.retired.get(key, 0) > since
@@ -76,7 +74,7 @@ class Known:
         return {"published": published, "active": dict(self.active)}
 
     @classmethod
-    def from_json(cls, document: Any) -> "Known":
+    def from_json(cls, document: Any) -> "PoolView":
         """What `to_json` gave. Raises ValueError (also UnreadableRecordError), TypeError, LookupError, AttributeError.
 
         Files of an earlier release say neither what is active nor where a version was seen.

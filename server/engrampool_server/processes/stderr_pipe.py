@@ -14,7 +14,7 @@ _LONGEST_BYTES = 4096
 _LAST_READS = 16
 
 
-class Overheard:
+class StderrPipe:
     """A pipe in the place of a child's standard error. To be made before the fork; neither side waits for the other.
 
     reader: the descriptor to read, -1 once closed. Raises OSError.

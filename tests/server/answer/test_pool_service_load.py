@@ -13,12 +13,13 @@ import pytest
 from direct_callers import caller
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.hashing import TokenBatch
-from engrampool_server.answer import service
+from engrampool_server.answer import pool_service
 from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.answer.lookups import Limits, Lookups
-from engrampool_server.answer.service import PoolService
+from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.tables import HeldTable, load
+from engrampool_server.memory.table_loader import load
+from engrampool_server.memory.tables import LoadedTable
 from engrampool_server.telemetry.metrics import Metrics
 from server_fixtures import (
     LIMIT_S,
@@ -210,7 +211,7 @@ BULK = np.tile(np.arange(6500), 18)  # 30.9 MiB, more than any window
 
 def test_a_stream_that_is_not_read_holds_little_and_is_ended(wide, monkeypatch):
     run, pool = wide
-    monkeypatch.setattr(service, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(pool_service, "PATIENCE_S", 0.2)
     message = pool.by_ids((2, BULK))
     call = pool.stream(message)
     next(call)
@@ -229,7 +230,7 @@ def test_a_stream_that_is_not_read_holds_little_and_is_ended(wide, monkeypatch):
 @pytest.mark.parametrize("leaves", ["cancels", "closes"])
 def test_a_stream_that_was_given_up_is_over_once_its_caller_leaves(wide, monkeypatch, leaves):
     run, pool = wide
-    monkeypatch.setattr(service, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(pool_service, "PATIENCE_S", 0.2)
     with RawPool(run.address, pool.version) as other:
         call = other.stream(other.by_ids((2, BULK)))
         next(call)
@@ -271,7 +272,7 @@ def test_what_goes_wrong_gives_its_bytes_back(wide, monkeypatch, ids, stream):
     message = pool.by_ids((2, ids))
     for place in ("gather", "check"):
         with monkeypatch.context() as broken:
-            broken.setattr(HeldTable, place, lambda *_: (_ for _ in ()).throw(MemoryError))
+            broken.setattr(LoadedTable, place, lambda *_: (_ for _ in ()).throw(MemoryError))
             code, _, _ = refusal(lambda: pool.stream(message) if stream else pool.lookup(message))
         assert code is grpc.StatusCode.UNKNOWN
         eventually(lambda: in_flight(run) == 0, "nothing in flight")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from engrampool_proto.errors import EngrampoolError
-from engrampool_server.answer.known import Known
+from engrampool_server.processes.pool_view import PoolView
 from engrampool_server.telemetry import log
 
 # What is published is the longest line: some hundred bytes for each version.
@@ -22,8 +22,8 @@ _MOST_BYTES = (1 << 63) - 1
 
 
 @dataclass(eq=False)
-class Link:
-    """A child's side of what connects it to the supervisor.
+class Reporter:
+    """A child's side of the pipe to the supervisor.
 
     life: a pipe's end that reads as closed once the supervisor is gone, however it ended.
     report: a pipe's end that does not block, for lines that say how the child is: empty for a sign of life, else a JSON
@@ -60,7 +60,7 @@ class Link:
         """Say how many bytes of tables are in memory, of those that are to be."""
         self._say("loaded", json.dumps({"loaded": nbytes, "of": of_bytes}).encode())
 
-    def known(self, known: Known) -> None:
+    def known(self, known: PoolView) -> None:
         """Say what is known of the pool."""
         self._say("known", json.dumps({"known": known.to_json()}).encode())
 
@@ -87,7 +87,7 @@ class Report:
     ready: bool = False
     failed: str = ""
     loaded: tuple[int, int] | None = None
-    known: Known | None = None
+    known: PoolView | None = None
 
     @staticmethod
     def of(line: bytes) -> "Report":
@@ -104,13 +104,13 @@ class Report:
                     if 0 <= nbytes <= _MOST_BYTES and 0 <= of_bytes <= _MOST_BYTES:
                         return Report(loaded=(nbytes, of_bytes))
                 case {"known": dict(known), **rest} if not rest:
-                    return Report(known=Known.from_json(known))
+                    return Report(known=PoolView.from_json(known))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, EngrampoolError) as error:
             raise GarbledError(str(error)) from error
         raise GarbledError("it says nothing that is known")
 
 
-class Lines:
+class ReportReader:
     """The lines of one child, as its pipe gives them.
 
     report: the pipe's end to read, which does not block.

@@ -19,7 +19,7 @@ from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.files.table_files import PackedModel
-from engrampool_server.memory.tables import load
+from engrampool_server.memory.table_loader import load
 from server_fixtures import (
     SPEC,
     VOCAB,

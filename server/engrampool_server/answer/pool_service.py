@@ -25,7 +25,7 @@ from engrampool_server.answer.lookups import (
     server_times,
 )
 from engrampool_server.memory.segments import Place
-from engrampool_server.memory.tables import HeldModel, HeldTable
+from engrampool_server.memory.tables import LoadedModel, LoadedTable
 
 # Protobuf reads messages of less than 2 GiB, and gRPC's frames hold less than 4 GiB; 1 MiB is left for headers.
 _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
@@ -35,7 +35,7 @@ _ATTACH_VALID_S = 5.0
 # How long a caller may take to read one message of a stream.
 PATIENCE_S = 10.0
 # What an answer of Describe is made of: what is held, which of it is active, whether it can be mapped, the limits.
-_MadeOf = tuple[list[HeldModel], tuple[bool, ...], bool, Limits]
+_MadeOf = tuple[list[LoadedModel], tuple[bool, ...], bool, Limits]
 
 
 class PoolService:
@@ -96,7 +96,7 @@ class PoolService:
         return described[1]
 
     def _description(
-        self, models: list[HeldModel], active: tuple[bool, ...], attach: bool, bounds: Limits, include_spec: bool
+        self, models: list[LoadedModel], active: tuple[bool, ...], attach: bool, bounds: Limits, include_spec: bool
     ) -> bytes:
         """A DescribeResponse."""
         limits = pool_pb2.Limits(
@@ -139,7 +139,7 @@ class PoolService:
         tables = [_mapped(table, place) for table, place in places]
         return pool_pb2.AttachResponse(tables=tables, valid_ms=round(_ATTACH_VALID_S * 1e3), boot_id=boot_id())
 
-    def _places(self, held: HeldModel) -> list[tuple[HeldTable, Place]]:
+    def _places(self, held: LoadedModel) -> list[tuple[LoadedTable, Place]]:
         """Where a model's tables can be mapped; none unless all of them can, and callers may."""
         places = [(table, table.place) for table in held.tables.values() if table.place is not None]
         return places if self._may_attach and len(places) == len(held.tables) and boot_id() else []
@@ -264,7 +264,7 @@ def _gather_piece(piece: Piece, last: bool) -> tuple[wire.ResponseWriter, float]
     return writer, time.perf_counter() - begin
 
 
-def _mapped(table: HeldTable, place: Place) -> pool_pb2.MappedTable:
+def _mapped(table: LoadedTable, place: Place) -> pool_pb2.MappedTable:
     return pool_pb2.MappedTable(
         layer=table.spec.layer,
         path=str(place.path),
@@ -277,7 +277,7 @@ def _mapped(table: HeldTable, place: Place) -> pool_pb2.MappedTable:
     )
 
 
-def _describe(held: HeldModel, active: bool, include_spec: bool) -> pool_pb2.Model:
+def _describe(held: LoadedModel, active: bool, include_spec: bool) -> pool_pb2.Model:
     tables = []
     for spec in held.spec.tables:
         segments = [pool_pb2.Segment(name=s.name, dtype=s.dtype, length=s.length) for s in spec.row_format.segments]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 
 from engrampool_proto.registry.etcd import Published
-from engrampool_server.answer.known import Key
+from engrampool_server.memory.tables import VersionKey
 
 # A version that could not be loaded is tried again, less and less often.
 _FIRST_DELAY_S, _MAX_DELAY_S = 30.0, 300.0
@@ -18,7 +18,7 @@ class _Failure:
     due_s: float
 
 
-class VersionsHeld:
+class VersionPlan:
     """Steps from what is held to what is wanted: the versions of `to_drop` first, then that of `to_load`.
 
     A patch is held only beside its base. Times are of one clock, in seconds.
@@ -26,14 +26,14 @@ class VersionsHeld:
     fixed: what is held for ever, whatever is published.
     """
 
-    def __init__(self, fixed: Collection[Key] = ()) -> None:
+    def __init__(self, fixed: Collection[VersionKey] = ()) -> None:
         self._fixed = frozenset(fixed)
-        self._wanted: Mapping[Key, Published] | None = None
-        self._held: list[Key] = []
-        self._failed: dict[Key, _Failure] = {}
+        self._wanted: Mapping[VersionKey, Published] | None = None
+        self._held: list[VersionKey] = []
+        self._failed: dict[VersionKey, _Failure] = {}
 
     @property
-    def published(self) -> Collection[Key]:
+    def published(self) -> Collection[VersionKey]:
         """What is wanted by the registry; nothing before it is known."""
         return self._wanted.keys() if self._wanted else ()
 
@@ -43,12 +43,12 @@ class VersionsHeld:
         return self._wanted is not None
 
     @property
-    def held(self) -> Collection[Key]:
+    def held(self) -> Collection[VersionKey]:
         """What is held."""
         return {*self._fixed, *self._held}
 
     @property
-    def failed(self) -> dict[Key, str]:
+    def failed(self) -> dict[VersionKey, str]:
         """Why what is wanted cannot be held."""
         wanted = self._wanted or {}
         reasons = {key: self._hindrance(one) or "" for key, one in wanted.items()}
@@ -69,7 +69,7 @@ class VersionsHeld:
         key = (published.model, published.version)
         return self._wanted is not None and self._wanted.get(key) == published and not self._hindrance(published)
 
-    def to_drop(self) -> list[Key]:
+    def to_drop(self) -> list[VersionKey]:
         """What is held and no longer to be held, each patch before its base."""
         wanted = self._wanted or {}
         # In the order of loading a base comes first.
@@ -83,17 +83,17 @@ class VersionsHeld:
         """When there will be something to load, if nothing is published before; inf for never."""
         return min((self._due_s(key) for key, _ in self._to_come()), default=inf)
 
-    def loaded(self, key: Key) -> None:
+    def loaded(self, key: VersionKey) -> None:
         """This one is held now."""
         self._held.append(key)
         self._failed.pop(key, None)
 
-    def dropped(self, keys: Iterable[Key]) -> None:
+    def dropped(self, keys: Iterable[VersionKey]) -> None:
         """These are held no more."""
         for key in keys:
             self._held.remove(key)
 
-    def could_not_load(self, key: Key, why: str, now_s: float) -> None:
+    def could_not_load(self, key: VersionKey, why: str, now_s: float) -> None:
         """This one could not be loaded; it is tried again later, if it is still wanted."""
         if key not in self.published:
             return
@@ -105,7 +105,7 @@ class VersionsHeld:
         """Whether it is known what is published, and there is nothing to do about that now."""
         return self.is_known and not self.to_drop() and self.to_load(now_s) is None
 
-    def _to_come(self) -> list[tuple[Key, Published]]:
+    def _to_come(self) -> list[tuple[VersionKey, Published]]:
         """What is wanted and not held, and could be."""
         present = self.held
         return [
@@ -116,7 +116,7 @@ class VersionsHeld:
             and (one.base is None or (one.model, one.base) in present)
         ]
 
-    def _due_s(self, key: Key) -> float:
+    def _due_s(self, key: VersionKey) -> float:
         return self._failed[key].due_s if key in self._failed else -inf
 
     def _hindrance(self, published: Published) -> str | None:

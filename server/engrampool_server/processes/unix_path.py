@@ -19,8 +19,10 @@ _LONGEST_BYTES = 107
 _SUFFIX_BYTES = 7
 
 
-class UnixGate:
-    """The path `path`, of this server alone until `close`. What a server that was killed has left there is replaced.
+class UnixPath:
+    """A path that leads to one process at a time, and is this server's alone until `close`.
+
+    A path that a server left behind when it was killed is replaced.
 
     slots: how many there are.
 

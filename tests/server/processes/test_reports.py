@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_proto.registry.etcd import Published
-from engrampool_server.answer.known import Known
-from engrampool_server.processes import link as link_module
-from engrampool_server.processes.link import GarbledError, Lines, Link, Report
+from engrampool_server.processes import reports as module
+from engrampool_server.processes.pool_view import PoolView
+from engrampool_server.processes.reports import GarbledError, Report, Reporter, ReportReader
 
 PUBLISHED = [Published("m", f"v{number}", "/models/ä", None, "d", {1: 10}) for number in range(2000)]
-KNOWN = Known(
+KNOWN = PoolView(
     {("m", one.version): one for one in PUBLISHED}, {("m", one.version): {"7": 0} for one in PUBLISHED}, {"m": "v1"}
 )
 
@@ -24,12 +24,12 @@ def pipe():
     reader, writer = os.pipe()
     for end in (reader, writer):
         os.set_blocking(end, False)
-    yield Lines(reader), Link(-1, writer, 1.0)
+    yield ReportReader(reader), Reporter(-1, writer, 1.0)
     os.close(reader)
     os.close(writer)
 
 
-def taken(lines: Lines) -> list[Report]:
+def taken(lines: ReportReader) -> list[Report]:
     """What came of all that is in the pipe."""
     found = []
     while True:
@@ -40,37 +40,37 @@ def taken(lines: Lines) -> list[Report]:
 
 
 def test_what_is_said_arrives(pipe):
-    lines, link = pipe
-    link.beat()
-    link.loaded(3, 7)
-    link.known(Known({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): {"7": 0}}, {"m": "v0"}))
-    link.failed("grün")
-    link.ready()
+    lines, reporter = pipe
+    reporter.beat()
+    reporter.loaded(3, 7)
+    reporter.known(PoolView({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): {"7": 0}}, {"m": "v0"}))
+    reporter.failed("grün")
+    reporter.ready()
     assert taken(lines) == [
         Report(),
         Report(loaded=(3, 7)),
-        Report(known=Known({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): {"7": 0}}, {"m": "v0"})),
+        Report(known=PoolView({("m", "v0"): PUBLISHED[0]}, {("m", "v0"): {"7": 0}}, {"m": "v0"})),
         Report(failed="grün"),
         Report(ready=True),
     ]
-    assert not link.behind_bytes
+    assert not reporter.behind_bytes
 
 
 def test_a_child_whose_reader_stands_still_goes_on_and_loses_nothing_that_matters(pipe):
     """Longer than the pipe is what is published: a part of it is in the pipe, and what follows must not mix with it."""
-    lines, link = pipe
-    link.known(KNOWN)
-    assert link.behind_bytes
+    lines, reporter = pipe
+    reporter.known(KNOWN)
+    assert reporter.behind_bytes
     for number in range(20_000):
-        link.beat()
-        link.loaded(number, 20_000)
-    link.ready()
-    link.failed("first")
-    link.failed("last")
-    assert link.behind_bytes < 1 << 20
+        reporter.beat()
+        reporter.loaded(number, 20_000)
+    reporter.ready()
+    reporter.failed("first")
+    reporter.failed("last")
+    assert reporter.behind_bytes < 1 << 20
     said = taken(lines)
-    while link.behind_bytes:
-        link.beat()
+    while reporter.behind_bytes:
+        reporter.beat()
         said += taken(lines)
     assert [report for report in said if report != Report()] == [
         Report(known=KNOWN),
@@ -82,7 +82,7 @@ def test_a_child_whose_reader_stands_still_goes_on_and_loses_nothing_that_matter
 
 @given(st.data())
 def test_no_part_of_a_line_is_a_line(data):
-    raw = json.dumps({"known": Known({("m", "v0"): PUBLISHED[0]}).to_json()}).encode()
+    raw = json.dumps({"known": PoolView({("m", "v0"): PUBLISHED[0]}).to_json()}).encode()
     whole = data.draw(st.sampled_from([b'{"ready": true}', b'{"failed": "x"}', b'{"loaded": 12, "of": 34}', raw]))
     cut = data.draw(st.integers(1, len(whole) - 1))
     following = data.draw(st.sampled_from([b"", b'{"ready": true}', whole, whole[cut:-1]]))
@@ -129,16 +129,16 @@ def test_any_bytes_are_a_report_or_refused(line):
 
 
 def test_a_line_without_an_end_takes_no_memory_without_an_end(pipe, monkeypatch):
-    lines, link = pipe
-    monkeypatch.setattr(link_module, "LONGEST_BYTES", 100_000)
+    lines, reporter = pipe
+    monkeypatch.setattr(module, "LONGEST_BYTES", 100_000)
     for _ in range(40):
-        os.write(link.report, b" " * 50_000)
+        os.write(reporter.report, b" " * 50_000)
         assert lines.read() == []
         assert len(lines.unread) <= 150_000
     # What would be a report, had it come with nothing before it but the spaces.
-    link.ready()
+    reporter.ready()
     (line,) = lines.read()
     with pytest.raises(GarbledError):
         Report.of(line)
-    link.ready()
+    reporter.ready()
     assert taken(lines) == [Report(ready=True)]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_proto.registry.etcd import Published
-from engrampool_server.processes.versions_held import VersionsHeld
+from engrampool_server.processes.version_plan import VersionPlan
 
 FIXED = ("fixed", "0")
 
@@ -25,7 +25,7 @@ class Server:
     """Takes the steps. broken: versions that cannot be loaded, as long as they are there."""
 
     def __init__(self):
-        self.versions, self.held, self.broken, self.now = VersionsHeld([FIXED]), {FIXED: None}, set(), 0.0
+        self.versions, self.held, self.broken, self.now = VersionPlan([FIXED]), {FIXED: None}, set(), 0.0
 
     def step(self):
         """Whether there was one to take."""
@@ -84,7 +84,7 @@ def test_what_is_held_ends_as_what_is_wanted_whatever_was_before(history):
 
 
 def test_failures_are_tried_again_less_and_less_often_and_at_once_after_a_change():
-    versions, (a, b) = VersionsHeld(), (published("a"), published("b", "a"))
+    versions, (a, b) = VersionPlan(), (published("a"), published("b", "a"))
     versions.want([a, b])
     now, waits = 0.0, []
     for _ in range(6):
@@ -104,7 +104,7 @@ def test_failures_are_tried_again_less_and_less_often_and_at_once_after_a_change
 
 
 def test_what_cannot_be_held_says_why():
-    versions = VersionsHeld()
+    versions = VersionPlan()
     versions.want([published("a"), published("b", "a"), published("c", "b"), published("d", "x")])
     assert {version: why.split(":")[0] for (_, version), why in versions.failed.items()} == {
         "c": "its base, version b, is a patch itself",

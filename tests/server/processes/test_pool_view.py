@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engrampool_proto.registry.etcd import Active, Held, Member, Published, State
-from engrampool_server.answer.known import Known
+from engrampool_server.processes.pool_view import PoolView
 
 ROWS = {1: 10}
 
@@ -28,7 +28,7 @@ def state(*versions, active=None, retired="", held=(), rows=(0, 10), cluster="7"
 
 
 def known(*states):
-    knows = Known()
+    knows = PoolView()
     for one in states:
         knows = knows.after(one)
     return knows
@@ -79,7 +79,7 @@ def test_a_retirement_that_a_backup_brought_back_is_told_and_counts_once_it_is_w
     assert names(knows) == "ab"
     assert [one.version for one in knows.unpublished(restored)] == ["a"]
     # As after a restart.
-    knows = Known.from_json(knows.to_json())
+    knows = PoolView.from_json(knows.to_json())
     again = knows.after(state("b", active="b", retired="a", held="ab", cluster="8", since=6))
     assert names(again) == "b"
     assert again.unpublished(restored) == []
@@ -130,10 +130,10 @@ def test_a_base_stays_as_long_as_its_patch():
 
 def test_it_comes_back_from_json():
     knows = known(state("a", published("p", "a"), active="p", held="ap"), state("b", held="apb", cluster="8"))
-    assert Known.from_json(knows.to_json()) == knows
+    assert PoolView.from_json(knows.to_json()) == knows
     assert knows.seen == {("m", "a"): {"8": 0}, ("m", "p"): {"8": 0}, ("m", "b"): {"8": 0}}
     knows = knows.after(state("b", retired="a", held="apb", cluster="9", since=5))
-    assert Known.from_json(knows.to_json()) == knows
+    assert PoolView.from_json(knows.to_json()) == knows
     assert knows.seen["m", "a"] == {"8": 0, "9": 5}
 
 

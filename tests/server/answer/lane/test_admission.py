@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from engrampool_server.answer.lane import entrance
-from engrampool_server.answer.lane.entrance import Entrance, Tickets
+from engrampool_server.answer.lane import admission
+from engrampool_server.answer.lane.admission import Admission, Tickets
 from engrampool_server.ports import ListenError
 from server_fixtures import LIMIT_S
 
@@ -45,18 +45,18 @@ def test_a_ticket_grows_old(tickets, monkeypatch):
 
 def test_a_peer_that_asks_for_many_loses_its_own_oldest_ones(tickets):
     other = tickets.issue(10, "another")
-    issued = [tickets.issue(10, "greedy") for _ in range(entrance._SLOTS + 100)]
+    issued = [tickets.issue(10, "greedy") for _ in range(admission._SLOTS + 100)]
     assert None not in issued
     assert tickets.take(other)
     good = [tickets.take(ticket) for ticket in issued]
-    assert good == [False] * (len(issued) - entrance._OF_PEER) + [True] * entrance._OF_PEER
+    assert good == [False] * (len(issued) - admission._OF_PEER) + [True] * admission._OF_PEER
 
 
 def test_where_no_slot_is_free_whoever_has_most_loses_its_oldest(tickets):
     # Expiry is what tells the oldest, and two of one moment are equally old.
     few = [tickets.issue(10 + at, "few") for at in range(3)]
-    many = [[tickets.issue(10 + at, f"peer {n}") for at in range(entrance._OF_PEER)] for n in range(15)]
-    most = [tickets.issue(10 + at, "more") for at in range(entrance._SLOTS - 3 - 15 * entrance._OF_PEER)]
+    many = [[tickets.issue(10 + at, f"peer {n}") for at in range(admission._OF_PEER)] for n in range(15)]
+    most = [tickets.issue(10 + at, "more") for at in range(admission._SLOTS - 3 - 15 * admission._OF_PEER)]
     fresh = [tickets.issue(100, "newcomer"), tickets.issue(100, "few")]
     assert all(map(tickets.take, [*fresh, *few, *most]))
     assert sum(not tickets.take(of_peer[0]) for of_peer in many) == 2
@@ -77,7 +77,7 @@ def test_a_process_that_is_stopped_with_a_ticket_keeps_nobody_waiting(tickets, m
         tickets.take(ticket)
 
     def go_on() -> None:
-        others = [tickets.issue(10, "a") for _ in range(2 * entrance._SLOTS)]
+        others = [tickets.issue(10, "a") for _ in range(2 * admission._SLOTS)]
         assert None not in others
         assert tickets.take(others[-1])
         assert not tickets.take(others[-1])
@@ -127,26 +127,26 @@ def test_of_many_processes_one_is_let_in(tickets):
 
 def test_where_clients_are_told_to_go():
     for direct, host in [("auto", ""), ("127.0.0.1:0", ""), ("0.0.0.0:0", ""), ("127.0.0.2:0", "127.0.0.2")]:
-        made = Entrance.open(direct, "127.0.0.1:50051")
+        made = Admission.open(direct, "127.0.0.1:50051")
         assert (made.host, made.port) == (host, made.listener.getsockname()[1])
         assert made.unix_path == ""
         made.close()
-    assert Entrance.open("off", "127.0.0.1:50051") is None
+    assert Admission.open("off", "127.0.0.1:50051") is None
 
 
 def test_a_port_that_is_taken_is_said_so():
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ListenError, match=f"cannot listen on {address} for the direct lane: in use"):
-            Entrance.open(address, "127.0.0.1:1")
+            Admission.open(address, "127.0.0.1:1")
 
 
 def test_a_unix_socket_comes_and_goes(tmp_path):
     path = tmp_path / "lane"
-    made = Entrance.open(f"unix:{path}", "127.0.0.1:1")
+    made = Admission.open(f"unix:{path}", "127.0.0.1:1")
     assert (made.host, made.port, made.unix_path) == ("", 0, str(path))
     with pytest.raises(ListenError, match="in use"):
-        Entrance.open(f"unix:{path}", "127.0.0.1:1")
+        Admission.open(f"unix:{path}", "127.0.0.1:1")
     pid = os.fork()
     if not pid:  # a worker that ends leaves the path to the others
         made.close()
@@ -161,10 +161,10 @@ def test_what_a_killed_server_left_is_replaced_and_nothing_else_is(tmp_path):
     path = tmp_path / "lane"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    Entrance.open(f"unix:{path}", "127.0.0.1:1").close()
+    Admission.open(f"unix:{path}", "127.0.0.1:1").close()
     path.write_text("somebody's")
     with pytest.raises(ListenError, match="in use"):
-        Entrance.open(f"unix:{path}", "127.0.0.1:1")
+        Admission.open(f"unix:{path}", "127.0.0.1:1")
     assert path.read_text() == "somebody's"
     with pytest.raises(ListenError, match="too long"):
-        Entrance.open(f"unix:{tmp_path / ('x' * 200)}", "127.0.0.1:1")
+        Admission.open(f"unix:{tmp_path / ('x' * 200)}", "127.0.0.1:1")

@@ -1,4 +1,4 @@
-"""The way into the direct lane, which all processes of a server share: one listening socket, and tickets for it.
+"""Admission to the direct lane, which all processes of a server share: one listening socket, and tickets for it.
 
 Made before the first fork: whichever worker is idle takes a connection, with a ticket that any of them issued.
 """
@@ -119,8 +119,8 @@ class Tickets:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, index)
 
 
-class Entrance:
-    """Where the direct lane is entered.
+class Admission:
+    """The listener of the direct lane, and the tickets that let a caller in.
 
     listener: bound and listening, not blocking. host, port, unix_path: as OpenDirectResponse has them.
     """

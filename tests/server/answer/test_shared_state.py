@@ -1,6 +1,6 @@
 """What the processes of one server have in common."""
 
-from engrampool_server.answer.shared import free_slot
+from engrampool_server.answer.shared_state import free_slot
 
 
 def test_the_lowest_free_slot_is_taken():

@@ -25,11 +25,12 @@ from engrampool_server.files.pack import pack as pack_checkpoint
 from engrampool_server.files.raw_model import RawModel
 from engrampool_server.files.table_files import PackedModel, TableFileError
 from engrampool_server.machine import Machine
-from engrampool_server.memory.load import Holdings
+from engrampool_server.memory.load import ModelLoader
+from engrampool_server.memory.placement import ShardError, part_of
 from engrampool_server.memory.preflight import OVERHEAD_BYTES, PreflightError
 from engrampool_server.memory.segments import Backing, file_name, find_backing, survey, sweep
-from engrampool_server.memory.shards import ShardError, part_of
-from engrampool_server.memory.tables import HeldModel, identities, load
+from engrampool_server.memory.table_loader import identities, load
+from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.telemetry.metrics import Metrics
 from server_fixtures import SPEC, RawPool, change_byte, expected, joined, pack, refusal, rows_of, running, version_of
 
@@ -41,12 +42,12 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("shards") / "small", block_bytes=BLOCK_BYTES)
 
 
-def load_part(directory: Path, part: Part | None, memory: str = "anon", progress=lambda _: None) -> HeldModel:
+def load_part(directory: Path, part: Part | None, memory: str = "anon", progress=lambda _: None) -> LoadedModel:
     with PackedModel.open(directory) as model:
         return load(model, memory, False, 2, threading.Event(), progress, "off", part)
 
 
-def holds(held: HeldModel, part: Part) -> bool:
+def holds(held: LoadedModel, part: Part) -> bool:
     return {layer: range(table.row_start, table.row_stop) for layer, table in held.tables.items()} == part and all(
         table.rows.tobytes() == expected(layer, part[layer]) for layer, table in held.tables.items()
     )
@@ -228,7 +229,7 @@ def test_a_part_that_is_not_wanted_makes_room_where_there_is_none(packed, tmp_pa
         return machine
 
     monkeypatch.setattr(Machine, "read", little)
-    models = Holdings(ServerConfig(models=(packed,), memory=f"file:{where}", shard="1/4", shard_by="row"), Metrics())
+    models = ModelLoader(ServerConfig(models=(packed,), memory=f"file:{where}", shard="1/4", shard_by="row"), Metrics())
     models.open()
     models.close()
     assert not before.exists()
@@ -252,7 +253,7 @@ def test_preflight_and_metrics_count_the_part_only(packed, monkeypatch):
     settings = {"models": (packed,), "max_in_flight_bytes": 64 << 20, "max_answer_bytes": 1 << 20}
     for at, part in enumerate(parts):
         metrics = Metrics()
-        models = Holdings(ServerConfig(shard=f"{at}/2", **settings), metrics)
+        models = ModelLoader(ServerConfig(shard=f"{at}/2", **settings), metrics)
         models.open()
         (held,) = models.load(threading.Event())
         models.close()
@@ -263,7 +264,7 @@ def test_preflight_and_metrics_count_the_part_only(packed, monkeypatch):
         for layer in (2, 9):
             rows = len(part[layer]) if layer in part else None
             assert sample("engrampool_table_rows", {"model": "small", "layer": str(layer)}) == rows
-    models = Holdings(ServerConfig(**settings), Metrics())
+    models = ModelLoader(ServerConfig(**settings), Metrics())
     with pytest.raises(PreflightError, match="host memory"):
         models.open()
     models.close()
@@ -298,7 +299,7 @@ def test_it_is_said_that_all_of_a_checkpoint_is_read(checkpoint, events):
     for shard, warned in (("all", 0), ("0/1", 0), ("1/2", 1)):
         events.lines.clear()
         directory = checkpoint("longcat")
-        models = Holdings(ServerConfig(models=(directory,), shard=shard), Metrics())
+        models = ModelLoader(ServerConfig(models=(directory,), shard=shard), Metrics())
         models.open()
         models.close()
         warnings = [fields["warning"] for fields in events.of("preflight")]

@@ -4,35 +4,34 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engrampool_server.answer.in_flight import InFlight, int64s
-from engrampool_server.answer.known import Key
-from engrampool_server.answer.lane.entrance import Entrance
-from engrampool_server.memory.tables import HeldModel
+from engrampool_server.answer.lane.admission import Admission
+from engrampool_server.memory.tables import LoadedModel, VersionKey
 from engrampool_server.telemetry.metrics import Metrics
 
 
 @dataclass
-class Shared:
+class SharedState:
     """What every process of a server inherits when it is forked.
 
     models: those loaded before the fork; their rows are the one copy that all processes read.
-    entrance: of the direct lane, None for no such lane.
+    admission: of the direct lane, None for no such lane.
     """
 
     metrics: Metrics
     in_flight: InFlight
-    models: list[HeldModel] = field(default_factory=list)
-    entrance: Entrance | None = None
+    models: list[LoadedModel] = field(default_factory=list)
+    admission: Admission | None = None
     # Of each of the models, in memory that forks share: 1 for the version that clients read.
-    _active: dict[Key, memoryview] = field(default_factory=dict)
+    _active: dict[VersionKey, memoryview] = field(default_factory=dict)
 
-    def hold(self, model: HeldModel) -> None:
+    def hold(self, model: LoadedModel) -> None:
         """Have another model, for processes that are forked from now on."""
         self.models.append(model)
-        self._active[model.spec.name, model.version] = int64s(1)
+        self._active[model.key] = int64s(1)
 
-    def drop(self, gone: Collection[Key]) -> None:
+    def drop(self, gone: Collection[VersionKey]) -> None:
         """Have these no more; processes that have them keep them."""
-        self.models[:] = [model for model in self.models if (model.spec.name, model.version) not in gone]
+        self.models[:] = [model for model in self.models if model.key not in gone]
         self._active = {key: flag for key, flag in self._active.items() if key not in gone}
 
     def mark_active(self, active: Mapping[str, str]) -> None:
