@@ -28,7 +28,7 @@ class _GoneError(Exception):
 class Answerer:
     """Answers what one connection asks for, one request at a time. peer: whose it is; see peers.py.
 
-    busy: whether an answer is under way.
+    busy: whether an answer is under way. paused: whether the system did not take all that was written.
     """
 
     def __init__(self, resources: Resources, peer: str) -> None:
