@@ -8,13 +8,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from engrampool_client.lanes.native import DirectLane
+from engrampool_client.lanes.native import NativeLane
+from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import Identity
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.v1 import pool_pb2
+from exchanges import exchange_of
 
 ROWS = RowFormat((Segment("values", "uint8", 3),))
 SPEC = ModelSpec("m", 50, tuple(TableSpec(layer, 50, ROWS, Identity(50)) for layer in (2, 9)))
@@ -23,7 +25,7 @@ TIMES = wire.ServerTimes(1, 2, 3)
 
 
 @contextmanager
-def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[DirectLane]:
+def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[NativeLane]:
     """A lane to a peer that admits a connection and answers the requests of it in turn with these bytes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -46,7 +48,7 @@ def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[DirectLa
         thread = threading.Thread(target=serve)
         thread.start()
         port = listener.getsockname()[1]
-        made = DirectLane(lambda _: pool_pb2.OpenDirectResponse(port=port, ticket=b"t"), f"127.0.0.1:{port}", 1)
+        made = NativeLane(lambda _: pool_pb2.OpenDirectResponse(port=port, ticket=b"t"), f"127.0.0.1:{port}", 1)
         try:
             yield made
         finally:
@@ -54,9 +56,10 @@ def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[DirectLa
             thread.join()
 
 
-def exchange(count: int, out: bool = False) -> Exchange:
+def exchange(count: int, out: bool = False, delivery: Delivery | None = None) -> Exchange:
     ids = {layer: np.zeros(count, np.uint32) for layer in (2, 9)}
-    return Exchange.of_rows(SERVED, ids, {layer: np.zeros((count, 3), np.uint8) for layer in ids} if out else None)
+    arrays = {layer: np.zeros((count, 3), np.uint8) for layer in ids} if out else None
+    return exchange_of(SERVED, ids, arrays, delivery)
 
 
 def rows_frame(layer: int, first: int, rows: bytes) -> bytes:

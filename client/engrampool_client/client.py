@@ -1,63 +1,36 @@
 """The client, for engines that run their steps in threads; aio.py has the same for asyncio."""
 
-import math
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.config import ClientConfig, ClientSettings, bounded_s
 from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
-from engrampool_client.errors import (
-    BatchError,
-    ForkedError,
-    OverloadedError,
-    PoolError,
-    StepCancelledError,
-)
-from engrampool_client.lanes.native import Direct
+from engrampool_client.errors import BatchError, ForkedError, PoolError, StepCancelledError
 from engrampool_client.lookup.cache import HotRows
-from engrampool_client.lookup.deadlines import Deadlines
-from engrampool_client.lookup.delivery import Delivery, in_callback
-from engrampool_client.lookup.exchange import (
-    Exchange,
-    Hashing,
-    IntArray,
-    Out,
-    Rows,
-    by_layer,
-    check_outs,
-    token_batch,
-    zeros,
-)
-from engrampool_client.lookup.hints import candidates_batch
-from engrampool_client.lookup.plan import Layout, Plan
-from engrampool_client.lookup.run import Lookup, MakePlan
+from engrampool_client.lookup.delivery import Delivery, Rows
+from engrampool_client.lookup.landing import Out, by_layer, check_outs, zeros
+from engrampool_client.lookup.layout import Layout
+from engrampool_client.lookup.query import IntArray, RowQuery, TokenQuery, token_batch
+from engrampool_client.lookup.run import Lookups
 from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.step import Step
-from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.pool.discovery import Servers
-from engrampool_client.pool.endpoint import Attach, Ways
-from engrampool_client.pool.following import Following
+from engrampool_client.pool.follower import VersionFollower
 from engrampool_client.pool.shards import Shards
-from engrampool_client.pool.version import Generation, How, columns
-from engrampool_client.settings import bounded_s, check_positive, check_settings
 from engrampool_client.stats import Stats
 from engrampool_client.status import ClientStatus, brief, client_status
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.malloc import pin_malloc
-
-OnFailure = Literal["raise", "mask"]
-
 
 # Those of this process, which a child of it must not use.
 _clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
@@ -73,46 +46,7 @@ class Client:
     model, version: None for the only model, and for its only version or, by a registry, whichever is active: that is
         followed. Every lookup is of one version. If servers change to another one that is not followed, lookups fail
         with UnknownVersionError rather than mix the two.
-    config, tokenizer: this side's config.json and tokenizer.json; if given, the served tables must fit them.
-
-    What is asked for:
-
-    hashing: "local" sends row ids, "server" sends tokens, of which nothing is deduplicated or cached.
-    heads: (start, stop): only these columns of every table, as a tensor-parallel rank needs; rows then have
-        stop - start heads. None for all.
-    dedupe: ask for the rows of an n-gram once a lookup, however many tokens have it. With a cache that is always so.
-    cache_bytes: keep rows of so many bytes, index included, for later lookups; 0 keeps none. A version that is followed
-        begins with an empty cache of its own, and for a moment there are two.
-    warm: a file that `save_cache` wrote, mapped read-only and shared by all processes of a host that name it; of use
-        until another version is followed.
-    hint_bytes: rows that hints may ask for at once, in bytes; a hint beyond that is dropped.
-
-    When:
-
-    timeout_s: a step's deadline, from `prefetch` on, unless it is given another; 1e6 s, some 11 days, at most.
-    on_failure: "raise" what a lookup failed with where its rows are wanted; or "mask": give zeros for tokens whose rows
-        are missing, and say by `Step.valid` which have theirs.
-    breaker_failures: after so many lookups in a row that found the server unreachable or silent, lookups fail at once
-        until a probe in the background is answered; 0 never.
-    retry_s: how long, from the moment a connection broke, lookups go on asking. 0 never asks twice.
-    connect_timeout_s: how long servers are waited for, those that still load included. A registry, and an active
-        version there, is waited for as long before; a silent one adds up to 2 s for each of its endpoints.
-    max_steps: prefetches worked on at once; further ones wait for a place, not their callers.
-    max_pending_bytes: rows of prefetches that have not ended; `prefetch` raises OverloadedError beyond.
-
-    How:
-
-    connections: to the server; large lookups by row ids are split over them.
-    attach: "auto" reads the server's memory where it is this host's and the server allows it; "off" never.
-    direct: "auto" looks up over plain sockets where the server has a direct lane, and over gRPC where it has none or
-        its port cannot be reached; "off" always over gRPC.
-    spin_s: over the direct lane, how long `lookup` and `lookup_rows` look for the answer without sleeping, where
-        answers come as soon as that: what waking up takes is saved, and a processor is busy meanwhile. 0 never.
-    keep_memory: have the C library keep freed memory for the next answer. It is a setting of the whole process, which
-        stays as large as it was at its peak, and whose threads all allocate from one arena from then on, for good: for
-        large answers over gRPC, in a process whose other threads allocate little (see `engrampool_proto.malloc`).
-    record: a file to write the row ids of every lookup to, for `engrampool doctor`; made anew, mode 0600. N-grams can
-        be worked out from them: treat it as you would the text.
+    settings: the fields of `ClientConfig`, which says what they mean.
 
     Raises on construction UnavailableError, UnknownModelError, UnknownVersionError, FingerprintError, SpecError,
     ProtocolError, CacheFileError, RecordError, RegistryError.
@@ -123,101 +57,40 @@ class Client:
         target: str | Sequence[str],
         model: str | None = None,
         version: str | None = None,
-        *,
-        config: str | Path | None = None,
-        tokenizer: str | Path | None = None,
-        hashing: Hashing = "local",
-        heads: tuple[int, int] | None = None,
-        dedupe: bool = True,
-        cache_bytes: int = 0,
-        warm: str | Path | None = None,
-        hint_bytes: int = 8 << 20,
-        timeout_s: float = 10.0,
-        on_failure: OnFailure = "raise",
-        breaker_failures: int = 3,
-        retry_s: float = 1.0,
-        connect_timeout_s: float = 10.0,
-        max_steps: int = 4,
-        max_pending_bytes: int = 2 << 30,
-        connections: int = 1,
-        attach: Attach = "auto",
-        direct: Direct = "auto",
-        spin_s: float = 300e-6,
-        keep_memory: bool = False,
-        record: str | Path | None = None,
+        **settings: Unpack[ClientSettings],
     ) -> None:
-        plain = hashing == "server"
-        check_settings(
-            one_of={
-                "hashing": (hashing, ("local", "server")),
-                "on_failure": (on_failure, ("raise", "mask")),
-                "attach": (attach, ("auto", "off")),
-                "direct": (direct, ("auto", "off")),
-            },
-            whole={
-                "max_steps": max_steps,
-                "connections": connections,
-                "cache_bytes": cache_bytes,
-                "breaker_failures": breaker_failures,
-            },
-            positive={
-                "timeout_s": timeout_s,
-                "connect_timeout_s": connect_timeout_s,
-                "max_steps": max_steps,
-                "max_pending_bytes": max_pending_bytes,
-                "connections": connections,
-            },
-            not_negative={
-                "retry_s": retry_s,
-                "spin_s": spin_s,
-                "cache_bytes": cache_bytes,
-                "hint_bytes": hint_bytes,
-                "breaker_failures": breaker_failures,
-            },
-            local_only={"heads": heads, "cache_bytes": cache_bytes, "warm": warm} if plain else {},
-        )
-        heads = columns(heads)
-        if keep_memory:
+        self._config = config = ClientConfig.of(settings)
+        if config.keep_memory:
             pin_malloc()
         servers = Servers(list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target])
-        self.target, self._hashing, self._spin_s = servers.text, hashing, spin_s
-        self._timeout_s = bounded_s(timeout_s)
-        self._masks = on_failure == "mask"
-        self._hint_limit_bytes, self._max_pending_bytes = hint_bytes, max_pending_bytes
+        self.target = servers.text
         self._closing = threading.Event()
-        ways = Ways(connections, attach, direct, retry_s, breaker_failures, max_steps)
-        self._following = Following(servers, How(ways, hashing, heads, dedupe, cache_bytes))
+        self._versions = VersionFollower(servers, config)
+        self._lookups = Lookups(config, self._versions, self._closing)
         self._recorder: Recorder | None = None
-        self._workers = Workers(max_steps, "engrampool")
-        self._deadlines = Deadlines()
-        self._forked: ForkedError | None = None
         self._made_by = os.getpid()
-        files = [None if path is None else Path(path) for path in (config, tokenizer, warm, record)]
-        self._begin_connecting(partial(self._connect, model, version, bounded_s(connect_timeout_s), *files))
+        self._begin_connecting(partial(self._connect, model, version))
 
     def _begin_connecting(self, connect: Callable[[], None]) -> None:
         """Here and now; the client of asyncio does it later, and elsewhere."""
         connect()
 
-    def _connect(
-        self,
-        model: str | None,
-        version: str | None,
-        timeout_s: float,
-        config: Path | None,
-        tokenizer: Path | None,
-        warm: Path | None,
-        record: Path | None,
-    ) -> None:
+    def _connect(self, model: str | None, version: str | None) -> None:
         """Find out what is served, and be ready for lookups. `close`, in any thread, ends it by a PoolError."""
         try:
+            settings = self._config
+            config, tokenizer, warm, record = (
+                None if path is None else Path(path)
+                for path in (settings.config, settings.tokenizer, settings.warm, settings.record)
+            )
             # Of every version that is followed: hashing and layout must not change under a model that runs.
-            self.spec = self._following.connect(model, version, timeout_s).spec
+            self.spec = self._versions.connect(model, version, bounded_s(settings.connect_timeout_s)).spec
             check_fingerprint(self.spec, config, tokenizer)
             self.stats = Stats(self.spec.layers)
-            self._following.open(self.stats, warm)
+            self._versions.open(self.stats, warm)
             if record is not None:
                 self._recorder = Recorder(record, self.spec, self.version)
+            self._lookups.open(self.spec, self.stats, self._recorder)
             if self._closing.is_set():
                 raise PoolError("the client was closed")
             _clients.add(self)
@@ -231,7 +104,7 @@ class Client:
     @property
     def served(self) -> ServedModel:
         """What the servers said of the version that lookups go by now, and their limits."""
-        return self._following.current.served
+        return self._versions.current.served
 
     @property
     def version(self) -> str:
@@ -241,22 +114,22 @@ class Client:
     @property
     def trouble(self) -> str | None:
         """Why the version that is active in the registry is not followed, as of now; None if it is."""
-        return self._following.trouble
+        return self._versions.trouble
 
     @property
     def version_changes(self) -> Mapping[str, int]:
         """How often another version was "followed", "failed" to be there yet, or was "refused" for its layout."""
-        return self._following.changes
+        return self._versions.changes
 
     @property
     def registry_age_s(self) -> float | None:
         """Seconds since the registry was last known to answer, inf if it never did; None without one."""
-        return self._following.servers.age_s
+        return self._versions.servers.age_s
 
     @property
     def cache(self) -> HotRows | None:
         """Rows of the version that lookups go by now; None without `cache_bytes`."""
-        return self._following.current.cache
+        return self._versions.current.cache
 
     @property
     def attached(self) -> bool:
@@ -284,14 +157,11 @@ class Client:
         docs/CLIENT.md lists the keys. No server is asked, and no lock is waited for. Never fails: of a client that is
         closed, or another process's, "why_unusable" says so.
         """
-        on_failure: OnFailure = "mask" if self._masks else "raise"
-        return client_status(
-            self._following, self.stats, self._workers, self._hashing, on_failure, self._why_unusable()
-        )
+        return client_status(self._versions, self.stats, self._lookups.workers, self._config, self._why_unusable())
 
     def _why_unusable(self) -> str | None:
-        if self._forked is not None:
-            return str(self._forked)
+        if self._lookups.forked is not None:
+            return str(self._lookups.forked)
         return "the client is closed" if self._closing.is_set() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -302,11 +172,11 @@ class Client:
 
     @property
     def _shards(self) -> Shards:
-        return self._following.current.shards
+        return self._versions.current.shards
 
     @property
     def _layout(self) -> Layout:
-        return self._following.current.layout
+        return self._versions.current.layout
 
     # --- lookups
 
@@ -343,7 +213,7 @@ class Client:
         limits, a failed call) is raised by `Step.rows`.
         """
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._submit(*self._by_tokens(batch, layers, out, timeout_s, bounded=True), ahead)
+        return self._lookups.begin(TokenQuery(self.spec, batch, self._layers(layers)), out, timeout_s, ahead)
 
     def prefetch_rows(
         self,
@@ -360,7 +230,7 @@ class Client:
         Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
         owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in by_layer("rows", rows).items()}
-        return self._submit(*self._by_rows(owned, out, timeout_s, bounded=True), ahead)
+        return self._lookups.begin(RowQuery(self.spec, owned), out, timeout_s, ahead)
 
     def lookup(
         self,
@@ -376,13 +246,13 @@ class Client:
     ) -> dict[int, Rows]:
         """`prefetch` and wait, in the caller's own thread: layer -> uint8 [T, heads, row_bytes]."""
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._wait_for(*self._by_tokens(batch, layers, out, timeout_s))
+        return self._lookups.run(TokenQuery(self.spec, batch, self._layers(layers)), out, timeout_s)
 
     def lookup_rows(
         self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
     ) -> dict[int, Rows]:
         """`prefetch_rows` and wait, in the caller's own thread: layer -> uint8 [*ids.shape, row_bytes]."""
-        return self._wait_for(*self._by_rows(by_layer("rows", rows), out, timeout_s))
+        return self._lookups.run(RowQuery(self.spec, by_layer("rows", rows)), out, timeout_s)
 
     def amend(
         self,
@@ -406,11 +276,8 @@ class Client:
         batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
         if self.cache is None or step.delivery.working is None:
             step.cancel()
-        amended, plan = self._by_tokens(batch, layers, out, timeout_s, bounded=True)
-        # Once the new step is done, nothing is written into the old one's arrays either.
-        amended.delivery.on_cancel(step.cancel)
-        after = None if step.delivery.given_up else step  # what was given up brings nothing more
-        return self._submit(amended, plan, after=after)
+        query = TokenQuery(self.spec, batch, self._layers(layers))
+        return self._lookups.begin(query, out, timeout_s, instead_of=step)
 
     def dummy(self, num_tokens: int, *, layers: Sequence[int] | None = None, out: Out | None = None) -> Step:
         """A step of `num_tokens` whose rows are zero and whose tokens are not valid; no server is asked.
@@ -418,7 +285,8 @@ class Client:
         For an engine's warm-up, profiling and padding runs. Raises BatchError, SpecError.
         """
         wanted = self._layers(layers)
-        shapes = self._shapes(num_tokens, wanted)
+        query = TokenQuery(self.spec, TokenBatch.of(np.zeros(num_tokens, np.int32)), wanted)
+        shapes = query.shapes(self._layout)
         check_outs(self.spec, out, shapes)
         delivery, blank = Delivery(wanted), zeros(shapes, out)
         rows = {layer: blank(layer) for layer in wanted}
@@ -462,8 +330,8 @@ class Client:
 
         Raises ValueError without a cache, OSError, ForkedError.
         """
-        self._check_process()
-        now = self._following.current
+        self._lookups.check_process()
+        now = self._versions.current
         if now.cache is None:
             raise ValueError("this client has no cache to save; make it with cache_bytes")
         now.cache.save(Path(path), now.served.version, now.layout.to_json(), max_bytes)
@@ -477,209 +345,18 @@ class Client:
             raise BatchError(f"layers must be a sequence of layers; it is {layers!r}")
         return sorted({self.spec.table(layer).layer for layer in layers})
 
-    def _shapes(self, num_tokens: int, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
-        heads = self._following.current.layout.heads
-        shapes: dict[int, tuple[int, ...]] = {}
-        for layer in layers:
-            table = self.spec.table(layer)
-            shapes[layer] = (num_tokens, table.heads if heads is None else heads.stop - heads.start, table.row_bytes)
-        return shapes
-
-    def _step(
-        self,
-        layers: Sequence[int],
-        shapes: Mapping[int, tuple[int, ...]],
-        out: Out | None,
-        timeout_s: float | None,
-        bounded: bool,
-        hint: Callable[[npt.ArrayLike, bool], bool] | None = None,
-    ) -> Step:
-        """One that counts. bounded: it counts among those that `max_pending_bytes` is for."""
-        if self._forked is not None:
-            raise self._forked
-        deadline = time.monotonic() + self._seconds(timeout_s)
-        nbytes = sum(map(math.prod, shapes.values()))
-        delivery = Delivery(layers, deadline, zeros(shapes, out) if self._masks else None, self._ended)
-        # Before it counts: whatever happens from there on, a step that is lost ends by itself.
-        step = Step(delivery, self.stats, hint)
-        if not self.stats.began(delivery, nbytes, self._max_pending_bytes if bounded else None):
-            raise OverloadedError(
-                f"{self.stats.pending_bytes} bytes of rows are pending in this client, of max_pending_bytes "
-                f"{self._max_pending_bytes}; wait for steps to end, or cancel some",
-                "client-full",
-            )
-        try:
-            self._deadlines.watch(delivery, wake=bounded)
-        except RuntimeError as failure:
-            error = PoolError(f"the system gives the client no thread: {failure}")
-            delivery.end(error)
-            raise error from failure
-        return step
-
-    def _seconds(self, timeout_s: float | None) -> float:
-        """Until a step's deadline. Raises ValueError for what is no time to wait."""
-        if timeout_s is None:
-            return self._timeout_s
-        check_positive("timeout_s", timeout_s)
-        return bounded_s(timeout_s)
-
-    def _ended(self, delivery: Delivery) -> None:
-        masked = None
-        if delivery.error is not None:
-            valids = list(delivery.valid.items())
-            masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in valids}
-        complete = len(delivery.rows) == len(delivery.layers)
-        self.stats.ended(delivery, delivery.error, complete, masked)
-        self._deadlines.forget(delivery)
-
-    def _by_tokens(
-        self,
-        batch: TokenBatch,
-        layers: Sequence[int] | None,
-        out: Out | None,
-        timeout_s: float | None,
-        bounded: bool = False,
-    ) -> tuple[Step, MakePlan]:
-        wanted = self._layers(layers)
-        shapes = self._shapes(batch.num_tokens, wanted)
-        check_outs(self.spec, out, shapes)
-        hint = None if self.cache is None else partial(self._hint, batch)
-        step = self._step(wanted, shapes, out, timeout_s, bounded, hint)
-        delivery = step.delivery
-        if self._recorder is not None:
-            self._recorder.tokens(batch, wanted)
-
-        def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
-            if (planner := by.planner_for(batch.num_tokens)) is not None:
-                planned = planner.of_tokens(delivery, batch, wanted, out)
-                return planned.exchange, planned
-            heads = by.layout.heads
-            return Exchange.of_tokens(by.served, batch, wanted, self._hashing, out, heads, delivery.writing), None
-
-        return step, plan
-
-    def _by_rows(
-        self, rows: Mapping[int, npt.NDArray[Any]], out: Out | None, timeout_s: float | None, bounded: bool = False
-    ) -> tuple[Step, MakePlan]:
-        wanted = sorted(self.spec.table(layer).layer for layer in rows)
-        # What is no array is refused where the ids are looked at.
-        arrays = {layer: ids for layer, ids in rows.items() if isinstance(ids, np.ndarray)}
-        shapes = {
-            layer: (*(arrays[layer].shape if layer in arrays else ()), self.spec.table(layer).row_bytes)
-            for layer in wanted
-        }
-        check_outs(self.spec, out, shapes)
-        step = self._step(wanted, shapes, out, timeout_s, bounded)
-        delivery = step.delivery
-        if self._recorder is not None:
-            self._recorder.rows(rows)
-
-        def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
-            num_tokens = max((len(ids) for ids in arrays.values() if ids.ndim), default=0)
-            planner = by.planner_for(num_tokens)
-            planned = None if planner is None else planner.of_rows(delivery, rows, out)
-            if planned is not None:
-                return planned.exchange, planned
-            return Exchange.of_rows(by.served, rows, out, delivery.writing), None
-
-        return step, plan
-
-    # --- running them
-
-    def _lookup(self, delivery: Delivery, plan: MakePlan, *, hinted: bool = False, spin_s: float = 0.0) -> Lookup:
-        return Lookup(delivery, plan, self._following, self.stats, self._closing, hinted=hinted, spin_s=spin_s)
-
-    def _submit(self, step: Step, plan: MakePlan, ahead: bool = False, after: Step | None = None) -> Step:
-        """after: a step whose rows are let in before this one is planned."""
-        lookup = self._lookup(step.delivery, plan)
-        job = Job(step.delivery, lookup.plan, lookup.ask, ahead)
-        if after is None:
-            self._begin(job)
-        else:
-            # It is referred to until then, or it would be cancelled.
-            after.delivery.on_idle(partial(self._begin_late, job, after))
-        return step
-
-    def _begin(self, job: Job) -> None:
-        try:
-            if self._workers.submit(job):
-                return
-            error = PoolError("the client is closed")
-        except RuntimeError as failure:
-            error = PoolError(f"the system gives the client no thread: {failure}")
-        job.delivery.end(error)
-        raise error
-
-    def _begin_late(self, job: Job, _: Step) -> None:
-        with suppress(PoolError):  # the step has ended by it
-            self._begin(job)
-
-    def _wait_for(self, step: Step, plan: MakePlan) -> dict[int, Rows]:
-        try:
-            if self._closing.is_set():
-                raise PoolError("the client is closed")
-            self._lookup(step.delivery, plan, spin_s=self._spin_s).run()
-        except BaseException as error:
-            interrupted = StepCancelledError("the lookup was interrupted")
-            step.delivery.end(error if isinstance(error, PoolError) else interrupted)
-            step.delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
-            raise
-        rows = {}
-        for layer in step.layers:
-            rows[layer] = step.rows(layer)
-        return rows
-
-    # --- speculation
-
-    def _hint(self, batch: TokenBatch, candidates: npt.ArrayLike, chain: bool) -> bool:
-        """As `Step.hint`."""
-        self._check_process()
-        guessed = candidates_batch(batch, candidates, chain, self.spec)
-        if self.attached or not guessed.num_tokens:
-            return False
-        layers = list(self.spec.layers)
-        nbytes = sum(map(math.prod, self._shapes(guessed.num_tokens, layers).values()))
-
-        def plan(by: Generation) -> tuple[Exchange | None, Plan | None]:
-            assert by.planner is not None
-            planned = by.planner.of_tokens(delivery, guessed, layers, wanted=False)
-            return planned.exchange, planned
-
-        def ended(delivery: Delivery) -> None:
-            self.stats.hint_ended(delivery, lookup.asked_bytes, delivery.error is None)
-            self._deadlines.forget(delivery)
-
-        delivery = Delivery(layers, time.monotonic() + self._seconds(None), on_end=ended)
-        if not self.stats.hint_began(delivery, nbytes, self._hint_limit_bytes):
-            return False
-        lookup = self._lookup(delivery, plan, hinted=True)
-        try:
-            self._deadlines.watch(delivery)
-            self._begin(Job(delivery, lookup.plan, lookup.ask, ahead=True, hint=True))
-        except PoolError:
-            return False
-        except RuntimeError:  # the system gives no thread
-            delivery.end(None)
-            return False
-        return True
-
     # --- the end, and another process
-
-    def _check_process(self) -> None:
-        """Raise ForkedError in a child of the process that the client was made in."""
-        if self._forked is not None:
-            raise self._forked
 
     def _leave_to_parent(self) -> None:
         """In the child of a fork: connections, threads and locks are the parent's. Nothing is said on any of them."""
-        self._forked = ForkedError(
+        forked = ForkedError(
             f"this client was made in process {self._made_by}, and this is a child of it ({os.getpid()}): its "
             "connections are the parent's. Make a client in each process, after the fork",
             "forked",
         )
         self.stats.forked()
-        self._deadlines.forked(self._forked)
-        self._following.forked()
+        self._lookups.leave_to_parent(forked)
+        self._versions.forked()
         if self._recorder is not None:
             self._recorder.forked()
 
@@ -689,14 +366,12 @@ class Client:
         In a callback of a step it does not wait for the client's threads, which end a little later.
         In a child of the process that the client was made in it does nothing: there is nothing that is the child's.
         """
-        if self._forked is not None:
+        if self._lookups.forked is not None:
             return
         self._closing.set()
-        self._deadlines.give_up_all(StepCancelledError("the client was closed"))
-        self._following.close()
-        wait = not in_callback()  # some of these threads may wait for the callback, or be in one that closes, too
-        self._workers.close(wait)
-        self._deadlines.close(wait)
+        self._lookups.give_up_all(StepCancelledError("the client was closed"))
+        self._versions.close()
+        self._lookups.close()
         if self._recorder is not None:
             self._recorder.close()
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from engrampool_client.client import Client
-    from engrampool_client.lookup.exchange import Hashing, Rows
+    from engrampool_client.config import Hashing
+    from engrampool_client.lookup.delivery import Rows
     from engrampool_proto.spec import ModelSpec
 
 # Of rows that are asked for at once.

@@ -95,7 +95,7 @@ class Stats:
             for layer, tokens in (masked or {}).items():
                 self.masked_tokens[layer] += tokens
 
-    def came(self, source: str, nbytes: int) -> None:
+    def count_bytes(self, source: str, nbytes: int) -> None:
         """Count bytes of rows."""
         with self._lock:
             self.bytes[source] += nbytes

@@ -4,13 +4,14 @@ No server is asked, and no lock is taken: what is read at once may be a moment a
 """
 
 from math import isfinite
-from typing import Literal, TypedDict
+from typing import TypedDict
 
+from engrampool_client.config import ClientConfig, Hashing, OnFailure
 from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.workers import Workers
 from engrampool_client.pool.endpoint import Endpoint, Lane
-from engrampool_client.pool.following import Following
-from engrampool_client.pool.version import Generation
+from engrampool_client.pool.follower import VersionFollower
+from engrampool_client.pool.version import Version
 from engrampool_client.stats import Stats
 
 _NO_ANSWER = "it has not answered so far"
@@ -91,9 +92,9 @@ class ClientStatus(TypedDict):
     version: str
     spec_digest: str
     why_unusable: str | None
-    hashing: Literal["local", "server"]
+    hashing: Hashing
     heads: list[int] | None
-    on_failure: Literal["raise", "mask"]
+    on_failure: OnFailure
     lane: Lane
     breaker_open: bool
     servers_in_trouble: int
@@ -104,30 +105,29 @@ class ClientStatus(TypedDict):
 
 
 def client_status(
-    following: Following,
+    follower: VersionFollower,
     stats: Stats,
     workers: Workers,
-    hashing: Literal["local", "server"],
-    on_failure: Literal["raise", "mask"],
+    config: ClientConfig,
     why_unusable: str | None,
 ) -> ClientStatus:
     """Of a client that is made of these."""
-    now = following.current
+    now = follower.current
     servers, cache, spec, heads = servers_status(now), now.cache, now.served.spec, now.layout.heads
     return {
-        "target": following.servers.text,
+        "target": follower.servers.text,
         "model": spec.name,
         "version": now.served.version,
         "spec_digest": spec.digest,
         "why_unusable": why_unusable,
-        "hashing": hashing,
+        "hashing": config.hashing,
         "heads": None if heads is None else [heads.start, heads.stop],
-        "on_failure": on_failure,
-        "lane": "attached" if now.shards.attached and hashing == "local" else _wire(now),
+        "on_failure": config.on_failure,
+        "lane": "attached" if now.shards.attached and config.hashing == "local" else _wire(now),
         "breaker_open": now.shards.breaker_open,
         "servers_in_trouble": sum(one["trouble"] is not None for one in servers),
         "servers": servers,
-        "registry": _registry(following),
+        "registry": _registry(follower),
         "steps": {
             "in_flight": stats.in_flight,
             "pending_bytes": stats.pending_bytes,
@@ -139,7 +139,7 @@ def client_status(
     }
 
 
-def servers_status(now: Generation) -> list[ServerStatus]:
+def servers_status(now: Version) -> list[ServerStatus]:
     """Those that are used, by shard, and then those that are not."""
     # Twice what is used: one that changes over meanwhile, from one or to the other, is seen once at least.
     before = _in_use(now)
@@ -151,7 +151,7 @@ def servers_status(now: Generation) -> list[ServerStatus]:
     return found + [_unused(address, troubles.get(address)) for address in away if address not in addresses]
 
 
-def _in_use(now: Generation) -> dict[str, tuple[int, Endpoint]]:
+def _in_use(now: Version) -> dict[str, tuple[int, Endpoint]]:
     """Address -> its shard's number, and the server."""
     return {one.target: (shard, one) for shard, same in enumerate(now.shards.sets) for one in same.replicas}
 
@@ -245,20 +245,20 @@ def _unused(address: str, why: str | None) -> ServerStatus:
     }
 
 
-def _wire(now: Generation) -> Lane:
+def _wire(now: Version) -> Lane:
     return "direct" if now.shards.direct else "grpc"
 
 
-def _registry(following: Following) -> RegistryStatus | None:
-    age_s = following.servers.age_s
+def _registry(follower: VersionFollower) -> RegistryStatus | None:
+    age_s = follower.servers.age_s
     if age_s is None:
         return None
     return {
         "age_s": age_s if isfinite(age_s) else None,  # JSON knows no infinity
-        "pinned": following.pinned,
-        "why_behind": following.trouble,
-        "changes": dict(following.changes),
-        "ending": following.ending,
+        "pinned": follower.pinned,
+        "why_behind": follower.trouble,
+        "changes": dict(follower.changes),
+        "ending": follower.ending,
     }
 
 

@@ -1,4 +1,4 @@
-"""Real servers for tests, as child processes: the program is started, none of its code is imported.
+"""Real servers for tests, as child processes: the program is started, none of its code is imported. And a fake lane.
 
 The interpreter that runs the tests must have the extra `server`.
 """
@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engrampool_client.lanes.fake import FakeLane
 from engrampool_proto.errors import EngrampoolError
 
+__all__ = ["FakeLane", "ServerProcess", "ServerStartError", "serve_process"]
 _START_TIMEOUT_S = 60.0
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import xxhash
 
 from engrampool_proto.errors import SpecError
-from engrampool_proto.hashing import HashFamily, TokenBatch, family_from_json
+from engrampool_proto.hashing import HashFamily, TokenBatch, Windows, family_from_json
 from engrampool_proto.token_map import TokenMap
 
 # Bytes an element; the names are torch's.
@@ -262,9 +262,9 @@ class ModelSpec:
         Returns {layer: uint32 or uint64 [T, heads]}, C-contiguous.
         Raises BatchError for token ids out of range or a look-back too wide, SpecError for an unknown layer.
         """
-        tables = self.tables if layers is None else [self.table(layer) for layer in layers]
+        tables = self.tables if layers is None else list(map(self.table, layers))
         batch.check_tokens(self.vocab_size, self.lookback)
-        windows = batch.windows(self.lookback, None if self.token_map is None else self.token_map.ids)
+        windows = Windows.of(batch, self.lookback, None if self.token_map is None else self.token_map.ids)
         rows: dict[int, RowIds] = {}
         for table in tables:
             family, offsets = table.hash, table.head_offsets

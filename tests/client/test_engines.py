@@ -5,11 +5,11 @@ import threading
 
 import numpy as np
 import pytest
+from engrampool_client.lookup.hints import candidates_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import AsyncClient, BatchError, Client, FingerprintError, SpecError
-from engrampool_client.lookup.hints import candidates_batch
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
 

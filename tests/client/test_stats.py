@@ -88,7 +88,7 @@ def test_no_count_is_lost_between_threads(stats):
         for _ in range(times):
             step = object()
             stats.began(step, 2)
-            stats.came("wire", 3)
+            stats.count_bytes("wire", 3)
             stats.waited(7, 0.0)
             stats.retried()
             stats.opened()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,10 @@ import pytest
 
 from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.grpc import GrpcLane
-from engrampool_client.lookup.delivery import Delivery
-from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.served import choose
 from engrampool_client.testing import serve_process
 from engrampool_proto.v1 import pool_pb2
+from exchanges import exchange_of
 from server_fixtures import LIMIT_S, SPEC, eventually, expected, pack, version_of
 
 VALID_MS = 3000
@@ -49,12 +49,12 @@ def attached(address: str) -> Iterator[AttachLane]:
 
 def right(lane: AttachLane) -> bool:
     """Whether it has every row, and each as it must be."""
-    exchange = Exchange.of_rows(lane._served, {table.layer: np.arange(table.num_rows) for table in SPEC.tables})
-    step = Delivery(SPEC.layers)
-    if not lane.fetch(exchange, step):
+    exchange = exchange_of(lane._served, {table.layer: np.arange(table.num_rows) for table in SPEC.tables})
+    request = lane.ask(exchange, inf)
+    if request is None or not request.receive():
         return False
     for table in SPEC.tables:
-        assert step.rows[table.layer].tobytes() == expected(table.layer, np.arange(table.num_rows))
+        assert exchange.delivery.rows[table.layer].tobytes() == expected(table.layer, np.arange(table.num_rows))
     return True
 
 

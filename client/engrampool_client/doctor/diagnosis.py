@@ -15,7 +15,7 @@ from engrampool_client.client import Client
 from engrampool_client.doctor.cache_sizes import CacheSize, best_size, simulate
 from engrampool_client.doctor.replay import Clock, Forward, Play, play
 from engrampool_client.errors import EngrampoolError
-from engrampool_client.settings import SPLIT_ABOVE_BYTES
+from engrampool_client.pool.endpoint import SPLIT_ABOVE_BYTES
 from engrampool_client.status import ClientStatus
 
 Settings = Mapping[str, Any]

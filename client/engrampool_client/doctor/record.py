@@ -36,7 +36,7 @@ import xxhash
 
 from engrampool_client import private_files
 from engrampool_client.errors import RecordError
-from engrampool_client.lookup.exchange import row_ids
+from engrampool_client.lookup.query import row_ids
 from engrampool_proto.errors import BatchError, SpecError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from engrampool_client.client import Client
+from engrampool_client.config import columns
 from engrampool_client.errors import BatchError, PoolError, SpecError
 from engrampool_client.lookup.step import Step
-from engrampool_client.pool.version import columns
 from engrampool_proto.hashing import exactly
 from engrampool_proto.spec import RowFormat
 

@@ -1,7 +1,7 @@
 """Rows read in this process, where the server's tables lie in memory of this machine that they can be mapped from.
 
 gRPC says where that is, and for how long it may be read without asking again (docs/PROTOCOL.md). The other lanes are
-always there beside this one: whatever is wrong with it, `fetch` says that the rows are to be asked for elsewhere, and
+always there beside this one: whatever is wrong with it, `ask` says that the rows are to be asked for elsewhere, and
 the tables are asked for again later, on a thread of its own.
 """
 
@@ -11,9 +11,10 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from stat import S_ISREG
 from typing import Any
 
@@ -28,7 +29,6 @@ from engrampool_client.errors import (
     SpecError,
     UnavailableError,
 )
-from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import wire
@@ -79,6 +79,36 @@ class _Table:
         self.rows.take(ids, 0, out, "clip")
 
 
+class _Gather:
+    """Rows that are here. work: (layer, ids, table) of each."""
+
+    def __init__(self, exchange: Exchange, work: Sequence[tuple[int, npt.NDArray[Any], _Table]]) -> None:
+        self._exchange, self._work = exchange, work
+
+    def receive(self) -> bool:
+        """See `Request`. Copies every row to where it belongs."""
+        begin = time.perf_counter()
+        exchange, landing = self._exchange, self._exchange.landing
+        for layer, ids, table in sorted(self._work, key=itemgetter(0)):
+            row_bytes = table.rows.shape[1]
+            count = max(1, _PIECE_BYTES // row_bytes)
+            for first in range(0, len(ids), count):
+                some = ids[first : first + count]
+                nbytes = len(some) * row_bytes
+                place = landing.destination(layer, first, nbytes)
+                with landing.delivery.writing():
+                    table.gather(some, np.frombuffer(place, np.uint8).reshape(-1, row_bytes))
+                landing.received(layer, nbytes)
+                landing.hand_over()
+        took_us = round((time.perf_counter() - begin) * 1e6)
+        exchange.times = wire.ServerTimes(0, took_us, took_us)
+        landing.check_complete()
+        return True
+
+    def abandon(self) -> None:
+        """See `Request`. Nothing has begun."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Lease:
     """Tables by layer, and until when they may be read, by time.monotonic."""
@@ -109,38 +139,26 @@ class AttachLane:
 
     @property
     def attached(self) -> bool:
-        """Whether `fetch` has tables to read."""
+        """Whether `ask` has tables to read."""
         return self._current() is not None
 
-    def fetch(self, exchange: Exchange, delivery: Delivery) -> bool:
-        """Copy every row asked for to where it belongs; `delivery` is told of layers as they complete.
-
-        False, and nothing is done, if tables or rows of them are not attached, or if tokens are asked for: the rows
-        are to be asked for elsewhere. Raises what it was given up with.
-        """
+    def ask(self, exchange: Exchange, deadline: float, *, spin_s: float = 0.0) -> "_Gather | None":
+        """See `Lane`. None if tables or rows of them are not attached, or if tokens are asked for."""
         lease, asked = self._current(), exchange.asked_tables
         if lease is None or asked is None:
-            return False
-        begin = time.perf_counter()
-        missing = dict(exchange.missing())
-        work = [(layer, ids, lease.tables.get(layer)) for layer, ids in asked if layer in missing]
-        found = [(layer, ids, table) for layer, ids, table in work if table is not None and table.holds(ids)]
-        if len(found) < len(work):
-            return False
-        for layer, ids, table in sorted(found, key=lambda one: one[0]):
-            row_bytes = table.rows.shape[1]
-            count = max(1, _PIECE_BYTES // row_bytes)
-            for first in range(0, len(ids), count):
-                some = ids[first : first + count]
-                place = exchange.place(layer, first, len(some) * row_bytes)
-                with delivery.writing():
-                    table.gather(some, np.frombuffer(place, np.uint8).reshape(-1, row_bytes))
-                if exchange.placed(layer, len(some) * row_bytes):
-                    delivery.arrived(exchange.whole([layer]))
-        took_us = round((time.perf_counter() - begin) * 1e6)
-        exchange.times = wire.ServerTimes(0, took_us, took_us)
-        exchange.finish()
-        return True
+            return None
+        missing = dict(exchange.landing.missing())
+        work = []
+        for layer, ids in asked:
+            if layer in missing:
+                table = lease.tables.get(layer)
+                if table is None or not table.holds(ids):
+                    return None
+                work.append((layer, ids, table))
+        return _Gather(exchange, work)
+
+    def forked(self) -> None:
+        """See `Lane`. Mapped memory is there in the child as well."""
 
     def stop(self) -> None:
         """Let go of the tables, without waiting for what is asked; `close` is to follow."""

@@ -14,14 +14,41 @@ from engrampool_client.errors import (
     from_rpc,
     is_no_grpc,
 )
-from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.served import DESCRIBE
-from engrampool_client.settings import CHANNEL_OPTIONS, METHOD, RETRY_LOADING_S, STREAM_ABOVE_BYTES
 from engrampool_proto.v1 import pool_pb2
+from engrampool_proto.wire import SERVICE
 
-# The thread that reads a stream also drives its connection: without this gRPC hands every message from one to another.
-_OPTIONS = (*CHANNEL_OPTIONS, (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1))
+_METHOD = f"/{SERVICE}/"
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # Channels of equal options would share one connection, and several connections are asked for on purpose.
+    ("grpc.use_local_subchannel_pool", 1),
+    # A worker that restarts is back in less than gRPC's own second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+    # How long a try to connect may take, by its old name.
+    ("grpc.min_reconnect_backoff_ms", 5000),
+    # A connection may be forgotten on the way without a word. While a call is under way, it is asked for a sign of life
+    # so often, and given up without one; servers of ours take as many pings as anybody sends. The last of these is the
+    # time that counts: gRPC 1.85 never looks at keepalive_timeout_ms. Rows on their way are ahead of the answer to a
+    # ping, so it is long enough for the 4 MB that a system buffers on a link of 10 Mbit/s.
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.keepalive_timeout_ms", 4000),
+    ("grpc.http2.ping_timeout_ms", 4000),
+    # A proxy that the environment names is for the way out, and no way to a pool.
+    ("grpc.enable_http_proxy", 0),
+    # The thread that reads a stream also drives its connection: without this gRPC hands every message from one to
+    # another.
+    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
+)
+# Answers above this size come as a stream: it is faster from here on (bench/transport.py), and the first layer's rows
+# do not wait for the last layer's.
+STREAM_ABOVE_BYTES = 2 << 20
+# How soon to ask again a server that answers "loading".
+_RETRY_LOADING_S = 0.2
 
 
 class _Connection:
@@ -29,8 +56,8 @@ class _Connection:
 
     def __init__(self, target: str) -> None:
         self.channel = grpc.insecure_channel(target, _OPTIONS)
-        self.lookup = self.channel.unary_unary(METHOD + "Lookup")
-        self.lookup_stream = self.channel.unary_stream(METHOD + "LookupStream")
+        self.lookup = self.channel.unary_unary(_METHOD + "Lookup")
+        self.lookup_stream = self.channel.unary_stream(_METHOD + "LookupStream")
         self.calls = 0
 
 
@@ -67,12 +94,12 @@ class GrpcLane:
                 # That time ran out while it was tried once more says less than why it failed before.
                 if last is None or not isinstance(error, DeadlineError):
                     last = error
-            if deadline - time.monotonic() <= RETRY_LOADING_S or self._closed:
+            if deadline - time.monotonic() <= _RETRY_LOADING_S or self._closed:
                 silent = isinstance(last, DeadlineError) and last.reason is None
                 why = "nothing there answers; it may hang, or packets may be lost on the way: " if silent else ""
                 text = f"no server at {self.target} was ready within {timeout_s:.3g} s: {why}{last}"
                 raise UnavailableError(text, last.reason) from last
-            pause.wait(RETRY_LOADING_S)
+            pause.wait(_RETRY_LOADING_S)
 
     def open_direct(self, timeout_s: float) -> pool_pb2.OpenDirectResponse:
         """Ask for a way into the direct lane. Raises PoolError."""
@@ -91,32 +118,16 @@ class GrpcLane:
         except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
             raise ProtocolError(f"Attach was answered with something else: {error}") from error
 
-    def fetch(self, exchange: Exchange, timeout_s: float, delivery: Delivery) -> None:
-        """Ask, and take the whole answer in; `delivery` is told of layers as they complete.
+    def ask(self, exchange: Exchange, deadline: float, *, spin_s: float = 0.0) -> "_Call":
+        """See `Lane`. The call begins when its answer is received: gRPC sends and waits in one."""
+        return _Call(self, exchange, deadline)
 
-        Raises what the call fails with. Whatever it is once the lookup was given up, the delivery knows better.
-        """
-        connection = self._enter()
-        try:
-            if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
-                # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
-                # given up meanwhile does not wait for it.
-                _take(exchange, connection.lookup(exchange.request, timeout=timeout_s), delivery)
-            else:
-                stream = connection.lookup_stream(exchange.request, timeout=timeout_s)
-                delivery.on_cancel(stream.cancel)
-                for message in stream:
-                    _take(exchange, message, delivery)
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.target) from error
-        except KeyboardInterrupt:
-            # It may have come while gRPC held a lock of the channel's, and then every other call on it, and its end,
-            # waits for ever: it is not used any more, nor closed.
-            self._give_up(connection)
-            raise
-        finally:
-            self._leave(connection)
-        exchange.finish()
+    def forked(self) -> None:
+        """See `Lane`. gRPC's connections are not touched."""
+
+    def stop(self) -> None:
+        """See `Lane`."""
+        self.close()
 
     def renew(self, old: "_Connection | None" = None) -> None:
         """Have later calls go by a new connection. Those under way end on the old one, which may be well after all.
@@ -143,9 +154,9 @@ class GrpcLane:
 
         If it does not, the connection may be one that was forgotten on the way: the next call goes by a new one.
         """
-        connection = self._enter()
+        connection = self.enter()
         try:
-            answer: bytes = connection.channel.unary_unary(METHOD + method)(request, timeout=timeout_s)
+            answer: bytes = connection.channel.unary_unary(_METHOD + method)(request, timeout=timeout_s)
             return answer
         except grpc.RpcError as rpc_error:
             error = from_rpc(rpc_error, self.target)
@@ -153,25 +164,26 @@ class GrpcLane:
                 self.renew(connection)
             raise error from rpc_error
         except KeyboardInterrupt:
-            self._give_up(connection)  # as `fetch` does
+            self.give_up(connection)  # as a lookup does
             raise
         finally:
-            self._leave(connection)
+            self.leave(connection)
 
-    def _enter(self) -> _Connection:
-        """The connection for a call; `_leave` is to follow."""
+    def enter(self) -> _Connection:
+        """The connection for a call; `leave` is to follow."""
         with self._lock:
             self._connection.calls += 1
             return self._connection
 
-    def _leave(self, connection: _Connection) -> None:
+    def leave(self, connection: _Connection) -> None:
+        """A call on it has ended."""
         with self._lock:
             connection.calls -= 1
         if self._former:
             self._close_former()
 
-    def _give_up(self, connection: _Connection) -> None:
-        """Neither use it any more, nor close it."""
+    def give_up(self, connection: _Connection) -> None:
+        """Neither use it any more, nor close it: Ctrl-C may have come while gRPC held a lock of the channel's."""
         with self._lock:
             self._given_up.append(connection)
             self._former.discard(connection)
@@ -187,10 +199,47 @@ class GrpcLane:
             connection.channel.close()
 
 
-def _take(exchange: Exchange, message: bytes, delivery: Delivery) -> None:
-    if exchange.owned:
-        complete = exchange.add(message)
+class _Call:
+    """A lookup over gRPC."""
+
+    def __init__(self, lane: GrpcLane, exchange: Exchange, deadline: float) -> None:
+        self._lane, self._exchange, self._deadline = lane, exchange, deadline
+
+    def receive(self) -> bool:
+        """See `Request`. Whatever it raises once the lookup was given up, the delivery knows better."""
+        lane, exchange = self._lane, self._exchange
+        connection = lane.enter()
+        timeout_s = max(0.0, self._deadline - time.monotonic())
+        try:
+            if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
+                # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
+                # given up meanwhile does not wait for it.
+                _take(exchange, connection.lookup(exchange.encode(), timeout=timeout_s))
+            else:
+                stream = connection.lookup_stream(exchange.encode(), timeout=timeout_s)
+                exchange.delivery.on_cancel(stream.cancel)
+                for message in stream:
+                    _take(exchange, message)
+        except grpc.RpcError as error:
+            raise from_rpc(error, lane.target) from error
+        except KeyboardInterrupt:
+            # It may have come while gRPC held a lock of the channel's, and then every other call on it, and its end,
+            # waits for ever: it is not used any more, nor closed.
+            lane.give_up(connection)
+            raise
+        finally:
+            lane.leave(connection)
+        exchange.landing.check_complete()
+        return True
+
+    def abandon(self) -> None:
+        """See `Request`. Nothing has begun."""
+
+
+def _take(exchange: Exchange, message: bytes) -> None:
+    if exchange.landing.owned:
+        exchange.add(message)
     else:
-        with delivery.writing():
-            complete = exchange.add(message)
-    delivery.arrived(exchange.whole(complete))
+        with exchange.delivery.writing():
+            exchange.add(message)
+    exchange.landing.hand_over()

@@ -8,11 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, RejectedError, StepCancelledError
-from engrampool_client.lookup.exchange import Blank, Rows, Valid
 from engrampool_proto.errors import BatchError
 from engrampool_proto.wire import ServerTimes
 
+Rows = npt.NDArray[np.uint8]
+Valid = npt.NDArray[np.bool_]
+# Rows and which tokens have theirs, of a layer that did not come.
+Blank = Callable[[int], tuple[Rows, Valid]]
 _log = logging.getLogger("engrampool")
 _telling = threading.local()
 
@@ -58,11 +64,12 @@ class Delivery:
         self.arrived_s: dict[int, float] = {}
         self.times: ServerTimes | None = None
         self.elapsed_s: float | None = None
-        self._blank, self._on_end = blank, on_end
+        # What makes the rows that stand in for those that do not come; None if nothing does.
+        self.blank, self._on_end = blank, on_end
         # The lock itself, and not the condition, is what `with` takes: Ctrl-C can come between any two lines of Python,
         # and a condition's own line between having the lock and saying so would leave it taken for ever.
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._changed: threading.Condition | None = None  # made for the first that waits
         self._waiting = 0  # threads; to notify nobody is not free
         self._done = self._closing = self._telling = False
         self._working: bool | None = None
@@ -153,7 +160,7 @@ class Delivery:
             self.rows.update(rows)
             for callback in self._callbacks:
                 self._calls.extend((callback, layer) for layer in rows)
-            if self._waiting:
+            if self._waiting and self._changed is not None:
                 self._changed.notify_all()
         if self._calls:
             self._tell()
@@ -205,13 +212,8 @@ class Delivery:
     def stand_in(self, blank: Blank) -> None:
         """Have `blank` make what stands in for rows that do not come, if anything was to."""
         with self._lock:
-            if self._blank is not None and not self._done:
-                self._blank = blank
-
-    @property
-    def blank(self) -> Blank | None:
-        """What makes the rows that stand in; None if nothing does."""
-        return self._blank
+            if self.blank is not None and not self._done:
+                self.blank = blank
 
     @property
     def working(self) -> bool | None:
@@ -241,8 +243,7 @@ class Delivery:
 
     def forked(self, error: EngrampoolError) -> None:
         """In the child of a fork, where nobody else is: settle it without a word to those of the parent."""
-        self._lock = threading.RLock()  # the old one may be another thread's for ever
-        self._changed = threading.Condition(self._lock)
+        self._lock, self._changed = threading.RLock(), None  # the old one may be another thread's for ever
         if self._done:
             return
         if len(self.rows) == len(self.layers):
@@ -250,7 +251,7 @@ class Delivery:
             return
         # Settled before anything is let go of: the last reference to a step may be among that.
         self.error, self._closing, self._done = error, True, True
-        self._blank = self._on_end = None
+        self.blank = self._on_end = None
         self._cancels, self._callbacks, self._idle_callbacks, self._writers = [], [], [], []
         self._calls.clear()
 
@@ -261,7 +262,7 @@ class Delivery:
         if len(self.rows) < len(self.layers):
             self.error = self.error or error
         self._closing = True
-        if self._waiting:  # `pause` waits for it
+        if self._waiting and self._changed is not None:  # `pause` waits for it
             self._changed.notify_all()
 
     def _cancel(self) -> None:
@@ -291,12 +292,12 @@ class Delivery:
                 if self.error is None:
                     self.elapsed_s = max(self.arrived_s.values(), default=0.0)
                 self._done = True
-                if self._waiting:
+                if self._waiting and self._changed is not None:
                     self._changed.notify_all()
                 for layer in missing:
                     self._calls.extend((callback, layer) for callback in self._callbacks)
                 # They hold on to what they were made from.
-                self._blank, self._callbacks = None, []
+                self.blank, self._callbacks = None, []
                 if not self._telling:  # else they are about to be called
                     self._cancels.clear()
         if (on_end := self._on_end) is not None:
@@ -306,10 +307,10 @@ class Delivery:
             self._tell()
 
     def _mask(self, layer: int) -> None:
-        if self._blank is None or not _may_be_masked(self.error):
+        if self.blank is None or not _may_be_masked(self.error):
             return
         try:
-            rows, valid = self._blank(layer)
+            rows, valid = self.blank(layer)
         except Exception:  # the layer is settled all the same, by the error
             _log.exception("the rows of layer %s could not be masked", layer)
             return
@@ -335,6 +336,8 @@ class Delivery:
         # Beyond what the system can count, a wait has no end.
         with self._lock:
             self._waiting += 1
+            if self._changed is None:
+                self._changed = threading.Condition(self._lock)
             try:
                 return self._changed.wait_for(condition, seconds if seconds < threading.TIMEOUT_MAX else None)
             finally:

@@ -1,176 +1,103 @@
-"""From a batch to the rows that must be asked for, and back: deduplication, cached rows, and where each row belongs.
+"""From a query to the rows that must be asked for, and back: deduplication, cached rows, and where each row belongs.
 
-Rows are handled in entries: the rows of the columns that one key decides (`HashFamily.groups`), which lie side by side
-in an answer. An entry is asked for once a lookup, and not at all if the cache has it.
+Rows are handled in entries (layout.py). An entry is asked for once a lookup, and not at all if the cache has it. Where
+that does not pay, rows are asked for as they are.
 """
 
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.config import Hashing
 from engrampool_client.lookup.cache import HotRows
-from engrampool_client.lookup.delivery import Delivery
-from engrampool_client.lookup.exchange import Exchange, Out, Rows, hand_over, row_ids
+from engrampool_client.lookup.delivery import Delivery, Rows
+from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.landing import CallersLanding, Landing, Out, hand_over
+from engrampool_client.lookup.layout import Keys, Layout, Part
+from engrampool_client.lookup.query import Query
 from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import wire
-from engrampool_proto.hashing import TokenBatch
-from engrampool_proto.spec import ModelSpec, TableSpec
 
-Keys = npt.NDArray[np.int64]
 # As many as the cache can tell apart.
 _MAX_GROUPS = 256
 # Put into the cache at once; other lookups find nothing meanwhile, so it is a millisecond's work or so.
 _PUT_ENTRIES = 2048
-
-
-@dataclass(frozen=True)
-class Part:
-    """Columns of one table whose groups are all of one width, side by side in the answer.
-
-    columns: of the table, by group. first: the first column in the answer. number: of the first group, over all tables.
-    """
-
-    table: TableSpec
-    groups: tuple[int, ...]
-    columns: tuple[slice, ...]
-    first: int
-    number: int
-
-    def pick(self, keys: Keys) -> Keys:
-        """The keys of its groups, int64 [groups, T], of those of all groups of the family."""
-        first, last = self.groups[0], self.groups[-1]
-        # A group that is cut between shards stands in `groups` more than once.
-        return keys[first : last + 1] if last - first + 1 == len(self.groups) else keys[list(self.groups)]
-
-    @property
-    def width(self) -> int:
-        """Columns of one group."""
-        return int(self.columns[0].stop - self.columns[0].start)
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one group's rows of one token."""
-        return self.width * self.table.row_bytes
-
-    @property
-    def stop(self) -> int:
-        """One past the last column in the answer."""
-        return self.first + len(self.groups) * self.width
-
-
-class Layout:
-    """How the rows of a client's columns are made of entries.
-
-    heads: those asked for, of every table; None for all. cuts: layer -> rows at which another shard begins; where that
-    is a head's first row, no entry is of two shards.
-    """
-
-    def __init__(self, spec: ModelSpec, heads: slice | None, cuts: Mapping[int, Sequence[int]] | None = None) -> None:
-        self.heads = heads
-        self.parts: dict[int, list[Part]] = {}
-        number = 0
-        for table in spec.tables:
-            wanted = heads or slice(0, table.heads)
-            cut = []
-            rows = np.array((cuts or {}).get(table.layer, ()), np.uint64)
-            edges = set(np.flatnonzero(np.isin(table.head_offsets, rows)).tolist())
-            for group, columns in enumerate(table.hash.groups()):
-                start, stop = max(columns.start, wanted.start), min(columns.stop, wanted.stop)
-                if start < stop:
-                    inside = [start, *sorted(edge for edge in edges if start < edge < stop), stop]
-                    cut += [(group, slice(*two)) for two in pairwise(inside)]
-            parts = self.parts[table.layer] = []
-            for _, run in groupby(cut, lambda one: one[1].stop - one[1].start):
-                groups, columns_of = zip(*run, strict=True)
-                parts.append(Part(table, groups, columns_of, columns_of[0].start - wanted.start, number))
-                number += len(groups)
-        self.groups = number
-        self.entry_bytes = max(part.entry_bytes for parts in self.parts.values() for part in parts)
-
-    def columns(self, table: TableSpec) -> slice:
-        """The columns of `table` that are asked for."""
-        return self.heads or slice(0, table.heads)
-
-    def to_json(self) -> dict[str, Any]:
-        """What two caches must have in common for one to read the other's entries."""
-        parts = [part for parts in self.parts.values() for part in parts]
-        columns = [[part.table.layer, one.start, one.stop] for part in parts for one in part.columns]
-        return {"columns": columns, "entry_bytes": self.entry_bytes}
+# Without a cache, smaller batches are asked for as they are: finding their few duplicates costs more than it saves.
+_DEDUPE_TOKENS = 128
 
 
 class Planner:
-    """Plans lookups. cache: rows of earlier lookups, None for none; warm: more of them, which never change.
+    """Plans lookups of one version.
 
-    max_steps: lookups that are worked on at once.
+    hashing: where tokens are hashed. dedupe: ask for an entry once a lookup. cache: rows of earlier lookups, None for
+    none; warm: more of them, which never change. max_steps: lookups that are worked on at once.
     """
 
     def __init__(
-        self, served: ServedModel, layout: Layout, cache: HotRows | None, warm: HotRows | None, max_steps: int
+        self,
+        served: ServedModel,
+        layout: Layout,
+        hashing: Hashing,
+        dedupe: bool,
+        cache: HotRows | None,
+        warm: HotRows | None,
+        max_steps: int,
     ) -> None:
         if (cache or warm) and layout.groups > _MAX_GROUPS:
             raise ValueError(f"the model has {layout.groups} groups of columns; a cache can hold {_MAX_GROUPS}")
         self.served, self.layout, self.cache, self.warm = served, layout, cache, warm
-        self.has_cache = cache is not None or warm is not None
+        self._by_server = hashing == "server"
+        has_cache = cache is not None or warm is not None
+        self._least_tokens = 0 if has_cache else _DEDUPE_TOKENS if dedupe and not self._by_server else math.inf
         self.scratch = Scratch(max_steps * len(layout.parts))
 
-    def of_tokens(
-        self,
-        delivery: Delivery,
-        batch: TokenBatch,
-        layers: Sequence[int],
-        out: Out | None = None,
-        *,
-        wanted: bool = True,
-    ) -> "Plan":
-        """The rows of every token: [T, heads, row_bytes] a layer. wanted: else they are for the cache only.
+    def plan(self, delivery: Delivery, query: Query, out: Out | None, attached: bool) -> "Plan":
+        """What a step needs. attached: whether rows are only read, so that to ask for one twice costs nothing.
 
         Raises BatchError, RejectedError, and what the step was given up with.
         """
-        spec = self.served.spec
-        batch.check_tokens(spec.vocab_size, spec.lookback)
-        windows = batch.windows(spec.lookback, None if spec.token_map is None else spec.token_map.ids)
-        keys = {}
-        for layer in layers:
-            found = spec.table(layer).hash.keys(windows)
-            keys[layer] = [part.pick(found) for part in self.layout.parts[layer]]
-        return Plan(self, delivery, keys, dict.fromkeys(layers, (batch.num_tokens,)), out if wanted else None, wanted)
+        if not attached and query.num_tokens >= self._least_tokens:
+            keys = query.keys(self.layout)
+            if keys is not None:
+                return EntriesPlan(self, delivery, keys, query.shapes(self.layout), out)
+        return PlainPlan(self.exchange(delivery, query, out))
 
-    def of_rows(self, delivery: Delivery, rows: Mapping[int, Any], out: Out | None = None) -> "Plan | None":
-        """The same by row ids, [..., heads] a layer; None for ids that are not as hashing gives them.
+    def plan_hint(self, delivery: Delivery, query: Query) -> "EntriesPlan":
+        """What the cache lacks of rows that nobody has asked for. Raises as `plan` does."""
+        keys = query.keys(self.layout)
+        assert keys is not None
+        return EntriesPlan(self, delivery, keys, query.shapes(self.layout), wanted=False)
 
-        Raises as `of_tokens` does.
-        """
-        keys, leading = {}, {}
-        for layer in sorted(rows):
-            table = self.served.spec.table(layer)
-            ids, columns = row_ids(table, rows[layer]), self.layout.columns(table)
-            if ids.ndim < 2 or ids.shape[-1] != columns.stop - columns.start:
-                return None
-            leading[layer] = ids.shape[:-1]
-            found = [self._keys_of(part, ids.reshape(-1, ids.shape[-1])) for part in self.layout.parts[layer]]
-            if any(one is None for one in found):
-                return None
-            keys[layer] = [one for one in found if one is not None]
-        return Plan(self, delivery, keys, leading, out)
+    def exchange(self, delivery: Delivery, query: Query, out: Out | None = None) -> Exchange:
+        """Ask for rows as they are. Raises BatchError, RejectedError."""
+        served = self.served
+        shapes = query.shapes(self.layout)
+        landing = CallersLanding(delivery, shapes, served.spec, out) if out else Landing(delivery, shapes)
+        asked = query.request(served) if self._by_server else None
+        if asked is not None:
+            return Exchange(served, asked, landing)
+        return Exchange.of_ids(served, query.ids(self.layout), landing)
 
-    @staticmethod
-    def _keys_of(part: Part, ids: npt.NDArray[Any]) -> Keys | None:
-        """Int64 [groups, T] of the layer's ids [T, heads]."""
-        keys = []
-        for at, columns in enumerate(part.columns):
-            first = part.first + at * part.width
-            found = part.table.hash.keys_of(columns, ids[:, first : first + part.width], part.table.head_offsets)
-            if found is None:
-                return None
-            keys.append(found)
-        return np.stack(keys)
+
+class PlainPlan:
+    """Rows that are asked for as they are. sources: layer -> bytes that came from elsewhere: none."""
+
+    sources: Mapping[str, int] = {}
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange: Exchange | None = exchange
+
+    def keep(self, hinted: bool = False) -> None:
+        """Nothing: there is no cache."""
+
+    def close(self, again: bool = True) -> None:
+        """Let go of the request."""
+        self.exchange = None
 
 
 class Scratch:
@@ -247,7 +174,7 @@ class _Entries:
             self.part.table.hash.rows_of(columns, self.asked_keys[span], self.part.table.head_offsets, self.ids[span])
             start += count
 
-    def came(self, rows: Rows, start: int) -> int:
+    def pick(self, rows: Rows, start: int) -> int:
         """Find what was fetched among the layer's rows, uint8 [N, row_bytes], from `start` on; gives where it ends."""
         stop = start + self.ids.size
         self.fetched = rows[start:stop].reshape(-1, self.part.entry_bytes)
@@ -263,12 +190,12 @@ class _Entries:
             to[missing] = self.fetched[self._inverse[missing]]
 
 
-class Plan:
+class EntriesPlan:
     """One lookup, between the caller's arrays and the exchange. To be used by one thread at a time.
 
     Once made, what the cache has lies in its place, and the delivery has the layers that are whole by that.
 
-    keys: layer -> int64 [groups, T] of each part. leading: layer -> shape of its rows, up to heads and bytes.
+    keys: layer -> int64 [groups, T] of each part. shapes: layer -> shape of its rows, [..., heads, row_bytes].
     exchange: what is to be asked for; None if nothing is.
     """
 
@@ -277,25 +204,23 @@ class Plan:
         planner: Planner,
         delivery: Delivery,
         keys: Mapping[int, Sequence[Keys]],
-        leading: Mapping[int, tuple[int, ...]],
+        shapes: Mapping[int, tuple[int, ...]],
         out: Out | None = None,
         wanted: bool = True,
     ) -> None:
-        served, layout = planner.served, planner.layout
+        layout = planner.layout
         self._planner, self._delivery, self._out, self._wanted = planner, delivery, out or {}, wanted
         self.exchange: Exchange | None = None
         self._scratch: list[Rows] = []
-        self.shapes: dict[int, tuple[int, ...]] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self._rows: dict[int, Rows] = {}
         self._entries: dict[int, list[_Entries]] = {}
-        for layer, lengths in leading.items():
-            table = served.spec.table(layer)
-            columns = layout.columns(table)
-            shape = self.shapes[layer] = (*lengths, columns.stop - columns.start, table.row_bytes)
+        for layer, found in keys.items():
+            self._shapes[layer] = shape = shapes[layer]
             if wanted:
                 given = self._out.get(layer)
                 self._rows[layer] = given if isinstance(given, np.ndarray) else np.empty(shape, np.uint8)
-            self._entries[layer] = list(map(_Entries, layout.parts[layer], keys[layer]))
+            self._entries[layer] = list(map(_Entries, layout.parts[layer], found))
         if wanted:
             delivery.stand_in(self._blank)
         self.sources = {
@@ -305,7 +230,7 @@ class Plan:
         }
         self._ask()
         if wanted:
-            total = sum(map(math.prod, self.shapes.values()))
+            total = sum(map(math.prod, self._shapes.values()))
             asked = 0 if self.exchange is None else self.exchange.answer_bytes
             self.sources["duplicate"] = total - asked - sum(self.sources.values())
 
@@ -324,7 +249,7 @@ class Plan:
         if tables:
             served = self._planner.served
             asked = wire.LookupRequest(served.spec.name, served.version, tuple(tables))
-            self.exchange = Exchange(served, asked, shapes, deliver=self._deliver, allocate=self._allocate)
+            self.exchange = Exchange(served, asked, _FetchedLanding(self, self._delivery, shapes))
         if whole and self._wanted:
             with self._delivery.writing():
                 rows = {layer: self._finish(layer) for layer in whole}
@@ -335,7 +260,7 @@ class Plan:
 
         Gives the rows and bool [*leading], which tokens have theirs.
         """
-        *leading, heads, row_bytes = self.shapes[layer]
+        *leading, heads, row_bytes = self._shapes[layer]
         valid = np.ones(math.prod(leading), np.bool_)
         for one in self._entries[layer]:
             hit = np.zeros(one.count, np.bool_) if one.hit is None else one.hit
@@ -357,7 +282,8 @@ class Plan:
             if again:
                 self._planner.scratch.give_back(buffer)
 
-    def _allocate(self, nbytes: int) -> Rows:
+    def allocate(self, nbytes: int) -> Rows:
+        """Memory for rows that are fetched, which `close` gives back: uint8 [nbytes]."""
         self._scratch.append(self._planner.scratch.take(nbytes))
         return self._scratch[-1][:nbytes]
 
@@ -417,16 +343,16 @@ class Plan:
         one.found += count
         return count * nbytes
 
-    def _deliver(self, layer: int, fetched: Rows) -> Rows:
+    def put_in_place(self, layer: int, fetched: Rows) -> Rows:
         """Put fetched rows, uint8 [rows, row_bytes], where they belong; gives the layer's rows."""
         start = 0
         if not self._wanted:
             for one in self._entries[layer]:
-                start = one.came(fetched, start)
+                start = one.pick(fetched, start)
             return fetched
         with self._delivery.writing():
             for one in self._entries[layer]:
-                start = one.came(fetched, start)
+                start = one.pick(fetched, start)
                 to, write_back = _entries_of(self._rows[layer], one.part, whole=one.hit is None)
                 one.put(to)
                 write_back()
@@ -435,6 +361,23 @@ class Plan:
     def _finish(self, layer: int) -> Rows:
         """The layer's rows, as the caller gets them."""
         return hand_over(self._planner.served.spec.table(layer), self._rows[layer], self._out.get(layer))
+
+
+class _FetchedLanding(Landing):
+    """Rows of a plan's entries, which are put where they belong once a layer is complete."""
+
+    def __init__(self, plan: EntriesPlan, delivery: Delivery, shapes: Mapping[int, tuple[int, ...]]) -> None:
+        super().__init__(delivery, shapes)
+        self._plan = plan
+
+    def _allocate(self, nbytes: int) -> Rows:
+        return self._plan.allocate(nbytes)
+
+    def _rows(self, layer: int) -> Rows:
+        return self._plan.put_in_place(layer, self.array(layer).reshape(self.shapes[layer]))
+
+
+Plan = PlainPlan | EntriesPlan
 
 
 def _entries_of(rows: Rows, part: Part, whole: bool = False) -> tuple[Rows, Callable[[], None]]:

@@ -1,48 +1,107 @@
-"""One lookup at work: planned by the version that is current, asked for, handed over, kept for later ones."""
+"""Lookups at work: begun as steps, planned by the version that is current, asked for, handed over, kept for later."""
 
+import math
 import threading
-from collections.abc import Callable
+import time
+from contextlib import suppress
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
-from engrampool_client.errors import EngrampoolError, PoolError, ProtocolError, StepCancelledError, UnknownVersionError
-from engrampool_client.lookup.delivery import Delivery
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_client.config import ClientConfig, bounded_s, check_positive
+from engrampool_client.errors import (
+    EngrampoolError,
+    ForkedError,
+    OverloadedError,
+    PoolError,
+    ProtocolError,
+    StepCancelledError,
+    UnknownVersionError,
+)
+from engrampool_client.lookup.deadlines import Deadlines
+from engrampool_client.lookup.delivery import Delivery, Rows, in_callback
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.plan import Plan
-from engrampool_client.pool.following import Following
-from engrampool_client.pool.version import Generation
+from engrampool_client.lookup.landing import Out, check_outs, zeros
+from engrampool_client.lookup.plan import Plan, Planner
+from engrampool_client.lookup.query import Query, Recorder, TokenQuery, candidates_batch
+from engrampool_client.lookup.step import Step
+from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.stats import Stats
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.spec import ModelSpec
 
-# What is to be asked for by a version, None if nothing is; and the plan that it came from, if there is one.
-MakePlan = Callable[[Generation], tuple[Exchange | None, Plan | None]]
+
+class Asked(Protocol):
+    """Whoever has the rows of an exchange come, from wherever they are."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether rows are only read from memory, now."""
+
+    def ask(self, exchange: Exchange, spin_s: float) -> None:
+        """Have every row come. Raises PoolError."""
 
 
-class Lookup:
-    """From a batch to its rows: `plan`, and `ask` if that says so, by one thread at a time. `run` is both.
+class Version(Protocol):
+    """One version of a model: how its lookups are planned, and who is asked."""
+
+    planner: Planner
+
+    @property
+    def shards(self) -> Asked:
+        """Who is asked."""
+
+
+V = TypeVar("V", bound=Version)
+
+
+class Versions(Protocol[V]):
+    """Whoever knows by which version lookups go."""
+
+    @property
+    def current(self) -> V:
+        """What lookups begin by now."""
+
+    def enter(self) -> V:
+        """What a lookup goes by from beginning to end; `leave` is to follow."""
+
+    def leave(self, version: V) -> None:
+        """Go by it no more."""
+
+    def moved_on(self, version: V, delivery: Delivery) -> bool:
+        """Whether lookups go by another version by now, which is waited for."""
+
+
+class Lookup(Generic[V]):
+    """From a query to its rows: `plan`, and `ask` if that says so, by one thread at a time. `run` is both.
 
     Whatever happens, the delivery has ended after that. closing: set while the client closes. hinted: the rows are for
-    the cache only. spin_s: see `Client`. asked_bytes: of rows that were asked for.
+    the cache only. asked_bytes: of rows that were asked for.
     """
 
     def __init__(
         self,
         delivery: Delivery,
-        make_plan: MakePlan,
-        following: Following,
+        query: Query,
+        out: Out | None,
+        versions: Versions[V],
         stats: Stats,
         closing: threading.Event,
         *,
         hinted: bool = False,
-        spin_s: float = 0.0,
     ) -> None:
         self.delivery, self.asked_bytes = delivery, 0
-        self._make_plan, self._following, self._stats, self._closing = make_plan, following, stats, closing
-        self._hinted, self._spin_s = hinted, spin_s
+        self._query, self._out, self._versions, self._stats, self._closing = query, out, versions, stats, closing
+        self._hinted, self._spin_s = hinted, 0.0
         self._blank = delivery.blank
-        self._by: Generation | None = None
-        self._exchange: Exchange | None = None
+        self._by: V | None = None
         self._plan: Plan | None = None
 
-    def run(self) -> None:
-        """All of it, in this thread."""
+    def run(self, spin_s: float) -> None:
+        """All of it, in this thread. spin_s: see `ClientConfig`."""
+        self._spin_s = spin_s
         if self.plan():
             self.ask()
 
@@ -78,52 +137,56 @@ class Lookup:
 
     def _prepare(self) -> bool:
         """Plan by the current version; whether something is to be asked for."""
-        self._by = self._following.enter()
-        self._exchange, self._plan = self._make_plan(self._by)
-        if self._exchange is not None and not self.delivery.ended:
+        by = self._by = self._versions.enter()
+        if self._hinted:
+            self._plan = by.planner.plan_hint(self.delivery, self._query)
+        else:
+            self._plan = by.planner.plan(self.delivery, self._query, self._out, by.shards.attached)
+        if self._plan.exchange is not None and self.delivery.error is None:
             return True
-        self._came()
+        self._end(self._plan)
         return False
 
     def _fetch(self) -> bool:
         """Have the rows come. False if the servers hold the version no more, and lookups go by another by now."""
-        exchange, by, delivery = self._exchange, self._by, self.delivery
-        assert exchange is not None
+        plan, by, delivery = self._plan, self._by, self.delivery
+        assert plan is not None
+        assert plan.exchange is not None
         assert by is not None
         try:
-            self.asked_bytes = exchange.answer_bytes
-            by.shards.ask(exchange, delivery, self._spin_s)
+            self.asked_bytes = plan.exchange.answer_bytes
+            by.shards.ask(plan.exchange, self._spin_s)
         except UnknownVersionError:
             # Of what was handed over already, the rest must be of the same version.
-            if delivery.rows or not self._following.moved_on(by, delivery):
+            if delivery.rows or not self._versions.moved_on(by, delivery):
                 raise
             return False
-        self._came()
+        self._end(plan)
         return True
 
-    def _came(self) -> None:
+    def _end(self, plan: Plan) -> None:
         """Every row is there."""
-        plan, times = self._plan, None if self._exchange is None else self._exchange.times
-        if plan is not None and not self._hinted:
-            for source, nbytes in plan.sources.items():
-                self._stats.came(source, nbytes)
-        if plan is not None and self._hinted:
+        delivery, times = self.delivery, None if plan.exchange is None else plan.exchange.times
+        if self._hinted:
             plan.keep(hinted=True)
-        elif not self.delivery.done:
-            missing = [layer for layer in self.delivery.layers if layer not in self.delivery.rows]
+            delivery.end(None, times)
+            return
+        for source, nbytes in plan.sources.items():
+            self._stats.count_bytes(source, nbytes)
+        if len(delivery.rows) < len(delivery.layers):
+            missing = [layer for layer in delivery.layers if layer not in delivery.rows]
             raise ProtocolError(f"the lookup ended without the rows of layer {missing[0]}")
-        self.delivery.end(None, times)
-        if plan is not None and not self._hinted:
-            plan.keep()  # afterwards: nobody need wait for it
+        delivery.end(None, times)
+        plan.keep()  # afterwards: nobody need wait for it
 
     def _let_go(self) -> None:
         """Of the version, and of memory for what was fetched."""
         plan, by = self._plan, self._by
-        self._exchange = self._plan = self._by = None
+        self._plan = self._by = None
         if plan is not None:
             plan.close(again=self.delivery.error is None)  # else, to be safe, nobody has it
         if by is not None:
-            self._following.leave(by)
+            self._versions.leave(by)
 
     def _leave(self) -> None:
         self._let_go()
@@ -143,3 +206,174 @@ class Lookup:
         else:
             self.delivery.end(PoolError(f"unexpected failure in the client: {error!r}"))
             raise error
+
+
+class Lookups(Generic[V]):
+    """Every lookup of a client. To be used in this order: `open`; then `begin`, `run`, `hint`; `close` at any time.
+
+    forked: why there can be none, in the child of a fork. workers: the threads that lookups run in.
+    """
+
+    def __init__(self, config: ClientConfig, versions: Versions[V], closing: threading.Event) -> None:
+        """closing: set while the client closes."""
+        self._config, self._versions, self._closing = config, versions, closing
+        self._timeout_s, self._masks = bounded_s(config.timeout_s), config.on_failure == "mask"
+        self.workers = Workers(config.max_steps, "engrampool")
+        self._deadlines = Deadlines()
+        self.forked: ForkedError | None = None
+
+    def open(self, spec: ModelSpec, stats: Stats, recorder: Recorder | None) -> None:
+        """Be ready for lookups of that model. recorder: writes down what is asked for."""
+        self._spec, self._stats, self._recorder = spec, stats, recorder
+
+    def begin(
+        self,
+        query: Query,
+        out: Out | None,
+        timeout_s: float | None,
+        ahead: bool = False,
+        instead_of: Step | None = None,
+    ) -> Step:
+        """As `Client.prefetch`.
+
+        instead_of: a step whose rows, if any still come, are let in before this one is planned.
+        """
+        step = self._step(query, out, timeout_s)
+        lookup = self._lookup(step.delivery, query, out)
+        job = Job(step.delivery, lookup.plan, lookup.ask, ahead)
+        if instead_of is not None:
+            # Once the new step is done, nothing is written into the old one's arrays either.
+            step.delivery.on_cancel(instead_of.cancel)
+        if instead_of is None or instead_of.delivery.given_up:  # what was given up brings nothing more
+            self._submit(job)
+        else:
+            # It is referred to until then, or it would be cancelled.
+            instead_of.delivery.on_idle(partial(self._submit_late, job, instead_of))
+        return step
+
+    def run(self, query: Query, out: Out | None, timeout_s: float | None) -> dict[int, Rows]:
+        """As `Client.lookup`: all of it in this thread."""
+        step = self._step(query, out, timeout_s, waits=True)
+        try:
+            if self._closing.is_set():
+                raise PoolError("the client is closed")
+            lookup = Lookup(step.delivery, query, out, self._versions, self._stats, self._closing)
+            lookup.run(self._config.spin_s)
+        except BaseException as error:
+            interrupted = StepCancelledError("the lookup was interrupted")
+            step.delivery.end(error if isinstance(error, PoolError) else interrupted)
+            step.delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
+            raise
+        rows = {}
+        for layer in step.layers:
+            rows[layer] = step.rows(layer)
+        return rows
+
+    def hint(self, batch: TokenBatch, candidates: npt.ArrayLike, chain: bool) -> bool:
+        """As `Step.hint`."""
+        self.check_process()
+        guessed = candidates_batch(batch, candidates, chain, self._spec)
+        now = self._versions.current
+        if now.shards.attached or not guessed.num_tokens:
+            return False
+        query = TokenQuery(self._spec, guessed, list(self._spec.layers))
+        nbytes = sum(map(math.prod, query.shapes(now.planner.layout).values()))
+
+        def ended(delivery: Delivery) -> None:
+            self._stats.hint_ended(delivery, lookup.asked_bytes, delivery.error is None)
+            self._deadlines.forget(delivery)
+
+        delivery = Delivery(query.layers, time.monotonic() + self._timeout_s, on_end=ended)
+        if not self._stats.hint_began(delivery, nbytes, self._config.hint_bytes):
+            return False
+        lookup = self._lookup(delivery, query, None, hinted=True)
+        try:
+            self._deadlines.watch(delivery)
+            self._submit(Job(delivery, lookup.plan, lookup.ask, ahead=True, hint=True))
+        except PoolError:
+            return False
+        except RuntimeError:  # the system gives no thread
+            delivery.end(None)
+            return False
+        return True
+
+    def check_process(self) -> None:
+        """Raise ForkedError in a child of the process that the client was made in."""
+        if self.forked is not None:
+            raise self.forked
+
+    def leave_to_parent(self, error: ForkedError) -> None:
+        """In the child of a fork: settle every step there, as its rows are the parent's."""
+        self.forked = error
+        self._deadlines.forked(error)
+
+    def give_up_all(self, error: EngrampoolError) -> None:
+        """Give up every step that has not ended, and wait for those who are writing."""
+        self._deadlines.give_up_all(error)
+
+    def close(self) -> None:
+        """End the threads; in a callback of a step they end a little later."""
+        wait = not in_callback()  # some of these threads may wait for the callback, or be in one that closes, too
+        self.workers.close(wait)
+        self._deadlines.close(wait)
+
+    def _step(self, query: Query, out: Out | None, timeout_s: float | None, waits: bool = False) -> Step:
+        """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
+        if self.forked is not None:
+            raise self.forked
+        shapes = query.shapes(self._versions.current.planner.layout)
+        if out is not None:
+            check_outs(self._spec, out, shapes)
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else _seconds(timeout_s))
+        nbytes = sum(map(math.prod, shapes.values()))
+        hint = partial(self.hint, query.batch) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
+        delivery = Delivery(query.layers, deadline, zeros(shapes, out) if self._masks else None, self._ended)
+        # Before it counts: whatever happens from there on, a step that is lost ends by itself.
+        step = Step(delivery, self._stats, hint)
+        if not self._stats.began(delivery, nbytes, None if waits else self._config.max_pending_bytes):
+            raise OverloadedError(
+                f"{self._stats.pending_bytes} bytes of rows are pending in this client, of max_pending_bytes "
+                f"{self._config.max_pending_bytes}; wait for steps to end, or cancel some",
+                "client-full",
+            )
+        try:
+            self._deadlines.watch(delivery, wake=not waits)
+        except RuntimeError as failure:
+            error = PoolError(f"the system gives the client no thread: {failure}")
+            delivery.end(error)
+            raise error from failure
+        if self._recorder is not None:
+            query.record(self._recorder)
+        return step
+
+    def _ended(self, delivery: Delivery) -> None:
+        masked = None
+        if delivery.error is not None:
+            valids = list(delivery.valid.items())
+            masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in valids}
+        complete = len(delivery.rows) == len(delivery.layers)
+        self._stats.ended(delivery, delivery.error, complete, masked)
+        self._deadlines.forget(delivery)
+
+    def _lookup(self, delivery: Delivery, query: Query, out: Out | None, *, hinted: bool = False) -> Lookup[V]:
+        return Lookup(delivery, query, out, self._versions, self._stats, self._closing, hinted=hinted)
+
+    def _submit(self, job: Job) -> None:
+        try:
+            if self.workers.submit(job):
+                return
+            error = PoolError("the client is closed")
+        except RuntimeError as failure:
+            error = PoolError(f"the system gives the client no thread: {failure}")
+        job.delivery.end(error)
+        raise error
+
+    def _submit_late(self, job: Job, _: Step) -> None:
+        with suppress(PoolError):  # the step has ended by it
+            self._submit(job)
+
+
+def _seconds(timeout_s: float) -> float:
+    """Until a step's deadline. Raises ValueError for what is no time to wait."""
+    check_positive("timeout_s", timeout_s)
+    return bounded_s(timeout_s)

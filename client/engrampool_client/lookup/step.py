@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.config import wait_limit_s
 from engrampool_client.errors import BatchError, DeadlineError, EngrampoolError, StepCancelledError
-from engrampool_client.lookup.delivery import Delivery
-from engrampool_client.lookup.exchange import Rows, Valid
-from engrampool_client.settings import wait_limit_s
+from engrampool_client.lookup.delivery import Delivery, Rows, Valid
 from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
 
@@ -78,7 +77,10 @@ class Step:
             return self.take(layer, timeout_s) if rows is None else rows
         finally:
             if layer in self.wait_s:
-                self.waited(layer, time.perf_counter() - begin)
+                seconds = time.perf_counter() - begin
+                self.wait_s[layer] += seconds
+                if self._stats is not None:
+                    self._stats.waited(layer, seconds)
 
     def check_layer(self, layer: int) -> None:
         """Raise BatchError for a layer that was not asked for."""

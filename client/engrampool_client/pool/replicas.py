@@ -14,10 +14,10 @@ from engrampool_client.errors import (
     UnknownModelError,
     UnknownVersionError,
 )
-from engrampool_client.lanes.native import Connection, first_to_answer
+from engrampool_client.lanes.native import first_to_answer
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.pool.endpoint import Endpoint
+from engrampool_client.pool.endpoint import Endpoint, EndpointRequest
 from engrampool_client.pool.latency import HedgeBudget
 from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
@@ -49,14 +49,14 @@ class ReplicaSet:
     """
 
     def __init__(self, parts: Mapping[int, tuple[int, int]], suspects: set[Endpoint], stats: Stats) -> None:
-        self.parts, self._suspects, self._stats = dict(parts), suspects, stats
+        self.parts, self._suspects, self.stats = dict(parts), suspects, stats
         self.replicas: tuple[Endpoint, ...] = ()  # replaced as a whole
         # What each of them takes in one request, and in bytes what surely is no more than that.
         self._max_rows: float = inf
         self._max_answer_bytes: float = inf
-        self._fits_bytes: float = inf
+        self.fits_bytes: float = inf
         self._turn = count()
-        self._budget = HedgeBudget()
+        self.budget = HedgeBudget()
 
     def use(self, replicas: tuple[Endpoint, ...]) -> None:
         """Ask these from now on, within the limits of each."""
@@ -64,31 +64,27 @@ class ReplicaSet:
         self._max_rows = max(1, min((one.max_rows for one in limits), default=1))
         self._max_answer_bytes = max(1, min((one.max_answer_bytes for one in limits), default=1))
         row_bytes = min((table.row_bytes for one in limits[:1] for table in one.spec.tables), default=1)
-        self._fits_bytes = min(self._max_answer_bytes, self._max_rows * row_bytes)
+        self.fits_bytes = min(self._max_answer_bytes, self._max_rows * row_bytes)
         self.replicas = replicas
 
-    def begin(self, exchange: Exchange, delivery: Delivery) -> "_Begun | None":
-        """Only send the request to one replica: `ask` or `_Begun.abandon` is to follow. None if that cannot be done."""
-        replicas = self._in_order(exchange.answer_bytes)
-        if not replicas or exchange.answer_bytes > self._fits_bytes:
-            return None
-        return self._begin(
-            replicas, exchange, _deadline(exchange, delivery) if len(replicas) > 1 else delivery.deadline
-        )
+    def ask(self, exchange: Exchange, spin_s: float, *, prompt: bool = False) -> "ReplicaRequest":
+        """A request that any of them may answer, sent to one by now if that takes but a moment.
 
-    def ask(self, exchange: Exchange, delivery: Delivery, spin_s: float, begun: "_Begun | None" = None) -> None:
-        """Have the rows come from one replica, or another if that one cannot. Raises PoolError."""
-        pieces = self._pieces(exchange) if begun is None and exchange.answer_bytes > self._fits_bytes else [exchange]
-        if len(pieces) == 1:
-            self._ask(exchange, delivery, spin_s, begun)
-            return
-        for piece in pieces:
-            self._ask(piece, delivery, spin_s)
-        exchange.times = _sum(pieces)
+        prompt: stop trying to send it when an answer to it would be late, as there are other shards to ask.
+        """
+        return ReplicaRequest(self, exchange, spin_s, prompt=prompt)
 
-    def _pieces(self, exchange: Exchange) -> list[Exchange]:
+    def ask_anyway(self, exchange: Exchange, spin_s: float) -> "ReplicaRequest":
+        """As `ask`, of a request that is within limits, or cannot be cut so that it is: the server says so then."""
+        return ReplicaRequest(self, exchange, spin_s, anyway=True)
+
+    def suspect(self, endpoint: Endpoint) -> None:
+        """Have it looked at: it may hold something else than it did."""
+        self._suspects.add(endpoint)
+
+    def pieces(self, exchange: Exchange) -> list[Exchange]:
         """What is asked for, in as many lookups as the limits demand; tokens in one, as `Exchange.split` has it."""
-        tables = [(len(ids), exchange.shapes[layer][-1]) for layer, ids in exchange.asked_tables or ()]
+        tables = [(len(ids), exchange.landing.shapes[layer][-1]) for layer, ids in exchange.asked_tables or ()]
         count, most = 1, max((rows for rows, _ in tables), default=0)
         while True:
             rows = [-(-rows // count) for rows, _ in tables]
@@ -98,114 +94,7 @@ class ReplicaSet:
                 return exchange.split(count)
             count = min(most, max(count + 1, int(count * over)))
 
-    def _ask(self, exchange: Exchange, delivery: Delivery, spin_s: float, begun: "_Begun | None" = None) -> None:
-        """As `ask`, in one request to each that is asked."""
-        replicas = self._in_order(exchange.answer_bytes) if begun is None else begun.replicas
-        if not replicas:
-            raise UnavailableError("no server is known that holds these rows", "no-replica")
-        if len(replicas) == 1:
-            try:
-                replicas[0].ask(exchange, delivery, spin_s, delivery.deadline, None if begun is None else begun.sent)
-            except RejectedError:
-                self._suspects.add(replicas[0])
-                raise
-            return
-        self._budget.earn()
-        begin, deadline, sent, cancel_after_s = time.monotonic(), _deadline(exchange, delivery), None, inf
-        if begun is None:
-            begun = self._begin(replicas, exchange, deadline)
-        if begun is not None:
-            begun = self._raced(begun, exchange, delivery, spin_s, deadline)
-            replicas, sent, begin = begun.replicas, begun.sent, max(begin, begun.since)
-        elif self._budget.ready and not replicas[0].attached:
-            late_s = _late_s(replicas, exchange.answer_bytes, whole=True)
-            cancel_after_s = max(_LEAST_LATE_S, late_s) * _CANCEL_AFTER
-        # First each for a moment; if none could, those that were only slow, or could not be reached, for as long as the
-        # step has. One that refused has said what it has to say.
-        waiting, slow, away = list(replicas), [], []
-        patient = cancelled = False
-        while True:
-            endpoint, nbytes = waiting.pop(0), exchange.answer_bytes
-            attached = endpoint.attached
-            early = begin + cancel_after_s < deadline
-            try:
-                limit = min(deadline, begin + cancel_after_s)
-                endpoint.ask(exchange, delivery, spin_s, limit, sent, patient=patient, early=early)
-                if not attached:
-                    endpoint.latency.ended(nbytes, time.monotonic() - begin)
-                if cancelled:
-                    self._stats.hedge_won()
-                return
-            except PoolError as error:
-                late, took_s = isinstance(error, DeadlineError), time.monotonic() - begin
-                # Given less time than it takes, or none, it has not shown that it takes more.
-                fair = error.reason != "not-asked" and took_s > (endpoint.latency.recent_s(nbytes) or 0.0)
-                if late and fair and not attached:
-                    endpoint.latency.ended(nbytes, inf)
-                if isinstance(error, RejectedError | UnknownModelError | UnknownVersionError):
-                    self._suspects.add(endpoint)
-                if isinstance(error, RejectedError) and error.reason not in _HELD_ELSEWHERE:
-                    raise
-                if late:
-                    slow.append(endpoint)
-                elif isinstance(error, UnavailableError):
-                    away.append(endpoint)
-                again = not waiting and not patient
-                if (
-                    delivery.given_up
-                    or time.monotonic() >= delivery.deadline
-                    or not (waiting or (again and (slow or away)))
-                ):
-                    raise
-                if late and early:
-                    cancelled = True
-                    self._budget.spend()
-                    self._stats.hedged()
-            exchange.restart()
-            if exchange.complete:  # only the end of the answer was lost
-                return
-            if not waiting:
-                waiting, patient = list(slow or away), True
-            begin, sent, cancel_after_s = time.monotonic(), None, inf
-            # One that is gone leaves the others their share of what is left.
-            patience_s = (delivery.deadline - begin) / len(waiting)
-            deadline = begin + patience_s if patient else _deadline(exchange, delivery)
-
-    def _begin(self, replicas: Sequence[Endpoint], exchange: Exchange, deadline: float) -> "_Begun | None":
-        since = time.monotonic()
-        late = since + max(_LEAST_LATE_S, _late_s(replicas, exchange.answer_bytes, whole=False))
-        sent = replicas[0].begin(exchange, deadline, min(deadline, late))
-        return None if sent is None else _Begun(replicas, sent, since, late)
-
-    def _raced(
-        self, begun: "_Begun", exchange: Exchange, delivery: Delivery, spin_s: float, deadline: float
-    ) -> "_Begun":
-        """Wait until somebody begins to answer, and ask a second one if the first is late; gives whom to listen to."""
-        replicas, nbytes = begun.replicas, exchange.answer_bytes
-        chosen, other = begun, None
-        # What came while this thread was busy with another shard's answer is not late, whenever it is looked at.
-        if not begun.sent.begins(exchange, delivery, min(deadline, begun.late), spin_s):
-            if begun.late < deadline and self._budget.ready:
-                turned = ((*replicas[at:], *replicas[:at]) for at in range(1, len(replicas)))
-                sent = (self._begin(others, exchange, deadline) for others in turned)
-                other = next((one for one in sent if one is not None), None)
-            if other is None:
-                first_to_answer([begun.sent], exchange, delivery, deadline)
-            else:
-                self._budget.spend()
-                self._stats.hedged()
-                if first_to_answer([begun.sent, other.sent], exchange, delivery, deadline) is other.sent:
-                    chosen, other = other, begun
-                    replicas[0].latency.ended(nbytes, inf)
-                    replicas[0].breaker.doubt()
-                    self._stats.hedge_won()
-                other.abandon()
-        now = time.monotonic()
-        for one in (begun,) if chosen is begun else (begun, chosen):
-            one.replicas[0].latency.began(nbytes, now - one.since)
-        return chosen
-
-    def _in_order(self, nbytes: int) -> Sequence[Endpoint]:
+    def in_order(self, nbytes: int) -> Sequence[Endpoint]:
         """Attached ones first, those that are known to be away last; the others take turns, but for slow ones."""
         replicas = self.replicas
         if len(replicas) <= 1:
@@ -224,17 +113,162 @@ class ReplicaSet:
         return sorted(turned, key=place)
 
 
-class _Begun(NamedTuple):
-    """A request on its way to the first of the replicas. since, and when its answer is late: by time.monotonic."""
+class _Sent(NamedTuple):
+    """A request to the first of the replicas. since, and when its answer is late: by time.monotonic."""
 
     replicas: Sequence[Endpoint]
-    sent: Connection
+    request: EndpointRequest
     since: float
     late: float
 
+
+class ReplicaRequest:
+    """A request to servers that hold the same rows. sent: whether one has it by now.
+
+    Exactly one of `receive` and `abandon` is to be called.
+    """
+
+    def __init__(
+        self, replicas: ReplicaSet, exchange: Exchange, spin_s: float, *, prompt: bool = False, anyway: bool = False
+    ) -> None:
+        self._set, self._exchange, self._delivery, self._spin_s = replicas, exchange, exchange.delivery, spin_s
+        self._first: _Sent | None = None
+        self.sent = False
+        in_order = replicas.in_order(exchange.answer_bytes)
+        if in_order and (anyway or exchange.answer_bytes <= replicas.fits_bytes):
+            if len(in_order) == 1 and not prompt:
+                request = in_order[0].ask(exchange, self._delivery.deadline, spin_s)
+                self._first = _Sent(in_order, request, 0.0, inf)
+            else:
+                alone = len(in_order) == 1
+                deadline = self._delivery.deadline if alone else _deadline(exchange, self._delivery)
+                self._first = self._ask_first(in_order, deadline)
+            self.sent = self._first.request.sent is not None
+
     def abandon(self) -> None:
         """Do without the answer."""
-        self.replicas[0].abandon(self.sent)
+        if self._first is not None:
+            self._first.request.abandon()
+
+    def receive(self) -> None:
+        """Have the rows come from one replica, or another if that one cannot. Raises PoolError."""
+        first = self._first
+        if first is not None:
+            if len(first.replicas) > 1:
+                self._receive_from_any(first)
+                return
+            try:
+                first.request.receive()
+            except RejectedError:
+                self._set.suspect(first.replicas[0])
+                raise
+            return
+        pieces = self._set.pieces(self._exchange)
+        if not self._set.replicas:
+            raise UnavailableError("no server is known that holds these rows", "no-replica")
+        for piece in pieces:
+            self._set.ask_anyway(piece, self._spin_s).receive()
+        if len(pieces) > 1:
+            self._exchange.times = _sum(pieces)
+
+    def _ask_first(self, replicas: Sequence[Endpoint], deadline: float) -> _Sent:
+        since = time.monotonic()
+        late = since + max(_LEAST_LATE_S, _late_s(replicas, self._exchange.answer_bytes, whole=False))
+        request = replicas[0].ask(self._exchange, deadline, self._spin_s, min(deadline, late))
+        return _Sent(replicas, request, since, late)
+
+    def _receive_from_any(self, first: _Sent) -> None:
+        """From the first that can."""
+        exchange, delivery, its = self._exchange, self._delivery, self._set
+        its.budget.earn()
+        begin, deadline, cancel_after_s = time.monotonic(), _deadline(exchange, delivery), inf
+        request: EndpointRequest | None = None
+        if first.request.sent is not None:
+            first = self._raced(first, deadline)
+            request, begin = first.request, max(begin, first.since)
+        elif its.budget.ready and not first.replicas[0].attached:
+            late_s = _late_s(first.replicas, exchange.answer_bytes, whole=True)
+            cancel_after_s = max(_LEAST_LATE_S, late_s) * _CANCEL_AFTER
+        # First each for a moment; if none could, those that were only slow, or could not be reached, for as long as the
+        # step has. One that refused has said what it has to say.
+        waiting, slow, away = list(first.replicas), [], []
+        patient = cancelled = False
+        while True:
+            endpoint, nbytes = waiting.pop(0), exchange.answer_bytes
+            attached = endpoint.attached
+            early = begin + cancel_after_s < deadline
+            if request is None:
+                request = endpoint.ask(exchange, min(deadline, begin + cancel_after_s), self._spin_s)
+            try:
+                request.receive(patient=patient, early=early)
+                if not attached:
+                    endpoint.latency.ended(nbytes, time.monotonic() - begin)
+                if cancelled:
+                    its.stats.hedge_won()
+                return
+            except PoolError as error:
+                late, took_s = isinstance(error, DeadlineError), time.monotonic() - begin
+                # Given less time than it takes, or none, it has not shown that it takes more.
+                fair = error.reason != "not-asked" and took_s > (endpoint.latency.recent_s(nbytes) or 0.0)
+                if late and fair and not attached:
+                    endpoint.latency.ended(nbytes, inf)
+                if isinstance(error, RejectedError | UnknownModelError | UnknownVersionError):
+                    its.suspect(endpoint)
+                if isinstance(error, RejectedError) and error.reason not in _HELD_ELSEWHERE:
+                    raise
+                if late:
+                    slow.append(endpoint)
+                elif isinstance(error, UnavailableError):
+                    away.append(endpoint)
+                again = not waiting and not patient
+                if (
+                    delivery.given_up
+                    or time.monotonic() >= delivery.deadline
+                    or not (waiting or (again and (slow or away)))
+                ):
+                    raise
+                if late and early:
+                    cancelled = True
+                    its.budget.spend()
+                    its.stats.hedged()
+            exchange.restart()
+            if exchange.landing.complete:  # only the end of the answer was lost
+                return
+            if not waiting:
+                waiting, patient = list(slow or away), True
+            begin, request, cancel_after_s = time.monotonic(), None, inf
+            # One that is gone leaves the others their share of what is left.
+            patience_s = (delivery.deadline - begin) / len(waiting)
+            deadline = begin + patience_s if patient else _deadline(exchange, delivery)
+
+    def _raced(self, first: _Sent, deadline: float) -> _Sent:
+        """Wait until somebody begins to answer, and ask a second one if the first is late; gives whom to listen to."""
+        its, replicas, nbytes = self._set, first.replicas, self._exchange.answer_bytes
+        chosen, other = first, None
+        sent = first.request.sent
+        assert sent is not None
+        # What came while this thread was busy with another shard's answer is not late, whenever it is looked at.
+        if not sent.begins(min(deadline, first.late)):
+            if first.late < deadline and its.budget.ready:
+                turned = ((*replicas[at:], *replicas[:at]) for at in range(1, len(replicas)))
+                asked = (self._ask_first(others, deadline) for others in turned)
+                other = next((one for one in asked if one.request.sent is not None), None)
+            second = None if other is None else other.request.sent
+            if other is None or second is None:
+                first_to_answer([sent], deadline)
+            else:
+                its.budget.spend()
+                its.stats.hedged()
+                if first_to_answer([sent, second], deadline) is second:
+                    chosen, other = other, first
+                    replicas[0].latency.ended(nbytes, inf)
+                    replicas[0].breaker.doubt()
+                    its.stats.hedge_won()
+                other.request.abandon()
+        now = time.monotonic()
+        for one in (first,) if chosen is first else (first, chosen):
+            one.replicas[0].latency.began(nbytes, now - one.since)
+        return chosen
 
 
 def _sum(pieces: Sequence[Exchange]) -> ServerTimes | None:

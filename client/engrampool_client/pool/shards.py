@@ -10,13 +10,13 @@ from functools import partial
 
 import numpy as np
 
+from engrampool_client.config import ClientConfig
 from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
 from engrampool_client.lanes.split import SideBySide
-from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange, Route, slowest
 from engrampool_client.lookup.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
 from engrampool_client.pool.discovery import Servers
-from engrampool_client.pool.endpoint import Endpoint, Ways
+from engrampool_client.pool.endpoint import Endpoint
 from engrampool_client.pool.replicas import ReplicaSet
 from engrampool_client.stats import Stats
 from engrampool_proto.spec import ModelSpec, Shard, ShardMap
@@ -41,8 +41,8 @@ class Shards:
     servers: where they are, now and later. closing: set, and the servers woken, before it is closed.
     """
 
-    def __init__(self, servers: Servers, ways: Ways, closing: threading.Event) -> None:
-        self._servers, self._ways, self._closing = servers, ways, closing
+    def __init__(self, servers: Servers, config: ClientConfig, closing: threading.Event) -> None:
+        self._servers, self._config, self._closing = servers, config, closing
         self._lock = threading.Lock()
         self._sets: tuple[ReplicaSet, ...] = ()
         self._routes: dict[int, Route] = {}
@@ -93,7 +93,7 @@ class Shards:
         self._routes = _routes(self.served.spec, self._sets)
         more = len(self._sets) - 1
         if more:
-            self._fan_out = ThreadPoolExecutor(self._ways.max_steps * more, "engrampool-shard")
+            self._fan_out = ThreadPoolExecutor(self._config.max_steps * more, "engrampool-shard")
         if len(self._open) + len(self._away) > 1 or self._servers.may_change:
             watcher = threading.Thread(target=self._watch, name="engrampool-shards", daemon=True)
             watcher.start()
@@ -151,31 +151,30 @@ class Shards:
                 starts.setdefault(layer, set()).add(start)
         return {layer: sorted(rows) for layer, rows in starts.items()}
 
-    def ask(self, exchange: Exchange, delivery: Delivery, spin_s: float) -> None:
+    def ask(self, exchange: Exchange, spin_s: float) -> None:
         """Have every row of the exchange come: from each shard its own, all at once. Raises PoolError."""
-        if empty := exchange.empty_layers():
-            delivery.arrived(exchange.whole(empty))
+        if exchange.landing.ready:  # layers of no rows
+            exchange.landing.hand_over()
         if self._fan_out is None:
-            self._sets[0].ask(exchange, delivery, spin_s)
+            self._sets[0].ask(exchange, spin_s).receive()
             return
-        parts = exchange.spread(self._routes, delivery.writing)
+        parts = exchange.spread(self._routes)
         if not parts:
             return
         # Where a request can be sent at once, so are all, and one answer after the other is taken in: while this thread
         # reads the first, the others are worked on. What cannot is asked for by threads.
-        begun = {shard: self._sets[shard].begin(part, delivery) for shard, part in parts.items()}
-        mine = [shard for shard, one in begun.items() if one is not None] or [next(iter(parts))]
-        with SideBySide(self._fan_out, delivery) as others:
+        requests = [self._sets[shard].ask(part, spin_s, prompt=True) for shard, part in parts.items()]
+        mine = [request for request in requests if request.sent] or requests[:1]
+        with SideBySide(self._fan_out, exchange.delivery) as others:
             try:
-                for shard, part in parts.items():
-                    if shard not in mine:
-                        others.begin(self._sets[shard].ask, part, delivery, 0.0)
-                for shard in mine:
-                    self._sets[shard].ask(parts[shard], delivery, spin_s, begun.pop(shard))
+                for request in requests:
+                    if request not in mine:
+                        others.begin(request.receive)
+                while mine:
+                    mine.pop(0).receive()
             finally:
-                for one in begun.values():
-                    if one is not None:
-                        one.abandon()
+                for request in mine:
+                    request.abandon()
         exchange.times = slowest(list(parts.values()))
 
     def stop(self) -> None:
@@ -211,7 +210,7 @@ class Shards:
         with self._lock:
             for address in addresses:
                 if address not in self._open and address not in self._away and not self._closing.is_set():
-                    self._away[address] = Endpoint(address, self._ways, self._closing)
+                    self._away[address] = Endpoint(address, self._config, self._closing)
             return bool(self._open or self._away) and not self._closing.is_set()
 
     def _ask_all(
@@ -371,7 +370,7 @@ class Shards:
                 return
             # First: whoever looks at both without the lock finds it in one.
             if not self._closing.is_set():
-                self._away[endpoint.target] = Endpoint(endpoint.target, self._ways, self._closing)
+                self._away[endpoint.target] = Endpoint(endpoint.target, self._config, self._closing)
             used.use(tuple(other for other in used.replicas if other is not endpoint))
             del self._open[endpoint.target]
         endpoint.close()
@@ -380,7 +379,7 @@ class Shards:
         """Have a server that could not be opened looked for on new connections."""
         with self._lock:  # first, as closing may take a while
             if not self._closing.is_set():
-                self._away[endpoint.target] = Endpoint(endpoint.target, self._ways, self._closing)
+                self._away[endpoint.target] = Endpoint(endpoint.target, self._config, self._closing)
         endpoint.close()
 
     def _forget(self, addresses: Collection[str]) -> None:

@@ -69,8 +69,9 @@ class TokenBatch:
         if query_start_loc is None:
             _check("tokens", tokens, np.int32, (None,))
             query_start_loc = np.array([0, len(tokens)], np.int32)
-        if lookback is None:
+        elif lookback is None:
             _check("query_start_loc", query_start_loc, np.int32, (None,))
+        if lookback is None:
             lookback = np.empty((max(0, len(query_start_loc) - 1), 0), np.int32)
         return cls(tokens, query_start_loc, lookback, dead, lookback_dead)
 
@@ -115,7 +116,7 @@ class Windows:
     def of(cls, batch: TokenBatch, lookback: int, token_map: Int32Array | None = None) -> "Windows":
         """Shift the batch `lookback` times; the first tokens of each request read the request's look-back."""
         bounds, before = batch.query_start_loc, batch.lookback
-        requests, length = len(before), batch.num_tokens
+        requests, length = len(before), len(batch.tokens)
         tokens = batch.tokens if batch.dead is None else np.where(batch.dead, np.int32(-1), batch.tokens)
         # In one line, so that every shift is one read of it: each request's look-back, oldest first, then its tokens.
         # By methods of arrays: numpy's functions of the same names cost more than the work that a small batch is.

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from pathlib import Path
 
 import grpc
@@ -29,11 +30,15 @@ from engrampool_client.lanes import attach as lane_module
 from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lookup.delivery import Delivery
-from engrampool_client.lookup.exchange import Exchange, token_batch
+from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.layout import Layout
+from engrampool_client.lookup.plan import Planner
+from engrampool_client.lookup.query import TokenQuery, token_batch
 from engrampool_client.lookup.served import ServedModel, choose
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, write_trailer
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2
+from exchanges import exchange_of
 from server_fixtures import LIMIT_S, SPEC, Running, eventually, expected, pack, running
 
 VERSION = "0123456789abcdef" * 2
@@ -138,15 +143,20 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object], tuple[A
 
 def ask(lane: AttachLane, ids: dict[int, object], out: dict[int, np.ndarray] | None = None) -> dict[int, bytes] | None:
     """The rows' bytes by layer, None if the lane does not have them."""
-    step = Delivery(sorted(ids))
-    exchange = Exchange.of_rows(SERVED, {layer: np.asarray(one) for layer, one in ids.items()}, out)
-    step.arrived(exchange.whole(exchange.empty_layers()))
-    if not lane.fetch(exchange, step):
-        assert not exchange.complete
+    exchange = exchange_of(SERVED, ids, out)
+    step = exchange.delivery
+    exchange.landing.hand_over()
+    if not fetch(lane, exchange):
+        assert not exchange.landing.complete
         return None
-    assert exchange.complete
+    assert exchange.landing.complete
     assert exchange.times is not None
     return {layer: step.rows[layer].tobytes() for layer in step.layers}
+
+
+def fetch(lane: AttachLane, exchange: Exchange) -> bool:
+    request = lane.ask(exchange, inf)
+    return request is not None and request.receive()
 
 
 def mapped(table: pool_pb2.MappedTable) -> bool:
@@ -187,36 +197,36 @@ def test_every_row(attached):
 def test_layers_are_told_one_by_one_the_first_one_first(attached, monkeypatch):
     step, told = Delivery([2, 9]), []
     monkeypatch.setattr(step, "arrived", lambda rows: told.append([(at, rows[at].tobytes()) for at in rows]))
-    exchange = Exchange.of_rows(SERVED, {9: np.array([1, 2]), 2: np.array([3])})
-    assert attached.fetch(exchange, step)
+    exchange = exchange_of(SERVED, {9: np.array([1, 2]), 2: np.array([3])}, delivery=step)
+    assert fetch(attached, exchange)
     assert told == [[(2, expected(2, [3]))], [(9, expected(9, [1, 2]))]]
 
 
 def test_what_came_before_is_not_fetched_again(attached):
-    step = Delivery([2, 9])
-    exchange = Exchange.of_rows(SERVED, {2: np.array([1]), 9: np.array([2])})
-    exchange.place(2, 0, 264)[:] = bytes(264)  # as if by another lane
-    assert exchange.placed(2, 264)
+    exchange = exchange_of(SERVED, {2: np.array([1]), 9: np.array([2])})
+    exchange.landing.destination(2, 0, 264)[:] = bytes(264)  # as if by another lane
+    exchange.landing.received(2, 264)
     exchange.restart()
-    assert attached.fetch(exchange, step)
-    assert exchange.rows(2).tobytes() == bytes(264)
-    assert exchange.rows(9).tobytes() == expected(9, [2])
+    assert fetch(attached, exchange)
+    assert exchange.delivery.rows[2].tobytes() == bytes(264)
+    assert exchange.delivery.rows[9].tobytes() == expected(9, [2])
 
 
 def test_parts_of_a_split_lookup(attached):
     ids = np.arange(6000)
-    exchange = Exchange.of_rows(SERVED, {2: ids})
-    step = Delivery([2])
+    exchange = exchange_of(SERVED, {2: ids})
+    step = exchange.delivery
     for part in exchange.split(3):
         assert not step.rows
-        assert attached.fetch(part, step)
+        assert fetch(attached, part)
     assert step.rows[2].tobytes() == expected(2, ids)
 
 
 def test_tokens_are_for_the_server_to_hash(attached):
-    exchange = Exchange.of_tokens(SERVED, token_batch([1, 2, 3]), [2, 9], "server")
-    assert not attached.fetch(exchange, Delivery([2, 9]))
-    assert exchange.due() == (2, 0)
+    planner = Planner(SERVED, Layout(SPEC, None), "server", True, None, None, 1)
+    exchange = planner.exchange(Delivery([2, 9]), TokenQuery(SPEC, token_batch([1, 2, 3]), [2, 9]))
+    assert not fetch(attached, exchange)
+    assert exchange.landing.next_row() == (2, 0)
 
 
 def test_many_threads_at_once(attached):
@@ -239,19 +249,18 @@ def test_many_threads_at_once(attached):
 
 def test_a_step_that_is_given_up_is_not_written_any_more(attached, monkeypatch):
     monkeypatch.setattr(lane_module, "_PIECE_BYTES", 264 * 10)
-    out, step = np.zeros((100, 264), np.uint8), Delivery([2])
-    exchange = Exchange.of_rows(SERVED, {2: np.arange(100)}, {2: out})
-    placed = exchange.placed
+    out = np.zeros((100, 264), np.uint8)
+    exchange = exchange_of(SERVED, {2: np.arange(100)}, {2: out})
+    received = exchange.landing.received
 
-    def placed_then_cancelled(layer: int, nbytes: int) -> bool:
-        complete = placed(layer, nbytes)
-        if exchange.due() == (2, 30):
-            step.give_up(StepCancelledError("cancelled"))
-        return complete
+    def received_then_cancelled(layer: int, nbytes: int) -> None:
+        received(layer, nbytes)
+        if exchange.landing.next_row() == (2, 30):
+            exchange.delivery.give_up(StepCancelledError("cancelled"))
 
-    monkeypatch.setattr(exchange, "placed", placed_then_cancelled)
+    monkeypatch.setattr(exchange.landing, "received", received_then_cancelled)
     with pytest.raises(StepCancelledError):
-        attached.fetch(exchange, step)
+        fetch(attached, exchange)
     assert out[:30].tobytes() == expected(2, range(30))
     assert not out[30:].any()
 

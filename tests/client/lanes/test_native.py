@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from direct_peers import TIMES, exchange, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
 from engrampool_client.errors import StepCancelledError
-from engrampool_client.lanes import native as lane
-from engrampool_client.lanes.native import DirectLane
-from engrampool_client.lookup.delivery import Delivery
+from engrampool_client.lanes import connection as lane
+from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
@@ -129,7 +128,7 @@ def test_where_either_side_has_it_off_lookups_go_over_grpc(server, packed):
 
 
 def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkeypatch):
-    monkeypatch.setattr(lane, "_OPEN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(lane, "OPEN_TIMEOUT_S", 0.2)
     with running(packed) as run:
         admission = run.server.shared.admission
         admission.port = 1  # nobody listens there
@@ -199,8 +198,9 @@ def test_a_cancelled_step_writes_nothing_any_more(packed):
 # --- peers that are no server of ours
 
 
-def ask(made: DirectLane, exchange: Exchange, timeout_s: float = LIMIT_S, spin_s: float = 0.0) -> bool:
-    return made.fetch(exchange, time.monotonic() + timeout_s, Delivery([2, 9]), spin_s)
+def ask(made: NativeLane, exchange: Exchange, timeout_s: float = LIMIT_S, spin_s: float = 0.0) -> bool:
+    request = made.ask(exchange, time.monotonic() + timeout_s, spin_s=spin_s)
+    return request is not None and request.receive()
 
 
 @given(
@@ -223,7 +223,7 @@ def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out, spin_s):
         taken = exchange(count, out)
         assert ask(made, taken, spin_s=spin_s)
         assert taken.times == TIMES
-        assert {layer: taken.rows(layer).tobytes() for layer in (2, 9)} == wanted
+        assert {layer: taken.delivery.rows[layer].tobytes() for layer in (2, 9)} == wanted
 
 
 def test_an_answer_may_be_split_at_every_byte():
@@ -241,7 +241,7 @@ def test_an_answer_may_be_split_at_every_byte():
         for cut in range(1, len(sent)):
             taken = exchange(5)
             assert ask(made, taken, spin_s=cut % 2 * 1e-3)
-            assert {layer: taken.rows(layer).tobytes() for layer in (2, 9)} == wanted
+            assert {layer: taken.delivery.rows[layer].tobytes() for layer in (2, 9)} == wanted
 
 
 @pytest.mark.parametrize(
@@ -281,11 +281,11 @@ def test_a_broken_answer_goes_on_over_grpc_with_what_is_missing():
         taken = exchange(5)
         assert not ask(made, taken)
         assert taken.answer_bytes == 15
-        assert taken.rows(2).tobytes() == wanted[2]
+        assert taken.delivery.rows[2].tobytes() == wanted[2]
     with peer(sent[:-1]) as made:
         taken = exchange(5)
         assert ask(made, taken)  # only the end was lost
-        assert {layer: taken.rows(layer).tobytes() for layer in (2, 9)} == wanted
+        assert {layer: taken.delivery.rows[layer].tobytes() for layer in (2, 9)} == wanted
 
 
 def test_a_refusal_is_typed_and_the_connection_is_used_again():
@@ -322,7 +322,7 @@ def test_a_lane_that_lets_in_and_does_not_answer_is_tried_less_and_less_often(pa
     monkeypatch.setattr(lane, "_SILENCE_S", 0.05)
     with running(packed) as run, Client(run.address, attach="off") as client:
         (endpoint,) = client._shards.sets[0].replicas
-        made = endpoint._direct
+        made = endpoint._native
         pauses = []
         for _ in range(4):
             eventually(lambda: made._idle, "a connection was opened")
@@ -340,19 +340,19 @@ def test_a_lane_that_lets_in_and_does_not_answer_is_tried_less_and_less_often(pa
 
 
 def silent(*_: object, **__: object) -> None:
-    raise lane._SilentError("nothing came")
+    raise lane.SilentError("nothing came")
 
 
 def test_a_connection_that_was_just_opened_is_not_distrusted_with_one_that_is_older(packed):
     with running(packed) as run, Client(run.address, attach="off") as client:
-        made = client._shards.sets[0].replicas[0]._direct
+        made = client._shards.sets[0].replicas[0]._native
         eventually(lambda: made._idle, "a connection was opened")
         old = made._idle.pop()
         old.asked_at = time.monotonic()
         made._want_one()
         eventually(lambda: made._idle, "another was opened")
         new = made._idle[-1]
-        made._distrust(old)
+        made.distrust(old)
         assert made._idle[-1] is new
 
 
@@ -367,7 +367,7 @@ def test_the_system_waits_hardly_longer_than_is_left():
 
 def test_the_system_looks_after_connections_that_are_idle(server):
     with Client(server.address, attach="off") as client:
-        (connection,) = client._shards._sets[0].replicas[0]._direct._open
+        (connection,) = client._shards._sets[0].replicas[0]._native._open
         assert connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 10
 

@@ -7,12 +7,16 @@ from hypothesis import strategies as st
 
 from engrampool_client import BatchError, ProtocolError
 from engrampool_client.lookup.delivery import Delivery
-from engrampool_client.lookup.exchange import Exchange, Route, row_ids, token_batch
+from engrampool_client.lookup.exchange import Exchange, Route
+from engrampool_client.lookup.layout import Layout
+from engrampool_client.lookup.plan import Planner
+from engrampool_client.lookup.query import TokenQuery, row_ids, token_batch
 from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import wire
 from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.v1 import pool_pb2
+from exchanges import add, exchange_of
 
 INTEGERS = [np.dtype(order + kind) for kind in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8") for order in "<>"]
 ROWS = RowFormat((Segment("values", "uint8", 3),))
@@ -20,8 +24,11 @@ SPEC = ModelSpec("m", 50, tuple(TableSpec(layer, 50, ROWS, Identity(50)) for lay
 SERVED = ServedModel(SPEC, "v", max_rows=1000, max_answer_bytes=10_000, server_version="")
 
 
+LAYOUT = Layout(SPEC, None)
+
+
 def exchange(num_tokens: int) -> Exchange:
-    return Exchange.of_rows(SERVED, {layer: np.arange(num_tokens) for layer in (2, 9)})
+    return exchange_of(SERVED, {layer: np.arange(num_tokens) for layer in (2, 9)})
 
 
 def message(*tables: tuple[int, int, bytes], times: bool = False) -> bytes:
@@ -47,13 +54,13 @@ def test_any_cut_into_messages_gives_the_rows(num_tokens, data):
             messages.append([piece])
     taken, complete = exchange(num_tokens), []
     for at, parts in enumerate(messages):
-        complete += taken.add(message(*parts, times=at == len(messages) - 1))
-        assert [layer for layer in (2, 9) if taken._have[layer] == 3 * num_tokens] == complete
-    taken.finish()
+        complete += add(taken, message(*parts, times=at == len(messages) - 1))
+        assert [layer for layer in (2, 9) if layer not in dict(taken.landing.missing())] == complete
+    taken.landing.check_complete()
     assert complete == [2, 9]
     assert taken.times == wire.ServerTimes(1, 2, 3)
     for layer in (2, 9):
-        assert np.array_equal(taken.rows(layer), wanted[layer])
+        assert np.array_equal(taken.delivery.rows[layer], wanted[layer])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +81,7 @@ def test_answers_that_break_the_contract(messages, text):
         taken = exchange(2)
         for one in messages:
             taken.add(one)
-        taken.finish()
+        taken.landing.check_complete()
 
     with pytest.raises(ProtocolError, match=text):
         take_all()
@@ -88,22 +95,21 @@ def test_garbage_is_a_protocol_error(garbage):
     except ProtocolError:
         return
     with pytest.raises(ProtocolError):  # what could be read was, and it is not all the rows
-        taken.finish()
+        taken.landing.check_complete()
 
 
 def test_a_table_in_one_message_is_not_copied():
     taken = exchange(2)
     answer = message((2, 0, b"abcabc"), (9, 0, b"defdef"))
-    taken.add(answer)
-    assert np.shares_memory(taken.rows(2), np.frombuffer(answer, np.uint8))
+    add(taken, answer)
+    assert np.shares_memory(taken.delivery.rows[2], np.frombuffer(answer, np.uint8))
 
 
 def test_no_rows_are_complete_at_once():
     taken = exchange(0)
-    assert taken.empty_layers() == [2, 9]
-    assert taken.add(message((2, 0, b""), (9, 0, b""), times=True)) == []
-    taken.finish()
-    assert taken.rows(9).shape == (0, 3)
+    assert add(taken, message((2, 0, b""), (9, 0, b""), times=True)) == [2, 9]
+    taken.landing.check_complete()
+    assert taken.delivery.rows[9].shape == (0, 3)
 
 
 def answer_of(request: bytes, rows: dict[int, np.ndarray]) -> bytes:
@@ -116,62 +122,64 @@ def answer_of(request: bytes, rows: dict[int, np.ndarray]) -> bytes:
 def test_parts_land_in_order_whichever_comes_first(few, many, count, random):
     rows = {layer: np.random.default_rng(layer).integers(0, 256, (50, 3), np.uint8) for layer in (2, 9)}
     ids = {2: np.random.default_rng(0).integers(0, 50, few), 9: np.random.default_rng(1).integers(0, 50, many)}
-    whole = Exchange.of_rows(SERVED, ids)
+    whole = exchange_of(SERVED, ids)
     parts = whole.split(count)
     assert len(parts) == (count if max(few, many) >= count else 1)
     assert sum(part.answer_bytes for part in parts) == whole.answer_bytes
     random.shuffle(parts)
-    found = whole.whole(whole.empty_layers())
+    whole.landing.hand_over()
+    told = list(whole.delivery.rows)
     for part in parts:
-        for layer, array in part.whole(part.add(answer_of(part.request, rows))).items():
-            assert layer not in found  # said to be complete once
-            found[layer] = array
-        part.finish()
-    assert set(found) == {2, 9}
+        told += add(part, answer_of(part.encode(), rows))
+        part.landing.check_complete()
+    assert sorted(told) == [2, 9]  # each said to be complete once
+    found = whole.delivery.rows
     assert all(np.array_equal(found[layer], rows[layer][ids[layer]]) for layer in (2, 9))
 
 
 def test_a_lookup_by_tokens_is_not_split():
-    whole = Exchange.of_tokens(SERVED, TokenBatch.of(np.arange(40, dtype=np.int32)), (2, 9), "server")
+    planner = Planner(SERVED, LAYOUT, "server", True, None, None, 1)
+    query = TokenQuery(SPEC, TokenBatch.of(np.arange(40, dtype=np.int32)), (2, 9))
+    whole = planner.exchange(Delivery([2, 9]), query)
     assert whole.split(4) == [whole]
 
 
 def test_asking_again_leaves_complete_layers_alone():
     rows = {layer: np.random.default_rng(layer).integers(0, 256, (50, 3), np.uint8) for layer in (2, 9)}
     out = {2: np.empty((4, 3), np.uint8)}
-    taken = Exchange.of_rows(SERVED, {2: np.arange(4), 9: np.arange(6)}, out)
-    assert taken.add(message((2, 0, rows[2][:4].tobytes()), (9, 0, rows[9][:5].tobytes()))) == [2]
+    taken = exchange_of(SERVED, {2: np.arange(4), 9: np.arange(6)}, out)
+    assert add(taken, message((2, 0, rows[2][:4].tobytes()), (9, 0, rows[9][:5].tobytes()))) == [2]
     out[2][:] = 0  # in use, and changed by who uses it
     taken.restart()
-    assert [layer for layer, _ in wire.parse_request(taken.request).tables] == [9]
+    assert [layer for layer, _ in wire.parse_request(taken.encode()).tables] == [9]
     assert taken.answer_bytes == 18
-    assert not taken.complete
-    assert taken.add(answer_of(taken.request, rows)) == [9]
-    taken.finish()
-    assert taken.complete
+    assert not taken.landing.complete
+    assert add(taken, answer_of(taken.encode(), rows)) == [9]
+    taken.landing.check_complete()
+    assert taken.landing.complete
     assert not out[2].any()
-    assert np.array_equal(taken.rows(9), rows[9][:6])
+    assert np.array_equal(taken.delivery.rows[9], rows[9][:6])
 
 
 @pytest.mark.parametrize("given_out", [False, True])
 def test_asking_again_for_what_was_split_leaves_complete_layers_alone(given_out):
     rows = {layer: np.random.default_rng(layer).integers(0, 256, (50, 3), np.uint8) for layer in (2, 9)}
     out = {2: np.empty((4, 3), np.uint8)} if given_out else None
-    whole = Exchange.of_rows(SERVED, {2: np.arange(4), 9: np.arange(6)}, out)
+    whole = exchange_of(SERVED, {2: np.arange(4), 9: np.arange(6)}, out)
     first, second = whole.split(2)
-    assert first.whole(first.add(message((2, 0, rows[2][:2].tobytes()), (9, 0, rows[9][:3].tobytes())))) == {}
-    delivered = second.whole(second.add(message((2, 0, rows[2][2:4].tobytes()), (9, 0, rows[9][3:5].tobytes()))))
-    assert list(delivered) == [2]
+    assert add(first, message((2, 0, rows[2][:2].tobytes()), (9, 0, rows[9][:3].tobytes()))) == []
+    assert add(second, message((2, 0, rows[2][2:4].tobytes()), (9, 0, rows[9][3:5].tobytes()))) == [2]
+    delivered = whole.delivery.rows
     if given_out:
         delivered[2][:] = 0  # in use, and changed by who uses it
     whole.restart()
-    assert (whole.answer_bytes, whole.complete) == (18, False)
+    assert (whole.answer_bytes, whole.landing.complete) == (18, False)
     for part in whole.split(3):
-        assert [layer for layer, _ in wire.parse_request(part.request).tables] == [9]
-        found = part.whole(part.add(answer_of(part.request, rows)))
-    assert list(found) == [9]
-    assert whole.complete
-    assert np.array_equal(found[9], rows[9][:6])
+        assert [layer for layer, _ in wire.parse_request(part.encode()).tables] == [9]
+        told = add(part, answer_of(part.encode(), rows))
+    assert told == [9]
+    assert whole.landing.complete
+    assert np.array_equal(delivered[9], rows[9][:6])
     assert np.array_equal(delivered[2], np.zeros((4, 3)) if given_out else rows[2][:4])
 
 
@@ -179,12 +187,12 @@ def test_asking_again_for_what_was_split_leaves_complete_layers_alone(given_out)
 def test_a_shard_part_may_be_split_in_turn(ascending):
     rows = {layer: np.random.default_rng(layer).integers(0, 256, (50, 3), np.uint8) for layer in (2, 9)}
     ids = {layer: np.arange(50) if ascending else np.random.default_rng(0).permutation(50) for layer in (2, 9)}
-    whole, found = Exchange.of_rows(SERVED, ids), {}
+    whole = exchange_of(SERVED, ids)
     route = Route(np.array([0, 20], np.uint64), np.array([0, 1]))
-    for shard in whole.spread({2: route, 9: route}, Delivery([2, 9]).writing).values():
+    for shard in whole.spread({2: route, 9: route}).values():
         for part in shard.split(3):
-            found.update(part.whole(part.add(answer_of(part.request, rows))))
-    assert all(np.array_equal(found[layer], rows[layer][ids[layer]]) for layer in (2, 9))
+            add(part, answer_of(part.encode(), rows))
+    assert all(np.array_equal(whole.delivery.rows[layer], rows[layer][ids[layer]]) for layer in (2, 9))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ def test_a_shard_part_may_be_split_in_turn(ascending):
 )
 def test_arrays_that_cannot_take_the_rows_are_refused(layer, array, text):
     with pytest.raises(BatchError, match=text):
-        Exchange.of_rows(SERVED, {2: np.arange(5), 9: np.arange(5)}, {layer: array})
+        exchange_of(SERVED, {2: np.arange(5), 9: np.arange(5)}, {layer: array})
 
 
 @st.composite

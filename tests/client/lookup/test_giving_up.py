@@ -16,7 +16,7 @@ import pytest
 import forks
 from engrampool_client import AsyncClient, Client, DeadlineError, PoolError
 from engrampool_client.doctor.record import Recording
-from engrampool_client.lookup.plan import Plan
+from engrampool_client.lookup.plan import EntriesPlan
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from forks import FEW, TOKENS, expected
@@ -39,7 +39,7 @@ def silent(packed):
 
 @pytest.mark.parametrize("kept", ["", "cache"])
 def test_a_deadline_that_falls_while_rows_are_handed_over_ends_the_step(server, monkeypatch, kept):
-    finish = Plan._finish
+    finish = EntriesPlan._finish
 
     def held_up(plan, layer):
         rows = finish(plan, layer)
@@ -47,7 +47,7 @@ def test_a_deadline_that_falls_while_rows_are_handed_over_ends_the_step(server, 
             assert plan._delivery.pause(LIMIT_S)  # within what the caller's memory is written in
         return rows
 
-    monkeypatch.setattr(Plan, "_finish", held_up)
+    monkeypatch.setattr(EntriesPlan, "_finish", held_up)
     told = []
     with Client(server, on_failure="mask", attach="off", cache_bytes=1 << 20 if kept else 0) as client:
         step = client.prefetch(TOKENS, timeout_s=0.5)

@@ -32,7 +32,7 @@ SETTINGS = {
 def client(request, server) -> Iterator[Client]:
     # Deduplicate however few there are.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engrampool_client.pool.version._DEDUPE_TOKENS", 1)
+        patch.setattr("engrampool_client.lookup.plan._DEDUPE_TOKENS", 1)
         with Client(server, **request.param) as client:
             yield client
 
@@ -137,7 +137,7 @@ def test_every_row_is_asked_for_once(server):
 
 
 def test_a_small_lookup_without_a_cache_goes_as_it_is(server, monkeypatch):
-    monkeypatch.setattr("engrampool_client.pool.version._DEDUPE_TOKENS", 101)
+    monkeypatch.setattr("engrampool_client.lookup.plan._DEDUPE_TOKENS", 101)
     with Client(server) as client:
         client.lookup(np.array([3] * 100, np.int32))
         assert client.stats.bytes["wire"] == 100 * 48 * 264

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engrampool_client import AsyncClient, Client, ProtocolError, UnavailableError
-from engrampool_client.lanes.native import DirectLane
+from engrampool_client.lanes.native import NativeLane
 from engrampool_client.testing import serve_process
 from server_fixtures import LIMIT_S, lasting_address
 
@@ -183,23 +183,23 @@ def test_nor_by_the_commands(server, company_proxy, tmp_path):
 def test_a_client_that_closes_while_its_lanes_open_logs_nothing(packed, monkeypatch, caplog):
     """Its connection ends first, which an opening lane finds out in whatever it is doing."""
     opening, closing = threading.Event(), threading.Event()
-    connect = DirectLane._connect
+    connect = NativeLane._connect
 
-    def slowly(lane: DirectLane) -> None:
+    def slowly(lane: NativeLane) -> None:
         if threading.current_thread().name == "engrampool-direct":
             opening.set()
             assert closing.wait(LIMIT_S)
         connect(lane)
 
-    monkeypatch.setattr(DirectLane, "_connect", slowly)
+    monkeypatch.setattr(NativeLane, "_connect", slowly)
     with serve_process(packed, workers=1) as server, caplog.at_level(logging.WARNING, "engrampool"):
         client = Client(server.address, attach="off")
         endpoint = client._shards._sets[0].replicas[0]
-        endpoint._direct._want_one()
+        endpoint._native._want_one()
         assert opening.wait(LIMIT_S)
         endpoint.stop()
         closing.set()
-        endpoint._direct._opener.join(LIMIT_S)
+        endpoint._native._opener.join(LIMIT_S)
         client.close()
     assert not caplog.records
 
@@ -208,14 +208,14 @@ def test_a_lane_that_begins_to_open_as_its_client_closes_logs_nothing(packed, mo
     """Its endpoint does not know it yet, and so cannot tell it."""
     stopped = threading.Event()
 
-    def late(lane: DirectLane) -> None:
+    def late(lane: NativeLane) -> None:
         endpoint = lane._open_direct.args and lane._open_direct.func.__self__
         endpoint.stop()
         stopped.set()
         connect(lane)
 
-    connect = DirectLane._connect
-    monkeypatch.setattr(DirectLane, "_connect", late)
+    connect = NativeLane._connect
+    monkeypatch.setattr(NativeLane, "_connect", late)
     with serve_process(packed, workers=1) as server, caplog.at_level(logging.WARNING, "engrampool"):
         Client(server.address, attach="off").close()
     assert stopped.is_set()

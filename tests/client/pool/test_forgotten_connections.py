@@ -92,7 +92,7 @@ def test_a_step_with_much_time_has_its_rows_long_before_its_deadline(way, direct
 
 def test_connections_that_are_idle_are_not_trusted_either_once_one_was_lost(way):
     with Client(way.address, direct="auto", attach="off", timeout_s=3600.0) as client:
-        lane = client._shards._sets[0].replicas[0]._direct
+        lane = client._shards._sets[0].replicas[0]._native
         lane._connect()
         lane._connect()
         lost = set(lane._open)

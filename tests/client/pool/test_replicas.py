@@ -32,7 +32,7 @@ from engrampool_client import (
     UnknownModelError,
     UnknownVersionError,
 )
-from engrampool_client.lanes.native import DirectLane
+from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.pool import latency as measured
 from engrampool_client.pool.endpoint import Endpoint
@@ -52,42 +52,55 @@ LATE_S = 1e-3
 class Replica:
     """What a set knows of a server. lane: to a peer, or None for one that is asked over gRPC and says `reply`."""
 
-    def __init__(self, lane: DirectLane | None = None, reply: PoolError | None = None, attached: bool = False) -> None:
+    def __init__(self, lane: NativeLane | None = None, reply: PoolError | None = None, attached: bool = False) -> None:
         self.lane, self.reply, self.attached = lane, reply, attached
         self.latency, self.breaker = Latency(), SimpleNamespace(doubt=lambda: setattr(self, "doubted", True))
         self.in_trouble, self.doubted = None, False
         self.asked: list[tuple[float, bool]] = []  # seconds that it was given, and whether that was early
 
-    def begin(self, exchange: Any, deadline: float, send_by: float) -> Any:
-        return None if self.lane is None else self.lane.begin(exchange, deadline, send_by)
+    def ask(self, exchange: Any, deadline: float, spin_s: float = 0.0, send_by: float | None = None) -> "Asked":
+        sent = None if self.lane is None else self.lane.ask(exchange, deadline, spin_s=spin_s, send_by=send_by)
+        return Asked(self, exchange, deadline, sent)
 
-    def abandon(self, begun: Any) -> None:
-        assert self.lane is not None
-        self.lane.abandon(begun)
 
-    def ask(self, exchange, step, spin_s, deadline, begun=None, *, patient=True, early=False):
-        self.asked.append((deadline - time.monotonic(), early))
-        if self.lane is not None:
-            if not self.lane.fetch(exchange, deadline, step, spin_s, begun):
+class Asked:
+    """What a set knows of a request."""
+
+    def __init__(self, replica: Replica, exchange: Any, deadline: float, sent: Any) -> None:
+        self._replica, self._exchange, self._deadline, self.sent = replica, exchange, deadline, sent
+
+    def receive(self, *, patient: bool = True, early: bool = False) -> None:
+        self._replica.asked.append((self._deadline - time.monotonic(), early))
+        if self._replica.lane is not None:
+            if self.sent is None or not self.sent.receive():
                 raise UnavailableError("it broke")
-        elif self.reply is not None:
-            raise self.reply
+        elif self._replica.reply is not None:
+            raise self._replica.reply
+
+    def abandon(self) -> None:
+        if self.sent is not None:
+            self.sent.abandon()
 
 
-def set_of(*replicas: Replica, known: bool = True, tokens: int = 1) -> ReplicaSet:
-    """A set that asks them in this order. known: when an answer is late; tokens: of the budget."""
+def within(seconds: float) -> Any:
+    """A request that has so long."""
+    return exchange(COUNT, delivery=Delivery([2, 9], time.monotonic() + seconds))
+
+
+def set_of(*replicas: Replica, known: bool = True, tokens: int = 1, late_s: float = LATE_S) -> ReplicaSet:
+    """A set that asks them in this order. known: when an answer is late (`late_s`); tokens: of the budget."""
     made = ReplicaSet({}, set(), Stats([2, 9]))
     made.replicas = replicas
     for _ in range(measured._FEWEST if known else 0):
-        replicas[-1].latency.began(NBYTES, LATE_S)
-        replicas[-1].latency.ended(NBYTES, LATE_S)
+        replicas[-1].latency.began(NBYTES, late_s)
+        replicas[-1].latency.ended(NBYTES, late_s)
     for _ in range(20 * tokens):
-        made._budget.earn()
+        made.budget.earn()
     return made
 
 
 def outcome(made: ReplicaSet) -> tuple[int, int]:
-    return made._stats.hedges, made._stats.hedges_won
+    return made.stats.hedges, made.stats.hedges_won
 
 
 # --- the measure
@@ -139,7 +152,7 @@ def test_quantiles_are_those_of_the_last_answers(seconds):
 
 
 def first_asked(made: ReplicaSet, lookups: int) -> Counter[Replica]:
-    return Counter(made._in_order(NBYTES)[0] for _ in range(lookups))
+    return Counter(made.in_order(NBYTES)[0] for _ in range(lookups))
 
 
 @pytest.fixture
@@ -160,7 +173,7 @@ def test_one_that_is_slow_is_only_tried_until_it_is_well_again(clock):
         slow.latency.ended(NBYTES, 3.1e-3)
     # A second has not passed since it was first passed over.
     assert first_asked(made, 600)[slow] == 0
-    assert all(made._in_order(NBYTES)[-1] is slow for _ in range(3))
+    assert all(made.in_order(NBYTES)[-1] is slow for _ in range(3))
     clock.now += 1
     assert first_asked(made, 600)[slow] == 1
     clock.now += 60
@@ -189,8 +202,8 @@ def test_slow_ones_come_after_attached_ones_and_before_those_that_are_away(clock
         well.latency.ended(NBYTES, 1e-3)
         slow.latency.ended(NBYTES, inf)
     for _ in range(10):
-        assert made._in_order(NBYTES) == [attached, well, slow, away]
-    assert set(made._in_order(1 << 20)[1:3]) == {well, slow}  # of this size nothing is known
+        assert made.in_order(NBYTES) == [attached, well, slow, away]
+    assert set(made.in_order(1 << 20)[1:3]) == {well, slow}  # of this size nothing is known
 
 
 def test_differences_of_microseconds_are_none(clock):
@@ -206,8 +219,8 @@ def test_differences_of_microseconds_are_none(clock):
 
 
 def lookup(made: ReplicaSet, wanted: dict[int, bytes], begun: bool = False, out: bool = False) -> None:
-    step, asked = Delivery([2, 9], time.monotonic() + LIMIT_S), exchange(COUNT, out)
-    made.ask(asked, step, 1e-4, made.begin(asked, step) if begun else None)
+    step = Delivery([2, 9], time.monotonic() + LIMIT_S)
+    made.ask(exchange(COUNT, out, step), 1e-4, prompt=begun).receive()
     assert {layer: step.rows[layer].tobytes() for layer in (2, 9)} == wanted
 
 
@@ -302,14 +315,14 @@ def test_without_a_measure_or_a_budget_one_is_waited_for(monkeypatch, known, tok
 def test_a_refusal_is_no_reason_to_ask_twice():
     wanted, sent = whole_answer(COUNT, set())
     with peer(refusing(8)) as first, peer(sent) as second:
-        made = set_of(Replica(first), Replica(second))
+        made = set_of(Replica(first), Replica(second), late_s=LIMIT_S)  # however slow this machine is now
         lookup(made, wanted)
         assert outcome(made) == (0, 0)
-        assert made._budget.ready
+        assert made.budget.ready
 
 
 def test_a_step_given_up_ends_both(monkeypatch):
-    monkeypatch.setattr("engrampool_client.lanes.native._SCRATCH_BYTES", 256)  # so that this answer is a long one
+    monkeypatch.setattr("engrampool_client.lanes.connection._SCRATCH_BYTES", 256)  # so that this answer is a long one
     monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", 1000.0)
     asked = threading.Event()
 
@@ -323,7 +336,7 @@ def test_a_step_given_up_ends_both(monkeypatch):
 
         def run() -> None:
             try:
-                made.ask(exchange(COUNT), step, 0.0)
+                made.ask(exchange(COUNT, delivery=step), 0.0).receive()
             except PoolError as error:
                 raised.append(error)
 
@@ -341,15 +354,15 @@ def test_a_step_given_up_ends_both(monkeypatch):
 def test_over_grpc_a_late_lookup_is_given_up_and_asked_for_elsewhere():
     late, other = Replica(reply=DeadlineError("late")), Replica()
     made = set_of(late, other)
-    made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    made.ask(within(LIMIT_S), 0.0).receive()
     ((seconds, early),) = late.asked
     assert early
     assert seconds < 2 * LATE_S
     assert not other.asked[0][1]
     assert outcome(made) == (1, 1)
-    assert not made._budget.ready
-    made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
-    made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    assert not made.budget.ready
+    made.ask(within(LIMIT_S), 0.0).receive()
+    made.ask(within(LIMIT_S), 0.0).receive()
     assert [early for _, early in late.asked] == [True, False]
     assert late.asked[1][0] > 50 * LATE_S
 
@@ -365,9 +378,9 @@ def test_over_grpc_a_late_lookup_is_given_up_and_asked_for_elsewhere():
 )
 def test_what_is_not_late_spends_nothing(first):
     made = set_of(first, Replica())
-    made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    made.ask(within(LIMIT_S), 0.0).receive()
     assert outcome(made) == (0, 0)
-    assert made._budget.ready
+    assert made.budget.ready
 
 
 # --- refusals
@@ -379,7 +392,7 @@ def test_a_request_that_is_refused_is_sent_once(reason, replicas):
     all_of_them = [Replica(reply=RejectedError("no", reason)) for _ in range(replicas)]
     made = set_of(*all_of_them)
     with pytest.raises(RejectedError):
-        made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+        made.ask(within(LIMIT_S), 0.0).receive()
     assert sum(len(one.asked) for one in all_of_them) == 1
     assert len(made._suspects) == 1  # its limits may be others by now
 
@@ -398,10 +411,10 @@ def test_a_request_that_is_refused_is_sent_once(reason, replicas):
 def test_what_one_refuses_is_asked_of_each_other_one_once(refusal):
     refusing = [Replica(reply=refusal) for _ in range(3)]
     with pytest.raises(type(refusal)):
-        set_of(*refusing).ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+        set_of(*refusing).ask(within(LIMIT_S), 0.0).receive()
     assert [len(one.asked) for one in refusing] == [1, 1, 1]
     well = Replica()
-    set_of(*refusing[:2], well).ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    set_of(*refusing[:2], well).ask(within(LIMIT_S), 0.0).receive()
     assert [len(one.asked) for one in (*refusing, well)] == [2, 2, 1, 1]
 
 
@@ -410,13 +423,13 @@ def test_who_could_not_answer_is_asked_again_and_who_refused_is_not(first):
     other, refusing = Replica(reply=first), Replica(reply=OverloadedError("busy", "overloaded"))
     made = set_of(other, refusing, known=False)
     with pytest.raises(type(first)):
-        made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+        made.ask(within(LIMIT_S), 0.0).receive()
     assert (len(other.asked), len(refusing.asked)) == (2, 1)
 
 
 def test_a_deadline_that_had_passed_makes_nobody_slow():
     late, other = Replica(reply=DeadlineError("too late", "not-asked")), Replica()
-    set_of(late, other, known=False).ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + LIMIT_S), 0.0)
+    set_of(late, other, known=False).ask(within(LIMIT_S), 0.0).receive()
     assert not late.latency._whole
 
 
@@ -525,7 +538,7 @@ class Checked:
         self.nbytes = sum(rows.nbytes for rows in self._wanted.values())
         self.right(100)
         for one in client._shards._sets:
-            one._budget._tokens = measured._MOST_TOKENS
+            one.budget._tokens = measured._MOST_TOKENS
         # However slow this machine is now, nothing but a hedge is to help: neither that a frozen server is passed over,
         # nor that it is known to be in trouble.
         monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", LIMIT_S)
@@ -691,7 +704,7 @@ def test_one_that_is_gone_leaves_the_others_their_share_of_the_time_that_is_left
     gone, busy = Replica(reply=DeadlineError("late")), Replica(reply=DeadlineError("late"))
     made = set_of(gone, busy, known=False, tokens=0)
     with pytest.raises(DeadlineError):
-        made.ask(exchange(COUNT), Delivery([2, 9], time.monotonic() + 60), 0.0)
+        made.ask(within(60), 0.0).receive()
     (first_s, _), (share_s, _) = gone.asked
     assert first_s < 1
     assert 1 < share_s <= 30

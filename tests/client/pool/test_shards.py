@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import Client, SpecError, UnavailableError
-from engrampool_client.lookup.delivery import Delivery
-from engrampool_client.lookup.exchange import Exchange, Route
+from engrampool_client.lookup.exchange import Route
 from engrampool_client.lookup.served import ServedModel
 from engrampool_client.pool.discovery import Servers, resolve
 from engrampool_client.pool.endpoint import Endpoint
@@ -23,6 +22,7 @@ from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2
+from exchanges import exchange_of
 from server_fixtures import LIMIT_S, columns_of, eventually, lasting_address, serve_thread, unused, used
 
 TOKENS = np.arange(700, dtype=np.int32) % 300
@@ -61,10 +61,9 @@ def test_a_lookup_is_spread_and_comes_together_again(data, ascending, given_out)
         some = data.draw(st.lists(st.integers(0, 59), max_size=30))
         ids[layer] = np.array(sorted(some) if ascending else some, np.uint32)
     out = {9: np.zeros((len(ids[9]), 3), np.uint8)} if given_out else None
-    step = Delivery([2, 9])
-    exchange = Exchange.of_rows(SERVED, ids, out, step.writing)
-    complete = exchange.whole(exchange.empty_layers())
-    parts = exchange.spread(by_layer, step.writing)
+    exchange = exchange_of(SERVED, ids, out)
+    exchange.landing.hand_over()
+    parts = exchange.spread(by_layer)
     for shard, part in data.draw(st.permutations(list(parts.items()))):
         for layer, asked in part.asked_tables:
             if not len(asked):
@@ -72,9 +71,10 @@ def test_a_lookup_is_spread_and_comes_together_again(data, ascending, given_out)
             route = by_layer[layer]
             assert (route.shards[np.searchsorted(route.starts, asked, side="right") - 1] == shard).all()
             rows = np.repeat(asked.astype(np.uint8), 3) + layer
-            part.place(layer, 0, rows.size)[:] = rows.data
-            if part.placed(layer, rows.size):
-                complete.update(part.whole([layer]))
+            part.landing.destination(layer, 0, rows.size)[:] = rows.data
+            part.landing.received(layer, rows.size)
+            part.landing.hand_over()
+    complete = exchange.delivery.rows
     assert sorted(complete) == [2, 9]
     for layer, rows in complete.items():
         assert np.array_equal(rows, np.repeat(ids[layer].astype(np.uint8) + layer, 3).reshape(-1, 3))
@@ -136,11 +136,11 @@ def test_shards_give_what_one_server_gives(shards, settings):
 def test_requests_do_not_grow_with_shards(shards):
     with Client(shards) as client:
         ids = {n: rows.reshape(-1) for n, rows in client.spec.hash(TokenBatch.of(TOKENS)).items()}
-        exchange = Exchange.of_rows(client.served, ids)
-        whole = len(exchange.request)
-        parts = exchange.spread(client._shards._routes, Delivery([1, 14]).writing)
+        exchange = exchange_of(client.served, ids)
+        whole = len(exchange.encode())
+        parts = exchange.spread(client._shards._routes)
         assert len(parts) == len(shards)
-        assert sum(len(part.request) for part in parts.values()) < whole + 200 * len(shards)
+        assert sum(len(part.encode()) for part in parts.values()) < whole + 200 * len(shards)
 
 
 def test_missing_rows_are_named(shards):

@@ -168,9 +168,9 @@ def test_a_run_goes_on_at_the_first_unfinished_file(tmp_path: Path, run_killed: 
     assert (kept.st_ino, kept.st_mtime_ns) == identity
 
 
-def test_memory_stays_bounded(tmp_path: Path, tokenizer: Path) -> None:
+def test_memory_stays_bounded(tmp_path: Path, small_tokenizer: Path) -> None:
     source, out = tmp_path / "checkpoint", tmp_path / "out"
-    synth_checkpoint("deepseek-v4.1", 25_000, source, tokenizer)  # 300 MiB
+    synth_checkpoint("deepseek-v4.1", 25_000, source, small_tokenizer)  # 300 MiB
     # The peak of this program's own memory: what wait4 reports counts the memory of the process that started it, too.
     program = (
         "import sys; from engrampool_server.commands.files import pack; pack(sys.argv[1:], standalone_mode=False); "
@@ -183,5 +183,5 @@ def test_memory_stays_bounded(tmp_path: Path, tokenizer: Path) -> None:
     for directory in (source, out):  # not for pytest to keep
         shutil.rmtree(directory)
     assert nbytes > 300 << 20
-    assert peak_bytes < 1 << 30
+    assert peak_bytes < nbytes
     print(f"peak {peak_bytes / 2**20:.0f} MiB for {nbytes / 2**20:.0f} MiB")

@@ -282,9 +282,9 @@ def test_a_specification_that_stays_the_same_is_not_read_again(pool, versions, m
 
 @pytest.mark.parametrize("where", ["active", "look"])
 def test_following_goes_on_after_what_nobody_thought_of(pool, versions, where, monkeypatch, caplog):
-    monkeypatch.setattr("engrampool_client.pool.following._AGAIN_S", 0.01)
+    monkeypatch.setattr("engrampool_client.pool.follower._AGAIN_S", 0.01)
     with Client(pool.url) as client:
-        faults, servers = [], client._following.servers
+        faults, servers = [], client._versions.servers
         call = getattr(servers, where)
 
         def failing(*arguments):
@@ -295,7 +295,7 @@ def test_following_goes_on_after_what_nobody_thought_of(pool, versions, where, m
 
         monkeypatch.setattr(servers, where, failing)
         if where == "look":  # as a lookup would that finds its version gone
-            client._following._doubts += 1
+            client._versions._doubts += 1
         pool.activate(versions.second)
         eventually(lambda: len(faults) == 3 or servers.wake(), "it failed")
         eventually(lambda: client.version == versions.second)

@@ -7,11 +7,12 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from engrampool_client.config import ClientConfig
 from engrampool_client.errors import FingerprintError, StepCancelledError
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.served import ServedModel
 from engrampool_client.pool.discovery import Servers
-from engrampool_client.pool.version import Generation, How
+from engrampool_client.pool.version import Version
 from engrampool_client.stats import Stats
 from engrampool_proto.registry.etcd import RegistryError
 
@@ -22,8 +23,8 @@ _AGAIN_S, _CONNECT_S = 1.0, 5.0
 _log = logging.getLogger("engrampool")
 
 
-class Following:
-    """Holds the generation that lookups begin by, and has a thread make the next where another version is active.
+class VersionFollower:
+    """Holds the version that lookups begin by, and has a thread make the next where another version is active.
 
     The next one is whole before lookups begin by it, and the last one is closed once the last lookup by it has ended.
     Thread-safe. To be used in this order: `connect`, `open`; then `enter` and `leave`; `close` at any time.
@@ -32,9 +33,9 @@ class Following:
     if it is not. changes: by outcome.
     """
 
-    def __init__(self, servers: Servers, how: How) -> None:
-        self.servers, self._how = servers, how
-        self.current = Generation(servers, how)
+    def __init__(self, servers: Servers, config: ClientConfig) -> None:
+        self.servers, self._config = servers, config
+        self.current = Version(servers, config)
         self.trouble: str | None = None
         self.changes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         # Taken by itself: see delivery.py.
@@ -42,8 +43,8 @@ class Following:
         self._changed = threading.Condition(self._lock)
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._coming: Generation | None = None
-        self._retired: list[Generation] = []
+        self._coming: Version | None = None
+        self._retired: list[Version] = []
         # Lookups that found their version gone, and how many of them know what that means.
         self._doubts = self._settled = 0
         # The version that could not be followed last, when to try again, and the one that never can be.
@@ -57,7 +58,7 @@ class Following:
         return served
 
     def open(self, stats: Stats, warm: Path | None) -> None:
-        """Be ready for lookups. Raises as `Generation.open` does."""
+        """Be ready for lookups. Raises as `Version.open` does."""
         self._stats = stats
         self.current.open(stats, warm)
         if not self._pinned:
@@ -73,23 +74,23 @@ class Following:
     @property
     def ending(self) -> list[str]:
         """Versions that no lookup begins by any more, and whose last lookups are under way."""
-        return [generation.served.version for generation in list(self._retired)]
+        return [version.served.version for version in list(self._retired)]
 
-    def enter(self) -> Generation:
+    def enter(self) -> Version:
         """What a lookup goes by from beginning to end; `leave` is to follow."""
         with self._lock:
             self.current.uses += 1
             return self.current
 
-    def leave(self, generation: Generation) -> None:
+    def leave(self, version: Version) -> None:
         """Go by it no more."""
         with self._lock:
-            generation.uses -= 1
-            last = not generation.uses and generation is not self.current
+            version.uses -= 1
+            last = not version.uses and version is not self.current
         if last:
             self.servers.wake()
 
-    def moved_on(self, generation: Generation, delivery: Delivery) -> bool:
+    def moved_on(self, version: Version, delivery: Delivery) -> bool:
         """Whether lookups go by another version than this one, which a server holds no more.
 
         If that version is active no longer, waits for the next one, until the step's deadline at most.
@@ -102,27 +103,27 @@ class Following:
         delivery.on_cancel(self._notify)
         with self._lock:
             self._changed.wait_for(
-                lambda: self.current is not generation or self._settled >= doubt or self._closed or delivery.given_up,
+                lambda: self.current is not version or self._settled >= doubt or self._closed or delivery.given_up,
                 min(delivery.deadline - time.monotonic(), threading.TIMEOUT_MAX),
             )
-            return self.current is not generation and not self._closed and not delivery.given_up
+            return self.current is not version and not self._closed and not delivery.given_up
 
     def forked(self) -> None:
         """In the child of a fork: let go of the connections without a word, for they are the parent's."""
-        for generation in (self.current, *self._retired, self._coming):
-            if generation is not None:
-                generation.shards.forked()
+        for version in (self.current, *self._retired, self._coming):
+            if version is not None:
+                version.shards.forked()
 
     def close(self) -> None:
         """End the connections, and every lookup on one."""
         with self._lock:
             self._closed = True
-            generations, coming = [self.current, *self._retired], self._coming
+            versions, coming = [self.current, *self._retired], self._coming
             self._changed.notify_all()
         if coming is not None:
             coming.stop()
-        for generation in generations:
-            generation.close()
+        for version in versions:
+            version.close()
         self.servers.close()
         if self._thread is not None:
             self._thread.join()
@@ -167,31 +168,31 @@ class Following:
         with self._lock:
             idle = [one for one in self._retired if not one.uses]
             self._retired = [one for one in self._retired if one.uses]
-        for generation in idle:
-            generation.close()
+        for version in idle:
+            version.close()
 
     def _move_to(self, version: str) -> None:
         """Have lookups begin by that version, if its servers are there and its specification is the same."""
-        generation = Generation(self.servers, self._how)
+        coming = Version(self.servers, self._config)
         with self._lock:
             if self._closed:
                 return
-            self._coming = generation
+            self._coming = coming
         try:
             ours = self.current.served.spec
-            theirs = generation.connect(self._model, version, _CONNECT_S, ours).spec
+            theirs = coming.connect(self._model, version, _CONNECT_S, ours).spec
             if theirs.digest != ours.digest:
                 raise FingerprintError(ours.differences(theirs))
-            generation.open(self._stats)
+            coming.open(self._stats)
             with self._lock:
                 if self._closed:
                     raise StepCancelledError("the client was closed")
                 self._retired.append(self.current)
-                self.current, self.trouble = generation, None
+                self.current, self.trouble = coming, None
                 self.changes["followed"] += 1
                 self._changed.notify_all()
         except Exception as error:  # following goes on whatever happens
-            generation.close()
+            coming.close()
             self._stay(version, error)
 
     def _stay(self, version: str, error: Exception) -> None:

@@ -1,0 +1,203 @@
+"""What is asked for, checked: the rows of a batch of tokens, or rows by their ids; and tokens that may come next."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_client.lookup.layout import Keys, Layout
+from engrampool_client.lookup.served import ServedModel
+from engrampool_proto import wire
+from engrampool_proto.errors import BatchError
+from engrampool_proto.hashing import TokenBatch, exactly
+from engrampool_proto.spec import ModelSpec, TableSpec
+
+IntArray = npt.ArrayLike
+
+
+class Recorder(Protocol):
+    """Whoever writes down what is asked for."""
+
+    def tokens(self, batch: TokenBatch, layers: Sequence[int]) -> None:
+        """The rows of every token."""
+
+    def rows(self, rows: Mapping[int, Any]) -> None:
+        """Rows by their ids."""
+
+
+class TokenQuery:
+    """The rows of every token of a batch: [T, heads, row_bytes] a layer.
+
+    layers: ascending. num_tokens: T. batch: of the caller's tokens, checked when it is hashed.
+    """
+
+    def __init__(self, spec: ModelSpec, batch: TokenBatch, layers: Sequence[int]) -> None:
+        self._spec, self.batch, self.layers = spec, batch, layers
+        self.num_tokens = len(batch.tokens)
+        self._shapes: dict[int, tuple[int, ...]] = {}
+
+    def shapes(self, layout: Layout) -> dict[int, tuple[int, ...]]:
+        """Layer -> shape of its rows."""
+        if not self._shapes:  # the same by every version
+            heads = layout.heads
+            for layer in self.layers:
+                table = self._spec.table(layer)
+                columns = table.heads if heads is None else heads.stop - heads.start
+                self._shapes[layer] = (self.num_tokens, columns, table.row_bytes)
+        return self._shapes
+
+    def ids(self, layout: Layout) -> dict[int, npt.NDArray[Any]]:
+        """Layer -> row ids [T, heads]. Raises BatchError."""
+        rows, heads = self._spec.hash(self.batch, self.layers), layout.heads
+        return rows if heads is None else {layer: ids[:, heads] for layer, ids in rows.items()}
+
+    def keys(self, layout: Layout) -> dict[int, list[Keys]]:
+        """Layer -> int64 [groups, T] of each part. Raises BatchError."""
+        spec, batch = self._spec, self.batch
+        batch.check_tokens(spec.vocab_size, spec.lookback)
+        windows = batch.windows(spec.lookback, None if spec.token_map is None else spec.token_map.ids)
+        keys = {}
+        for layer in self.layers:
+            found = spec.table(layer).hash.keys(windows)
+            keys[layer] = [part.pick(found) for part in layout.parts[layer]]
+        return keys
+
+    def record(self, recorder: Recorder) -> None:
+        """Write down what is asked for."""
+        recorder.tokens(self.batch, self.layers)
+
+    def request(self, served: ServedModel) -> wire.LookupRequest:
+        """To have them hashed by the server. Raises BatchError."""
+        spec = served.spec
+        self.batch.check_tokens(spec.vocab_size, spec.lookback)
+        return wire.LookupRequest(spec.name, served.version, (), self.batch, tuple(self.layers))
+
+
+class RowQuery:
+    """Rows by their ids: [*ids.shape, row_bytes] a layer.
+
+    rows: layer -> what may be an array of ids, checked when they are asked for. layers: ascending. num_tokens: the most
+    entries that one of them has. Raises SpecError for an unknown layer.
+    """
+
+    def __init__(self, spec: ModelSpec, rows: Mapping[int, Any]) -> None:
+        self._spec, self._rows = spec, rows
+        self.layers = sorted([spec.table(layer).layer for layer in rows])
+        arrays = [ids for ids in rows.values() if isinstance(ids, np.ndarray)]
+        self.num_tokens = max((len(ids) for ids in arrays if ids.ndim), default=0)
+
+    def shapes(self, _: Layout) -> dict[int, tuple[int, ...]]:
+        """Layer -> shape of its rows, if it is an array."""
+        shapes: dict[int, tuple[int, ...]] = {}
+        for layer in self.layers:
+            ids = self._rows[layer]
+            shape = ids.shape if isinstance(ids, np.ndarray) else ()
+            shapes[layer] = (*shape, self._spec.table(layer).row_bytes)
+        return shapes
+
+    def ids(self, _: Layout) -> dict[int, npt.NDArray[Any]]:
+        """Layer -> row ids, in the table's dtype. Raises BatchError."""
+        return {layer: row_ids(self._spec.table(layer), self._rows[layer]) for layer in self.layers}
+
+    def keys(self, layout: Layout) -> dict[int, list[Keys]] | None:
+        """Layer -> int64 [groups, T] of each part; None for ids that are not as hashing gives them, [..., heads].
+
+        Raises BatchError.
+        """
+        keys: dict[int, list[Keys]] = {}
+        for layer, ids in self.ids(layout).items():
+            if ids.ndim < 2 or ids.shape[-1] != layout.num_columns(self._spec.table(layer)):
+                return None
+            by_token = ids.reshape(-1, ids.shape[-1])
+            keys[layer] = []
+            for part in layout.parts[layer]:
+                found = part.keys_of(by_token)
+                if found is None:
+                    return None
+                keys[layer].append(found)
+        return keys
+
+    def record(self, recorder: Recorder) -> None:
+        """Write down what is asked for."""
+        recorder.rows(self._rows)
+
+    def request(self, _: ServedModel) -> wire.LookupRequest | None:
+        """None, as there is nothing to be hashed."""
+        return None
+
+
+Query = TokenQuery | RowQuery
+
+
+def token_batch(
+    tokens: IntArray,
+    query_start_loc: IntArray | None = None,
+    lookback: IntArray | None = None,
+    dead: npt.ArrayLike | None = None,
+    lookback_dead: npt.ArrayLike | None = None,
+) -> TokenBatch:
+    """A batch of the caller's own arrays, copied so that they may be overwritten at once.
+
+    Integers of any type that fit into the dtypes of `TokenBatch` are converted. Raises BatchError.
+    """
+    return TokenBatch.of(
+        exactly("tokens", tokens, np.int32),
+        None if query_start_loc is None else exactly("query_start_loc", query_start_loc, np.int32),
+        None if lookback is None else exactly("lookback", lookback, np.int32),
+        None if dead is None else exactly("dead", dead, np.bool_),
+        None if lookback_dead is None else exactly("lookback_dead", lookback_dead, np.bool_),
+    )
+
+
+def row_ids(table: TableSpec, ids: Any) -> npt.NDArray[Any]:
+    """Ids of any integer type and byte order in the table's dtype, checked against its rows. Raises BatchError."""
+    layer = table.layer
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+        found = ids.dtype.name if isinstance(ids, np.ndarray) else type(ids).__name__
+        raise BatchError(f"row ids of layer {layer} must be an integer array; they are {found}")
+    plain: npt.NDArray[Any] = np.asarray(ids)  # of a masked array, min and max would leave out what is masked
+    if plain.size and (int(plain.max()) >= table.num_rows or (plain.dtype.kind == "i" and int(plain.min()) < 0)):
+        flat = plain.reshape(-1)
+        at = int(np.argmax((flat < 0) | (flat >= table.num_rows)))
+        raise BatchError(f"row id {flat[at]} at position {at} of layer {layer} is not in 0 .. {table.num_rows - 1}")
+    return plain.astype(table.id_dtype, copy=False)
+
+
+def candidates_batch(batch: TokenBatch, candidates: npt.ArrayLike, chain: bool, spec: ModelSpec) -> TokenBatch:
+    """The tokens that may follow each request of `batch`, as a batch of their own.
+
+    candidates: integers [R, K], -1 for none. Alternatives of the next token become a request each; with `chain` a row
+    is one request, which ends at its first -1. Raises BatchError.
+    """
+    requests = len(batch.query_start_loc) - 1
+    tokens = exactly("candidates", candidates, np.int32)
+    if tokens.ndim != 2 or len(tokens) != requests:
+        raise BatchError(f"candidates must be int32 [{requests}, *], a row a request; they are {list(tokens.shape)}")
+    given = tokens >= 0
+    if chain:
+        given = np.logical_and.accumulate(given, axis=1)
+    recent = _recent(batch, spec.lookback)
+    if chain:
+        bounds = np.concatenate(([0], np.cumsum(given.sum(axis=1))))
+        lookback = recent
+    else:
+        bounds = np.arange(np.count_nonzero(given) + 1)
+        lookback = np.repeat(recent, given.sum(axis=1), axis=0)
+    guessed = TokenBatch(tokens[given], bounds.astype(np.int32), lookback)
+    guessed.check_tokens(spec.vocab_size, spec.lookback)
+    return guessed
+
+
+def _recent(batch: TokenBatch, lookback: int) -> npt.NDArray[np.int32]:
+    """The last tokens of each request, the newest first: int32 [R, lookback], -1 for a gap or before the start."""
+    if not lookback:
+        return np.empty((len(batch.query_start_loc) - 1, 0), np.int32)
+    # One more token a request: what is before it are the last ones.
+    requests = len(batch.query_start_loc) - 1
+    ends = batch.query_start_loc[1:]
+    tokens = np.insert(batch.tokens, ends, 0)
+    dead = None if batch.dead is None else np.insert(batch.dead, ends, False)
+    bounds = (batch.query_start_loc + np.arange(requests + 1)).astype(np.int32)
+    one_more = TokenBatch(tokens, bounds, batch.lookback, dead, batch.lookback_dead)
+    return one_more.windows(lookback).ids[1:, bounds[1:] - 1].T.astype(np.int32)
