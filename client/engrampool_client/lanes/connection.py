@@ -38,7 +38,7 @@ class SilentError(ConnectionError):
     """For too long nothing came, though the lookup has more time."""
 
 
-class RefusedError(Exception):
+class AnswerRefusedError(Exception):
     """The server refused the request; the connection is as good as before."""
 
     def __init__(self, error: PoolError) -> None:
@@ -142,7 +142,7 @@ class Connection:
         return self._socket.fileno()
 
     def receive(self, exchange: Exchange, deadline: float, spin_s: float) -> None:
-        """Take the answer in. Raises OSError if the connection broke, TimeoutError, RefusedError, PoolErrors."""
+        """Take the answer in. Raises OSError if the connection broke, TimeoutError, AnswerRefusedError, PoolErrors."""
         at_once = self.listen(exchange)
         if not self._end:
             self._await(deadline, at_once, spin_s)
@@ -160,7 +160,7 @@ class Connection:
             elif kind == frames.REFUSED and head == length:
                 refusal = _refusal(self._head(head, deadline), self._target)
                 self._over()
-                raise RefusedError(refusal)
+                raise AnswerRefusedError(refusal)
             else:
                 raise ProtocolError(f"{self._target}: a frame of kind {kind} has no place in an answer")
         exchange.times = _times(self._head(head, deadline))

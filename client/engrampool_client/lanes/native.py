@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from engrampool_client.errors import DeadlineError, PoolError, StepCancelledError
-from engrampool_client.lanes.connection import OPEN_TIMEOUT_S, Connection, RefusedError, SilentError
+from engrampool_client.lanes.connection import OPEN_TIMEOUT_S, AnswerRefusedError, Connection, SilentError
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
@@ -234,7 +234,7 @@ class NativeRequest:
         lane, connection, exchange = self._lane, self.connection, self.exchange
         try:
             connection.receive(exchange, self._deadline, self._spin_s)
-        except RefusedError as refused:
+        except AnswerRefusedError as refused:
             lane.put_back(connection)
             raise refused.error from None
         except PoolError:  # before the next two: a DeadlineError is a TimeoutError, and that an OSError
