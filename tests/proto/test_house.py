@@ -1,6 +1,7 @@
 """How the product's own files are laid out: rooms of a size that one sees over, whose doors are their public names."""
 
 import ast
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,9 +40,18 @@ def defined(tree: ast.Module) -> set[str]:
     return names
 
 
+def parsed(source: str) -> ast.Module:
+    """The module of a source. Python 3.11 may fail (SystemError) where a collection runs meanwhile."""
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        gc.enable()
+
+
 def reached_into(source: str) -> Iterator[tuple[str, str]]:
     """(name, where) of each underscored name that a module takes from another one."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     own = defined(tree) | DOCUMENTED
     for node in ast.walk(tree):
         match node:
