@@ -89,7 +89,7 @@ class Running:
         """Over HTTP where it listens for that; without, a server stops half a second sooner."""
         if self.server.metrics_address:
             return scrape(self.server.metrics_address)
-        return _samples(self.server._shared.metrics.registry.collect())
+        return _samples(self.server.shared.metrics.registry.collect())
 
 
 @contextmanager

@@ -318,7 +318,7 @@ def check_probes(built: Build) -> None:
         (start_hours,) = re.findall(r"--start-period=(\d+)h", DOCKERFILE)
         assert patience_s(startup) >= int(start_hours) * 3600
         # The supervisor heals a worker that hangs; a restart from outside costs the tables.
-        assert patience_s(liveness) > pod.config().worker_timeout_s + children._START_TIMEOUT_S
+        assert patience_s(liveness) > pod.config().worker_timeout_s + children.START_TIMEOUT_S
         for probe in (startup, readiness, liveness):
             assert probe["timeoutSeconds"] < probe["periodSeconds"]
 

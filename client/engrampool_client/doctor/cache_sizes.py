@@ -1,7 +1,7 @@
 """What caches of several sizes would save of a stream of lookups: its keys are run through each, without a server."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from engrampool_client.doctor.replay import Forward
 from engrampool_client.lookup.cache import HotRows
-from engrampool_client.lookup.layout import Layout, Part
+from engrampool_client.lookup.layout import Keys, Layout, Part
+from engrampool_client.lookup.query import RowQuery, TokenQuery
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 
@@ -107,8 +108,6 @@ def _entries(spec: ModelSpec, layout: Layout, forward: Forward) -> list[_Entries
     """By part. Nothing for ids that have no keys."""
     entries = []
     for part, keys in keys_by_part(spec, layout, forward):
-        if keys is None:
-            return []
         found = [np.unique(row, return_index=True) for row in keys]
         groups = np.repeat(np.arange(part.number, part.number + len(keys), dtype=np.uint8), [len(f[0]) for f in found])
         at = np.concatenate([tokens * len(keys) + group for group, (_, tokens) in enumerate(found)])
@@ -137,26 +136,9 @@ def _ask(cache: HotRows, entries: Sequence[_Entries]) -> tuple[int, int]:
     return nbytes, count
 
 
-def keys_by_part(spec: ModelSpec, layout: Layout, forward: Forward) -> Iterable[tuple[Part, Ids | None]]:
-    """The keys of each part of each layer: int64 [groups, T], None for ids that have none."""
+def keys_by_part(spec: ModelSpec, layout: Layout, forward: Forward) -> list[tuple[Part, Keys]]:
+    """The keys of each part of each layer, int64 [groups, T]; nothing for ids that no hash gives."""
     asked = forward.asked
-    if isinstance(asked, TokenBatch):
-        windows = asked.windows(spec.lookback, None if spec.token_map is None else spec.token_map.ids)
-        for table in spec.tables:
-            found = table.hash.keys(windows)
-            for part in layout.parts[table.layer]:
-                yield part, part.pick(found)
-        return
-    for layer, ids in asked.items():
-        table = spec.table(layer)
-        columns = layout.columns(table)
-        for part in layout.parts[layer]:
-            of_part: list[Ids] | None = []
-            for at, span in enumerate(part.columns):
-                first = part.first + at * part.width
-                if ids.ndim != 2 or ids.shape[1] != columns.stop - columns.start:
-                    keys = None
-                else:
-                    keys = table.hash.keys_of(span, ids[:, first : first + part.width], table.head_offsets)
-                of_part = None if keys is None or of_part is None else [*of_part, keys]
-            yield part, None if of_part is None else np.stack(of_part)
+    query = TokenQuery(spec, asked, spec.layers) if isinstance(asked, TokenBatch) else RowQuery(spec, asked)
+    keys = query.keys(layout) or {}
+    return [pair for layer, found in keys.items() for pair in zip(layout.parts[layer], found, strict=True)]

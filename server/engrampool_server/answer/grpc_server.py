@@ -46,20 +46,21 @@ class GrpcServer:
     Alone (`shared` not given) it is a whole server: `start`, `load`, `stop`. As one of several processes it listens on
     a port that they share, is given what is loaded already (`start`, `hold`, `stop`) and leaves metrics to others.
 
-    address, metrics_address: "HOST:PORT" once started, with the port that port 0 became.
+    address, metrics_address: "HOST:PORT" once started, with the port that port 0 became. shared: with other processes.
+    lookups: what is answered, whichever way it is asked. direct: the direct lane once started, None without one.
     """
 
     def __init__(self, config: ServerConfig, shared: SharedState | None = None) -> None:
         self._config = config
         self._alone = shared is None
-        self._shared = shared or SharedState(Metrics(), InFlight(config.max_in_flight_bytes))
+        self.shared = shared or SharedState(Metrics(), InFlight(config.max_in_flight_bytes))
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
-        self._lookups = Lookups(limits, self._shared.in_flight, self._shared.metrics, config.gather_threads)
-        self._calls = CallMetrics(self._shared.metrics)
+        self.lookups = Lookups(limits, self.shared.in_flight, self.shared.metrics, config.gather_threads)
+        self._calls = CallMetrics(self.shared.metrics)
         self._health = Health("", SERVICE)
-        self._loader = ModelLoader(config, self._shared.metrics)
+        self._loader = ModelLoader(config, self.shared.metrics)
         self._grpc: grpc.aio.Server | None = None
-        self._direct: DirectLane | None = None
+        self.direct: DirectLane | None = None
         self._metrics_http: tuple[Http, threading.Thread] | None = None
         self._flushing: asyncio.TimerHandle | None = None
         self._cancel_load = threading.Event()
@@ -74,10 +75,10 @@ class GrpcServer:
         if self._alone:
             self._loader.open()
             self._listen_metrics()
-            self._shared.admission = Admission.open(config.direct, config.listen)
+            self.shared.admission = Admission.open(config.direct, config.listen)
         max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
-        if self._shared.admission is not None:
-            self._direct = DirectLane(self._lookups, self._shared.metrics, self._shared.admission, max_request_bytes)
+        if self.shared.admission is not None:
+            self.direct = DirectLane(self.lookups, self.shared.metrics, self.shared.admission, max_request_bytes)
         options = [
             # Two servers on one port would each get some of the connections, a stale one too.
             ("grpc.so_reuseport", 0 if self._alone else 1),
@@ -94,7 +95,7 @@ class GrpcServer:
             ("grpc.http2.max_ping_strikes", 0),
         ]
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
-        service = PoolService(self._lookups, self._direct, config.attach != "off", self._shared.is_active)
+        service = PoolService(self.lookups, self.direct, config.attach != "off", self.shared.is_active)
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -112,13 +113,13 @@ class GrpcServer:
     def _flush(self) -> None:
         """Have Prometheus see what was counted, from now on again and again."""
         self._flushing = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
-        self._shared.metrics.flush()
+        self.shared.metrics.flush()
 
     def _listen_metrics(self) -> None:
         if self._config.metrics == "off":
             return
         listener = listen_on(self._config.metrics, "metrics")
-        server = Http(listener, self._shared.metrics.registry, lambda: self._lookups.ready and self._grpc is not None)
+        server = Http(listener, self.shared.metrics.registry, lambda: self.lookups.ready and self._grpc is not None)
         thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
         thread.start()
         self._metrics_http = (server, thread)
@@ -127,17 +128,17 @@ class GrpcServer:
     async def load(self) -> None:
         """Read every table, then serve them. Raises what reading and allocating raise."""
         self.hold(await asyncio.to_thread(lambda: list(self._loader.load(self._cancel_load))))
-        self._shared.metrics.serving.set(1)
-        self._shared.metrics.workers.set(1)
+        self.shared.metrics.serving.set(1)
+        self.shared.metrics.workers.set(1)
         log.event("serving", listen=self.address, metrics=self.metrics_address or "off")
 
     def hold(self, models: list[LoadedModel]) -> None:
         """Answer lookups in `models` from now on; health says SERVING, if there are any."""
         for model in models:
-            self._lookups.add(model)
-        self._lookups.ready = True
-        if self._direct is not None:
-            self._direct.start()
+            self.lookups.add(model)
+        self.lookups.ready = True
+        if self.direct is not None:
+            self.direct.start()
         if models:
             self._health.set(SERVING)
 
@@ -147,20 +148,20 @@ class GrpcServer:
         if self._grpc is not None:
             self._health.end()
             if self._alone:
-                self._shared.metrics.serving.set(0)
-                self._shared.metrics.workers.set(0)
+                self.shared.metrics.serving.set(0)
+                self.shared.metrics.workers.set(0)
             begin = time.monotonic()
-            direct = [] if self._direct is None else [self._direct.stop(self._config.drain_s)]
+            direct = [] if self.direct is None else [self.direct.stop(self._config.drain_s)]
             await asyncio.gather(self._drain(self._grpc), *direct)
             self._grpc = None
             if self._alone:
                 log.event("stopped", drained_s=round(time.monotonic() - begin, 3))
-        if self._alone and self._shared.admission is not None:
-            self._shared.admission.close()
-            self._shared.admission = None
+        if self._alone and self.shared.admission is not None:
+            self.shared.admission.close()
+            self.shared.admission = None
         if self._flushing is not None:
             self._flushing.cancel()
-        self._lookups.close()
+        self.lookups.close()
         self._loader.close()
         if self._metrics_http is not None:
             server, thread = self._metrics_http

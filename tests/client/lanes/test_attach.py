@@ -766,7 +766,7 @@ def test_a_client_that_is_refused_asks_as_it_would_have(tmp_path):
     (tmp_path / "segments").mkdir()
     with running(packed, memory=f"file:{tmp_path / 'segments'}") as run, Client(run.address) as client:
         assert client.attached
-        (held,) = run.server._lookups.held()
+        (held,) = run.server.lookups.held()
         for table in held.tables.values():
             object.__setattr__(table, "place", None)
         client._shards._sets[0].replicas[0]._attach._ask()  # as its keeper does before long

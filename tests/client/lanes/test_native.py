@@ -132,7 +132,7 @@ def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkey
     for module in (dial, lane):
         monkeypatch.setattr(module, "OPEN_TIMEOUT_S", 0.2)
     with running(packed) as run:
-        admission = run.server._shared.admission
+        admission = run.server.shared.admission
         admission.port = 1  # nobody listens there
         with Client(run.address) as client:
             assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
@@ -150,9 +150,9 @@ def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkey
 def test_a_connection_that_breaks_is_replaced(packed):
     with running(packed) as run, Client(run.address) as client:
         client.lookup_rows({2: np.array([1])})
-        for connection in list(run.server._direct._connections):
+        for connection in list(run.server.direct.connections):
             run._loop.call_soon_threadsafe(connection.abort)
-        eventually(lambda: not run.server._direct._connections, "aborted")
+        eventually(lambda: not run.server.direct.connections, "aborted")
         assert client.lookup_rows({2: np.array([2])})[2].tobytes() == expected(2, [2])
         eventually(lambda: answered(run, "Lookup") == 1, "over gRPC")
 
@@ -170,8 +170,8 @@ def test_in_mid_answer_too_and_the_rows_are_right(packed):
         broken = threading.Event()
 
         def abort() -> None:
-            eventually(lambda: any(c.answerer.busy for c in list(run.server._direct._connections)), "answering")
-            for connection in list(run.server._direct._connections):
+            eventually(lambda: any(c.answerer.busy for c in list(run.server.direct.connections)), "answering")
+            for connection in list(run.server.direct.connections):
                 run._loop.call_soon_threadsafe(connection.abort)
             broken.set()
 

@@ -469,7 +469,7 @@ def test_a_part_over_the_limits_of_its_shard_is_asked_for_in_pieces(models, dire
         servers = [stack.enter_context(running(models, shard=f"{at}/2", **limits[at])) for at in (0, 1)]
         client = stack.enter_context(Client([one.address for one in servers], direct=direct, attach="off"))
         least = client.served
-        assert least.max_rows == 250 + servers[1].server._lookups.limits.max_rows_per_request
+        assert least.max_rows == 250 + servers[1].server.lookups.limits.max_rows_per_request
         for ids in (np.arange(1500), np.arange(6000, 4600, -1), np.arange(3000) * 2, np.arange(5)):
             assert rows_come(client, ids)
         both = {2: np.arange(800), 9: np.arange(900)}
@@ -502,7 +502,7 @@ def test_a_replica_that_came_back_with_less_room_costs_one_refusal(models, monke
         running(models) as second,
         Client([first.address, second.address], direct="off", attach="off") as client,
     ):
-        lookups = second.server._lookups
+        lookups = second.server.lookups
         lookups.limits = replace(lookups.limits, max_rows_per_request=300)  # as another server there would have
         with pytest.raises(RejectedError, match="at most 300 in one request"):
             eventually(lambda: not rows_come(client, ids), "its turn comes")
@@ -682,7 +682,7 @@ def test_a_split_lookup_cut_between_layers_goes_on_with_what_is_missing(models, 
 def behind(proxy: CuttingProxy, server: Running) -> str:
     """The server's address there, of both its lanes."""
     host, port = server.address.split(":")
-    admission = server.server._shared.admission
+    admission = server.server.shared.admission
     admission.port = proxy.to((host, admission.port))
     return f"127.0.0.1:{proxy.to((host, int(port)))}"
 

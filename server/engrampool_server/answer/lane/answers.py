@@ -17,7 +17,7 @@ from engrampool_server.answer.lane.resources import Buffer, Resources
 from engrampool_server.answer.lookups import Job, Piece, Refusals, RefusedError, check_deadline, cut, server_times
 
 # Within so long a caller takes the next piece of its answer.
-_PATIENCE_S = 10.0
+PATIENCE_S = 10.0
 _END_BYTES = len(frames.end(wire.ServerTimes(0, 0, 0)))
 
 
@@ -28,7 +28,7 @@ class _GoneError(Exception):
 class Answerer:
     """Answers what one connection asks for, one request at a time. peer: whose it is; see peers.py.
 
-    busy: whether an answer is under way.
+    busy: whether an answer is under way. paused: whether the system did not take all that was written.
     """
 
     def __init__(self, resources: Resources, peer: str) -> None:
@@ -36,7 +36,7 @@ class Answerer:
         self._template: RequestTemplate | None = None  # of the last small request
         self.busy = False
         self._leaving = False  # the answer under way is the last one
-        self._gone = self._paused = self._unread = False
+        self._gone = self.paused = self._unread = False
         self._resumed: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None  # to the end of waiting for refusals to be read
@@ -53,11 +53,11 @@ class Answerer:
 
     def pause(self) -> None:
         """The system did not take all that was written."""
-        self._paused = True
+        self.paused = True
 
     def resume(self) -> None:
         """The system has taken all that was written."""
-        self._paused = False
+        self.paused = False
         if self._unread:
             self._unread = False
             self._no_timer()
@@ -154,11 +154,11 @@ class Answerer:
     def refuse(self, error: Exception) -> None:
         """Say no to a request; the next one may come."""
         self._transport.write(self._resources.refusal(error))
-        if self._paused:  # a caller who only asks, and never listens
+        if self.paused:  # a caller who only asks, and never listens
             self._unread = True
             self._transport.pause_reading()
             self._no_timer()
-            self._timer = self._resources.loop.call_later(_PATIENCE_S, self.cut, "unread-answer")
+            self._timer = self._resources.loop.call_later(PATIENCE_S, self.cut, "unread-answer")
 
     def refuse_for_good(self, error: RefusedError) -> None:
         """Say no to all that may come."""
@@ -200,7 +200,7 @@ class Answerer:
         buffer = resources.take_buffer(layout.nbytes)
         answer, times = layout.fill(buffer, arrived, begin)
         self._transport.write(answer)
-        if self._paused:
+        if self.paused:
             self.busy = True
             self._template = None  # which would keep the buffer for as long as the connection is open
             self._show()
@@ -297,10 +297,10 @@ class Answerer:
 
     async def _sent(self) -> None:
         """Until the system has taken all that was written. Raises _GoneError, as for a caller who reads nothing."""
-        if self._paused and not self._gone:
-            timer = self._resources.loop.call_later(_PATIENCE_S, self.cut, "unread-answer")
+        if self.paused and not self._gone:
+            timer = self._resources.loop.call_later(PATIENCE_S, self.cut, "unread-answer")
             try:
-                while self._paused and not self._gone:
+                while self.paused and not self._gone:
                     self._resumed = self._resources.loop.create_future()
                     await self._resumed
             finally:

@@ -13,12 +13,12 @@ from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import SMALL_REQUEST_BYTES, RefusedError, invalid
 
 # A connection without a ticket may stay for so long.
-_HELLO_S = 5.0
+HELLO_S = 5.0
 # How long a refusal that ends the connection may take to arrive, while what the peer still sends is thrown away.
 _LINGER_S = 2.0
 # Within so long a request that has begun ends or goes on by so much.
-_PATIENCE_S = 10.0
-_PROGRESS_BYTES = 1 << 20
+PATIENCE_S = 10.0
+PROGRESS_BYTES = 1 << 20
 # What frames of a stranger and of a caller are read into. A larger request has memory of its own, which grows as bytes
 # come: whoever only promises them takes little.
 _HELLO_BYTES = frames.HEADER.size + frames.MAX_TICKET_BYTES + 1
@@ -55,7 +55,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Have the peer say hello in time."""
         self.answerer.connected(cast(asyncio.Transport, transport))
-        self._within(_HELLO_S, self.cut, "no-hello")
+        self._within(HELLO_S, self.cut, "no-hello")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
@@ -126,10 +126,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _await_rest(self, before: int) -> None:
         """Have a request that has begun end or go on in time. before: bytes of it that were there the last time."""
-        if before and self._filled - before < _PROGRESS_BYTES:
+        if before and self._filled - before < PROGRESS_BYTES:
             self.cut("slow-request")
         else:
-            self._timer = self._resources.loop.call_later(_PATIENCE_S, self._await_rest, self._filled)
+            self._timer = self._resources.loop.call_later(PATIENCE_S, self._await_rest, self._filled)
 
     # --- frames
 

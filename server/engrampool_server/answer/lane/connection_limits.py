@@ -11,11 +11,11 @@ import grpc
 from engrampool_server.answer.lookups import RefusedError
 
 # In one process. Each takes 64 KiB and a descriptor, and others need descriptors, too.
-_MOST = 1024
+MOST = 1024
 # Without a ticket as yet, of one peer in one process.
-_STRANGERS = 64
+STRANGERS = 64
 # For so long no stranger has to go for another: who means it says hello at once.
-_GRACE_S = 1.0
+GRACE_S = 1.0
 
 _Connection = TypeVar("_Connection")
 
@@ -23,12 +23,12 @@ _Connection = TypeVar("_Connection")
 class ConnectionLimits(Generic[_Connection]):
     """The connections of one process, each with its peer. Nobody shuts out anybody but those of its own peer.
 
-    A peer may have no more connections than it leaves free, and few strangers among them.
+    A peer may have no more connections than it leaves free, and few strangers among them. most: of all peers.
     """
 
     def __init__(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = _MOST if soft == resource.RLIM_INFINITY else min(_MOST, soft // 2)
+        self.most = MOST if soft == resource.RLIM_INFINITY else min(MOST, soft // 2)
         self._peers: dict[_Connection, str] = {}
         self._counts: Counter[str] = Counter()
         # By peer, in the order of their arrival, and when that was.
@@ -42,14 +42,14 @@ class ConnectionLimits(Generic[_Connection]):
 
     def add(self, connection: _Connection, peer: str) -> _Connection | None:
         """Take note of a connection, a stranger as yet. Gives the one that has to go for it. Raises RefusedError."""
-        if self._counts[peer] + 1 > self._most - (len(self._peers) + 1):
+        if self._counts[peer] + 1 > self.most - (len(self._peers) + 1):
             text = f"{self._counts[peer]} connections are open from {peer}, and {len(self._peers)} in all"
-            raise _too_many(f"{text}, of {self._most}; a peer may have no more than are free")
+            raise _too_many(f"{text}, of {self.most}; a peer may have no more than are free")
         strangers = self._strangers.get(peer, {})
         oldest = None
-        if len(strangers) >= _STRANGERS:
+        if len(strangers) >= STRANGERS:
             oldest, since = next(iter(strangers.items()))
-            if time.monotonic() - since < _GRACE_S:
+            if time.monotonic() - since < GRACE_S:
                 raise _too_many(f"{len(strangers)} connections from {peer} came just now, and none has said hello")
             self.remove(oldest)
         self._peers[connection] = peer

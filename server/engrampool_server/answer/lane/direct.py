@@ -28,7 +28,10 @@ _KEEP_IDLE_S, _KEEP_EVERY_S, _UNACKNOWLEDGED_S = 30, 10, 60
 
 
 class DirectLane:
-    """Takes connections from the listener of `admission`, on the event loop that it is made on."""
+    """Takes connections from the listener of `admission`, on the event loop that it is made on.
+
+    connections: those that are open.
+    """
 
     def __init__(self, lookups: Lookups, metrics: Metrics, admission: Admission, max_request_bytes: int) -> None:
         self._resources = Resources(lookups, metrics, max_request_bytes)
@@ -36,7 +39,7 @@ class DirectLane:
         self._metrics, self._admission = metrics, admission
         self._listening = False
         self._arriving: set[asyncio.Task[None]] = set()
-        self._connections: ConnectionLimits[Connection] = ConnectionLimits()
+        self.connections: ConnectionLimits[Connection] = ConnectionLimits()
         self._empty = asyncio.Event()
 
     def start(self) -> None:
@@ -66,17 +69,17 @@ class DirectLane:
         self._loop.remove_reader(self._admission.listener.fileno())
         if self._arriving:
             await asyncio.wait(self._arriving)
-        for connection in self._connections:
+        for connection in self.connections:
             connection.leave()
         try:
             await asyncio.wait_for(self._gone(), drain_s)
         except TimeoutError:
-            for connection in self._connections:
+            for connection in self.connections:
                 connection.abort()
             await self._gone()
 
     async def _gone(self) -> None:
-        while self._connections:
+        while self.connections:
             self._empty.clear()
             await self._empty.wait()
 
@@ -94,7 +97,7 @@ class DirectLane:
         accepted.setblocking(False)
         try:
             connection = Connection(self._resources, peers.of_connection(accepted), self._admit, self._left)
-            displaced = self._connections.add(connection, connection.peer)
+            displaced = self.connections.add(connection, connection.peer)
         except OSError:  # it left already
             accepted.close()
             return
@@ -104,7 +107,7 @@ class DirectLane:
             return
         if displaced is not None:  # which has its transport: those after it came one by one
             displaced.cut("stranger")
-        self._metrics.direct_connections.set(len(self._connections))
+        self._metrics.direct_connections.set(len(self.connections))
         task = self._loop.create_task(self._connect(accepted, connection))
         self._arriving.add(task)
         task.add_done_callback(self._arriving.discard)
@@ -132,12 +135,12 @@ class DirectLane:
         """Whether the ticket lets the connection in."""
         good = self._admission.tickets.take(ticket)
         if good:
-            self._connections.admit(connection)
+            self.connections.admit(connection)
         return good
 
     def _left(self, connection: Connection) -> None:
         """Forget a connection."""
-        self._connections.remove(connection)
-        self._metrics.direct_connections.set(len(self._connections))
-        if not self._connections:
+        self.connections.remove(connection)
+        self._metrics.direct_connections.set(len(self.connections))
+        if not self.connections:
             self._empty.set()

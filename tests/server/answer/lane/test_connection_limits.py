@@ -11,8 +11,8 @@ from engrampool_server.answer.lookups import RefusedError
 
 @pytest.fixture
 def some(monkeypatch):
-    monkeypatch.setattr(connection_limits, "_MOST", 20)
-    monkeypatch.setattr(connection_limits, "_STRANGERS", 3)
+    monkeypatch.setattr(connection_limits, "MOST", 20)
+    monkeypatch.setattr(connection_limits, "STRANGERS", 3)
     return ConnectionLimits()
 
 
@@ -53,7 +53,7 @@ def test_a_stranger_who_had_time_goes_for_the_next_one_of_its_peer(some, monkeyp
     for at in range(3):
         some.add(at, "a")
     some.add("of another", "b")
-    monkeypatch.setattr(connection_limits, "_GRACE_S", 0.0)
+    monkeypatch.setattr(connection_limits, "GRACE_S", 0.0)
     assert [some.add(at, "a") for at in (3, 4)] == [0, 1]
     assert list(some) == [2, "of another", 3, 4]
     some.remove(0)  # which it did before
