@@ -16,6 +16,7 @@ import numpy as np
 from engrampool_client import Client
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.landing import Landing
 from engrampool_client.testing import serve_process
 from workload import ROW_BYTES, Workload
 
@@ -64,14 +65,15 @@ def main() -> None:
                 (single, many) = (times for (_, way), times in rounds.items() if way == lane)
                 client = next(client for (where, way), client in clients.items() if way == lane and where != "1 server")
                 flat = {layer: ids.reshape(-1) for layer, ids in next(batches).ids.items()}
-                exchange = Exchange.of_rows(client.served, flat)
-                nbytes = len(exchange.request)
-                parts = exchange.spread(client._shards._routes, Delivery(list(flat)).writing)
+                shapes = {n: (len(ids), client.spec.table(n).row_bytes) for n, ids in flat.items()}
+                exchange = Exchange.of_ids(client.served, flat, Landing(Delivery(list(flat)), shapes))
+                nbytes = len(exchange.encode())
+                parts = exchange.spread(client._shards._routes)
                 ratios = [b / a for a, b in zip(single, many, strict=True)]
                 print(
                     f"| {tokens} | {name} | {statistics.median(single):.3f} | {statistics.median(many):.3f} | "
                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) | {nbytes} | "
-                    f"{sum(len(part.request) for part in parts.values())} |",
+                    f"{sum(len(part.encode()) for part in parts.values())} |",
                     flush=True,
                 )
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import processes
-from engrampool_client import Client, settings
+from engrampool_client import Client
 from engrampool_client.lanes import grpc as grpc_lane
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
@@ -64,7 +64,7 @@ def lookups(
     tokens: int = 1024,
     pinned: bool = True,
     piece: str = "1MiB",
-    stream_above: int = settings.STREAM_ABOVE_BYTES,
+    stream_above: int = grpc_lane.STREAM_ABOVE_BYTES,
     gather_threads: int = 0,
     connections: int = 1,
 ) -> None:

@@ -112,6 +112,28 @@ def told_by(address: str, settings: dict[str, Any]) -> None:
         assert np.array_equal(client.lookup(FEW)[1], expected(client.spec, FEW)[1])
 
 
+def orphan(packed: str) -> None:
+    """A child is told so, too, by a step whose client nobody refers to any more."""
+    from server_fixtures import GatherGate, running
+
+    with pytest.MonkeyPatch.context() as monkeypatch, running(Path(packed)) as server:
+        gate = GatherGate(monkeypatch)
+        client = Client(server.address, attach="off", timeout_s=60.0)
+        step = client.prefetch(TOKENS)
+        gate.wait_begun(1)
+        wanted = expected(client.spec, TOKENS)[14]
+        del client
+
+        def run() -> bytes:
+            with pytest.raises(ForkedError):
+                step.rows(14)
+            return b"good"
+
+        assert child(run) == b"good"
+        gate.open.set()
+        assert np.array_equal(step.rows(14), wanted)
+
+
 def own(address: str) -> None:
     """A child has a client of its own, and ends as processes do."""
     with Client(address, attach="off") as client:
@@ -142,5 +164,5 @@ def recording(address: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    {"told": told, "own": own, "recording": recording}[sys.argv[1]](*sys.argv[2:])
+    {"told": told, "orphan": orphan, "own": own, "recording": recording}[sys.argv[1]](*sys.argv[2:])
     print("good")

@@ -1,8 +1,6 @@
 """The client, for engines that run their steps in threads; aio.py has the same for asyncio."""
 
-import os
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy.typing as npt
 from engrampool_client.config import ClientConfig, ClientSettings, bounded_s
 from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
-from engrampool_client.errors import BatchError, ForkedError, PoolError, StepCancelledError
+from engrampool_client.errors import BatchError, PoolError, StepCancelledError
 from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.landing import Out, by_layer, check_outs, zeros
@@ -31,9 +29,6 @@ from engrampool_client.stats import Stats
 from engrampool_client.status import ClientStatus, brief, client_status
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.malloc import pin_malloc
-
-# Those of this process, which a child of it must not use.
-_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
 
 
 class Client:
@@ -68,7 +63,6 @@ class Client:
         self._versions = VersionFollower(servers, config)
         self._lookups = Lookups(config, self._versions, self._closing)
         self._recorder: Recorder | None = None
-        self._made_by = os.getpid()
         self._begin_connecting(partial(self._connect, model, version))
 
     def _begin_connecting(self, connect: Callable[[], None]) -> None:
@@ -93,7 +87,6 @@ class Client:
             self._lookups.open(self.spec, self.stats, self._recorder)
             if self._closing.is_set():
                 raise PoolError("the client was closed")
-            _clients.add(self)
         except BaseException as error:
             closed = self._closing.is_set()
             self.close()
@@ -347,19 +340,6 @@ class Client:
 
     # --- the end, and another process
 
-    def _leave_to_parent(self) -> None:
-        """In the child of a fork: connections, threads and locks are the parent's. Nothing is said on any of them."""
-        forked = ForkedError(
-            f"this client was made in process {self._made_by}, and this is a child of it ({os.getpid()}): its "
-            "connections are the parent's. Make a client in each process, after the fork",
-            "forked",
-        )
-        self.stats.forked()
-        self._lookups.leave_to_parent(forked)
-        self._versions.forked()
-        if self._recorder is not None:
-            self._recorder.forked()
-
     def close(self) -> None:
         """End the connections; steps under way fail with StepCancelledError. Nothing is written once this returns.
 
@@ -383,12 +363,5 @@ class Client:
     ) -> None:
         self.close()
 
-
-def _leave_all_to_parent() -> None:
-    for client in list(_clients):
-        client._leave_to_parent()
-
-
-os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 __all__ = ["Client", "Step"]

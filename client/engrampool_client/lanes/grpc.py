@@ -208,8 +208,8 @@ class _Call:
     def receive(self) -> bool:
         """See `Request`. Whatever it raises once the lookup was given up, the delivery knows better."""
         lane, exchange = self._lane, self._exchange
-        connection = lane.enter()
         timeout_s = max(0.0, self._deadline - time.monotonic())
+        connection = lane.enter()
         try:
             if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is

@@ -218,13 +218,13 @@ class NativeLane:
 
 
 class NativeRequest:
-    """A request that was sent on a connection, which is its own until it ends."""
+    """A request that was sent on a connection, which is its own until it ends. deadline: may be put off."""
 
     def __init__(
         self, lane: NativeLane, connection: Connection, exchange: Exchange, deadline: float, spin_s: float
     ) -> None:
         self._lane, self.connection, self.exchange = lane, connection, exchange
-        self._deadline, self._spin_s = deadline, spin_s
+        self.deadline, self._spin_s = deadline, spin_s
 
     def begins(self, until: float) -> bool:
         """Whether the answer, or the end of the connection, comes by `until` (time.monotonic)."""
@@ -234,7 +234,7 @@ class NativeRequest:
         """See `Request`. False where the connection broke, or was silent for too long."""
         lane, connection, exchange = self._lane, self.connection, self.exchange
         try:
-            connection.receive(exchange, self._deadline, self._spin_s)
+            connection.receive(exchange, self.deadline, self._spin_s)
         except RefusalError as refused:
             lane.put_back(connection)
             raise refused.error from None

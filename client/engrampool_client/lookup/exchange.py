@@ -76,7 +76,8 @@ class Exchange:
         for layer, ids in self._asked.tables:
             for shard, at in routes[layer].of(ids):
                 where.setdefault(shard, {})[layer] = at
-        if len(where) <= 1:
+        # A shard is asked for nothing of a layer that it may hold no rows of.
+        if len(where) <= 1 and all(len(ids) for _, ids in self._asked.tables):
             return dict.fromkeys(where, self)
         return dict(zip(where, self._parts(list(where.values())), strict=True))
 

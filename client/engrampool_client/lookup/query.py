@@ -25,6 +25,9 @@ class Recorder(Protocol):
     def rows(self, rows: Mapping[int, Any]) -> None:
         """Rows by their ids."""
 
+    def forked(self) -> None:
+        """In the child of a fork: what is written down is the parent's."""
+
 
 class TokenQuery:
     """The rows of every token of a batch: [T, heads, row_bytes] a layer.

@@ -1,11 +1,13 @@
 """Lookups at work: begun as steps, planned by the version that is current, asked for, handed over, kept for later."""
 
 import math
+import os
 import threading
 import time
+import weakref
 from contextlib import suppress
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +71,9 @@ class Versions(Protocol[V]):
 
     def leave(self, version: V) -> None:
         """Go by it no more."""
+
+    def forked(self) -> None:
+        """In the child of a fork: let go of the connections without a word, for they are the parent's."""
 
     def moved_on(self, version: V, delivery: Delivery) -> bool:
         """Whether lookups go by another version by now, which is waited for."""
@@ -221,10 +226,12 @@ class Lookups(Generic[V]):
         self.workers = Workers(config.max_steps, "engrampool")
         self._deadlines = Deadlines()
         self.forked: ForkedError | None = None
+        self._made_by = os.getpid()
 
     def open(self, spec: ModelSpec, stats: Stats, recorder: Recorder | None) -> None:
         """Be ready for lookups of that model. recorder: writes down what is asked for."""
         self._spec, self._stats, self._recorder = spec, stats, recorder
+        _open.add(self)
 
     def begin(
         self,
@@ -302,10 +309,18 @@ class Lookups(Generic[V]):
         if self.forked is not None:
             raise self.forked
 
-    def leave_to_parent(self, error: ForkedError) -> None:
-        """In the child of a fork: settle every step there, as its rows are the parent's."""
-        self.forked = error
-        self._deadlines.forked(error)
+    def leave_to_parent(self) -> None:
+        """In the child of a fork: connections, threads and locks are the parent's. Nothing is said on any of them."""
+        self.forked = ForkedError(
+            f"this client was made in process {self._made_by}, and this is a child of it ({os.getpid()}): its "
+            "connections are the parent's. Make a client in each process, after the fork",
+            "forked",
+        )
+        self._stats.forked()
+        self._deadlines.forked(self.forked)
+        self._versions.forked()
+        if self._recorder is not None:
+            self._recorder.forked()
 
     def give_up_all(self, error: EngrampoolError) -> None:
         """Give up every step that has not ended, and wait for those who are writing."""
@@ -377,3 +392,15 @@ def _seconds(timeout_s: float) -> float:
     """Until a step's deadline. Raises ValueError for what is no time to wait."""
     check_positive("timeout_s", timeout_s)
     return bounded_s(timeout_s)
+
+
+# Those of this process, which a child of it must not use. Steps refer to them, and so they are here as long as any is.
+_open: "weakref.WeakSet[Lookups[Any]]" = weakref.WeakSet()
+
+
+def _leave_all_to_parent() -> None:
+    for lookups in list(_open):
+        lookups.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)

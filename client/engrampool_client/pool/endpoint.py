@@ -132,7 +132,7 @@ class Endpoint:
         deadline: by time.monotonic, the step's or an earlier one. send_by: when to stop trying to send it, likewise.
         spin_s: how long to look for the answer without sleeping.
         """
-        sent = None
+        sent, tried = None, False
         if not (
             self._native is None
             or self.breaker.is_open
@@ -140,8 +140,8 @@ class Endpoint:
             or (len(self._lanes) > 1 and self._splits(exchange))
             or time.monotonic() >= deadline  # or a good connection would be lost by a request that is cut short
         ):
-            sent = self._native.ask(exchange, deadline, spin_s=spin_s, send_by=send_by)
-        return EndpointRequest(self, exchange, deadline, spin_s, sent)
+            sent, tried = self._native.ask(exchange, deadline, spin_s=spin_s, send_by=send_by), True
+        return EndpointRequest(self, exchange, deadline, spin_s, sent, tried)
 
     def _splits(self, exchange: Exchange) -> bool:
         """Whether it is large enough for several connections."""
@@ -212,10 +212,23 @@ class EndpointRequest:
     """
 
     def __init__(
-        self, endpoint: Endpoint, exchange: Exchange, deadline: float, spin_s: float, sent: NativeRequest | None
+        self,
+        endpoint: Endpoint,
+        exchange: Exchange,
+        deadline: float,
+        spin_s: float,
+        sent: NativeRequest | None,
+        tried: bool,
     ) -> None:
+        """tried: whether the direct lane was asked to send it: if it could not, gRPC is next."""
         self._endpoint, self._exchange, self._deadline, self._spin_s = endpoint, exchange, deadline, spin_s
-        self.sent = sent
+        self.sent, self._tried = sent, tried
+
+    def renew(self, deadline: float) -> None:
+        """Give it until then, by time.monotonic."""
+        self._deadline = deadline
+        if self.sent is not None:
+            self.sent.deadline = deadline
 
     def abandon(self) -> None:
         """Do without the answer."""
@@ -234,7 +247,7 @@ class EndpointRequest:
             if self.sent is None and endpoint._splits(self._exchange):
                 self._receive_parts(patient, early)
             else:
-                self._fetch(endpoint._lanes[0], self._exchange, self._spin_s, patient, early, self.sent)
+                self._fetch(endpoint._lanes[0], self._exchange, self._spin_s, patient, early, self.sent, self._tried)
         except (ValueError, RuntimeError) as error:  # what gRPC and executors have to say that they are closed
             if not endpoint._closed or isinstance(error, EngrampoolError):
                 raise
@@ -258,6 +271,7 @@ class EndpointRequest:
         patient: bool,
         early: bool,
         sent: NativeRequest | None = None,
+        tried: bool = False,
     ) -> None:
         """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
         endpoint, deadline, nbytes = self._endpoint, self._deadline, exchange.answer_bytes
@@ -272,9 +286,9 @@ class EndpointRequest:
                 if sent is None:
                     endpoint.breaker.check()
                     self._check_time()
-                    if endpoint._native is not None:
+                    if endpoint._native is not None and not tried:
                         sent = endpoint._native.ask(exchange, deadline, spin_s=spin_s)
-                request, sent = sent, None
+                request, sent, tried = sent, None, False
                 if request is None:
                     self._check_time()  # it may have passed just now
                 if request is None or not request.receive():

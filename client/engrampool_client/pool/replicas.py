@@ -134,21 +134,28 @@ class ReplicaRequest:
         self._set, self._exchange, self._delivery, self._spin_s = replicas, exchange, exchange.delivery, spin_s
         self._first: _Sent | None = None
         self.sent = False
-        in_order = replicas.in_order(exchange.answer_bytes)
-        if in_order and (anyway or exchange.answer_bytes <= replicas.fits_bytes):
+        fits = anyway or exchange.answer_bytes <= replicas.fits_bytes
+        # Only then, as each takes a turn.
+        in_order = replicas.in_order(exchange.answer_bytes) if fits else ()
+        if in_order:
             if len(in_order) == 1 and not prompt:
                 request = in_order[0].ask(exchange, self._delivery.deadline, spin_s)
                 self._first = _Sent(in_order, request, 0.0, inf)
             else:
-                alone = len(in_order) == 1
-                deadline = self._delivery.deadline if alone else _deadline(exchange, self._delivery)
-                self._first = self._ask_first(in_order, deadline)
+                self._first = self._ask_first(in_order, self._patience(in_order))
             self.sent = self._first.request.sent is not None
 
     def abandon(self) -> None:
         """Do without the answer."""
         if self._first is not None:
             self._first.request.abandon()
+
+    def receive_aside(self) -> None:
+        """As `receive`, in a thread beside the caller's, of a request that could not be sent before."""
+        self._spin_s, first = 0.0, self._first
+        if first is not None:
+            self._first = self._ask_first(first.replicas, self._patience(first.replicas))
+        self.receive()
 
     def receive(self) -> None:
         """Have the rows come from one replica, or another if that one cannot. Raises PoolError."""
@@ -171,6 +178,9 @@ class ReplicaRequest:
         if len(pieces) > 1:
             self._exchange.times = _sum(pieces)
 
+    def _patience(self, replicas: Sequence[Endpoint]) -> float:
+        return self._delivery.deadline if len(replicas) == 1 else _deadline(self._exchange, self._delivery)
+
     def _ask_first(self, replicas: Sequence[Endpoint], deadline: float) -> _Sent:
         since = time.monotonic()
         late = since + max(_LEAST_LATE_S, _late_s(replicas, self._exchange.answer_bytes, whole=False))
@@ -182,13 +192,15 @@ class ReplicaRequest:
         exchange, delivery, its = self._exchange, self._delivery, self._set
         its.budget.earn()
         begin, deadline, cancel_after_s = time.monotonic(), _deadline(exchange, delivery), inf
-        request: EndpointRequest | None = None
+        request: EndpointRequest | None = first.request
         if first.request.sent is not None:
+            first.request.renew(deadline)  # others' answers were read since it was sent
             first = self._raced(first, deadline)
             request, begin = first.request, max(begin, first.since)
         elif its.budget.ready and not first.replicas[0].attached:
             late_s = _late_s(first.replicas, exchange.answer_bytes, whole=True)
             cancel_after_s = max(_LEAST_LATE_S, late_s) * _CANCEL_AFTER
+            request = None  # one that has less time
         # First each for a moment; if none could, those that were only slow, or could not be reached, for as long as the
         # step has. One that refused has said what it has to say.
         waiting, slow, away = list(first.replicas), [], []

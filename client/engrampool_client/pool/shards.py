@@ -169,7 +169,7 @@ class Shards:
             try:
                 for request in requests:
                     if request not in mine:
-                        others.begin(request.receive)
+                        others.begin(request.receive_aside)
                 while mine:
                     mine.pop(0).receive()
             finally:

@@ -195,6 +195,19 @@ def test_a_shard_part_may_be_split_in_turn(ascending):
     assert all(np.array_equal(whole.delivery.rows[layer], rows[layer][ids[layer]]) for layer in (2, 9))
 
 
+def test_a_shard_is_asked_for_nothing_of_a_layer_without_ids():
+    whole = exchange_of(SERVED, {2: np.arange(4), 9: np.arange(0)})
+    whole.landing.hand_over()
+    route = Route(np.array([0, 20], np.uint64), np.array([0, 1]))
+    ((shard, part),) = whole.spread({2: route, 9: route}).items()
+    assert shard == 0
+    assert [layer for layer, _ in part.asked_tables] == [2]
+    rows = {2: np.arange(150, dtype=np.uint8).reshape(50, 3)}
+    assert add(part, answer_of(part.encode(), rows)) == [2]
+    assert np.array_equal(whole.delivery.rows[2], rows[2][:4])
+    assert whole.delivery.rows[9].shape == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("layer", "array", "text"),
     [

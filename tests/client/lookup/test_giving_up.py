@@ -294,6 +294,10 @@ def test_a_child_is_told_that_the_client_is_its_parents_and_takes_nothing_from_i
     run_forks("told", packed)
 
 
+def test_a_child_is_told_by_a_step_whose_client_is_gone(packed):
+    run_forks("orphan", packed)
+
+
 def test_a_child_has_a_client_of_its_own_and_ends_as_processes_do(silent):
     run_forks("own", silent.address)
 

@@ -479,6 +479,15 @@ def test_a_part_over_the_limits_of_its_shard_is_asked_for_in_pieces(models, dire
 
 
 @pytest.mark.parametrize("direct", ["off", "auto"])
+def test_replicas_take_turns_at_what_may_be_over_their_limits_and_is_not(models, direct):
+    """900 narrow rows are fewer bytes than these wide ones, which are fewer rows."""
+    with running(models, max_rows_per_request=900) as one, running(models, max_rows_per_request=900) as other:
+        with Client([one.address, other.address], direct=direct, attach="off") as client:
+            assert all(rows_come(client, np.arange(400)) for _ in range(8))
+        assert min(rows_of_layer(one), rows_of_layer(other)) >= 2 * 400
+
+
+@pytest.mark.parametrize("direct", ["off", "auto"])
 def test_a_replica_that_comes_later_is_asked_within_its_limits(models, direct, monkeypatch):
     monkeypatch.setattr("engrampool_client.pool.shards._LOOK_S", 0.01)
     listen, ids = lasting_address(), np.arange(1000)
