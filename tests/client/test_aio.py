@@ -6,13 +6,14 @@ import inspect
 import socket
 import threading
 from collections.abc import Callable
-from typing import get_type_hints
+from typing import Unpack, get_type_hints
 
 import numpy as np
 import pytest
 
 from engrampool_client import AsyncClient, Client, DeadlineError, PoolError, StepCancelledError, UnavailableError
-from engrampool_client.aio import AsyncStep, ClientSettings
+from engrampool_client.aio import AsyncStep
+from engrampool_client.config import ClientConfig, ClientSettings
 from engrampool_client.lookup.step import Step
 from engrampool_proto.synthetic import synthetic_rows
 from server_fixtures import LIMIT_S, SPEC, GatherGate, eventually, pack, running
@@ -69,7 +70,7 @@ def test_before_it_is_connected_it_says_how_to_connect():
         (lambda: AsyncClient(""), ValueError, "target"),
         (lambda: AsyncClient("http://a:1"), ValueError, "is not HOST:PORT"),
         (lambda: AsyncClient("a:1", timeout_s=-1), ValueError, "timeout_s must be positive"),
-        (lambda: AsyncClient("a:1", tiemout_s=1), TypeError, "AsyncClient takes no setting tiemout_s"),
+        (lambda: AsyncClient("a:1", tiemout_s=1), TypeError, "a client has no setting tiemout_s"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(make, kind, text):
@@ -97,10 +98,9 @@ def test_a_failed_connection_raises_what_it_failed_with_and_another_try_is_anoth
 
 
 def test_every_setting_and_argument_is_typed_as_the_clients():
-    settings = dict(list(inspect.signature(Client).parameters.items())[3:])
-    assert list(ClientSettings.__annotations__) == list(settings)
-    hints = get_type_hints(Client.__init__)
-    assert get_type_hints(ClientSettings) == {name: hints[name] for name in settings}
+    assert get_type_hints(ClientSettings) == get_type_hints(ClientConfig)
+    for kind in (AsyncClient, Client):
+        assert get_type_hints(kind.__init__)["settings"] == Unpack[ClientSettings]
     for name in ("prefetch", "prefetch_rows", "lookup", "lookup_rows", "amend"):
         ours, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (AsyncClient, Client))
         kinds = {AsyncStep: Step}

@@ -160,7 +160,7 @@ def test_every_answer_is_of_one_version_while_they_change(pool, versions):
         eventually(lambda: not client.status()["registry"]["ending"])
         assert threads().count("engrampool-shards") == 1
         assert client.stats.steps["failed"] == 0
-    assert threads() == []
+    eventually(lambda: not threads(), "its threads have ended")  # others' may end a little later
 
 
 def test_lookups_under_way_end_by_the_version_they_began_with(pool, versions, monkeypatch):
@@ -183,7 +183,7 @@ def test_lookups_under_way_end_by_the_version_they_began_with(pool, versions, mo
         eventually(lambda: not client.status()["registry"]["ending"])
         assert old_cache.filled
         assert client.cache is not old_cache
-    assert threads() == []
+    eventually(lambda: not threads(), "its threads have ended")  # others' may end a little later
 
 
 def test_lookups_go_on_without_the_registry_and_follow_once_it_is_back(pool, versions, etcd):
@@ -302,7 +302,7 @@ def test_following_goes_on_after_what_nobody_thought_of(pool, versions, where, m
         assert [line.getMessage() for line in caplog.records if line.exc_info] == [
             "following the active version failed, and is tried again"
         ]
-    assert threads() == []
+    eventually(lambda: not threads(), "its threads have ended")  # others' may end a little later
 
 
 def test_the_registry_is_followed_on_after_what_nobody_thought_of(pool, versions, monkeypatch, caplog):
@@ -355,4 +355,4 @@ def test_what_cannot_be_connected_is_named(etcd, server, versions):
     for targets in ("etcd://", "http://127.0.0.1:1", [pool.url, pool.url], []):
         with pytest.raises(ValueError, match=r"etcd://|a server at least"):
             Client(targets, **soon)
-    assert threads() == []
+    eventually(lambda: not threads(), "its threads have ended")  # others' may end a little later
