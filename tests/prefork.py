@@ -165,7 +165,8 @@ class Prefork:
 
 
 def _comparable(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name != "PYTEST_CURRENT_TEST"}
+    # The second is set by whoever imports Ray.
+    return {name: value for name, value in environ.items() if name not in ("PYTEST_CURRENT_TEST", "RAY_CLIENT_MODE")}
 
 
 # The one of this process of tests.

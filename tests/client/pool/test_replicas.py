@@ -69,6 +69,11 @@ class Asked:
     def __init__(self, replica: Replica, exchange: Any, deadline: float, sent: Any) -> None:
         self._replica, self._exchange, self._deadline, self.sent = replica, exchange, deadline, sent
 
+    def renew(self, deadline: float) -> None:
+        self._deadline = deadline
+        if self.sent is not None:
+            self.sent.deadline = deadline
+
     def receive(self, *, patient: bool = True, early: bool = False) -> None:
         self._replica.asked.append((self._deadline - time.monotonic(), early))
         if self._replica.lane is not None:
