@@ -336,13 +336,14 @@ def served(directory: Path) -> Iterator[tuple[ServerProcess, ModelSpec, dict[int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, help="so many, in place of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=100, help="lookups by each seed")
     options = parser.parse_args()
     seen: Counter[str] = Counter()
     end, seed = time.monotonic() + 60 * options.minutes, options.seed
     with tempfile.TemporaryDirectory() as directory, served(Path(directory)) as (server, spec, tables):
-        while time.monotonic() < end:
+        while seed - options.seed < options.seeds if options.seeds else time.monotonic() < end:
             sweep = Sweep(server, spec, tables, seed)
             try:
                 sweep.run(options.rounds)
