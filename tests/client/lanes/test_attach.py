@@ -160,8 +160,10 @@ def fetch(lane: AttachLane, exchange: Exchange) -> bool:
 
 
 def mapped(table: pool_pb2.MappedTable) -> bool:
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    return table.inode in {int(line.split()[4]) for line in maps}
+    # By its path, too: a file that is gone, and still mapped, may have left its number to this one.
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    of_files = {(int(line[4]), line[5].removesuffix(" (deleted)")) for line in lines if len(line) == 6}
+    return (table.inode, table.path) in of_files
 
 
 # --- rows
