@@ -321,9 +321,11 @@ def test_one_client_in_many_threads(client):
 
 
 @pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
-def test_a_cancelled_step_ends_at_once_and_harms_no_other(server, lane):
-    with Client(server, max_steps=1, direct=lane) as client:
+def test_a_cancelled_step_ends_at_once_and_harms_no_other(packed, monkeypatch, lane):
+    gate = GatherGate(monkeypatch)
+    with serve_thread(packed) as address, Client(address, max_steps=1, direct=lane) as client:
         running = client.prefetch(tokens_of(8000))
+        gate.wait_begun(1)  # nothing can come
         waiting = client.prefetch(tokens_of(10))
         after = client.prefetch(tokens_of(10))
         waiting.cancel()
@@ -335,6 +337,7 @@ def test_a_cancelled_step_ends_at_once_and_harms_no_other(server, lane):
             waiting.rows(1)
         with pytest.raises(StepCancelledError):
             running.wait()
+        gate.open.set()
         assert_rows({1: after.rows(1)}, {1: expected(client.spec, TokenBatch.of(tokens_of(10)))[1]})
 
 
@@ -372,11 +375,14 @@ def test_a_closed_client_says_so(server):
 
 
 @pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
-def test_closing_ends_every_step(server, lane):
-    client = Client(server, max_steps=2, direct=lane)
-    steps = [client.prefetch(tokens_of(4000)) for _ in range(6)]
-    steps[0].rows(1)
-    client.close()
+def test_closing_ends_every_step(packed, monkeypatch, lane):
+    gate = GatherGate(monkeypatch)
+    with serve_thread(packed) as address:
+        client = Client(address, max_steps=2, direct=lane)
+        steps = [client.prefetch(tokens_of(4000)) for _ in range(6)]
+        gate.wait_begun(1)
+        client.close()
+        gate.open.set()
     for step in steps:
         assert step.done()
     with pytest.raises(StepCancelledError):
