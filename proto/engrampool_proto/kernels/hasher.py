@@ -14,8 +14,8 @@ from numba.extending import intrinsic
 
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import Identity, Polynomial, TokenBatch, XorMix
+from engrampool_proto.kernels.jit import kernel, view
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
-from engrampool_server.jit import kernel, view
 
 _U = np.uint64
 _BATCH = (

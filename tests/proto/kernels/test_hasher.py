@@ -15,9 +15,9 @@ from engrampool_proto import hashing
 from engrampool_proto.builders import blueprint
 from engrampool_proto.errors import BatchError, SpecError
 from engrampool_proto.hashing import Identity, Polynomial, TokenBatch, XorMix
+from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.token_map import TokenMap
-from engrampool_server.memory.hasher import Hasher
 
 BYTES = RowFormat((Segment("values", "uint8", 4),))
 INT64 = st.integers(-(2**63), 2**63 - 1)

@@ -1,11 +1,12 @@
 """Compiling kernels with numba: when their module is imported, to run without the GIL, kept on disk where possible.
 
-`python -m engrampool_server.jit` compiles all of them ahead, for each level of processor, into the installed package:
-whoever can read it starts without a compiler's seconds, from a read-only file system and as any user.
+`python -m engrampool_proto.kernels.jit` compiles all of them ahead, for each level of processor, into the installed
+package: whoever can read it starts without a compiler's seconds, from a read-only file system and as any user.
 """
 
 import hashlib
 import os
+import pkgutil
 import platform
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from numba import config, njit, types
 from numba.core.caching import InTreeCacheLocator
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.kernels import NUMBA_IS_OTHERS
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -29,7 +31,7 @@ _X86_LEVELS = {
     "x86-64-v2": "cx16 popcnt sahf sse3 sse4.1 sse4.2 ssse3",
 }
 _LOCATORS = "NUMBA_CACHE_LOCATOR_CLASSES"
-_OURS = "engrampool_server.jit.AheadCacheLocator"
+_OURS = "engrampool_proto.kernels.jit.AheadCacheLocator"
 
 _not_kept: dict[str, str] = {}
 _reads_ahead = False
@@ -111,13 +113,13 @@ def level() -> str:
 
 
 def compile_ahead(*levels: str) -> None:
-    """Compile every kernel of the server for these levels, all by default, into AHEAD.
+    """Compile every kernel for these levels, all by default, into AHEAD.
 
     Raises subprocess.CalledProcessError where that fails, after a message of its own.
     """
     x86 = _X86_LEVELS if platform.machine() == "x86_64" else ()
-    imports = "import sys, engrampool_server.serve; from engrampool_server import jit"
-    code = f"{imports}; sys.exit(jit.not_kept())"
+    modules = ", ".join(f"engrampool_proto.kernels.{one.name}" for one in pkgutil.iter_modules([str(AHEAD.parent)]))
+    code = f"import sys, {modules}; sys.exit(engrampool_proto.kernels.jit.not_kept())"
     for name in levels or (*x86, "generic"):
         (AHEAD / name).mkdir(parents=True, exist_ok=True)
         environ = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", _LOCATORS: _OURS}
@@ -125,8 +127,10 @@ def compile_ahead(*levels: str) -> None:
 
 
 def _use_ahead() -> None:
-    """Read what was compiled ahead for this processor, unless somebody told numba otherwise."""
+    """Read what was compiled ahead for this processor, unless somebody told numba otherwise, or uses it already."""
     global _reads_ahead
+    if NUMBA_IS_OTHERS:
+        return
     name = os.environ.get("NUMBA_CPU_NAME") or level()
     if (AHEAD / name).is_dir() and not {"NUMBA_CPU_FEATURES", _LOCATORS} & os.environ.keys():
         # In the environment, as numba reads all of it again whenever something there has changed.

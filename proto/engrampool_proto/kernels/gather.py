@@ -13,8 +13,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engrampool_proto.kernels.jit import kernel, view
 from engrampool_proto.spec import RowIds
-from engrampool_server.jit import kernel, view
 
 # 8 to 32 rows of 264 bytes measured alike, more was slower on a large table; narrow rows gained up to 32.
 _AHEAD, _NARROW_AHEAD = 16, 32
