@@ -216,14 +216,14 @@ def test_who_never_reads_is_cut_off_at_its_deadline(server, pool):
         eventually(lambda: server.scrape().get(code, 0) == before + 1, "it is counted")
 
 
-@pytest.mark.usefixtures("impatient")
-def test_who_only_asks_and_never_reads_refusals_is_cut_off(server):
+def test_who_only_asks_and_never_reads_refusals_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(answers, "PATIENCE_S", PATIENCE_S)  # of whoever sends requests there is no end
     before = cut(server, "unread-answer")
     with caller(server) as lane:
         lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with suppress(OSError):
             while cut(server, "unread-answer") == before:
-                lane.ask(b"\xff")
+                lane.socket.sendall(2000 * (frames.request_start(0, 0, 1) + b"\xff"))
         eventually(lambda: cut(server, "unread-answer") == before + 1, "cut off")
 
 
