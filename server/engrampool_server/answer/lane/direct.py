@@ -100,7 +100,7 @@ class DirectLane:
             self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again)
             return
         try:
-            _keep_alive(accepted)
+            keep_alive(accepted)
             connection = Connection(self._resources, accepted, peers.of_connection(accepted), self._admit, self._left)
             with self._limiting:
                 displaced = self.connections.add(connection, connection.peer)
@@ -146,7 +146,7 @@ class DirectLane:
             self._loop.call_soon_threadsafe(self._empty.set)
 
 
-def _keep_alive(accepted: socket.socket) -> None:
+def keep_alive(accepted: socket.socket) -> None:
     """Have the system look after a connection. Raises OSError."""
     accepted.setblocking(True)
     if accepted.family != socket.AF_UNIX:

@@ -14,7 +14,7 @@ import pytest
 
 from direct_callers import Caller, caller, way_in
 from engrampool_proto import frames
-from engrampool_server.answer.lane import answers, connection, connection_limits
+from engrampool_server.answer.lane import answers, connection, connection_limits, direct
 from engrampool_server.answer.lane.handles import Handles
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Lookups
@@ -218,6 +218,13 @@ def test_who_never_reads_is_cut_off_at_its_deadline(server, pool):
 
 def test_who_only_asks_and_never_reads_refusals_is_cut_off(server, monkeypatch):
     monkeypatch.setattr(answers, "PATIENCE_S", PATIENCE_S)  # of whoever sends requests there is no end
+    keep_alive = direct.keep_alive
+
+    def holds_little(accepted: socket.socket) -> None:
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # soon full
+        keep_alive(accepted)
+
+    monkeypatch.setattr(direct, "keep_alive", holds_little)
     before = cut(server, "unread-answer")
     with caller(server) as lane:
         lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
