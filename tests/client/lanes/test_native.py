@@ -12,15 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from direct_peers import TIMES, exchange, peer, rows_frame, whole_answer
+from direct_peers import NUMBER, TIMES, exchange, numbered, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
 from engrampool_client.errors import StepCancelledError
 from engrampool_client.lanes import connection as lane
 from engrampool_client.lanes import dial
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_proto import frames, wire
-from engrampool_proto.errors import WireError
+from engrampool_proto import frames
 from engrampool_proto.v1 import pool_pb2
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
 
@@ -216,10 +215,11 @@ def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out, spin_s):
     wanted, sent = whole_answer(count, cuts)
     bounds = sorted({0, len(sent)} | {split for split in splits if split < len(sent)})
 
-    def reply(connection: socket.socket) -> None:
+    def reply(connection: socket.socket, number: int) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        answer = numbered(sent, number)
         for start, stop in pairwise(bounds):
-            connection.sendall(sent[start:stop])
+            connection.sendall(answer[start:stop])
 
     with peer(reply) as made:
         taken = exchange(count, out)
@@ -231,11 +231,12 @@ def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out, spin_s):
 def test_an_answer_may_be_split_at_every_byte():
     wanted, sent = whole_answer(5, {2})
 
-    def reply(cut: int) -> Callable[[socket.socket], None]:
-        def send(connection: socket.socket) -> None:
+    def reply(cut: int) -> Callable[[socket.socket, int], None]:
+        def send(connection: socket.socket, number: int) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.sendall(sent[:cut])
-            connection.sendall(sent[cut:])
+            answer = numbered(sent, number)
+            connection.sendall(answer[:cut])
+            connection.sendall(answer[cut:])
 
         return send
 
@@ -249,19 +250,20 @@ def test_an_answer_may_be_split_at_every_byte():
 @pytest.mark.parametrize(
     ("sent", "text"),
     [
-        (frames.HEADER.pack(9000, 9000, frames.ROWS), "a head of 9000 bytes"),
-        (frames.HEADER.pack(3, 4, frames.ROWS), "a head of 4 bytes out of 3"),
-        (frames.frame(77), "kind 77"),
-        (frames.frame(frames.READY), "kind 16"),
-        (frames.HEADER.pack(4, 0, frames.END), "kind 18"),
-        (frames.frame(frames.END), "rows of layer 2"),
-        (frames.frame(frames.END, b"\xff"), "cannot be read"),
-        (frames.frame(frames.END, b"\x0a\x00"), "cannot be read"),
+        (frames.HEADER.pack(frames.ROWS, 2, NUMBER, 0, 2**63), "do not follow"),
+        (frames.HEADER.pack(frames.REFUSED, 0, NUMBER, 0, 9000), "has 9000 bytes"),
+        (frames.frame(77, number=NUMBER), "kind 77"),
+        (frames.frame(frames.READY, number=NUMBER), "kind 16"),
+        (frames.HEADER.pack(frames.END, 0, NUMBER, 0, 9000), "kind 18 and 9000 bytes"),
+        (frames.frame(frames.END, number=NUMBER), "kind 18 and 0 bytes"),
+        (frames.end(NUMBER, TIMES), "rows of layer 2"),
         (rows_frame(3, 0, b"abc"), "layer 3, which was not asked for"),
         (rows_frame(2, 1, b"abc"), "do not follow"),
         (rows_frame(2, 0, b"abc" * 6), "do not follow"),
-        (frames.HEADER.pack(3 + 2**31, 3, frames.ROWS) + b"\x0a\x01\x08", "cannot be read"),
+        (frames.frame(frames.REFUSED, b"\xff", NUMBER), "a refusal cannot be read"),
         (frames.frame(frames.REFUSED, b"\xff"), "a refusal cannot be read"),
+        (frames.frame(frames.REFUSED, b"", NUMBER + 1), "another request"),
+        (frames.end(0, TIMES), "another request"),
     ],
 )
 def test_what_no_server_says_is_a_protocol_error(sent, text):
@@ -273,9 +275,9 @@ def test_what_no_server_says_is_a_protocol_error(sent, text):
 
 def test_a_broken_answer_goes_on_over_grpc_with_what_is_missing():
     wanted, sent = whole_answer(5, set())
-    end_of_layer_2 = len(frames.rows_start(2, 0, 15)) + 15
-    for cut in (0, 1, 20, end_of_layer_2 - 1):
-        with peer(sent[:cut] or (lambda _: None)) as made:
+    end_of_layer_2 = frames.HEADER.size + 15
+    for cut in (0, 1, 20, 40, end_of_layer_2 - 1):
+        with peer(sent[:cut] or (lambda *_: None)) as made:
             taken = exchange(5)
             assert not ask(made, taken)
             assert taken.answer_bytes == 30
@@ -293,7 +295,7 @@ def test_a_broken_answer_goes_on_over_grpc_with_what_is_missing():
 def test_a_refusal_is_typed_and_the_connection_is_used_again():
     refusal = pool_pb2.Refusal(code=3, reason="too-many-rows", text="split it").SerializeToString()
     _, sent = whole_answer(5, set())
-    with peer(frames.frame(frames.REFUSED, refusal), sent) as made:
+    with peer(frames.frame(frames.REFUSED, refusal, NUMBER), sent) as made:
         with pytest.raises(RejectedError, match="split it") as raised:
             ask(made, exchange(5))
         assert raised.value.reason == "too-many-rows"
@@ -303,7 +305,7 @@ def test_a_refusal_is_typed_and_the_connection_is_used_again():
 @pytest.mark.parametrize("cut", [0, 10, 100])
 def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut):
     _, sent = whole_answer(3000, set())
-    with peer(sent[:cut] or (lambda _: None), b"") as made:
+    with peer(sent[:cut] or (lambda *_: None), b"") as made:
         begin = time.monotonic()
         with pytest.raises(DeadlineError):
             ask(made, exchange(3000), timeout_s=0.2, spin_s=1e-3)
@@ -314,7 +316,7 @@ def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut):
 def test_a_peer_that_is_silent_for_too_long_is_left_for_grpc_before_the_deadline(cut, monkeypatch):
     monkeypatch.setattr(lane, "_SILENCE_S", 0.2)
     _, sent = whole_answer(3000, set())
-    with peer(sent[:cut] or (lambda _: None), b"") as made:
+    with peer(sent[:cut] or (lambda *_: None), b"") as made:
         assert ask(made, exchange(3000), timeout_s=3600, spin_s=1e-3) is False
         assert not made.open
 
@@ -359,7 +361,7 @@ def test_a_connection_that_was_just_opened_is_not_distrusted_with_one_that_is_ol
 
 
 def test_the_system_waits_hardly_longer_than_is_left():
-    with peer(lambda _: None) as made:
+    with peer(lambda *_: None) as made:
         connection = made._idle[-1]
         for left_s in (2.0, 1.9, 1.82, 1.819, 0.5, 0.46, 3600.0, 0.001):
             connection._allow(time.monotonic() + left_s)
@@ -372,26 +374,6 @@ def test_the_system_looks_after_connections_that_are_idle(server):
         (connection,) = client._shards._sets[0].replicas[0]._native._open
         assert connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 10
-
-
-@given(head=st.binary(max_size=40), nbytes=st.integers(0, 1000))
-def test_heads_are_read_as_the_generated_code_reads_the_whole(head, nbytes):
-    try:
-        layer, first = frames.parse_rows_head(head, nbytes)
-    except WireError:
-        return
-    (run,) = wire.parse_response(head + bytes(nbytes)).tables
-    assert (run.layer, run.first, run.rows) == (layer, first, bytes(nbytes))
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 5000))
-def test_heads_come_back(layer, first, nbytes):
-    start = frames.rows_start(layer, first, nbytes)
-    length, head, kind = frames.HEADER.unpack_from(start)
-    assert (length, 12 + head, kind) == (len(start) - 12 + nbytes, len(start), frames.ROWS)
-    assert frames.parse_rows_head(start[12:], nbytes) == (layer, first)
-    message = pool_pb2.LookupResponse.FromString(start[12:] + bytes(nbytes))
-    assert [(run.layer, run.first, len(run.rows)) for run in message.tables] == [(layer, first, nbytes)]
 
 
 @pytest.mark.parametrize(
