@@ -189,8 +189,6 @@ class Connection:
                 break
             elif kind == frames.REFUSED:
                 refusal = _refusal(self._body(nbytes, deadline), self._target)
-                # It may be of a handle, and of now: what could not be served may come to be.
-                self._handles.clear()
                 self._over()
                 raise RefusalError(refusal)
             else:

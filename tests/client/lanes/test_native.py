@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,15 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from direct_peers import NUMBER, TIMES, exchange, numbered, peer, rows_frame, whole_answer
+from direct_peers import NUMBER, SERVED, TIMES, Frame, exchange, numbered, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
-from engrampool_client.errors import StepCancelledError
+from engrampool_client.errors import OverloadedError, StepCancelledError
 from engrampool_client.lanes import connection as lane
 from engrampool_client.lanes import dial
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_proto import frames
+from engrampool_proto import frames, wire
 from engrampool_proto.v1 import pool_pb2
+from exchanges import exchange_of
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
 
 MIB = 1 << 20
@@ -271,6 +273,95 @@ def test_what_no_server_says_is_a_protocol_error(sent, text):
         with pytest.raises(ProtocolError, match=text):
             ask(made, exchange(5))
         assert not ask(made, exchange(5))  # the connection is gone
+
+
+@pytest.mark.parametrize("count", [1, 50, 60_000])  # short answers and a long one
+@pytest.mark.parametrize("right", [0, 1, 2])  # frames before the first with another number
+@pytest.mark.parametrize("at_once", [True, False])
+def test_rows_of_another_request_are_never_taken(count, right, at_once):
+    wanted, sent = whole_answer(count, set())
+    cut = right * (frames.HEADER.size + 3 * count)
+
+    def reply(connection: socket.socket, number: int) -> None:
+        pieces = numbered(sent[:cut], number), numbered(sent[cut:], number + 1)
+        for piece in [b"".join(pieces)] if at_once else pieces:
+            connection.sendall(piece)
+
+    with peer(reply) as made:
+        taken = exchange(count, out=True)
+        out = {layer: taken.landing.array(layer) for layer in (2, 9)}
+        with pytest.raises(ProtocolError, match="another request"):
+            ask(made, taken)
+        assert not made.open
+        taken.delivery.end(None)
+        for layer in (2, 9)[right:]:
+            assert not out[layer].any()
+            assert layer not in taken.delivery.rows
+        assert all(taken.delivery.rows[layer].tobytes() == wanted[layer] for layer in taken.delivery.rows)
+
+
+def test_a_refusal_of_everything_is_one_of_what_is_under_way_and_ends_the_connection():
+    refusal = pool_pb2.Refusal(code=8, reason="too-many-connections", text="one too many").SerializeToString()
+    with peer(frames.frame(frames.REFUSED, refusal)) as made:
+        with pytest.raises(OverloadedError, match="one too many"):
+            ask(made, exchange(5))
+        assert not made.open
+
+
+def ids_of(body: bytes, layers: int, dtype: type) -> list[list[int]]:
+    """The ids of a LOOKUP, by layer; nothing is left over."""
+    counts, at, found = np.frombuffer(body, "<u8", layers), 8 * layers, []
+    for count in counts.tolist():
+        ids = np.frombuffer(body, dtype, count, at)
+        padding = -ids.nbytes % 8
+        at += ids.nbytes + padding
+        assert body[at - padding : at] == bytes(padding)
+        found.append(ids.tolist())
+    assert at == len(body)
+    return found
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 24, 300_000])  # the last more than the system takes at once
+@pytest.mark.parametrize("wide", [False, True])
+def test_ids_go_as_they_lie_in_memory(count, wide):
+    asked = np.random.default_rng(count).integers(0, 50, (2, count)).astype(np.uint64 if wide else np.uint32)
+    asked[1].flags.writeable = False  # as those of a caller's may be
+    ids = {2: asked[0], 9: asked[1, ::-1]}
+    came: list[Frame] = []
+    wanted, sent = whole_answer(count, set())
+    with peer(sent, came=came) as made:
+        taken = exchange(count)
+        taken = Exchange.of_ids(SERVED, ids, taken.landing)
+        assert ask(made, taken)
+        assert {layer: taken.delivery.rows[layer].tobytes() for layer in (2, 9)} == wanted
+    (registered, lookup) = came
+    assert registered[:4] == (frames.REGISTER, 0, 0, 0)
+    named = wire.parse_request(registered[4])
+    assert (named.model, named.version, named.layers, named.tables) == ("m", "v", (2, 9), ())
+    assert lookup[0] == frames.LOOKUP
+    assert 0 < lookup[3] <= LIMIT_S * 1e6
+    assert ids_of(lookup[4], 2, asked.dtype) == [ids[2].tolist(), ids[9].tolist()]
+
+
+def test_what_is_asked_for_is_registered_once_and_the_oldest_gives_way():
+    refusal = frames.frame(frames.REFUSED, pool_pb2.Refusal(code=3, text="no").SerializeToString(), NUMBER)
+    versions = [*range(frames.MAX_HANDLES), 0, frames.MAX_HANDLES, 1, 0]
+    came: list[Frame] = []
+    with peer(*[refusal] * len(versions), came=came) as made:
+        for version in versions:
+            served = replace(SERVED, version=f"v{version}")
+            with pytest.raises(RejectedError):
+                ask(made, exchange_of(served, {2: [1], 9: [2]}))
+    registered = [
+        (which, wire.parse_request(body).version) for kind, which, *_, body in came if kind == frames.REGISTER
+    ]
+    first = [(handle, f"v{handle}") for handle in range(frames.MAX_HANDLES)]
+    assert registered == [*first, (0, "v64"), (1, "v0")]
+    asked = [(which, number) for kind, which, number, *_ in came if kind == frames.LOOKUP]
+    assert [which for which, _ in asked] == [*range(frames.MAX_HANDLES), 0, 0, 1, 1]
+    numbers = {number for _, number in asked}
+    assert len(numbers) == len(asked)
+    assert 0 not in numbers
 
 
 def test_a_broken_answer_goes_on_over_grpc_with_what_is_missing():
