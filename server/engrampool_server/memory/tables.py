@@ -39,6 +39,11 @@ class LoadedTable:
         return self.row_start + len(self.rows)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether rows are as they lie in `rows`, so that a loop without Python may copy them."""
+        return self.overlay is None
+
+    @property
     def is_whole(self) -> bool:
         """Whether every row of the table is held."""
         return len(self.rows) == self.spec.num_rows
