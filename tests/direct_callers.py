@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto import frames, wire
+from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from server_fixtures import LIMIT_S, Running
 
@@ -20,6 +22,8 @@ def way_in(server: Running) -> pool_pb2.OpenDirectResponse:
 
 class Caller:
     """A connection in frames."""
+
+    by_handle = False
 
     def __init__(self, where: pool_pb2.OpenDirectResponse, host: str = "127.0.0.1") -> None:
         """host: that it calls from, one of this machine's 127.0.0.0/8."""
@@ -47,7 +51,11 @@ class Caller:
         return (*header, self.exactly(nbytes))
 
     def ask(self, request: bytes, timeout_us: int = 0) -> None:
-        """Ask as over gRPC."""
+        """Ask for what a LookupRequest says: by a handle if `by_handle` is set and there can be one, else by itself."""
+        if self.by_handle and (asked := _by_handle(request)) is not None:
+            self.register(self.number % frames.MAX_HANDLES, asked.model, asked.version, *dict(asked.tables))
+            self.look_up(self.number % frames.MAX_HANDLES, *dict(asked.tables).values(), timeout_us=timeout_us)
+            return
         self.number += 1
         self.socket.sendall(frames.request_start(self.number, timeout_us, len(request)) + request)
 
@@ -79,6 +87,10 @@ class Caller:
         refused = pool_pb2.Refusal.FromString(body)
         return refused.code, refused.reason, refused.text
 
+    def peeks(self) -> bool:
+        """Wait for the next byte, and leave it there; whether there is one."""
+        return bool(self.socket.recv(1, socket.MSG_PEEK))
+
     def ended(self) -> bool:
         try:
             return not self.socket.recv(1)
@@ -90,6 +102,17 @@ class Caller:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
+
+
+def _by_handle(request: bytes) -> wire.LookupRequest | None:
+    """A request for rows by id that can be asked for by a handle: its layers ascend, its ids are uint32."""
+    try:
+        asked = wire.parse_request(request)
+    except EngrampoolError:
+        return None
+    layers = [layer for layer, _ in asked.tables]
+    fits = layers and layers == sorted(set(layers)) and all(ids.dtype == np.uint32 for _, ids in asked.tables)
+    return asked if fits else None
 
 
 def lookup_frame(handle: int, number: int, *ids: npt.NDArray[Any], timeout_us: int = 0) -> bytes:

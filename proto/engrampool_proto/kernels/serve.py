@@ -287,7 +287,7 @@ def serve(
             left = state[END] - state[START]
             for one in range(left):
                 buffer[one] = buffer[state[START] + one]
-            state[START], state[END] = 0, left
+            state[START], state[END], state[ARRIVED] = 0, left, now(scratch)
         if state[LEAVING]:
             return CLOSED
         # What is to be there by `until` is a megabyte more than there was, or the end of the frame.
@@ -295,13 +295,13 @@ def serve(
         while True:
             have = state[END]
             if have and until < 0:
-                state[ARRIVED] = now(scratch)
                 until, seen = state[ARRIVED] + limits[PATIENCE], have
             if not whole and have >= _HEADER:
                 kind = words[0] & _U(0xFFFFFFFF)
                 if kind < frames.REGISTER or kind > frames.REQUEST:
                     return FRAME
-                if words[3] > _U(limits[MAX_REQUEST]):
+                most = frames.MAX_SMALL_BYTES if kind == frames.REGISTER else limits[MAX_REQUEST]
+                if words[3] > _U(most):
                     return LARGE
                 total, whole = np.int64(_HEADER) + np.int64(words[3]), True
             if have >= total:
@@ -316,6 +316,8 @@ def serve(
                     return SLOW_REQUEST
                 until, seen = now(scratch) + limits[PATIENCE], have
                 continue
+            if have == 0:
+                state[ARRIVED] = now(scratch)
             state[END] = have + got
         kind, which = words[0] & _U(0xFFFFFFFF), np.int64(words[0] >> _U(32))
         if kind != frames.LOOKUP or which >= handles.shape[0] or handles[which, LAYERS] == 0:

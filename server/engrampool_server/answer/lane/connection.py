@@ -63,6 +63,11 @@ class Connection:
 
     # --- the lane's calls, from any thread
 
+    @property
+    def received(self) -> int:
+        """Bytes of the request that is coming."""
+        return int(self._state[serve.END] - self._state[serve.START])
+
     def leave(self) -> None:
         """Close, once the answer under way is sent."""
         self._state[serve.LEAVING] = 1
