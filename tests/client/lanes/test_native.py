@@ -171,7 +171,7 @@ def test_in_mid_answer_too_and_the_rows_are_right(packed):
         broken = threading.Event()
 
         def abort() -> None:
-            eventually(lambda: any(c.answerer.busy for c in list(run.server.direct.connections)), "answering")
+            eventually(lambda: out[0].any(), "rows come")
             for connection in list(run.server.direct.connections):
                 run._loop.call_soon_threadsafe(connection.abort)
             broken.set()
