@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engrampool_client import AsyncClient, Client, ForkedError
+from engrampool_client import AsyncClient, Client, ForkedError, ProtocolError
+from engrampool_proto import frames, wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
 
@@ -147,6 +148,33 @@ def own(address: str) -> None:
         assert np.array_equal(client.lookup(FEW)[14], expected(client.spec, FEW)[14])
 
 
+def by_hand(address: str) -> None:
+    """A child asks on its parent's connection, past all that keeps it from that: no row of its own is the parent's."""
+    with Client(address, attach="off") as client:
+        spec = client.spec
+        good, others = expected(spec, FEW), spec.hash(TokenBatch.of(TOKENS[4:8]))
+        native = client._shards.sets[0].replicas[0]._native
+        for ahead in range(3):
+            while not native.open:  # one is opened beside the first lookup that finds none
+                assert np.array_equal(client.lookup(FEW)[1], good[1])
+            assert np.array_equal(client.lookup(FEW)[1], good[1])
+            (connection,) = native._open
+            ((_, handle),) = connection._handles.items()
+            copy = os.dup(connection.fileno())  # before the fork, after which the child closes its end
+
+            def run(ahead=ahead, connection=connection, handle=handle, copy=copy) -> bytes:
+                ids = [wire.little(of_layer) for of_layer in others.values()]
+                counts, number = [of_layer.size for of_layer in others.values()], connection._number + ahead
+                start = frames.lookup_start(handle, number % 2**64, 0, counts, sum(map(len, ids)))
+                os.writev(copy, [start, *ids])
+                return b"good"
+
+            assert child(run) == b"good"
+            os.close(copy)
+            with pytest.raises(ProtocolError, match="another request"):
+                client.lookup(FEW)
+
+
 def recording(address: str, path: str) -> None:
     """A recording is the parent's alone: two lookups of FEW are in it, whatever children do between them."""
     with Client(address, attach="off", record=path) as client:
@@ -164,5 +192,5 @@ def recording(address: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    {"told": told, "orphan": orphan, "own": own, "recording": recording}[sys.argv[1]](*sys.argv[2:])
+    {"told": told, "orphan": orphan, "own": own, "by hand": by_hand, "recording": recording}[sys.argv[1]](*sys.argv[2:])
     print("good")

@@ -25,6 +25,7 @@ from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.token_map import TokenMap
 from engrampool_server.answer.grpc_server import GrpcServer
+from engrampool_server.answer.lane.handles import Handles
 from engrampool_server.answer.lookups import Lookups
 from engrampool_server.config import ServerConfig
 from engrampool_server.files.table_files import PackedModel
@@ -290,6 +291,8 @@ class GatherGate:
             gather(table, ids, out)
 
         monkeypatch.setattr(LoadedTable, "gather", gated)
+        # Nor is a loop without Python to answer, which passes by here.
+        monkeypatch.setattr(Handles, "_resolve", lambda *_: None)
         # What is held back must be a gather thread, never the event loop, which answers only small requests itself.
         monkeypatch.setattr(Lookups, "inline_bytes", 4096)
 

@@ -90,7 +90,7 @@ def encode_request(request: LookupRequest) -> bytes:
     for layer, ids in request.tables:
         if ids.dtype not in (np.uint32, np.uint64):
             raise WireError(f"row ids of layer {layer} must be uint32 or uint64; they are {ids.dtype}")
-        data = _little(ids)
+        data = little(ids)
         parts += _ids_start(layer, 2 if ids.dtype == np.uint32 else 3, len(data)), data
     if request.tokens is not None:
         put_message(parts, 4, _token_fields(request.tokens))
@@ -119,14 +119,14 @@ def _ids_start(layer: int, number: int, nbytes: int) -> bytes:
 
 def _token_fields(batch: TokenBatch) -> list[bytes | memoryview]:
     fields: list[bytes | memoryview] = []
-    put_bytes(fields, 1, _little(batch.tokens))
-    put_bytes(fields, 2, _little(batch.query_start_loc))
-    put_bytes(fields, 3, _little(batch.lookback))
+    put_bytes(fields, 1, little(batch.tokens))
+    put_bytes(fields, 2, little(batch.query_start_loc))
+    put_bytes(fields, 3, little(batch.lookback))
     put_varint(fields, 4, batch.lookback.shape[1])
     if batch.dead is not None:
-        put_bytes(fields, 5, _little(batch.dead.view(np.uint8)))
+        put_bytes(fields, 5, little(batch.dead.view(np.uint8)))
     if batch.lookback_dead is not None:
-        put_bytes(fields, 6, _little(batch.lookback_dead.view(np.uint8)))
+        put_bytes(fields, 6, little(batch.lookback_dead.view(np.uint8)))
     return fields
 
 
@@ -361,8 +361,8 @@ _view_of_memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _view_of_memory.argtypes, _view_of_memory.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int], ctypes.py_object
 
 
-def _little(array: npt.NDArray[Any]) -> memoryview:
-    """The array's bytes, little-endian and C-contiguous, without a copy where it is so already."""
+def little(array: npt.NDArray[Any]) -> memoryview:
+    """An array's bytes, little-endian and C-contiguous, without a copy where it is so already."""
     plain: npt.NDArray[Any] = np.ascontiguousarray(array, _LITTLE.get(array.dtype) or array.dtype.newbyteorder("<"))
     return plain.reshape(-1).view(np.uint8).data
 
