@@ -45,7 +45,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 def markdown(records: Sequence[Record]) -> str:
     """The whole report."""
     batches = [record for record in records if record["study"] == "batches"]
-    parts = [f"{_machine()}\n"]
+    parts = [f"{machine()}\n"]
     steps = [record for record in records if record["study"] == "decode"]
     if steps:
         parts += ["### Lookups with the pauses of a decode step\n", decode(steps)]
@@ -59,7 +59,7 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
-def _machine() -> str:
+def machine() -> str:
     """When and where, in one line."""
     names = (
         line.partition(":")[2].strip()
