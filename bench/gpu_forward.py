@@ -15,8 +15,10 @@ memory for the tables twice. Prints Markdown that begins with the machine; `--js
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -290,7 +292,10 @@ def main() -> None:
     prefix = ("taskset", "-c", ",".join(map(str, cores[:half]))) if len(cores) > 3 else ()
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        server = stack.enter_context(serve_process(packed, workers=min(4, half), prefix=prefix, memory="shm"))
+        memory = tempfile.mkdtemp(prefix="engrampool-bench-", dir="/dev/shm")
+        stack.callback(shutil.rmtree, memory)
+        settings = {"workers": min(4, half), "memory": f"file:{memory}"}
+        server = stack.enter_context(serve_process(packed, prefix=prefix, **settings))
         if prefix:
             os.sched_setaffinity(0, cores[half:])
         sources: dict[str, Any] = {"none": None, "pinned": None}
