@@ -71,7 +71,7 @@ import time
 from engrampool_server.processes import children
 from engrampool_server.telemetry import log
 from engrampool_server.files.table_files import PackedModel
-children._GIVE_UP_S = 0.1
+children.GIVE_UP_S /= 50
 def open(directory):
     log.event("stuck")
     time.sleep(600)

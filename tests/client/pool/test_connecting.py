@@ -83,7 +83,7 @@ def test_an_unknown_host_is_said_to_be_unknown():
 
 def test_the_metrics_port_is_said_to_be_no_grpc_at_once(packed):
     with running(packed, metrics="127.0.0.1:0") as run:
-        address = run.server.metrics_address
+        address = run.metrics_address
         with pytest.raises(ProtocolError, match="its metrics port") as told:
             Client(address, connect_timeout_s=3600)
     assert address in str(told.value)
