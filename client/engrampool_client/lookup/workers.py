@@ -126,7 +126,8 @@ class Workers:
             except RuntimeError:  # the system gives no more of them
                 if not self._threads:
                     raise
-        self._wakes.put(None)
+        if self._wakes.qsize() <= self._idle:  # else all of them are woken already
+            self._wakes.put(None)
 
     def _ready(self) -> Iterator[tuple[bool, Job]]:
         """With the lock: what can be taken up now, in this order, and whether it is planned."""
