@@ -79,7 +79,7 @@ class Containers:
             server.wait_for("serving")
             yield server
             server.process.terminate()
-            assert server.process.wait(30) == 0
+            assert server.process.wait(60) == 0
 
     def _script(self, container: Container) -> str:
         """What becomes the server, given its command line, of which only the first four words are kept."""
