@@ -68,7 +68,7 @@ class Containers:
             env={**os.environ, "PYTHONPATH": path, **environ},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     @contextmanager
@@ -143,7 +143,7 @@ def containers(directory: Path) -> Iterator[Containers]:
             ["unshare", "--mount", "mount", "-t", "tmpfs", "none", directory],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=300,
         )
         if done.returncode:
             raise NotPermittedError(done.stderr.strip())

@@ -63,7 +63,7 @@ def round_of_lookups(server) -> Iterator[Callable[[], None]]:
             client.lookup(many)
             direct.lookup(few)
             with pytest.raises(grpc.RpcError, match="nobody-packed-this"):
-                stub.Lookup(pool_pb2.LookupRequest(model="nobody-packed-this"), timeout=10)
+                stub.Lookup(pool_pb2.LookupRequest(model="nobody-packed-this"), timeout=60)
 
         yield lookups
 
@@ -100,7 +100,7 @@ import numpy as np
 from engrampool_proto import wire
 request = wire.LookupRequest("small", sys.argv[2], ((2, np.array([0], np.uint32)),))
 with grpc.insecure_channel(sys.argv[1]) as channel:
-    answer = channel.unary_unary("/engrampool.v1.Pool/Lookup")(wire.encode_request(request), timeout=30)
+    answer = channel.unary_unary("/engrampool.v1.Pool/Lookup")(wire.encode_request(request), timeout=60)
 print(bytes(wire.parse_response(answer).tables[0].rows).hex())
 """
 HEALTH = Path(__file__).parents[2] / "deploy/healthcheck.py"

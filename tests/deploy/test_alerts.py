@@ -30,7 +30,7 @@ def promtool() -> str:
 
 
 def run(*command: str | Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_promtool_knows_the_rules(promtool):

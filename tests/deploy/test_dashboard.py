@@ -73,7 +73,7 @@ class Prometheus:
         """The `data` of an answer; fails, with the server's own text, for an error."""
         query = urllib.parse.urlencode(parameters, doseq=True)
         try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as response:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=60) as response:
                 return json.load(response)["data"]
         except urllib.error.HTTPError as error:
             with error:
@@ -271,6 +271,6 @@ def test_the_dashboards_of_the_folder_are_those_tested():
 
 def test_promtool_accepts_the_scrape_config():
     done = subprocess.run(
-        [require("promtool"), "check", "config", str(SCRAPE_CONFIG)], capture_output=True, text=True, timeout=30
+        [require("promtool"), "check", "config", str(SCRAPE_CONFIG)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr

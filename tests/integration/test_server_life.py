@@ -380,7 +380,7 @@ def test_several_client_processes_at_once(packed):
 
         def client(seed: int) -> str:
             command = [sys.executable, "-c", CLIENT, tests, server.address, version_of(packed), str(seed)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             return done.stdout + done.stderr
 
         assert list(threads.map(client, range(3))) == ["every byte was right\n"] * 3

@@ -153,7 +153,7 @@ def test_unused_tables_of_other_models_go_where_that_makes_room_and_only_there(p
     (tmp_path / "room").mkdir()
     command = [*OWN_MOUNTS, sys.executable, "-c", ROOM]
     done = subprocess.run(
-        [*command, *map(str, (tmp_path / "room", packed, other, big))], capture_output=True, text=True, timeout=60
+        [*command, *map(str, (tmp_path / "room", packed, other, big))], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     first, too_big, again, second = done.stdout.splitlines()

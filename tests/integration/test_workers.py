@@ -433,7 +433,7 @@ def test_a_start_whose_workers_end_fails_with_one_line(packed, crashing):
     flag.touch()
     command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--listen=127.0.0.1:0"]
     done = subprocess.run(
-        [*command, "--metrics=127.0.0.1:0"], env={**os.environ, **environ}, capture_output=True, text=True, timeout=120
+        [*command, "--metrics=127.0.0.1:0"], env={**os.environ, **environ}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

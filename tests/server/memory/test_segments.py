@@ -475,7 +475,7 @@ def test_a_load_that_is_killed_anywhere_is_in_nobodys_way(tmp_path):
     packed, old = pack(tmp_path / "new", block_bytes=500_000), pack(tmp_path / "old", change=True, block_bytes=500_000)
     command = [sys.executable, "-c", KILLED, str(packed), str(old), str(directory), "0", "11"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 30
 
@@ -517,7 +517,7 @@ def test_a_full_file_system_is_an_error_and_not_the_end_of_the_process(packed, t
     left_at = {"size=1m": "[]", "size=1800k": "['2']"}
     where, memory = ("/dev/shm", "shm") if kind == "shm" else (str(tmp_path), f"file:{tmp_path}")
     command = [*OWN_MOUNTS, sys.executable, "-c", FULL, str(packed), where, memory, *left_at]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[::3]] == ["OutOfMemoryError"] * 2
@@ -546,7 +546,7 @@ def test_a_stray_write_to_a_table_ends_the_one_process_that_tried(packed, tmp_pa
     )
     memories = ["anon", f"file:{tmp_path}", f"file:{tmp_path}"]  # read, made, adopted
     command = [sys.executable, "-c", program, str(packed), *memories]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == [str(-signal.SIGSEGV)] * 6, done.stderr
 
 
