@@ -103,7 +103,7 @@ def babble(reporter):
 start("babbler", babble)
 until(lambda: not family)
 """,
-        timeout_s=0.3,
+        timeout_s=3,
     )
     assert happened[-1] == ["babbler", "ended", "SIGKILL", True, ""]
     assert [line["event"] for line in logged] == ["worker-garbled", "worker-hung"]
