@@ -45,7 +45,9 @@ def test_paths_mean_what_they_say_while_loading_serving_and_draining(packed, tmp
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     environ = {"PYTHONPATH": search, "TEST_GATE": str(gate)}
-    with serve_process(packed, environ=environ, ready=False, workers=1) as server:
+    # Whoever is stopped is left in peace.
+    patient = {"worker_timeout_s": 600, "drain_s": 600}
+    with serve_process(packed, environ=environ, ready=False, workers=1, **patient) as server:
         address = server.wait_for("listening")["metrics"]
         assert get(address, "/healthz") == (200, "alive\n")
         assert get(address, "/readyz") == (503, "not serving\n")
@@ -65,7 +67,7 @@ def test_paths_mean_what_they_say_while_loading_serving_and_draining(packed, tmp
         os.kill(server.worker_pids()[0], signal.SIGSTOP)
         server.process.terminate()
         server.wait_for("stopping")
-        assert get(address, "/readyz") == (503, "not serving\n")
+        eventually(lambda: get(address, "/readyz") == (503, "not serving\n"), "it is shown")
         assert get(address, "/healthz") == (200, "alive\n")
         os.kill(server.worker_pids()[0], signal.SIGCONT)
         assert server.process.wait(LIMIT_S) == 0

@@ -44,7 +44,7 @@ def attach(run: Running, model: str, version: str) -> pool_pb2.AttachResponse:
             request_serializer=pool_pb2.AttachRequest.SerializeToString,
             response_deserializer=pool_pb2.AttachResponse.FromString,
         )
-        return call(pool_pb2.AttachRequest(model=model, version=version), timeout=30)
+        return call(pool_pb2.AttachRequest(model=model, version=version), timeout=60)
 
 
 def refused(run: Running, model: str, version: str) -> tuple[grpc.StatusCode, str | None]:
@@ -54,7 +54,7 @@ def refused(run: Running, model: str, version: str) -> tuple[grpc.StatusCode, st
 def describe(run: Running) -> pool_pb2.DescribeResponse:
     with RawPool(run.address) as pool:
         call = pool.channel.unary_unary("/engrampool.v1.Pool/Describe")
-        return pool_pb2.DescribeResponse.FromString(call(b"", timeout=30))
+        return pool_pb2.DescribeResponse.FromString(call(b"", timeout=60))
 
 
 def check_answer(answer: pool_pb2.AttachResponse, directory: Path, in_memory: bool) -> None:

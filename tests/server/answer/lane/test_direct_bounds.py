@@ -18,7 +18,7 @@ from direct_callers import Caller, caller, way_in
 from engrampool_proto import frames
 from engrampool_server.answer.lane import answers, connection, connection_limits
 from engrampool_server.answer.lane.resources import Resources
-from engrampool_server.answer.lookups import Lookups, RefusedError
+from engrampool_server.answer.lookups import Job, Lookups, RefusedError
 from engrampool_server.memory.tables import LoadedTable
 from server_fixtures import RawPool, Running, eventually, expected, joined, pack, running, version_of
 
@@ -125,7 +125,7 @@ def test_a_request_that_trickles_is_cut_off(server):
     with caller(server) as lane:
         lane.socket.sendall(frames.request_start(0, 100_000))
         lane.socket.settimeout(PATIENCE_S / 10)
-        for _ in range(1000):
+        for _ in range(3000):
             try:
                 lane.socket.sendall(b"x")
                 if not lane.socket.recv(1):
@@ -177,12 +177,12 @@ def test_a_request_for_which_there_is_no_room_is_refused_and_the_next_one_is_not
         still_good(other, pool)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_hello_that_does_not_end_is_cut_off(server, monkeypatch):
+def test_a_hello_that_does_not_end_is_cut_off(server, monkeypatch, end_of_patience):
     monkeypatch.setattr(connection, "HELLO_S", PATIENCE_S)
     before = cut(server, "no-hello")
     with Caller(way_in(server)) as silent, Caller(way_in(server)) as half:
         half.socket.sendall(frames.frame(frames.HELLO, half.ticket)[:-1])
+        end_of_patience.set()
         assert silent.ended()
         assert half.ended()
     assert cut(server, "no-hello") == before + 2
@@ -207,7 +207,9 @@ def test_who_reads_nothing_holds_little_and_is_cut_off(server, pool, end_of_pati
         still_good(other, pool)
 
 
-def test_who_never_reads_is_cut_off_at_its_deadline(server, pool):
+def test_who_never_reads_is_cut_off_at_its_deadline(server, pool, monkeypatch):
+    resolve = Job.resolve
+    monkeypatch.setattr(Job, "resolve", lambda job, _: resolve(job, None))  # its rows come, however late that is
     code = 'engrampool_direct_lookups_total{code="CANCELLED"}'
     before = server.scrape().get(code, 0)
     with caller(server) as lane:
@@ -233,13 +235,13 @@ def test_who_only_asks_and_never_reads_refusals_is_cut_off(server):
         eventually(lambda: cut(server, "unread-answer") == before + 1, "cut off")
 
 
-@pytest.mark.usefixtures("impatient")
-def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool):
+def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool, end_of_patience):
     with caller(server) as lane:
         lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lane.ask(pool.by_ids((2, MANY)))
         lane.exactly(100)
         lane.socket.shutdown(socket.SHUT_WR)
+        end_of_patience.set()
         eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "cut off")
 
 
@@ -248,6 +250,8 @@ def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool):
 
 def test_strangers_stand_in_the_way_of_their_own_peer_only(server, pool, monkeypatch):
     monkeypatch.setattr(connection_limits, "STRANGERS", 4)
+    monkeypatch.setattr(connection_limits, "GRACE_S", 600.0)
+    monkeypatch.setattr(connection, "HELLO_S", 600.0)
     where, elsewhere = way_in(server), way_in(server)
     with Caller(where) as mine, Caller(elsewhere, "127.0.0.2") as other:
         eventually(lambda: server.scrape()["engrampool_direct_connections"] == 2, "both have come")
