@@ -8,8 +8,20 @@ import pytest
 
 from engrampool_proto.builders import blueprint
 from engrampool_proto.spec import ModelSpec
-from server_fixtures import serve_thread
+from server_fixtures import LIMIT_S, serve_thread
 from small_model import CONFIG, small_spec, write_model
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[None]:
+    """Where lanes are looked at, or lookups on them counted: none is left as this machine stood still for a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("dial", "connection", "native"):
+            patch.setattr(f"engrampool_client.lanes.{module}.OPEN_TIMEOUT_S", 2 * LIMIT_S)
+        patch.setattr("engrampool_client.lanes.connection._SILENCE_S", 2 * LIMIT_S)
+        patch.setattr("engrampool_client.lanes.attach._ASK_TIMEOUT_S", 2 * LIMIT_S)
+        patch.setattr("engrampool_client.pool.endpoint._PROBE_TIMEOUT_S", 2 * LIMIT_S)
+        yield
 
 
 @pytest.fixture(scope="session")
