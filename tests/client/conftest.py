@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engrampool_client.lanes.grpc import _OPTIONS
 from engrampool_proto.builders import blueprint
 from engrampool_proto.spec import ModelSpec
 from server_fixtures import LIMIT_S, serve_thread
@@ -21,7 +22,17 @@ def patient() -> Iterator[None]:
         patch.setattr("engrampool_client.lanes.connection._SILENCE_S", 2 * LIMIT_S)
         patch.setattr("engrampool_client.lanes.attach._ASK_TIMEOUT_S", 2 * LIMIT_S)
         patch.setattr("engrampool_client.pool.endpoint._PROBE_TIMEOUT_S", 2 * LIMIT_S)
+        far = dict.fromkeys(
+            ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"), 120_000
+        )
+        patch.setattr("engrampool_client.lanes.grpc._OPTIONS", tuple({**dict(_OPTIONS), **far}.items()))
         yield
+
+
+@pytest.fixture
+def all_are_there(monkeypatch) -> None:
+    """For clients whose servers all run: each of them is known once the client is made, however slowly they answer."""
+    monkeypatch.setattr("engrampool_client.pool.shards._GRACE_S", LIMIT_S)
 
 
 @pytest.fixture(scope="session")

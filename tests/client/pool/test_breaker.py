@@ -319,8 +319,12 @@ def test_a_probe_that_is_refused_is_answered(probe):
 
 def test_it_does_not_open_where_nobody_would_close_it(probe, monkeypatch):
     one = made(probe, failures=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no more threads")))
+
+    def refuse() -> None:
+        raise RuntimeError("no more threads")
+
+    with monkeypatch.context() as patch:  # of nobody else
+        patch.setattr(breaker, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=refuse)))
         one.failed(BROKEN)
     assert not one.is_open
     one.failed(BROKEN)
