@@ -327,7 +327,7 @@ def test_parent_and_child_of_a_fork_both_end_as_processes_do(silent):
         "sys.exit(3) if not pid else print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), step.rows(14).shape)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, silent.address], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program, silent.address], capture_output=True, text=True, timeout=150, check=True
     )
     assert done.stdout == "3 (2000, 24, 264)\n"
 
