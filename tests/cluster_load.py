@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 _CLIENT = Path(__file__).with_name("integration") / "cluster_client.py"
+# After so long something hangs.
+_LIMIT_S = 150.0
 
 
 class Load:
@@ -44,7 +46,7 @@ class Load:
 
     def wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: "ended" in self.said or condition(self.said), 60), self.said
+            assert self._changed.wait_for(lambda: "ended" in self.said or condition(self.said), _LIMIT_S), self.said
             assert "ended" not in self.said
 
     def answered(self, lookups: int) -> None:
@@ -59,15 +61,18 @@ class Load:
 
     def end(self) -> dict[str, Any]:
         self.process.stdin.close()
-        assert self.process.wait(60) == 0
+        assert self.process.wait(_LIMIT_S) == 0
         self._reader.join()
         self.process.stdout.close()
         return self.said
 
 
 @contextmanager
-def loads(targets: Sequence[str], prefix: Sequence[str] = (), timeout_s: float = 10.0) -> Iterator[list[Load]]:
-    """Two clients: the first on gRPC alone, the second with the direct lane. prefix: words before their command."""
+def loads(targets: Sequence[str], prefix: Sequence[str] = (), timeout_s: float = 60.0) -> Iterator[list[Load]]:
+    """Two clients: the first on gRPC alone, the second with the direct lane. prefix: words before their command.
+
+    timeout_s: of a lookup; as long as it is, one that fails was lost, and not only slow.
+    """
     running = [Load(seed, targets, prefix, timeout_s) for seed in (0, 1)]
     try:
         yield running

@@ -68,7 +68,7 @@ class Containers:
             env={**os.environ, "PYTHONPATH": path, **environ},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     @contextmanager
@@ -79,7 +79,7 @@ class Containers:
             server.wait_for("serving")
             yield server
             server.process.terminate()
-            assert server.process.wait(30) == 0
+            assert server.process.wait(60) == 0
 
     def _script(self, container: Container) -> str:
         """What becomes the server, given its command line, of which only the first four words are kept."""
@@ -143,7 +143,7 @@ def containers(directory: Path) -> Iterator[Containers]:
             ["unshare", "--mount", "mount", "-t", "tmpfs", "none", directory],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=300,
         )
         if done.returncode:
             raise NotPermittedError(done.stderr.strip())

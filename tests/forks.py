@@ -74,7 +74,7 @@ def told(packed: str) -> None:
 def told_by(address: str, settings: dict[str, Any]) -> None:
     from server_fixtures import GatherGate
 
-    with pytest.MonkeyPatch.context() as monkeypatch, Client(address, **settings) as client:
+    with pytest.MonkeyPatch.context() as monkeypatch, Client(address, timeout_s=60.0, **settings) as client:
         gate = GatherGate(monkeypatch)
         there = client.prefetch(FEW)
         there.wait()

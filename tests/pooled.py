@@ -37,6 +37,16 @@ def member(registry: Registry, server: ServerProcess) -> Member | None:
     return registry.read().members.get(server.address)
 
 
+def wait_active(registry: Registry, server: ServerProcess, version: Published) -> None:
+    """Until the member's record says that this version of its model, and nothing else, is active."""
+
+    def knows() -> bool:
+        record = member(registry, server)
+        return record is not None and record.active == {version.model: version.version}
+
+    eventually(knows, "it knows what is active")
+
+
 def wait_held(registry: Registry, server: ServerProcess, *versions: Published) -> Member:
     """The member's record, once it has exactly these versions."""
     wanted = {(one.model, one.version) for one in versions}
@@ -75,7 +85,9 @@ class Asker:
     def _ask(self, address: str) -> None:
         tokens = np.arange(300, dtype=np.int32)
         try:
-            with Client(address, cache_bytes=0, attach="off") as client:
+            # A minute: that lookups go on is not a matter of how soon this machine starts a process.
+            patient = {"timeout_s": LIMIT_S, "retry_s": LIMIT_S, "connect_timeout_s": LIMIT_S}
+            with Client(address, cache_bytes=0, attach="off", **patient) as client:
                 first = client.lookup(tokens)
                 while not self._stop.is_set():
                     again = client.lookup(tokens)

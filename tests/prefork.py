@@ -113,7 +113,7 @@ class Prefork:
         finally:
             os.close(writer)
 
-    def run(self, command: Sequence[str], timeout: float = 120) -> "subprocess.CompletedProcess[str]":
+    def run(self, command: Sequence[str], timeout: float = 300) -> "subprocess.CompletedProcess[str]":
         """As subprocess.run, with its output captured as text."""
         request = self._request(command, os.environ)
         if request is None:

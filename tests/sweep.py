@@ -3,6 +3,10 @@
     python tests/sweep.py --minutes 20 --seed 7
 
 goes on with one seed after the other; tests/integration/test_sweep.py does a few of them.
+
+    python tests/sweep.py --storms 1000
+
+has Ctrl-C come again and again in lookups over shards; tests/client/lanes/test_split.py does that for less long.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -41,6 +46,14 @@ CLIENTS: dict[str, dict[str, Any]] = {
     "direct, split": {"attach": "off", "connections": 2, "dedupe": False},
     "attached, masked": {"on_failure": "mask", "dedupe": False},
     "hashed there": {"attach": "off", "hashing": "server", "on_failure": "mask"},
+}
+# Of several shards, by which a lookup goes on in threads beside the caller's.
+SHARDED: dict[str, dict[str, Any]] = {
+    "shards, direct": {"attach": "off"},
+    "shards, grpc": {"attach": "off", "direct": "off"},
+    "shards, grpc, split": {"attach": "off", "direct": "off", "connections": 2},
+    "shards, grpc, masked": {"attach": "off", "direct": "off", "on_failure": "mask", "dedupe": False},
+    "shards, attached": {},
 }
 SIZES = (1, 8, 64, 300, 1500)
 
@@ -305,6 +318,84 @@ class Sweep:
         timer.start()
 
 
+class Storm:
+    """Ctrl-C in the main thread within `Client.lookup`, `count` times from `first_s` on. To be used in `with`.
+
+    Raises AssertionError there if the lookup does not end within LIMIT_S.
+    """
+
+    def __init__(self, first_s: float = 1.0, interval_s: float = 1.0, count: int = 0) -> None:
+        self._first_s, self._interval_s, self._left = first_s, interval_s, count
+        self._limit = time.monotonic() + LIMIT_S
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGALRM, self._strike)
+        signal.setitimer(signal.ITIMER_REAL, self._first_s)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _strike(self, _: int, frame: FrameType | None) -> None:
+        names = []
+        while frame is not None and frame.f_code is not Client.lookup.__code__:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        # What is raised in the end of an object is lost to all but the log.
+        within = frame is not None and "__del__" not in names and "_remove" not in names
+        assert not within or time.monotonic() < self._limit, f"a lookup does not end; it is in {names}"
+        strikes = within and self._left > 0
+        self._left -= strikes
+        # Armed anew each time, at the end: where signals come faster than this runs, nothing else ever would.
+        signal.setitimer(signal.ITIMER_REAL, self._interval_s if self._left else 1.0)
+        if strikes:
+            raise KeyboardInterrupt
+
+
+def storms(directory: Path, count: int, seed: int) -> Counter[str]:
+    """So many lookups over two shards that meet a storm of Ctrl-C, each followed by one that does not: what happened.
+
+    Raises AssertionError for one that does not end, wrong rows, or an array that is written into too late.
+    """
+    chance, numbers, spec, seen = random.Random(seed), np.random.default_rng(seed), small_spec(), Counter[str]()
+    packed = write_model(directory / "model", spec)
+    tables = {table.layer: synthetic_rows(table, np.arange(table.num_rows, dtype=np.uint64)) for table in spec.tables}
+    (directory / "tables").mkdir()
+    batches = [
+        TokenBatch.of(numbers.integers(0, spec.vocab_size, size).astype(np.int32)) for size in SIZES for _ in range(3)
+    ]
+    wanted = [{layer: tables[layer][ids] for layer, ids in spec.hash(batch).items()} for batch in batches]
+    with ExitStack() as stack:
+        memory = f"file:{directory / 'tables'}"
+        servers = [
+            stack.enter_context(serve_process(packed, workers=1, shard=f"{at}/2", memory=memory)) for at in range(2)
+        ]
+        addresses = [server.address for server in servers]
+        clients = {name: stack.enter_context(Client(addresses, **how)) for name, how in SHARDED.items()}
+        for number in range(count):
+            name, client = list(clients.items())[number % len(clients)]
+            at = chance.randrange(len(batches))
+            tokens, right = batches[at].tokens, wanted[at]
+            out = {layer: np.full_like(rows, 0xA5) for layer, rows in right.items()}
+            storm = Storm(
+                10 ** chance.uniform(-5, -1.5), 10 ** chance.uniform(-5, -2.5), chance.choice([1, 2, 3, 10, 50])
+            )
+            try:
+                with storm:
+                    client.lookup(tokens, out=out, timeout_s=20.0)
+                seen["ok"] += 1
+            except KeyboardInterrupt:
+                seen["interrupted"] += 1
+            given_back = {layer: array.copy() for layer, array in out.items()}
+            with Storm():
+                rows = client.lookup(tokens, timeout_s=20.0)
+            assert all(np.array_equal(rows[layer], right[layer]) for layer in right), f"{name}: wrong rows"
+            assert all(np.array_equal(out[layer], given_back[layer]) for layer in out), f"{name}: written into later"
+        gc.collect()
+        for name, client in clients.items():
+            _eventually(lambda: client.stats.in_flight == 0, f"{name}: every lookup has ended")  # noqa: B023
+    return seen
+
+
 def _signal(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
@@ -339,7 +430,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="so many, in place of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=100, help="lookups by each seed")
+    parser.add_argument("--storms", type=int, help="so many lookups over shards that Ctrl-C comes in, and nothing else")
     options = parser.parse_args()
+    if options.storms:
+        with tempfile.TemporaryDirectory() as directory:
+            print(f"{options.storms} storms: {dict(storms(Path(directory), options.storms, options.seed))}")
+        return
     seen: Counter[str] = Counter()
     end, seed = time.monotonic() + 60 * options.minutes, options.seed
     with tempfile.TemporaryDirectory() as directory, served(Path(directory)) as (server, spec, tables):

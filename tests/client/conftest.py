@@ -6,10 +6,33 @@ from pathlib import Path
 
 import pytest
 
+from engrampool_client.lanes.grpc import _OPTIONS
 from engrampool_proto.builders import blueprint
 from engrampool_proto.spec import ModelSpec
-from server_fixtures import serve_thread
+from server_fixtures import LIMIT_S, serve_thread
 from small_model import CONFIG, small_spec, write_model
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[None]:
+    """Where lanes are looked at, or lookups on them counted: none is left as this machine stood still for a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("dial", "connection", "native"):
+            patch.setattr(f"engrampool_client.lanes.{module}.OPEN_TIMEOUT_S", 2 * LIMIT_S)
+        patch.setattr("engrampool_client.lanes.connection._SILENCE_S", 2 * LIMIT_S)
+        patch.setattr("engrampool_client.lanes.attach._ASK_TIMEOUT_S", 2 * LIMIT_S)
+        patch.setattr("engrampool_client.pool.endpoint._PROBE_TIMEOUT_S", 2 * LIMIT_S)
+        far = dict.fromkeys(
+            ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"), 120_000
+        )
+        patch.setattr("engrampool_client.lanes.grpc._OPTIONS", tuple({**dict(_OPTIONS), **far}.items()))
+        yield
+
+
+@pytest.fixture
+def all_are_there(monkeypatch) -> None:
+    """For clients whose servers all run: each of them is known once the client is made, however slowly they answer."""
+    monkeypatch.setattr("engrampool_client.pool.shards._GRACE_S", LIMIT_S)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from engrampool_client.lookup.step import Step
 from engrampool_proto.synthetic import synthetic_rows
 from server_fixtures import LIMIT_S, SPEC, GatherGate, eventually, pack, running
 
+pytestmark = pytest.mark.usefixtures("patient")
 TOKENS = np.arange(30, dtype=np.int32)
 LANES = {"grpc": "off", "direct": "auto"}
 
@@ -258,7 +259,7 @@ def test_to_stop_waiting_for_a_layer_leaves_the_step_to_others(tmp_path, monkeyp
     gate = GatherGate(monkeypatch)
 
     async def main(address: str) -> None:
-        async with AsyncClient(address, attach="off", dedupe=False) as pool:
+        async with AsyncClient(address, attach="off", dedupe=False, timeout_s=60.0) as pool:
             step = pool.prefetch_rows({2: np.arange(2000)})
             other = asyncio.create_task(step.rows(2))
             with pytest.raises(TimeoutError):

@@ -323,7 +323,7 @@ def test_one_client_in_many_threads(client):
 @pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
 def test_a_cancelled_step_ends_at_once_and_harms_no_other(packed, monkeypatch, lane):
     gate = GatherGate(monkeypatch)
-    with serve_thread(packed) as address, Client(address, max_steps=1, direct=lane) as client:
+    with serve_thread(packed) as address, Client(address, max_steps=1, direct=lane, timeout_s=60.0) as client:
         running = client.prefetch(tokens_of(8000))
         gate.wait_begun(1)  # nothing can come
         waiting = client.prefetch(tokens_of(10))
@@ -351,7 +351,7 @@ def test_rows_that_came_before_the_cancel_stay(client):
 def test_waiting_no_longer_than_asked(packed, monkeypatch):
     """The wait for one layer has its own bound, beside the lookup's."""
     gate = GatherGate(monkeypatch)
-    with serve_thread(packed) as address, Client(address, max_steps=1) as client:
+    with serve_thread(packed) as address, Client(address, max_steps=1, timeout_s=60.0) as client:
         blocker = client.prefetch(tokens_of(500))
         gate.wait_begun(1)  # the only place is taken, so nothing can come
         step = client.prefetch([1])
@@ -378,7 +378,7 @@ def test_a_closed_client_says_so(server):
 def test_closing_ends_every_step(packed, monkeypatch, lane):
     gate = GatherGate(monkeypatch)
     with serve_thread(packed) as address:
-        client = Client(address, max_steps=2, direct=lane)
+        client = Client(address, max_steps=2, direct=lane, timeout_s=60.0)
         steps = [client.prefetch(tokens_of(4000)) for _ in range(6)]
         gate.wait_begun(1)
         client.close()
@@ -402,9 +402,12 @@ def test_settings_out_of_range(server):
             Client(server, **settings)
 
 
-def test_asyncio_steps(server):
-    async def run():
-        async with await AsyncClient.connect(server) as client:
+def test_asyncio_steps(packed, monkeypatch):
+    gate = GatherGate(monkeypatch)
+    gate.open.set()
+
+    async def run(address):
+        async with await AsyncClient.connect(address, timeout_s=60.0) as client:
             wanted = expected(client.spec, TokenBatch.of(tokens_of(500)))
             step = client.prefetch(tokens_of(500))
             both = await asyncio.gather(step.rows(1), step.rows(1), step.rows(14))
@@ -412,6 +415,7 @@ def test_asyncio_steps(server):
             assert np.array_equal(both[2], wanted[14])
 
             # Giving up on a wait, by time or by cancelling, leaves the step to others.
+            gate.open.clear()
             step = client.prefetch(tokens_of(500))
             with pytest.raises(DeadlineError):
                 await step.rows(14, timeout_s=1e-9)
@@ -420,8 +424,10 @@ def test_asyncio_steps(server):
             waiter.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiter
+            gate.open.set()
             assert np.array_equal(await step.rows(14), wanted[14])
 
+            gate.open.clear()
             cancelled = client.prefetch(tokens_of(8000))
             cancelled.cancel()
             with pytest.raises(StepCancelledError):
@@ -433,4 +439,8 @@ def test_asyncio_steps(server):
         with pytest.raises(PoolError, match="the client is closed"):
             client.prefetch([1])
 
-    asyncio.run(run())
+    with serve_thread(packed) as address:
+        try:
+            asyncio.run(run(address))
+        finally:
+            gate.open.set()

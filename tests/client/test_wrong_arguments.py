@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -11,7 +12,7 @@ import pytest
 from engrampool_client import AsyncClient, BatchError, Client, DeadlineError, ProtocolError, RecordError
 from engrampool_client.lookup.served import choose
 from engrampool_proto.v1 import pool_pb2
-from server_fixtures import GatherGate, pack, running
+from server_fixtures import GatherGate, eventually, pack, running
 
 ROW = (24, 264)
 
@@ -110,10 +111,16 @@ def test_settings_that_cannot_be_are_refused_before_anybody_is_asked(settings, t
 
 def test_any_number_is_a_time_to_wait(client, server):
     step = client.prefetch([7, 8])
+    step.wait()
     for limit in (2**2000, float("inf"), Decimal(60), Fraction(60), np.float32(60), True):
         assert step.rows(1, timeout_s=limit).shape == (2, *ROW)
-        assert client.prefetch([7, 8], timeout_s=limit).rows(14).shape == (2, *ROW)
+        if limit is not True:  # which is a second, and may be too short
+            assert client.prefetch([7, 8], timeout_s=limit).rows(14).shape == (2, *ROW)
         step.wait(limit)
+    begin = time.monotonic()
+    brief = client.prefetch([7, 8], timeout_s=True)
+    assert 1 <= brief.deadline - begin <= 1 + time.monotonic() - begin
+    eventually(brief.done, "it came, or was late")
     for limit in (-(2**2000), float("-inf"), 0):
         assert step.rows(1, timeout_s=limit).shape == (2, *ROW)  # it is there
     with Client(server, timeout_s=2**2000, connect_timeout_s=2**2000, retry_s=2**2000, attach="off") as other:
@@ -127,7 +134,7 @@ def test_a_wait_that_is_over_at_once_or_no_time_says_so(monkeypatch, tmp_path):
     gate = GatherGate(monkeypatch)
     with (
         running(pack(tmp_path / "small"), gather_threads=2) as run,
-        Client(run.address, attach="off", dedupe=False) as held,
+        Client(run.address, attach="off", dedupe=False, timeout_s=60.0) as held,
     ):
         step = held.prefetch_rows({2: np.arange(2000)})
         for limit in (-(2**2000), 0, Decimal(0)):

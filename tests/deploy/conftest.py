@@ -17,7 +17,7 @@ from engrampool_proto.builders import blueprint
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.files.table_writer import write_tables
-from server_fixtures import expected, pack, version_of
+from server_fixtures import expected, lacking, pack, version_of
 
 # Qwen's family needs no tokenizer. Two layers, so that a sum by layer has something to tell apart.
 CONFIG = {
@@ -63,7 +63,7 @@ def round_of_lookups(server) -> Iterator[Callable[[], None]]:
             client.lookup(many)
             direct.lookup(few)
             with pytest.raises(grpc.RpcError, match="nobody-packed-this"):
-                stub.Lookup(pool_pb2.LookupRequest(model="nobody-packed-this"), timeout=10)
+                stub.Lookup(pool_pb2.LookupRequest(model="nobody-packed-this"), timeout=60)
 
         yield lookups
 
@@ -89,7 +89,7 @@ def client_process(server) -> Iterator[ClientProcess]:
         assert port, "the client's process ended"
         yield ClientProcess(process, f"127.0.0.1:{port}")
         process.stdin.close()  # it ends with its input
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 # A server may hold a part of the rows only, which is none for a client.
@@ -100,7 +100,7 @@ import numpy as np
 from engrampool_proto import wire
 request = wire.LookupRequest("small", sys.argv[2], ((2, np.array([0], np.uint32)),))
 with grpc.insecure_channel(sys.argv[1]) as channel:
-    answer = channel.unary_unary("/engrampool.v1.Pool/Lookup")(wire.encode_request(request), timeout=30)
+    answer = channel.unary_unary("/engrampool.v1.Pool/Lookup")(wire.encode_request(request), timeout=60)
 print(bytes(wire.parse_response(answer).tables[0].rows).hex())
 """
 HEALTH = Path(__file__).parents[2] / "deploy/healthcheck.py"
@@ -113,7 +113,7 @@ def place(tmp_path_factory) -> Iterator[Containers]:
         with containers(tmp_path_factory.mktemp("containers")) as made:
             yield made
     except NotPermittedError as error:
-        pytest.skip(f"no containers of namespaces: {error}")
+        lacking(f"no containers of namespaces: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ Build = list[Manifest]
 
 def kustomize(directory: Path) -> Build:
     kubectl = Path(sys.executable).parent / "kubectl"
-    done = subprocess.run([kubectl, "kustomize", directory], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([kubectl, "kustomize", directory], capture_output=True, text=True, timeout=300)
     # It warns there of what is deprecated.
     assert (done.returncode, done.stderr) == (0, ""), f"{directory}: {done.stderr}"
     return list(yaml.safe_load_all(done.stdout))
@@ -594,7 +594,7 @@ def test_a_server_serves_what_the_probes_ask_for(server):
     with grpc.insecure_channel(server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in asked:
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING, service
 
 
@@ -613,7 +613,7 @@ def test_the_pods_of_a_set_hold_the_model_together(packed):
         for layer in rows[0]:
             np.testing.assert_array_equal(rows[0][layer], rows[1][layer])
         with pytest.raises(EngrampoolError, match="no server holds rows 0"):
-            Client(addresses[1:], connect_timeout_s=2)
+            Client(addresses[1:], connect_timeout_s=6)
 
 
 def test_the_shards_are_counted_from_0():

@@ -20,6 +20,8 @@ from engrampool_proto.hashing import TokenBatch
 
 # Between two lookups: so long a model computes, and so long others have the processor.
 PAUSE_S = 0.03
+# Of a machine that is busy: how long servers may take to start, and a process to go on that stood still.
+SLOW = {"connect_timeout_s": 120.0, "retry_s": 10.0}
 
 
 def judge(found: Mapping[int, Mapping[str, np.ndarray]]) -> tuple[bool, set[str]]:
@@ -38,7 +40,7 @@ def main() -> None:
     failed: Counter[str] = Counter()
     told = time.monotonic()
     direct = "auto" if seed % 2 else "off"
-    with Client(targets, attach="off", direct=direct, cache_bytes=1 << 20, timeout_s=timeout_s) as client:
+    with Client(targets, attach="off", direct=direct, cache_bytes=1 << 20, timeout_s=timeout_s, **SLOW) as client:
         spec = client.spec
         while not ending.is_set():
             ending.wait(PAUSE_S)

@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engrampool_client.lanes import attach as attach_module
 from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lookup.served import choose
 from engrampool_client.testing import serve_process
 from engrampool_proto.v1 import pool_pb2
 from exchanges import exchange_of
-from server_fixtures import LIMIT_S, SPEC, eventually, expected, pack, version_of
-
-VALID_MS = 3000
+from server_fixtures import LIMIT_S, SPEC, eventually, expected, lasting_address, pack, version_of
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +27,39 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("attach") / "small")
 
 
+class Clock:
+    """The lane's clock, which a test may put ahead of the real one."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+    perf_counter = staticmethod(time.perf_counter)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(attach_module, "time", clock)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def _often_renewed(monkeypatch) -> None:
+    monkeypatch.setattr(attach_module, "_RENEWALS", 4 * LIMIT_S)
+
+
 @contextmanager
 def attached(address: str) -> Iterator[AttachLane]:
-    """A lane with shorter leases than the server gives."""
+    """A lane with longer leases than the server gives, and which waits longer for it: no test takes so long."""
     grpc_lane = GrpcLane(address)
     served = choose(grpc_lane.describe(LIMIT_S), None, None)
 
-    def ask(timeout_s: float) -> pool_pb2.AttachResponse:
-        answer = grpc_lane.attach(served.spec.name, served.version, timeout_s)
-        answer.valid_ms = VALID_MS
+    def ask(_: float) -> pool_pb2.AttachResponse:
+        answer = grpc_lane.attach(served.spec.name, served.version, LIMIT_S)
+        answer.valid_ms = round(LIMIT_S * 1e3)
         return answer
 
     lane = AttachLane(ask, served)
@@ -82,8 +105,9 @@ def test_every_worker_lets_a_client_attach(packed, tmp_path):
             assert right(lane)
 
 
-def test_a_server_that_is_killed_is_outlived_for_as_long_as_the_lease(packed, tmp_path):
-    with serve_process(packed, memory=f"file:{tmp_path}", workers=1) as server, attached(server.address) as lane:
+def test_a_server_that_is_killed_is_outlived_for_as_long_as_the_lease(packed, tmp_path, clock):
+    settings = {"memory": f"file:{tmp_path}", "workers": 1, "listen": lasting_address()}
+    with serve_process(packed, **settings) as server, attached(server.address) as lane:
         assert right(lane)
         server.process.kill()
         server.process.wait(LIMIT_S)
@@ -91,9 +115,10 @@ def test_a_server_that_is_killed_is_outlived_for_as_long_as_the_lease(packed, tm
         for path in tmp_path.iterdir():
             path.unlink()  # as a start for other tables would
         assert right(lane)
-        eventually(lambda: not lane.attached, "the lease ended")
+        clock.ahead_s = LIMIT_S
+        assert not lane.attached
         assert not right(lane)
-        with serve_process(packed, memory=f"file:{tmp_path}", workers=1, listen=server.address):
+        with serve_process(packed, **settings):
             eventually(lambda: right(lane), "attached to the next server's tables")
 
 
@@ -101,11 +126,12 @@ def test_a_server_of_another_version_has_nothing_for_this_client(packed, tmp_pat
     other = pack(tmp_path / "other", change=True)
     segments = tmp_path / "segments"
     segments.mkdir()
-    with serve_process(packed, memory=f"file:{segments}", workers=1) as server, attached(server.address) as lane:
+    settings = {"memory": f"file:{segments}", "workers": 1, "listen": lasting_address()}
+    with serve_process(packed, **settings) as server, attached(server.address) as lane:
         assert right(lane)
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(LIMIT_S)
-        with serve_process(other, memory=f"file:{segments}", workers=1, listen=server.address):
+        with serve_process(other, **settings):
             eventually(lambda: "is not here" in lane.reason, "refused")
             assert not right(lane)
 

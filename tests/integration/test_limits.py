@@ -22,7 +22,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fails(*command: str, **how) -> str:
     """The one line that a server which cannot start ends with."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **how)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **how)
     assert done.returncode == 1, done
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("engrampool: ")

@@ -61,7 +61,7 @@ def found(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     shutil.copy(PROTO, directory)
     shutil.copy(Path(__file__).parent / "plain_client.py", directory)
     compile_it = ["-m", "grpc_tools.protoc", "-I.", "--python_out=.", "--grpc_python_out=.", "pool.proto"]
-    subprocess.run([sys.executable, *compile_it], cwd=directory, check=True, timeout=60)
+    subprocess.run([sys.executable, *compile_it], cwd=directory, check=True, timeout=300)
     with serve_process(packed) as server:
         job = {"target": server.address, "calls": calls()}
         done = subprocess.run(
@@ -70,7 +70,7 @@ def found(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
             input=json.dumps(job),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -9,7 +9,7 @@ import pytest
 
 from engrampool_client.testing import ServerProcess, serve_process
 from prefork import PREFORK, Fork
-from server_fixtures import LIMIT_S, pack
+from server_fixtures import LIMIT_S, eventually, pack
 
 PROGRAM = [sys.executable, "-m", "engrampool_proto"]
 
@@ -35,7 +35,7 @@ def test_a_server_has_the_files_and_the_life_of_one_that_is_started(packed, monk
         monkeypatch.setattr(PREFORK, "is_on", False)
         with serve_process(packed, workers=1) as program:
             assert isinstance(program.process, subprocess.Popen)
-            assert files(fork) == files(other) == files(program)
+            eventually(lambda: files(fork) == files(other) == files(program), "all have the same files")
         fork.process.send_signal(signal.SIGINT)
         assert fork.process.wait(LIMIT_S) == 0
         assert fork.wait_for("stopping")["reason"] == "SIGINT"

@@ -43,7 +43,7 @@ print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 def modules_after(*runs: list[str]) -> set[str]:
     """What one process has imported that was the program with each of these words, one after the other."""
     words = [sys.executable, "-c", RUN, json.dumps(runs)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stderr.splitlines()[-1]))
 
@@ -99,7 +99,7 @@ def test_the_options_of_file_commands_are_those_of_what_they_call():
 def test_the_client_is_imported_when_it_is_first_asked_for():
     say = "print('grpc' in sys.modules)"
     code = f"import sys, engrampool_client; {say}; engrampool_client.Client; {say}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.split() == ["False", "True"]
 
 

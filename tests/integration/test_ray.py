@@ -15,6 +15,7 @@ import pytest
 from cluster_load import loads
 from engrampool_client.pool.ray_names import addresses
 from engrampool_proto.builders import blueprint
+from server_fixtures import LIMIT_S, eventually
 from small_model import CONFIG, TOKENIZER, write_model
 
 ray = pytest.importorskip("ray", reason="Ray is not installed; `make test-ray` installs it")
@@ -22,7 +23,7 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 # Ray leaves files and sockets for the collector, and announces its own changes.
 pytestmark = [
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -35,7 +36,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 def engrampool(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "engrampool_proto", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def placed() -> dict[str, dict[int, str]]:
 
 
 def address(server: str) -> str:
-    return ray.get(ray.get_actor(server, "engrampool").address.remote(), timeout=10)
+    return ray.get(ray.get_actor(server, "engrampool").address.remote(), timeout=LIMIT_S)
 
 
 def test_servers_are_restarted_and_moved_while_no_lookup_fails(cluster, packed):
@@ -99,7 +100,8 @@ def test_servers_are_restarted_and_moved_while_no_lookup_fails(cluster, packed):
     told = dict(re.findall(r"^(pool/shard-\d/replica-\d) (\S+)$", done.stdout, re.MULTILINE))
     assert len(told) == SERVERS
     assert done.stdout.endswith(": ray:///pool\n")
-    assert addresses("pool") == sorted(told.values())
+    # What an actor is late to say is not there yet.
+    eventually(lambda: addresses("pool") == sorted(told.values()), "all say where they serve")
     again = engrampool(*up)
     assert sorted(again.stdout.splitlines()) == sorted(done.stdout.splitlines())
     other = engrampool(*up, "--set", "drain_s=1")
@@ -143,6 +145,7 @@ def test_servers_are_restarted_and_moved_while_no_lookup_fails(cluster, packed):
 
     done = engrampool("down", "pool")
     assert (done.returncode, done.stderr) == (0, "")
-    assert server_processes(packed) == {}
-    assert addresses("pool") == []
+    # Of a node that was killed, and of actors, the system ends what is left, in its time.
+    eventually(lambda: server_processes(packed) == {}, "all servers have ended")
+    eventually(lambda: addresses("pool") == [], "nobody serves")
     assert engrampool("down", "pool").returncode == 1

@@ -48,15 +48,27 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("life") / "small")
 
 
+# Nobody is cut off for not reading, and no process is killed for not ending: nothing but `drain_s` ends a drain.
+PATIENT = """
+from engrampool_server.answer import pool_service
+from engrampool_server.processes import supervisor
+pool_service.PATIENCE_S = supervisor._STOP_MARGIN_S = 600.0
+"""
+
+
+def environment(tmp_path: Path, code: str) -> dict[str, str]:
+    """Of a server whose processes run `code` first."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))}
+
+
 @pytest.fixture
 def slow_disk(tmp_path: Path) -> tuple[dict[str, str], Path]:
     """Environment of a server whose reads wait, and the pipe to open for them to go on."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_DISK)
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    search = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": search, "TEST_GATE": str(gate)}, gate
+    return environment(tmp_path, SLOW_DISK) | {"TEST_GATE": str(gate)}, gate
 
 
 @contextmanager
@@ -90,7 +102,7 @@ def fails(*arguments: str, launcher: str | None = None) -> str:
     command = [*SERVE, *arguments]
     if launcher is not None:
         command = [sys.executable, "-c", f"{launcher}\nimport os, sys; os.execv(sys.argv[1], sys.argv[1:])", *command]
-    done = PREFORK.run(command, timeout=60)
+    done = PREFORK.run(command)
     assert done.returncode == 1, done
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -153,7 +165,7 @@ def test_a_signal_while_loading_ends_cleanly(packed, slow_disk, number):
 
 
 def test_each_event_is_one_json_line_with_its_facts(packed):
-    with serve_process(packed) as server:
+    with serve_process(packed, drain_s=600) as server:
         server.process.terminate()
         assert server.process.wait(LIMIT_S) == 0
     names = events(server)
@@ -165,7 +177,7 @@ def test_each_event_is_one_json_line_with_its_facts(packed):
     assert by_name["opened"]["table_bytes"] == SPEC.nbytes
     assert by_name["listening"]["listen"] == by_name["serving"]["listen"] == server.address
     assert by_name["stopping"]["reason"] == "SIGTERM"
-    assert by_name["stopped"]["drained_s"] < 5
+    assert by_name["stopped"]["drained_s"] < LIMIT_S  # it does not wait for nothing
     for line in server.said():
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
 
@@ -175,7 +187,7 @@ def test_each_event_is_one_json_line_with_its_facts(packed):
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.executed), signal.SIGINT])
 def test_lookups_in_flight_finish_and_new_ones_are_refused(packed, number):
-    with serve_process(packed, drain_s=60) as server, RawPool(server.address, version_of(packed)) as pool:
+    with serve_process(packed, drain_s=600) as server, RawPool(server.address, version_of(packed)) as pool:
         call = pool.stream(pool.by_ids((2, BIG)))
         messages = [next(call)]
         server.process.send_signal(number)
@@ -201,24 +213,28 @@ def test_lookups_in_flight_finish_and_new_ones_are_refused(packed, number):
     assert events(server)[-2:] == ["stopping", "stopped"]
 
 
-def test_draining_ends_at_its_bound(packed):
-    with serve_process(packed, drain_s=0.5) as server, RawPool(server.address, version_of(packed)) as pool:
+def test_draining_ends_at_its_bound(packed, tmp_path):
+    environ = environment(tmp_path, PATIENT)
+    with (
+        serve_process(packed, environ=environ, drain_s=0.5) as server,
+        RawPool(server.address, version_of(packed)) as pool,
+    ):
         call = pool.stream(pool.by_ids((2, BIG)))
         next(call)
         begin = time.monotonic()
         server.process.terminate()
         assert server.process.wait(LIMIT_S) == 0  # nobody reads on
         took_s = time.monotonic() - begin
-        assert 0.5 <= took_s < 8
+        assert took_s >= 0.5
         with pytest.raises(grpc.RpcError) as caught:
             list(call)
         assert caught.value.code() in (UNAVAILABLE, grpc.StatusCode.CANCELLED)
     events(server)
-    assert 0.5 <= server.wait_for("stopped")["drained_s"] < 5
+    assert 0.5 <= server.wait_for("stopped")["drained_s"] < LIMIT_S
 
 
 def test_whoever_watches_health_is_told_and_does_not_hold_up_the_end(packed):
-    with serve_process(packed, drain_s=60) as server, grpc.insecure_channel(server.address) as channel:
+    with serve_process(packed, drain_s=600) as server, grpc.insecure_channel(server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         watches = [stub.Watch(health_pb2.HealthCheckRequest(service=name)) for name in ("", "engrampool.v1.Pool", "x")]
         first = [next(watch).status for watch in watches]
@@ -227,7 +243,7 @@ def test_whoever_watches_health_is_told_and_does_not_hold_up_the_end(packed):
         assert [[status.status for status in watch] for watch in watches] == [[NOT_SERVING], [NOT_SERVING], []]
         assert server.process.wait(LIMIT_S) == 0
     events(server)
-    assert server.wait_for("stopped")["drained_s"] < 5
+    assert server.wait_for("stopped")["drained_s"] < LIMIT_S
 
 
 # --- starts that fail
@@ -364,7 +380,7 @@ def test_several_client_processes_at_once(packed):
 
         def client(seed: int) -> str:
             command = [sys.executable, "-c", CLIENT, tests, server.address, version_of(packed), str(seed)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             return done.stdout + done.stderr
 
         assert list(threads.map(client, range(3))) == ["every byte was right\n"] * 3

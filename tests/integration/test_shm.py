@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engrampool_client.testing import ServerProcess, ServerStartError, serve_process
-from server_fixtures import LIMIT_S, RawPool, eventually, expected, pack, rows_of, scrape, version_of
+from server_fixtures import LIMIT_S, RawPool, eventually, expected, lacking, pack, rows_of, scrape, version_of
 
 UNSHARE = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
 SIZE = 8 << 20
@@ -39,7 +39,7 @@ def _may_mount() -> None:
     except FileNotFoundError:
         problem = "no program `unshare` (util-linux)"
     if problem:
-        pytest.skip(f"no mount namespace ({problem}): run as root, or where users may have namespaces")
+        lacking(f"no mount namespace ({problem}): run as root, or where users may have namespaces")
 
 
 @pytest.fixture(scope="module")

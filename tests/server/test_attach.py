@@ -44,7 +44,7 @@ def attach(run: Running, model: str, version: str) -> pool_pb2.AttachResponse:
             request_serializer=pool_pb2.AttachRequest.SerializeToString,
             response_deserializer=pool_pb2.AttachResponse.FromString,
         )
-        return call(pool_pb2.AttachRequest(model=model, version=version), timeout=30)
+        return call(pool_pb2.AttachRequest(model=model, version=version), timeout=60)
 
 
 def refused(run: Running, model: str, version: str) -> tuple[grpc.StatusCode, str | None]:
@@ -54,7 +54,7 @@ def refused(run: Running, model: str, version: str) -> tuple[grpc.StatusCode, st
 def describe(run: Running) -> pool_pb2.DescribeResponse:
     with RawPool(run.address) as pool:
         call = pool.channel.unary_unary("/engrampool.v1.Pool/Describe")
-        return pool_pb2.DescribeResponse.FromString(call(b"", timeout=30))
+        return pool_pb2.DescribeResponse.FromString(call(b"", timeout=60))
 
 
 def check_answer(answer: pool_pb2.AttachResponse, directory: Path, in_memory: bool) -> None:
@@ -98,11 +98,7 @@ def test_what_cannot_be_mapped_is_refused_and_described_so(packed, tmp_path, how
             held = load(model, settings["memory"], False, 1, threading.Event(), lambda _: None)
         if how == "one table":
             object.__setattr__(held.tables[9], "place", None)
-
-        async def hold() -> None:
-            run.server.hold([held])
-
-        run.call(hold)
+        run.hold([held])
         assert refused(run, "small", version_of(packed)) == (grpc.StatusCode.FAILED_PRECONDITION, "no-attach")
         assert not describe(run).attach
         assert run.scrape()['engrampool_refused_total{reason="no-attach"}'] == 1
@@ -112,7 +108,7 @@ def test_model_and_version_must_be_held(packed, tmp_path):
     with running(packed, memory=f"file:{tmp_path}", load=False) as run:
         version = version_of(packed)
         assert refused(run, "small", version) == (grpc.StatusCode.UNAVAILABLE, "loading")
-        run.call(run.server.load)
+        run.load()
         assert attach(run, "small", version).tables
         assert refused(run, "large", version) == (grpc.StatusCode.NOT_FOUND, "unknown-model")
         for other in ("", "0" * 32, version[:-1]):

@@ -9,6 +9,7 @@ import pytest
 
 from engrampool_server import ports
 from engrampool_server.ports import ListenError, listen_on, reserve
+from server_fixtures import lasting_address
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_a_port_taken_for_one_address_is_not_to_be_had_for_all(held, other):
 
 
 def test_a_port_is_free_again_at_once_whatever_connections_it_had(held):
-    address, sockets = reserve("127.0.0.1:0")
+    address, sockets = reserve(lasting_address())
     worker = listener(address, socket.SO_REUSEPORT)
     with socket.create_connection(address.split(":")) as client:
         accepted, _ = worker.accept()

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 
 import grpc
 import grpc.experimental
@@ -52,13 +53,26 @@ _RETRY_LOADING_S = 0.2
 
 
 class _Connection:
-    """A channel of gRPC's. calls: under way on it; whoever closes it at zero ends none."""
+    """A channel of gRPC's.
+
+    calls: under way on it; whoever closes it at zero ends none. lost: Ctrl-C may have come while gRPC held a lock of
+    the channel's, and then every other call on it, and its end, waits for ever: it is neither used any more, nor
+    closed. To set it is one step, which another Ctrl-C cannot come into.
+    """
 
     def __init__(self, target: str) -> None:
         self.channel = grpc.insecure_channel(target, _OPTIONS)
         self.lookup = self.channel.unary_unary(_METHOD + "Lookup")
         self.lookup_stream = self.channel.unary_stream(_METHOD + "LookupStream")
-        self.calls = 0
+        self.calls, self.lost = 0, False
+
+    def cancel(self, call: grpc.Call) -> None:
+        """End a call on it, from any thread."""
+        try:
+            call.cancel()
+        except KeyboardInterrupt:
+            self.lost = True
+            raise
 
 
 class GrpcLane:
@@ -69,9 +83,8 @@ class GrpcLane:
         self._lock = threading.Lock()
         self._closed = False
         self._connection = _Connection(target)
-        # Others that calls are still under way on, and those that nobody may touch any more.
+        # Others that calls are still under way on, or that nobody may touch any more.
         self._former: set[_Connection] = set()
-        self._given_up: list[_Connection] = []
 
     def describe(self, timeout_s: float, request: bytes = DESCRIBE) -> bytes:
         """The bytes of a DescribeResponse, waiting for a server that does not listen yet or is still loading.
@@ -137,8 +150,7 @@ class GrpcLane:
         with self._lock:
             if self._closed or old not in (None, self._connection):
                 return
-            old, self._connection = self._connection, _Connection(self.target)
-            self._former.add(old)
+            self._replace()
         self._close_former()
 
     def close(self) -> None:
@@ -147,7 +159,8 @@ class GrpcLane:
             self._closed = True
             connections = {self._connection, *self._former}
         for connection in connections:
-            connection.channel.close()
+            if not connection.lost:
+                connection.channel.close()
 
     def _control(self, method: str, request: bytes, timeout_s: float) -> bytes:
         """Call what a server that is well answers at once. Raises PoolError.
@@ -164,7 +177,7 @@ class GrpcLane:
                 self.renew(connection)
             raise error from rpc_error
         except KeyboardInterrupt:
-            self.give_up(connection)  # as a lookup does
+            connection.lost = True
             raise
         finally:
             self.leave(connection)
@@ -172,6 +185,8 @@ class GrpcLane:
     def enter(self) -> _Connection:
         """The connection for a call; `leave` is to follow."""
         with self._lock:
+            if self._connection.lost:
+                self._replace()
             self._connection.calls += 1
             return self._connection
 
@@ -182,18 +197,15 @@ class GrpcLane:
         if self._former:
             self._close_former()
 
-    def give_up(self, connection: _Connection) -> None:
-        """Neither use it any more, nor close it: Ctrl-C may have come while gRPC held a lock of the channel's."""
-        with self._lock:
-            self._given_up.append(connection)
-            self._former.discard(connection)
-            if connection is self._connection:
-                self._connection = _Connection(self.target)
+    def _replace(self) -> None:
+        """With the lock: have later calls go by a new connection."""
+        old, self._connection = self._connection, _Connection(self.target)
+        self._former.add(old)
 
     def _close_former(self) -> None:
         """Close those that are not used any more, and on which no call is under way."""
         with self._lock:
-            idle = {one for one in self._former if not one.calls}
+            idle = {one for one in self._former if not one.calls and not one.lost}
             self._former -= idle
         for connection in idle:
             connection.channel.close()
@@ -217,15 +229,13 @@ class _Call:
                 _take(exchange, connection.lookup(exchange.encode(), timeout=timeout_s))
             else:
                 stream = connection.lookup_stream(exchange.encode(), timeout=timeout_s)
-                exchange.delivery.on_cancel(stream.cancel)
+                exchange.delivery.on_cancel(partial(connection.cancel, stream))
                 for message in stream:
                     _take(exchange, message)
         except grpc.RpcError as error:
             raise from_rpc(error, lane.target) from error
         except KeyboardInterrupt:
-            # It may have come while gRPC held a lock of the channel's, and then every other call on it, and its end,
-            # waits for ever: it is not used any more, nor closed.
-            lane.give_up(connection)
+            connection.lost = True
             raise
         finally:
             lane.leave(connection)

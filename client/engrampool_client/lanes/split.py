@@ -1,16 +1,14 @@
 """Parts of one lookup at once: one in the caller's thread, the others in threads beside it."""
 
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from engrampool_client.errors import StepCancelledError
+from engrampool_client.errors import DeadlineError, StepCancelledError
 from engrampool_client.lookup.delivery import Delivery
-
-# A part that is claimed begins at once, however busy the machine is.
-_BEGIN_S = 5.0
+from engrampool_client.lookup.workers import HELD_S, Job, Workers
 
 
 class SideBySide:
@@ -19,17 +17,21 @@ class SideBySide:
     Raises there what the first part that failed did, unless the block raised. A part that has not begun by then does
     not begin. Ctrl-C gives the lookup up, and is raised once all parts have ended. Locks of the system's own are
     waited for, and no future: Ctrl-C leaves those half way.
+
+    No part is waited for beyond the lookup's deadline, nor for long once the lookup was given up, as it may stand at a
+    lock that nobody lets go of any more: then the lookup has ended, and that part can write nothing.
     """
 
-    def __init__(self, threads: ThreadPoolExecutor, delivery: Delivery) -> None:
+    def __init__(self, threads: Workers, delivery: Delivery) -> None:
         self._threads, self._delivery = threads, delivery
         self._parts: list[_Part] = []
 
     def begin(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Have `call` run in another thread."""
+        """Have `call` run in another thread. Raises RuntimeError if there is none."""
         part = _Part(call, arguments)
         self._parts.append(part)
-        self._threads.submit(part.run)
+        if not self._threads.submit(Job(self._delivery, _unplanned, part.run)):
+            raise RuntimeError("the threads for parts of lookups are closed")
 
     def __enter__(self) -> Self:
         return self
@@ -37,15 +39,23 @@ class SideBySide:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        delivery, until = self._delivery, self._delivery.deadline
         interrupt = None if isinstance(error, Exception) else error
-        failed = error is not None
+        failed, late = error is not None, False
         waiting = list(self._parts)
         while waiting:
             try:
                 if interrupt is not None:
-                    self._delivery.give_up(StepCancelledError("the lookup was interrupted"), wait=False)
+                    delivery.give_up(StepCancelledError("the lookup was interrupted"), wait=False)
                 while waiting:
-                    waiting[-1].end(drop=failed)
+                    if delivery.given_up:
+                        until = min(until, time.monotonic() + HELD_S)
+                    # In turns, as it may be given up meanwhile.
+                    if not waiting[-1].end(failed, min(until, time.monotonic() + HELD_S)):
+                        if time.monotonic() < until:
+                            continue
+                        late = True
+                        delivery.expire()
                     waiting.pop()
             except KeyboardInterrupt as another:
                 interrupt, failed = another, True
@@ -55,21 +65,29 @@ class SideBySide:
             for part in self._parts:
                 if part.error is not None:
                     raise part.error
+            if late:
+                raise delivery.error or DeadlineError("a part of the lookup did not end by the deadline")
 
 
 class _Part:
     def __init__(self, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self._call, self._arguments = call, arguments
         self.error: BaseException | None = None
-        self._begun = self._ended = False
-        self._claimed, self._running = threading.Lock(), threading.Lock()
+        self._ended = False
+        # Who came first, "run" or "end". Kept by the call that finds out, which Ctrl-C cannot come into.
+        self._first: dict[str, str] = {}
+        self._running = threading.Lock()
         self._running.acquire()
+
+    @property
+    def begun(self) -> bool:
+        """Whether it runs, or did."""
+        return self._first.get("who") == "run"
 
     def run(self) -> None:
         """In the other thread."""
-        if not self._claimed.acquire(blocking=False):
+        if self._first.setdefault("who", "run") != "run":
             return
-        self._begun = True
         try:
             self._call(*self._arguments)
         except BaseException as error:
@@ -78,10 +96,17 @@ class _Part:
             self._ended = True
             self._running.release()
 
-    def end(self, drop: bool) -> None:
-        """Wait for its end. drop: unless it has not begun; then it never will. May be called again if interrupted."""
-        if drop and self._claimed.acquire(blocking=False):
-            return
-        while not self._ended and not self._running.acquire(timeout=_BEGIN_S):
-            if drop and not self._begun:  # it was dropped before
-                return
+    def end(self, drop: bool, until: float) -> bool:
+        """Wait for its end, whether it came by `until` (time.monotonic). May be called again.
+
+        drop: unless it has not begun; then it never will.
+        """
+        if drop and self._first.setdefault("who", "end") == "end":
+            return True
+        if not self._ended:
+            self._running.acquire(timeout=min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX))
+        return self._ended
+
+
+def _unplanned() -> bool:
+    return True

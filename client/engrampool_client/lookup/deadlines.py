@@ -41,7 +41,8 @@ class Deadlines:
                     thread = threading.Thread(target=self._run, name="engrampool-deadlines", daemon=True)
                     thread.start()
                     self._thread = thread
-                self._changed.notify()
+                # All of one: where Ctrl-C comes into a `notify`, the next one may be for nobody.
+                self._changed.notify_all()
 
     def forget(self, delivery: Delivery) -> None:
         """It has ended."""

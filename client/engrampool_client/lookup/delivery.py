@@ -192,6 +192,7 @@ class Delivery:
         self._settle()
         if wait and threading.get_ident() not in self._writers:
             self._wait(lambda: self._done, inf)
+            self._settle()  # whoever settled it may not have told of its end yet: what it took is free after this
 
     def expire(self, wait: bool = True) -> None:
         """Give it up as its deadline has passed. wait: until those who are writing have left."""

@@ -267,9 +267,15 @@ class Lookups(Generic[V]):
             lookup = Lookup(step.delivery, query, out, self._versions, self._stats, self._closing)
             lookup.run(self._config.spin_s)
         except BaseException as error:
-            interrupted = StepCancelledError("the lookup was interrupted")
-            step.delivery.end(error if isinstance(error, PoolError) else interrupted)
-            step.delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
+            over = False
+            while not over:
+                try:
+                    interrupted = StepCancelledError("the lookup was interrupted")
+                    step.delivery.end(error if isinstance(error, PoolError) else interrupted)
+                    step.delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
+                    over = True
+                except KeyboardInterrupt:  # once more: it must be over first
+                    continue
             raise
         rows = {}
         for layer in step.layers:

@@ -6,14 +6,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 
 from engrampool_client.errors import StepCancelledError
 from engrampool_client.lookup.delivery import Delivery
 
 # Threads that a call may hold whose lookup was given up, before such a lookup keeps its place.
 _MOST_HELD = 16
-# How long closing waits for a call that does not end though nobody wants its answer.
-_HELD_S = 2.0
+# How long anybody waits for a call that does not end though nobody wants its answer.
+HELD_S = 2.0
 _log = logging.getLogger("engrampool")
 
 
@@ -44,7 +45,9 @@ class Workers:
         self._most, self._most_ahead, self._name = most, max(1, most - 1), name
         # Taken by itself: see delivery.py.
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        # Idle threads take from it; one that is woken for nothing goes to sleep again. No condition: where Ctrl-C comes
+        # into its `notify`, it wakes nobody the next time.
+        self._wakes: SimpleQueue[None] = SimpleQueue()
         # By whether they are asked for ahead. What is planned waits in `_planned` for a place.
         self._new: tuple[deque[Job], deque[Job]] = (deque(), deque())
         self._planned: tuple[deque[Job], deque[Job]] = (deque(), deque())
@@ -90,13 +93,13 @@ class Workers:
         """
         with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._wakes.put(None)
         if not wait:
             return
         left = {threading.current_thread()}
         while others := self._threads - left:
             thread = others.pop()
-            thread.join(_HELD_S)
+            thread.join(HELD_S)
             if thread.is_alive() and self._nothing_is_wanted():
                 _log.warning("closing without the end of %s, which a call holds", thread.name)
                 left.add(thread)
@@ -123,7 +126,8 @@ class Workers:
             except RuntimeError:  # the system gives no more of them
                 if not self._threads:
                     raise
-        self._changed.notify()
+        if self._wakes.qsize() <= self._idle:  # else all of them are woken already
+            self._wakes.put(None)
 
     def _ready(self) -> Iterator[tuple[bool, Job]]:
         """With the lock: what can be taken up now, in this order, and whether it is planned."""
@@ -145,20 +149,23 @@ class Workers:
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._idle += 1
-                self._changed.wait_for(lambda: self._closed or next(self._ready(), None) is not None)
-                self._idle -= 1
                 planned, job = next(self._ready(), (False, None))
-                surplus = len(self._threads) - self._held > self._most + 1
-                if job is None or surplus:
-                    # Closing, and others are at what there is; or there are threads enough.
+                if job is None and not self._closed:
+                    self._idle += 1
+                elif job is None or len(self._threads) - self._held > self._most + 1:
+                    # Closing, and others are at what there is; or there are threads enough. Another one looks, too.
                     self._threads.discard(threading.current_thread())
-                    if surplus:
-                        self._changed.notify()
+                    self._wakes.put(None)
                     return
-                (self._planned if planned else self._new)[job.ahead].remove(job)
-                if planned:
-                    self._asking.append(job)
+                else:
+                    (self._planned if planned else self._new)[job.ahead].remove(job)
+                    if planned:
+                        self._asking.append(job)
+            if job is None:
+                self._wakes.get()
+                with self._lock:
+                    self._idle -= 1
+                continue
             try:
                 if planned or self._plan(job):
                     self._ask(job)
@@ -206,6 +213,7 @@ class Workers:
         """Let others have the place of a job that was given up; its thread is held until the call returns."""
         with self._lock:
             if job in self._asking and self._held < _MOST_HELD:
-                self._asking.remove(job)
+                # In this order, as Ctrl-C may come between: the end of a job without a place counts one less.
                 self._held += 1
+                self._asking.remove(job)
                 self._staff()

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from typing import Literal, TypeVar
@@ -26,6 +25,7 @@ from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange, slowest
 from engrampool_client.lookup.landing import Landing
 from engrampool_client.lookup.served import BRIEF, ServedModel
+from engrampool_client.lookup.workers import Workers
 from engrampool_client.pool.breaker import Breaker
 from engrampool_client.pool.latency import Latency
 from engrampool_client.stats import Stats
@@ -53,7 +53,7 @@ class Endpoint:
         self._native: NativeLane | None = None
         self._opened = self._closed = False
         # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
-        self._parts = ThreadPoolExecutor(max(1, config.max_steps * (config.connections - 1)), "engrampool-part")
+        self._parts = Workers(max(1, config.max_steps * (config.connections - 1)), "engrampool-part")
 
     def describe(self, timeout_s: float, request: bytes = BRIEF) -> bytes:
         """The bytes of a DescribeResponse; see `GrpcLane.describe`."""
@@ -202,7 +202,7 @@ class Endpoint:
                 lane.close()
         if self._opened:
             self.breaker.close()
-        self._parts.shutdown(wait=False)
+        self._parts.close(wait=False)
 
 
 class EndpointRequest:
@@ -248,7 +248,7 @@ class EndpointRequest:
                 self._receive_parts(patient, early)
             else:
                 self._fetch(endpoint._lanes[0], self._exchange, self._spin_s, patient, early, self.sent, self._tried)
-        except (ValueError, RuntimeError) as error:  # what gRPC and executors have to say that they are closed
+        except (ValueError, RuntimeError) as error:  # what gRPC and threads have to say that they are closed
             if not endpoint._closed or isinstance(error, EngrampoolError):
                 raise
             raise UnavailableError(f"{endpoint.target} is asked no more, as it was away", "left") from error

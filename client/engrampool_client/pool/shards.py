@@ -15,6 +15,7 @@ from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, 
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.exchange import Exchange, Route, slowest
 from engrampool_client.lookup.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
+from engrampool_client.lookup.workers import Workers
 from engrampool_client.pool.discovery import Servers
 from engrampool_client.pool.endpoint import Endpoint
 from engrampool_client.pool.replicas import ReplicaSet
@@ -46,7 +47,7 @@ class Shards:
         self._lock = threading.Lock()
         self._sets: tuple[ReplicaSet, ...] = ()
         self._routes: dict[int, Route] = {}
-        self._fan_out: ThreadPoolExecutor | None = None
+        self._fan_out: Workers | None = None
         self._watcher: threading.Thread | None = None
         # Threads are started as they are needed, so where nobody is away there are none.
         self._lookers = ThreadPoolExecutor(_LOOKS, "engrampool-look")
@@ -93,7 +94,7 @@ class Shards:
         self._routes = _routes(self.served.spec, self._sets)
         more = len(self._sets) - 1
         if more:
-            self._fan_out = ThreadPoolExecutor(self._config.max_steps * more, "engrampool-shard")
+            self._fan_out = Workers(self._config.max_steps * more, "engrampool-shard")
         if len(self._open) + len(self._away) > 1 or self._servers.may_change:
             watcher = threading.Thread(target=self._watch, name="engrampool-shards", daemon=True)
             watcher.start()
@@ -197,7 +198,7 @@ class Shards:
         for endpoint in self._endpoints():
             endpoint.close()
         if self._fan_out is not None:
-            self._fan_out.shutdown(wait=False)
+            self._fan_out.close(wait=False)
 
     def _endpoints(self) -> list[Endpoint]:
         with self._lock:

@@ -1,8 +1,6 @@
 """One process that answers: binds, holds models, serves, drains, stops. supervisor.py runs several on one port."""
 
 import asyncio
-import threading
-import time
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -10,20 +8,14 @@ from grpc_reflection.v1alpha import reflection
 
 from engrampool_proto.wire import SERVICE
 from engrampool_server.answer.health import SERVING, Health
-from engrampool_server.answer.in_flight import InFlight
-from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.lane.direct import DirectLane
 from engrampool_server.answer.lookups import Limits, Lookups
 from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.config import ServerConfig
-from engrampool_server.memory.load import ModelLoader
 from engrampool_server.memory.tables import LoadedModel
-from engrampool_server.ports import ListenError, listen_on
-from engrampool_server.setting_kinds import split_address
-from engrampool_server.telemetry import log
-from engrampool_server.telemetry.exporter import Http
-from engrampool_server.telemetry.metrics import FLUSH_S, CallMetrics, Metrics
+from engrampool_server.ports import ListenError
+from engrampool_server.telemetry.metrics import FLUSH_S, CallMetrics
 
 # Ids are at most 8 bytes; the rest of a request is small beside them.
 _REQUEST_MARGIN_BYTES = 1 << 20
@@ -41,47 +33,30 @@ _IDLE_S = 0.1
 
 
 class GrpcServer:
-    """Answers on `config.listen`, on the event loop that it was made on.
+    """Answers on `config.listen`, which other processes may share, on the event loop that it is started on.
 
-    Alone (`shared` not given) it is a whole server: `start`, `load`, `stop`. As one of several processes it listens on
-    a port that they share, is given what is loaded already (`start`, `hold`, `stop`) and leaves metrics to others.
-
-    address, metrics_address: "HOST:PORT" once started, with the port that port 0 became. shared: with other processes.
-    lookups: what is answered, whichever way it is asked. direct: the direct lane once started, None without one.
+    shared: with other processes. lookups: what is answered, whichever way it is asked.
+    direct: the direct lane once started, None without one.
     """
 
-    def __init__(self, config: ServerConfig, shared: SharedState | None = None) -> None:
-        self._config = config
-        self._alone = shared is None
-        self.shared = shared or SharedState(Metrics(), InFlight(config.max_in_flight_bytes))
+    def __init__(self, config: ServerConfig, shared: SharedState) -> None:
+        self._config, self.shared = config, shared
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
-        self.lookups = Lookups(limits, self.shared.in_flight, self.shared.metrics, config.gather_threads)
-        self._calls = CallMetrics(self.shared.metrics)
+        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads)
+        self._calls = CallMetrics(shared.metrics)
         self._health = Health("", SERVICE)
-        self._loader = ModelLoader(config, self.shared.metrics)
         self._grpc: grpc.aio.Server | None = None
         self.direct: DirectLane | None = None
-        self._metrics_http: tuple[Http, threading.Thread] | None = None
         self._flushing: asyncio.TimerHandle | None = None
-        self._cancel_load = threading.Event()
-        self.address = self.metrics_address = ""
 
     async def start(self) -> None:
-        """Listen; alone, open the models and check the machine first. Health says NOT_SERVING, lookups UNAVAILABLE.
-
-        Raises ListenError; alone PreflightError and TableFileError, too.
-        """
+        """Listen. Health says NOT_SERVING, lookups UNAVAILABLE. Raises ListenError."""
         config = self._config
-        if self._alone:
-            self._loader.open()
-            self._listen_metrics()
-            self.shared.admission = Admission.open(config.direct, config.listen)
         max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
         if self.shared.admission is not None:
             self.direct = DirectLane(self.lookups, self.shared.metrics, self.shared.admission, max_request_bytes)
         options = [
-            # Two servers on one port would each get some of the connections, a stale one too.
-            ("grpc.so_reuseport", 0 if self._alone else 1),
+            ("grpc.so_reuseport", 1),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_concurrent_streams", _CONNECTION_CALLS),
@@ -102,11 +77,9 @@ class GrpcServer:
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         try:
-            port = self._grpc.add_insecure_port(config.listen)
+            self._grpc.add_insecure_port(config.listen)
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
-        is_path = config.listen.startswith("unix:")
-        self.address = config.listen if is_path else f"{split_address(config.listen)[0]}:{port}"
         await self._grpc.start()
         self._flush()
 
@@ -114,23 +87,6 @@ class GrpcServer:
         """Have Prometheus see what was counted, from now on again and again."""
         self._flushing = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
         self.shared.metrics.flush()
-
-    def _listen_metrics(self) -> None:
-        if self._config.metrics == "off":
-            return
-        listener = listen_on(self._config.metrics, "metrics")
-        server = Http(listener, self.shared.metrics.registry, lambda: self.lookups.ready and self._grpc is not None)
-        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-        thread.start()
-        self._metrics_http = (server, thread)
-        self.metrics_address = f"{split_address(self._config.metrics)[0]}:{server.server_port}"
-
-    async def load(self) -> None:
-        """Read every table, then serve them. Raises what reading and allocating raise."""
-        self.hold(await asyncio.to_thread(lambda: list(self._loader.load(self._cancel_load))))
-        self.shared.metrics.serving.set(1)
-        self.shared.metrics.workers.set(1)
-        log.event("serving", listen=self.address, metrics=self.metrics_address or "off")
 
     def hold(self, models: list[LoadedModel]) -> None:
         """Answer lookups in `models` from now on; health says SERVING, if there are any."""
@@ -144,31 +100,14 @@ class GrpcServer:
 
     async def stop(self) -> None:
         """NOT_SERVING, no new calls, let those in flight finish for up to drain_s, stop. Twice is once."""
-        self._cancel_load.set()
         if self._grpc is not None:
             self._health.end()
-            if self._alone:
-                self.shared.metrics.serving.set(0)
-                self.shared.metrics.workers.set(0)
-            begin = time.monotonic()
             direct = [] if self.direct is None else [self.direct.stop(self._config.drain_s)]
             await asyncio.gather(self._drain(self._grpc), *direct)
             self._grpc = None
-            if self._alone:
-                log.event("stopped", drained_s=round(time.monotonic() - begin, 3))
-        if self._alone and self.shared.admission is not None:
-            self.shared.admission.close()
-            self.shared.admission = None
         if self._flushing is not None:
             self._flushing.cancel()
         self.lookups.close()
-        self._loader.close()
-        if self._metrics_http is not None:
-            server, thread = self._metrics_http
-            self._metrics_http = None
-            await asyncio.to_thread(server.shutdown)
-            server.server_close()
-            await asyncio.to_thread(thread.join)
 
     async def _drain(self, server: grpc.aio.Server) -> None:
         """Let calls under way finish for up to drain_s.

@@ -1,1 +1,1 @@
-"""What is typed: the subcommands of `engrampool` that the server brings, but `serve`."""
+"""What is typed: the subcommands of `engrampool` that the server brings."""

@@ -1,4 +1,4 @@
-"""The server's subcommands of `engrampool`; each only reads its options and says what was done.
+"""The subcommands for packed models, patches and segments; each only reads its options and says what was done.
 
 Each imports what it needs when it runs, so that help and mistakes are answered at once.
 """

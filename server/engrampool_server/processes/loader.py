@@ -45,7 +45,7 @@ def become_loader(
 ) -> NoReturn:
     """Turn this process, a fresh fork, into one that fills the segments of a version, as far as they are held here.
 
-    It says on `link` how far it is, and once all is there it is ready: nobody frees the segments until it is killed.
+    It reports how far it is, and once all is there it is ready: nobody frees the segments until it is killed.
     others: (model, version) of what is held here as well, or to be.
     """
     order = {

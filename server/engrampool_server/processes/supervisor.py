@@ -91,7 +91,7 @@ class Supervisor:
         self._stop_begun_s = 0.0
         self._metrics_listener: socket.socket | None = None
         self._unix_path: UnixPath | None = None
-        self._is_astray = False  # the gate leads to nobody, and the log says so
+        self._is_astray = False  # the path leads to nobody, and the log says so
         self.kept: dict[int, Callable[[], object]] = {}
         self.said: Callable[[Child, Report], None] = lambda child, report: None
         self.not_inherited: list[socket.socket] = []

@@ -1,8 +1,11 @@
 """`engrampool doctor`: its verdicts on made-up measurements, its streams, and whole runs against a real server."""
 
+import itertools
 import json
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import BatchError, Client, FingerprintError, RecordError, SpecError, UnavailableError
-from engrampool_client.doctor import diagnosis
+from engrampool_client.doctor import diagnosis, replay
 from engrampool_client.doctor.cache_sizes import CacheSize
 from engrampool_client.doctor.command import doctor, print_report
 from engrampool_client.doctor.diagnosis import Phase, Report, Trial, Tried, Verdict, judge, split, trials
@@ -26,10 +29,13 @@ from engrampool_client.doctor.replay import (
     phases_of_text,
     play,
 )
+from engrampool_client.lookup import delivery
+from engrampool_proto.cli import main
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.wire import ServerTimes
 from server_fixtures import eventually, serve_thread
 
+pytestmark = pytest.mark.usefixtures("patient")
 VOCAB = 129280
 LAYERS = 20
 
@@ -47,7 +53,48 @@ def tokens(tmp_path_factory):
 
 
 @pytest.fixture
-def patient_ms(tmp_path):
+def model_clock(monkeypatch):
+    """Time goes on a little with each look at it, and by as much as a layer takes once all is there that was asked for.
+
+    So no lookup takes as long as a layer, however slow this machine is.
+    """
+    looks, slept, started, start = itertools.count(), [0.0], [], Forward.start
+
+    def now() -> float:
+        return 1e-6 * next(looks) + slept[0]
+
+    def sleep(seconds: float) -> None:
+        eventually(lambda: all(step.done() for step in started), "rows are there")
+        started.clear()
+        slept[0] += seconds
+
+    def noted(forward: Forward, *how):
+        started.append(start(forward, *how))
+        return started[-1]
+
+    monkeypatch.setattr(Forward, "start", noted)
+    real = {name: getattr(time, name) for name in ("thread_time", "process_time")}
+    monkeypatch.setattr(replay, "time", SimpleNamespace(perf_counter=now, sleep=sleep, **real))
+    monkeypatch.setattr(delivery, "time", SimpleNamespace(perf_counter=now, monotonic=time.monotonic))
+    round_trip = diagnosis.round_trip
+
+    def by_the_real_one(client: Client) -> float | None:  # as the server's time is taken from it
+        with monkeypatch.context() as patch:
+            patch.setattr(delivery, "time", time)
+            return round_trip(client)
+
+    monkeypatch.setattr(diagnosis, "round_trip", by_the_real_one)
+
+
+@pytest.fixture
+def whole_simulation(monkeypatch):
+    """Caches are simulated to the end of what they are asked for, however slow this machine is."""
+    simulate = diagnosis.simulate
+    monkeypatch.setattr(diagnosis, "simulate", lambda spec, heads, phases, _: simulate(spec, heads, phases, 600))
+
+
+@pytest.fixture
+def patient_ms(tmp_path, model_clock):
     """Layer 0 takes longer than any lookup, the others no time."""
     path = tmp_path / "patient.json"
     times = [400.0, *[0.0] * (LAYERS - 1)]
@@ -58,15 +105,6 @@ def patient_ms(tmp_path):
 def run(*arguments):
     result = CliRunner().invoke(doctor, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False)
     return result.return_value, result.output
-
-
-def run_until_hidden(*arguments):
-    """The first run that ends well: on a busy machine a lookup may take as long as a patient layer."""
-    for _ in range(20):
-        code, output = run(*arguments)
-        if code == 0:
-            break
-    return code, output
 
 
 def forward(margins, masked=None, elapsed_s=0.004, times=(100, 200, 1000)) -> Played:
@@ -201,7 +239,7 @@ def test_a_clock_gives_each_layer_its_start():
 # --- playing
 
 
-def test_a_play_has_the_margins_of_a_model_that_waits(server):
+def test_a_play_has_the_margins_of_a_model_that_waits(server, model_clock):
     with Client(server) as client:
         forwards = [Forward(TokenBatch.of(text_of(30, seed))) for seed in range(5)]
         clock = Clock((0.3, *[0.0] * 12, 0.2, *[0.0] * 6), 30, False)
@@ -224,13 +262,13 @@ def test_a_play_has_the_margins_of_a_model_that_waits(server):
         assert all(one.margin_s[1] + one.margin_s[14] > -2 * one.elapsed_s - 0.1 for one in hasty.forwards)
 
 
-def test_rows_prefetched_ahead_are_there_at_once(server):
+def test_rows_prefetched_ahead_are_there_at_once(server, model_clock):
     with Client(server) as client:
         forwards = [Forward(TokenBatch.of(text_of(30, seed))) for seed in range(4)]
         played = play(client, forwards, Clock((0.0,) * 14 + (0.3,) + (0.0,) * 5, 30, False), 60.0, ahead=True)
         assert (len(played.forwards), played.lookups) == (3, 4)
         assert all(one.margin_s[1] > 0.1 for one in played.forwards)
-        assert client.stats.in_flight == 0
+        eventually(lambda: client.stats.in_flight == 0, "all have ended")
 
 
 def test_what_is_left_prefetched_at_the_end_is_cancelled(server):
@@ -238,7 +276,7 @@ def test_what_is_left_prefetched_at_the_end_is_cancelled(server):
         forwards = [Forward(TokenBatch.of(text_of(30, seed))) for seed in range(9)]
         assert len(play(client, forwards, Clock((0.0,) * LAYERS, 30, False), 0.0, ahead=True).forwards) == 3
         assert client.stats.begun == 5
-        assert client.stats.in_flight == 0
+        eventually(lambda: client.stats.in_flight == 0, "all have ended")
 
 
 def test_masked_tokens_are_counted_and_expose_the_layer(packed):
@@ -254,9 +292,9 @@ def test_masked_tokens_are_counted_and_expose_the_layer(packed):
 # --- whole runs
 
 
-def test_generous_layers_are_hidden(server, tokens, patient_ms):
+def test_generous_layers_are_hidden(server, tokens, patient_ms, whole_simulation):
     sizes = ("--prefill-tokens", 100, "--decode-batch", 8)
-    code, output = run_until_hidden(
+    code, output = run(
         *("--server", server, "--tokens", tokens, "--layer-ms", patient_ms, *sizes, "--seconds", 0.5, "--json")
     )
     report = json.loads(output)
@@ -274,7 +312,7 @@ def test_generous_layers_are_hidden(server, tokens, patient_ms):
     assert report["cache"][0]["saved"].keys() == {"prefill", "decode"}
 
 
-def test_layers_without_any_time_are_exposed_and_what_was_tried_is_said(server, tokens):
+def test_layers_without_any_time_are_exposed_and_what_was_tried_is_said(server, tokens, whole_simulation):
     code, output = run(
         *("--server", server, "--tokens", tokens, "--layers", LAYERS, "--decode-batch", 8, "--decode-ms", 0),
         *("--direct", "off", "--attach", "off", "--no-dedupe", "--seconds", 0.5),
@@ -292,7 +330,7 @@ def test_a_recording_is_replayed_with_the_same_settings(server, tmp_path, patien
     with Client(server, record=path, heads=(0, 8)) as client:
         for seed in range(8):
             client.lookup(text_of(6, seed))
-    code, output = run_until_hidden(
+    code, output = run(
         *("--server", server, "--record", path, "--layer-ms", patient_ms, "--decode-batch", 6, "--prefill-tokens", 999),
         *("--heads", "0:8", "--seconds", 0.5, "--cache-bytes", 1 << 20, "--json"),
     )
@@ -377,14 +415,19 @@ def test_wrong_usage_ends_with_2_before_anything_is_read(arguments, text):
     assert text in result.output
 
 
-def test_the_program_ends_with_the_verdicts_code(server, tokens, patient_ms, tmp_path):
-    words = [sys.executable, "-m", "engrampool_proto", "doctor", "--server", server, "--tokens", str(tokens)]
+def test_the_program_ends_with_the_verdicts_code(server, tokens, patient_ms, tmp_path, monkeypatch, capsys):
+    words = ["doctor", "--server", server, "--tokens", str(tokens)]
     words += ["--decode-batch", "8", "--prefill-tokens", "100", "--seconds", "0.2", "--layer-ms"]
     hasty = tmp_path / "hasty.json"
     hasty.write_text(json.dumps({"decode": [0] * LAYERS}))
     for path, code in ((hasty, 3), (patient_ms, 0)):
-        done = subprocess.run([*words, str(path)], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (code, "")
+        monkeypatch.setattr(sys, "argv", ["engrampool", *words, str(path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code, capsys.readouterr().err) == (code, "")
+    words = [sys.executable, "-m", "engrampool_proto", *words]
+    done = subprocess.run([*words, str(hasty)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
     record = [word if word != "--tokens" else "--record" for word in words]
     done = subprocess.run([*record, str(hasty)], capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)

@@ -21,6 +21,7 @@ from engrampool_proto.synthetic import synthetic_rows
 from exchanges import exchange_of
 from server_fixtures import LIMIT_S, SPEC, expected, pack, running
 
+pytestmark = pytest.mark.usefixtures("patient")
 # Small answers and large ones come in different ways, over some lanes.
 IDS = {"few": {9: [5, 0, 5], 2: [6499]}, "many": {2: np.arange(6500), 9: np.arange(4100)}}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from direct_peers import NUMBER, SERVED, TIMES, Frame, exchange, numbered, peer,
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
 from engrampool_client.errors import OverloadedError, StepCancelledError
 from engrampool_client.lanes import connection as lane
-from engrampool_client.lanes import dial
+from engrampool_client.lanes import dial, native
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
@@ -25,6 +26,7 @@ from engrampool_proto.v1 import pool_pb2
 from exchanges import exchange_of
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
 
+pytestmark = pytest.mark.usefixtures("patient")
 MIB = 1 << 20
 
 
@@ -43,6 +45,35 @@ def answered(server: Running, method: str) -> float:
     return server.scrape().get(f'engrampool_lookup_seconds_count{{method="{method}",model="small"}}', 0)
 
 
+def answered_so_far(server: Running, method: str) -> float:
+    """As `answered`, once all is counted that was asked before: that may be a little later than its answer."""
+
+    def idle() -> bool:
+        found = server.scrape()
+        return not found["engrampool_direct_connections"] and not found["engrampool_in_flight_bytes"]
+
+    eventually(idle, "nobody asks")
+    return answered(server, method)
+
+
+class Held:
+    """Has the receiving of large rows stand still once the first of them came, until `go_on` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.came, self.go_on = threading.Event(), threading.Event()
+        received = lane.Connection._received
+
+        def held(connection: lane.Connection, places: list[memoryview], deadline: float, flags: int = 0) -> int:
+            if self.came.is_set() or sum(map(len, places)) < MIB:
+                return received(connection, places, deadline, flags)
+            count = received(connection, [places[0][:100_000]], deadline, flags)
+            self.came.set()
+            assert self.go_on.wait(LIMIT_S)
+            return count
+
+        monkeypatch.setattr(lane.Connection, "_received", held)
+
+
 # --- a real server
 
 
@@ -52,7 +83,7 @@ def test_rows_are_those_of_grpc_wherever_they_are_to_lie(server, count, given_ou
     rng = np.random.default_rng(count)
     ids = {2: rng.integers(0, 6500, (count, 2)), 9: rng.integers(0, 4100, count)}
     out = {2: np.zeros((count, 2, 264), np.uint8), 9: np.zeros((count, 42), np.uint8)} if given_out else None
-    before = answered(server, "Direct")
+    before = answered_so_far(server, "Direct")
     with Client(server.address) as client, Client(server.address, direct="off") as grpc_only:
         step = client.prefetch_rows(ids, out=out)
         step.wait(LIMIT_S)
@@ -77,7 +108,7 @@ def test_tokens_too(server, hashing):
 
 
 def test_a_refusal_is_raised_and_the_lane_stays_good(server):
-    before = answered(server, "Direct")
+    before = answered_so_far(server, "Direct")
     with Client(server.address) as client:
         object.__setattr__(client.served, "version", "another")
         with pytest.raises(PoolError) as raised:
@@ -94,7 +125,7 @@ def server_version(server: Running) -> str:
 
 
 def test_threads_have_connections_of_their_own(server):
-    before = answered(server, "Direct")
+    before = answered_so_far(server, "Direct")
     wanted = {seed: np.random.default_rng(seed).integers(0, 6500, 3000) for seed in range(3)}
     with Client(server.address) as client:
 
@@ -132,6 +163,13 @@ def test_where_either_side_has_it_off_lookups_go_over_grpc(server, packed):
 def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkeypatch):
     for module in (dial, lane):
         monkeypatch.setattr(module, "OPEN_TIMEOUT_S", 0.2)
+    connect, tries = NativeLane._connect, []
+
+    def tried(made: NativeLane) -> None:
+        tries.append(threading.current_thread())
+        connect(made)
+
+    monkeypatch.setattr(NativeLane, "_connect", tried)
     with running(packed) as run:
         admission = run.server.shared.admission
         admission.port = 1  # nobody listens there
@@ -139,11 +177,11 @@ def test_a_lane_that_cannot_be_entered_costs_nothing_but_a_moment(packed, monkey
             assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
         with socket.create_server(("127.0.0.1", 0)) as silent:
             admission.port = silent.getsockname()[1]
-            begin = time.monotonic()
+            tries.clear()
             with Client(run.address) as client:
                 for _ in range(5):
                     client.lookup_rows({2: np.array([1])})
-            assert time.monotonic() - begin < 5 * 0.2
+            assert tries.count(threading.current_thread()) == 1  # as it was made: no lookup waits for another try
         eventually(lambda: answered(run, "Lookup") == 6, "over gRPC")
         assert answered(run, "Direct") == 0
 
@@ -164,31 +202,28 @@ def test_a_connection_that_breaks_is_replaced(packed):
         eventually(on_the_lane, "on the lane again")
 
 
-def test_in_mid_answer_too_and_the_rows_are_right(packed):
-    ids = np.tile(np.arange(6500), 40)
+def test_in_mid_answer_too_and_the_rows_are_right(packed, monkeypatch):
+    ids, held = np.tile(np.arange(6500), 40), Held(monkeypatch)
     with running(packed) as run, Client(run.address) as client:
         out = np.zeros((len(ids), 264), np.uint8)
-        broken = threading.Event()
-
-        def abort() -> None:
-            eventually(lambda: out[0].any(), "rows come")
-            for connection in list(run.server.direct.connections):
-                run._loop.call_soon_threadsafe(connection.abort)
-            broken.set()
-
-        thread = threading.Thread(target=abort)
-        thread.start()
-        client.lookup_rows({2: ids}, out={2: out}, timeout_s=LIMIT_S)
-        thread.join()
+        step = client.prefetch_rows({2: ids}, out={2: out}, timeout_s=2 * LIMIT_S)
+        assert held.came.wait(LIMIT_S)
+        (connection,) = run.server.direct.connections
+        connection.abort()
+        eventually(lambda: connection not in run.server.direct.connections, "aborted")
+        held.go_on.set()
+        step.wait()
         assert out.tobytes() == expected(2, ids)
 
 
-def test_a_cancelled_step_writes_nothing_any_more(packed):
-    ids = np.tile(np.arange(6500), 40)
+def test_a_cancelled_step_writes_nothing_any_more(packed, monkeypatch):
+    ids, receiving = np.tile(np.arange(6500), 40), Held(monkeypatch)
     with running(packed) as run, Client(run.address) as client:
         out = np.zeros((len(ids), 264), np.uint8)
-        step = client.prefetch_rows({2: ids}, out={2: out})
-        eventually(lambda: out[0].any(), "rows come")
+        step = client.prefetch_rows({2: ids}, out={2: out}, timeout_s=2 * LIMIT_S)
+        assert receiving.came.wait(LIMIT_S)
+        assert out[0].any()
+        step.delivery.on_cancel(receiving.go_on.set)
         step.cancel()
         held = out.copy()
         with pytest.raises(StepCancelledError):
@@ -394,18 +429,23 @@ def test_a_refusal_is_typed_and_the_connection_is_used_again():
 
 
 @pytest.mark.parametrize("cut", [0, 10, 100])
-def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut):
+def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut, monkeypatch):
     _, sent = whole_answer(3000, set())
     with peer(sent[:cut] or (lambda *_: None), b"") as made:
         begin = time.monotonic()
+        with monkeypatch.context() as patch:  # the clock stands still until it is sent
+            for module in (native, lane):
+                patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: begin))
+            request = made.ask(exchange(3000), begin + 0.2, spin_s=1e-3)
         with pytest.raises(DeadlineError):
-            ask(made, exchange(3000), timeout_s=0.2, spin_s=1e-3)
+            request.receive()
         assert 0.19 < time.monotonic() - begin < LIMIT_S
 
 
 @pytest.mark.parametrize("cut", [0, 10, 100])
 def test_a_peer_that_is_silent_for_too_long_is_left_for_grpc_before_the_deadline(cut, monkeypatch):
     monkeypatch.setattr(lane, "_SILENCE_S", 0.2)
+    monkeypatch.setattr(native, "_FIRST_PAUSE_S", LIMIT_S)
     _, sent = whole_answer(3000, set())
     with peer(sent[:cut] or (lambda *_: None), b"") as made:
         assert ask(made, exchange(3000), timeout_s=3600, spin_s=1e-3) is False
@@ -414,24 +454,26 @@ def test_a_peer_that_is_silent_for_too_long_is_left_for_grpc_before_the_deadline
 
 def test_a_lane_that_lets_in_and_does_not_answer_is_tried_less_and_less_often(packed, monkeypatch):
     """As through a proxy that passes on how a connection begins, and nothing after."""
-    monkeypatch.setattr(lane, "_SILENCE_S", 0.05)
+    # Far longer than this takes, and as many times longer each as without that.
+    monkeypatch.setattr(native, "_FIRST_PAUSE_S", 100.0)
+    monkeypatch.setattr(native, "_LONGEST_PAUSE_S", 3000.0)
     with running(packed) as run, Client(run.address, attach="off") as client:
         (endpoint,) = client._shards.sets[0].replicas
         made = endpoint._native
         pauses = []
-        for _ in range(4):
-            eventually(lambda: made._idle, "a connection was opened")
-            connection = made._idle[-1]
-            monkeypatch.setattr(connection, "receive", silent)
-            assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
-            assert "does not answer" in endpoint.why_not_direct
-            pauses.append(made._pause_s)
-            made._not_before = 0.0  # that time is over
-            made._want_one()
-        assert pauses == [2.0, 4.0, 8.0, 16.0]
-        eventually(lambda: made.open, "a connection was opened")
+        with monkeypatch.context() as patch:
+            patch.setattr(lane.Connection, "receive", silent)
+            for _ in range(4):
+                eventually(lambda: made._idle, "a connection was opened")
+                assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
+                assert "does not answer" in endpoint.why_not_direct
+                pauses.append(made._pause_s)
+                made._not_before = 0.0  # that time is over
+                made._want_one()
+        assert pauses == [200.0, 400.0, 800.0, 1600.0]
+        eventually(lambda: made._idle, "a connection was opened")
         client.lookup_rows({2: np.array([1])})
-        assert made._pause_s == 1.0  # it answered
+        assert made._pause_s == 100.0  # it answered
 
 
 def silent(*_: object, **__: object) -> None:
@@ -448,14 +490,16 @@ def test_a_connection_that_was_just_opened_is_not_distrusted_with_one_that_is_ol
         eventually(lambda: made._idle, "another was opened")
         new = made._idle[-1]
         made.distrust(old)
-        assert made._idle[-1] is new
+        assert new in made._idle
 
 
-def test_the_system_waits_hardly_longer_than_is_left():
+def test_the_system_waits_hardly_longer_than_is_left(monkeypatch):
+    monkeypatch.setattr(lane, "_SILENCE_S", 2.0)
     with peer(lambda *_: None) as made:
         connection = made._idle[-1]
+        monkeypatch.setattr(lane, "time", SimpleNamespace(monotonic=lambda: 0.0))
         for left_s in (2.0, 1.9, 1.82, 1.819, 0.5, 0.46, 3600.0, 0.001):
-            connection._allow(time.monotonic() + left_s)
+            connection._allow(left_s)
             assert connection._limit_s <= min(left_s, lane._SILENCE_S) + 0.005
         connection.close()
 

@@ -196,7 +196,7 @@ def test_a_deadline_waits_for_who_is_writing_and_lets_no_other_in():
     cancelled = threading.Event()
     delivery.on_cancel(cancelled.set)
     reader.start()
-    assert cancelled.wait(10)  # the deadline has come, and told the call
+    assert cancelled.wait(LIMIT_S)  # the deadline has come, and told the call
     assert not settled.is_set()
     with pytest.raises(DeadlineError), delivery.writing():
         pass
@@ -261,6 +261,30 @@ def test_who_is_at_work_is_told_even_if_the_last_writer_settles_first():
     assert told == [True]
 
 
+def test_what_a_step_took_is_free_once_it_was_given_up_though_another_settles_it():
+    inside, told, go_on, ended = threading.Event(), threading.Event(), threading.Event(), []
+
+    def on_end(_: Delivery) -> None:
+        if threading.current_thread() is writer:
+            assert go_on.wait(LIMIT_S)
+        ended.append(threading.current_thread())
+
+    def write() -> None:
+        with delivery.writing():
+            inside.set()
+            assert told.wait(LIMIT_S)
+
+    step, delivery = step_of([1], on_end=on_end)
+    delivery.on_cancel(told.set)
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert inside.wait(LIMIT_S)
+    step.cancel()
+    assert ended == [threading.current_thread()]
+    go_on.set()
+    writer.join()
+
+
 def test_a_child_waits_for_no_end_of_a_step_that_has_its_rows():
     step, delivery = step_of([1], time.monotonic() + 3600)
     delivery.arrived({1: ROWS[1]})
@@ -314,11 +338,13 @@ class _Interrupt:
         self.left, self.raised = at, False
 
     def __enter__(self) -> "_Interrupt":
+        gc.disable()  # or the end of a step that is garbage may be what is interrupted
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_) -> None:
         sys.settrace(None)
+        gc.enable()
 
     def _call(self, frame, event, arg):
         name = frame.f_code.co_filename

@@ -7,6 +7,7 @@ import pytest
 from engrampool_client.errors import StepCancelledError
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.workers import Job, Workers
+from server_fixtures import eventually
 
 LIMIT_S = 30
 
@@ -48,6 +49,7 @@ def test_jobs_run_in_their_order_and_those_ahead_after_all_others(ran):
     gate = busy(workers)
     for number, ahead in enumerate((True, False, True, False)):
         assert workers.submit(job_of(lambda number=number: ran.append(number), ahead=ahead))
+    eventually(lambda: workers.waiting == 4, "all are planned")
     gate.open.set()
     workers.close()
     assert ran == [1, 3, 0, 2]

@@ -1,6 +1,7 @@
 """When lookups are tried again, when they fail at once, and what ends that. No test waits for time to pass."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -191,7 +192,7 @@ def test_a_probe_that_is_answered_closes_it(probe):
 
 def test_pauses_grow_up_to_a_bound_and_end_with_the_time_for_them(probe, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(breaker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(breaker, "time", SimpleNamespace(monotonic=lambda: now[0]))  # of nobody else
     one = made(probe, retry_s=1.0)
     pauses = [one.pause_s(BROKEN, attempt) for attempt in range(7)]
     assert pauses == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.2, 0.2])
@@ -318,8 +319,12 @@ def test_a_probe_that_is_refused_is_answered(probe):
 
 def test_it_does_not_open_where_nobody_would_close_it(probe, monkeypatch):
     one = made(probe, failures=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no more threads")))
+
+    def refuse() -> None:
+        raise RuntimeError("no more threads")
+
+    with monkeypatch.context() as patch:  # of nobody else
+        patch.setattr(breaker, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=refuse)))
         one.failed(BROKEN)
     assert not one.is_open
     one.failed(BROKEN)

@@ -24,6 +24,7 @@ from server_fixtures import (
     serve_thread,
 )
 
+pytestmark = pytest.mark.usefixtures("patient")
 TOKENS = np.arange(500, dtype=np.int32)
 LANES = ["off", "auto"]
 
@@ -58,7 +59,9 @@ def test_a_silent_server_is_masked_then_known_then_back(silent, direct, monkeypa
                 assert not step.valid(1).any()
                 assert not step.valid(14).any()
                 misses += 1
-                assert client.stats.masked_tokens == {1: 500 * misses, 14: 500 * misses}
+                # Who settled it counts it, maybe after this thread was woken.
+                masked = {1: 500 * misses, 14: 500 * misses}
+                eventually(lambda masked=masked: client.stats.masked_tokens == masked, "it is counted")
             assert misses >= 3
             # Now a step with a long deadline costs none of it.
             step = client.prefetch(TOKENS, timeout_s=3600)
@@ -66,6 +69,7 @@ def test_a_silent_server_is_masked_then_known_then_back(silent, direct, monkeypa
             assert isinstance(step.error, UnavailableError)
             assert step.error.reason == "breaker-open"
             assert re.search(r"failed \d+ lookups in a row", str(step.error))
+            monkeypatch.setattr("engrampool_client.pool.endpoint._PROBE_TIMEOUT_S", LIMIT_S)
         wait_until_closed(client)
         step = client.prefetch(TOKENS)
         assert step.valid(1).all()
@@ -120,9 +124,9 @@ def test_a_client_closes_at_once_while_a_silent_server_is_probed(silent, monkeyp
     client = Client(silent.address, breaker_failures=1, attach="off")
     closer = threading.Thread(target=client.close)
     with silent.frozen():
-        with pytest.raises(DeadlineError):
-            client.lookup(TOKENS, timeout_s=0.05)
-        assert probing.wait(LIMIT_S)
+        while not probing.wait(0.05):  # a deadline that passed before anything was sent has nobody probe it
+            with pytest.raises(DeadlineError):
+                client.lookup(TOKENS, timeout_s=0.05)
         closer.start()
         closer.join(LIMIT_S)
         assert not closer.is_alive()
@@ -243,7 +247,7 @@ def test_prefetch_refuses_what_would_not_fit_in_memory(silent):
 
 def test_steps_for_later_are_overtaken(packed, monkeypatch):
     gate = GatherGate(monkeypatch)
-    with serve_thread(packed) as address, Client(address, max_steps=1, attach="off") as client:
+    with serve_thread(packed) as address, Client(address, max_steps=1, attach="off", timeout_s=60.0) as client:
         order, steps = [], [client.prefetch(TOKENS, layers=[14])]
         gate.wait_begun(1)  # it has the only place
         for name in ("later", "later too", "now"):

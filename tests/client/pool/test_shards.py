@@ -25,6 +25,7 @@ from engrampool_proto.v1 import pool_pb2
 from exchanges import exchange_of
 from server_fixtures import LIMIT_S, columns_of, eventually, lasting_address, serve_thread, unused, used
 
+pytestmark = pytest.mark.usefixtures("patient")
 TOKENS = np.arange(700, dtype=np.int32) % 300
 ROWS = RowFormat((Segment("values", "uint8", 3),))
 SPEC = ModelSpec("m", 60, tuple(TableSpec(layer, 60, ROWS, Identity(60)) for layer in (2, 9)))
@@ -160,6 +161,7 @@ def test_shards_that_disagree_are_refused(packed, shards):
         pass
 
 
+@pytest.mark.usefixtures("all_are_there")
 def test_two_versions_never_mix(packed, other_packed, shards):
     with serve_thread(other_packed) as other, Client([*shards, other], "deepseek-v4.1") as client:
         assert_same(client.lookup(TOKENS), wanted(client))
@@ -167,13 +169,14 @@ def test_two_versions_never_mix(packed, other_packed, shards):
         assert "deepseek-v4.1" in unused(client)[other]
 
 
+@pytest.mark.usefixtures("all_are_there")
 def test_a_replica_stands_in_for_one_that_is_killed_or_silent(packed):
     with ExitStack() as stack:
         servers = [
             stack.enter_context(serve_process(packed, shard=f"{at}/2", workers=1)) for at in (0, 1) for _ in range(2)
         ]
         addresses = [server.address for server in servers]
-        client = stack.enter_context(Client(addresses, attach="off", retry_s=0.1))
+        client = stack.enter_context(Client(addresses, attach="off", retry_s=0.1, timeout_s=60.0))
         expected = wanted(client)
         for _ in range(4):
             assert_same(client.lookup(TOKENS), expected)
@@ -214,6 +217,7 @@ def wait_for(condition) -> None:
         pause.wait(0.01)
 
 
+@pytest.mark.usefixtures("all_are_there")
 def test_a_server_that_holds_other_rows_by_now_is_left_aside(packed, other_packed, server, looking_often):
     listen = lasting_address()
     with ExitStack() as stack:
@@ -234,7 +238,9 @@ def test_a_server_that_holds_other_rows_by_now_is_left_aside(packed, other_packe
                 assert_same(client.lookup(TOKENS), expected)
 
 
+@pytest.mark.usefixtures("all_are_there")
 def test_addresses_that_a_name_has_no_more_are_forgotten(packed, server, looking_often, monkeypatch):
+    describe, go_on = Endpoint.describe, threading.Event()
     with ExitStack() as stack:
         other = stack.enter_context(serve_process(packed, workers=1))
         known = [server, other.address]
@@ -242,6 +248,12 @@ def test_addresses_that_a_name_has_no_more_are_forgotten(packed, server, looking
         client = stack.enter_context(Client("dns:///pool:1", attach="off", retry_s=0, breaker_failures=1))
         expected = wanted(client)
         gone = known.pop()
+
+        def held(endpoint: Endpoint, *arguments) -> bytes:
+            assert endpoint.target != gone or go_on.wait(LIMIT_S)  # that it is away is not found meanwhile
+            return describe(endpoint, *arguments)
+
+        monkeypatch.setattr(Endpoint, "describe", held)
         left, known[:] = list(known), []  # for now the name cannot be looked up at all
         other.process.kill()
         other.process.wait()
@@ -249,10 +261,12 @@ def test_addresses_that_a_name_has_no_more_are_forgotten(packed, server, looking
             assert_same(client.lookup(TOKENS), expected)
         assert gone in used(client)
         known[:] = left
+        go_on.set()
         wait_for(lambda: gone not in used(client))
         assert_same(client.lookup(TOKENS), expected)
 
 
+@pytest.mark.usefixtures("all_are_there")
 def test_replicas_that_are_only_slow_are_waited_for(packed, server, monkeypatch):
     """Whatever a moment is: none of them answers within it, and one is away."""
     monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", 1e-6)
@@ -286,6 +300,8 @@ def test_all_that_are_away_are_looked_at_at_once(server, monkeypatch):
     with Client([server, *away], attach="off") as client:
         eventually(lambda: min(looks[address] for address in away) >= 3, "they are looked at again and again")
         assert set(unused(client).values()) == {"it is away"}
+    together.abort()  # some of a look that the end came upon may wait for those that were never asked
+    eventually(lambda: not lookers(), "their threads have ended")
 
 
 @pytest.mark.parametrize("where", ["name", "describe", "open"])
@@ -341,7 +357,11 @@ def test_a_client_closes_at_once_while_it_looks_for_servers(server, monkeypatch)
         client = Client([server, *addresses], attach="off", connect_timeout_s=LIMIT_S)
         assert looked.wait(LIMIT_S)
         client.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engrampool-look")]
+    eventually(lambda: not lookers(), "their threads have ended")  # within far less than they were given
+
+
+def lookers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("engrampool-look")]
 
 
 # --- names
@@ -440,6 +460,7 @@ def told(monkeypatch) -> SimpleNamespace:
     return counts
 
 
+@pytest.mark.usefixtures("all_are_there")
 def test_a_specification_is_sent_and_read_once_however_many_servers_have_it(packed, server, told, monkeypatch):
     monkeypatch.setattr("engrampool_client.pool.shards._LOOK_S", 0.01)
     known = [server]

@@ -20,7 +20,7 @@ NOWHERE = {"NUMBA_CACHE_DIR": "/proc/nowhere", "NUMBA_CACHE_LOCATOR_CLASSES": "U
 
 def python(code: str, **environ: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -28,12 +28,13 @@ def python(code: str, **environ: str) -> str:
 
 def test_a_server_that_can_keep_no_kernels_compiles_them_says_so_and_serves(tmp_path):
     directory = pack(tmp_path / "small")
-    with serve_process(directory, environ=NOWHERE, workers=1) as server:
+    with serve_process(directory, environ=NOWHERE, workers=1, ready=False) as server:
+        address = server.wait_for("serving", timeout_s=300)["listen"]  # a compiler is at work before
         event = server.wait_for("kernels-not-kept")
         assert event["level"] == "warning"
         assert "no locator available" in event["reason"]
-        with RawPool(server.address, version_of(directory)) as pool:
-            answer = rows_of(pool.lookup(pool.by_ids((2, [5, 0]), (9, [4099])), timeout=30))
+        with RawPool(address, version_of(directory)) as pool:
+            answer = rows_of(pool.lookup(pool.by_ids((2, [5, 0]), (9, [4099])), timeout=60))
     assert answer == {2: expected(2, [5, 0]), 9: expected(9, [4099])}
 
 

@@ -39,9 +39,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    """One whose connections live for a moment."""
+    """One whose connections live for a moment, in which what does end has time to end."""
     monkeypatch.setattr(server_module, "CONNECTION_AGE_S", 0.5)
-    monkeypatch.setattr(server_module, "CONNECTION_GRACE_S", 0.2)
+    monkeypatch.setattr(server_module, "CONNECTION_GRACE_S", 5)
     with running(packed) as run:
         yield run
 

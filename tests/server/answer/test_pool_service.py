@@ -330,11 +330,7 @@ def test_a_description_is_made_once_for_all_who_ask(packed, tmp_path, monkeypatc
         # What is held is another thing now.
         with PackedModel.open(pack(tmp_path / "changed", change=True)) as other:
             held = load(other, "anon", False, 1, threading.Event(), lambda _: None)
-
-        async def hold() -> None:
-            run.server.hold([held])
-
-        run.call(hold)
+        run.hold([held])
         versions = {model.version for model in answers[0].models} | {held.version}
         assert {model.version for model in ask().models} == versions
         assert {model.version for model in ask("small", False).models} == versions

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -129,7 +130,9 @@ def test_no_work_starts_after_the_deadline(narrow, gate):
     message = pool.by_ids((2, MANY[:1500]))
     first = pool.lookup.future(message)
     gate.wait_begun(1)  # the only thread is taken
-    code, _, _ = refusal(lambda: pool.lookup(pool.by_ids((2, MANY[:1501])), timeout=0.1))
+    late = pool.lookup.future(pool.by_ids((2, MANY[:1501])), timeout=3)
+    eventually(lambda: in_flight(run) == 3001 * 264, "it waits for the thread")
+    code, _, _ = refusal(late.result)
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
     eventually(lambda: in_flight(run) == 1500 * 264, "the late call is over")
     gate.open.set()
@@ -212,6 +215,17 @@ BULK = np.tile(np.arange(6500), 18)  # 30.9 MiB, more than any window
 def test_a_stream_that_is_not_read_holds_little_and_is_ended(wide, monkeypatch):
     run, pool = wide
     monkeypatch.setattr(pool_service, "PATIENCE_S", 0.2)
+    over, given_up, give_up = threading.Event(), set(), PoolService._give_up
+
+    def later(service: PoolService, call: asyncio.Task, *about: Any) -> None:
+        """Until then nobody is given up: not the one who does read, either, by a machine that is busy."""
+        if not over.is_set():
+            asyncio.get_running_loop().call_later(0.01, later, service, call, *about)
+        elif not call.done() and call not in given_up:
+            given_up.add(call)
+            give_up(service, call, *about)
+
+    monkeypatch.setattr(PoolService, "_give_up", later)
     message = pool.by_ids((2, BULK))
     call = pool.stream(message)
     next(call)
@@ -219,6 +233,8 @@ def test_a_stream_that_is_not_read_holds_little_and_is_ended(wide, monkeypatch):
     with RawPool(run.address, pool.version) as other:
         # All that it asks for, of the same peer, too.
         assert joined(other.stream(other.by_ids((2, BULK[::-1])))) == {2: expected(2, BULK[::-1])}
+        eventually(lambda: in_flight(run) <= MIB + len(message), "that one is over")
+        over.set()
         # Of what was not read one message is left; it is gRPC's.
         eventually(lambda: 0 < in_flight(run) < 300 * KIB, "it was given up")
     code, reason, _ = refusal(lambda: call)

@@ -328,11 +328,11 @@ def test_what_does_not_come_in_time_is_an_error(http, fault):
 
 
 def test_a_server_that_falls_silent_is_asked_again(http, monkeypatch):
-    monkeypatch.setattr(sources, "READ_TIMEOUT", timedelta(milliseconds=200))
+    monkeypatch.setattr(sources, "READ_TIMEOUT", timedelta(seconds=3))  # in which an answer that comes has come
     over = threading.Event()
 
     def silent(body: bytes) -> bytes:
-        over.wait(30)
+        over.wait(60)
         return b""
 
     with PackedModel.open(Url(f"{http.url}/m")) as model:

@@ -97,7 +97,7 @@ def test_a_write_to_protected_memory_ends_the_process(kind):
         "ctypes.memset(table.ctypes.data + int(sys.argv[1]), 1, 1)"
     )
     for at in ("0", "4999"):
-        done = subprocess.run([sys.executable, "-c", program, at], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", program, at], capture_output=True, text=True, timeout=300)
         assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "35000 False\n"), done.stderr
 
 
@@ -130,7 +130,7 @@ def test_locked_memory_stays_and_a_refused_lock_is_an_error():
         "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)\n"  # PR_CAPBSET_DROP, CAP_IPC_LOCK
         "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
     )
-    done = subprocess.run([sys.executable, "-c", launcher, program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", launcher, program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     *locked, refused = done.stdout.splitlines()
     assert locked == ["512", "512"]

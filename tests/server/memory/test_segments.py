@@ -33,7 +33,7 @@ from engrampool_server.memory.segments import (
 )
 from engrampool_server.memory.table_loader import load
 from engrampool_server.memory.tables import LoadedModel
-from server_fixtures import SPEC, Events, change_byte, eventually, expected, pack
+from server_fixtures import LIMIT_S, SPEC, Events, change_byte, eventually, expected, lacking, pack
 
 NAME = "engrampool-{uid}-{version}-{layer}-0-{rows}"
 
@@ -335,12 +335,12 @@ def load_at_once(directory: Path, packed: Path, barrier, results, done) -> None:
     handler = Events()
     logging.getLogger("engrampool").addHandler(handler)
     logging.getLogger("engrampool").setLevel("INFO")
-    barrier.wait(30)
+    barrier.wait(LIMIT_S)
     held = load_into(directory, packed)
     maps = Path("/proc/self/maps").read_text()
     mapped = sum(found.path.name in maps for found in survey(backing(directory)))
     results.put((right(held), mapped, len(handler.of("adopted")), [f["reason"] for f in handler.of("freed")]))
-    done.wait(30)
+    done.wait(LIMIT_S)
 
 
 @pytest.mark.parametrize("before", ["nothing", "partial", "whole"])
@@ -364,10 +364,10 @@ def test_servers_that_start_at_once_share_one_copy(packed, tmp_path, monkeypatch
         ]
         for process in processes:
             process.start()
-        answers = [results.get(timeout=60) for _ in processes]
-        done.wait(30)
+        answers = [results.get(timeout=LIMIT_S) for _ in processes]
+        done.wait(LIMIT_S)
         for process in processes:
-            process.join(30)
+            process.join(LIMIT_S)
             assert process.exitcode == 0
         assert [(ok, mapped) for ok, mapped, *_ in answers] == [(True, 2)] * 4
         assert sum(adopted for *_, adopted, _ in answers) == (8 if before == "whole" else 6)
@@ -392,7 +392,7 @@ def test_who_waits_for_another_load_can_be_stopped(packed, tmp_path, events):
     thread.start()
     eventually(lambda: events.of("waiting"), "it waits")
     stop.set()
-    thread.join(30)
+    thread.join(LIMIT_S)
     assert len(ended) == 1
     making.abandon()
     assert list(tmp_path.iterdir()) == []
@@ -475,7 +475,7 @@ def test_a_load_that_is_killed_anywhere_is_in_nobodys_way(tmp_path):
     packed, old = pack(tmp_path / "new", block_bytes=500_000), pack(tmp_path / "old", change=True, block_bytes=500_000)
     command = [sys.executable, "-c", KILLED, str(packed), str(old), str(directory), "0", "11"]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 30
 
@@ -505,17 +505,19 @@ for size in sizes:
 OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
-def may_mount() -> bool:
-    return subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode == 0
+@pytest.fixture
+def _may_mount() -> None:
+    if subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode:
+        lacking("this process may not mount a file system of its own; root may")
 
 
-@pytest.mark.skipif(not may_mount(), reason="this process may not mount a file system of its own; root may")
+@pytest.mark.usefixtures("_may_mount")
 @pytest.mark.parametrize("kind", ["shm", "file"])
 def test_a_full_file_system_is_an_error_and_not_the_end_of_the_process(packed, tmp_path, kind):
     left_at = {"size=1m": "[]", "size=1800k": "['2']"}
     where, memory = ("/dev/shm", "shm") if kind == "shm" else (str(tmp_path), f"file:{tmp_path}")
     command = [*OWN_MOUNTS, sys.executable, "-c", FULL, str(packed), where, memory, *left_at]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[::3]] == ["OutOfMemoryError"] * 2
@@ -544,7 +546,7 @@ def test_a_stray_write_to_a_table_ends_the_one_process_that_tried(packed, tmp_pa
     )
     memories = ["anon", f"file:{tmp_path}", f"file:{tmp_path}"]  # read, made, adopted
     command = [sys.executable, "-c", program, str(packed), *memories]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == [str(-signal.SIGSEGV)] * 6, done.stderr
 
 

@@ -39,7 +39,7 @@ def start(role, work):
     return family.fork(role, number, number, work)
 
 def until(done):
-    family.turn_until(done, time.monotonic() + 30)
+    family.turn_until(done, time.monotonic() + 60)
     assert done(), happened
 
 def well(reporter):
@@ -57,7 +57,7 @@ print(json.dumps(happened))
 def live(scenario: str, timeout_s: float = 10) -> tuple[list[list[object]], list[dict]]:
     """What happened to the children, which may be silent for timeout_s, and what was logged."""
     command = [sys.executable, "-c", PARENT, scenario, str(timeout_s)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     logged = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     return json.loads(done.stdout), logged
@@ -103,7 +103,7 @@ def babble(reporter):
 start("babbler", babble)
 until(lambda: not family)
 """,
-        timeout_s=0.3,
+        timeout_s=3,
     )
     assert happened[-1] == ["babbler", "ended", "SIGKILL", True, ""]
     assert [line["event"] for line in logged] == ["worker-garbled", "worker-hung"]
@@ -142,11 +142,14 @@ finally:
 
 
 def test_a_child_that_works_before_it_is_ready_is_busy_and_one_that_waits_hangs():
-    """Both say nothing for much longer than a start may be silent: only one of them does anything."""
+    """Both say nothing for much longer than a start may be silent: only one of them does anything.
+
+    Which is so long that whoever computes does have a processor meanwhile.
+    """
     happened, logged = live("""
-module.START_TIMEOUT_S = 0.5
+module.START_TIMEOUT_S = 3.0
 def compute(reporter):
-    end = time.monotonic() + 1.6
+    end = time.monotonic() + 7
     while time.monotonic() < end:
         sum(range(20_000))
     well(reporter)
@@ -163,7 +166,7 @@ assert busy in family
 """)
     hung = [line for line in logged if line["event"] == "worker-hung"]
     assert {line["worker"] for line in hung} == {"stuck", "stopped"}
-    assert all(line["silent_s"] >= 0.5 for line in hung)
+    assert all(line["silent_s"] >= 3 for line in hung)
     ends = [what for what in happened if what[1] == "ended"]
     assert sorted(ends) == [[role, "ended", "SIGKILL", True, ""] for role in ("stopped", "stuck")]
 
@@ -176,14 +179,14 @@ child = start("well", well)
 until(lambda: child.ready_s is not None)
 stopper = os.fork()  # no child of the family
 if not stopper:
-    for number, after_s in ((signal.SIGSTOP, 0.1), (signal.SIGCONT, 0.9)):
+    for number, after_s in ((signal.SIGSTOP, 0.1), (signal.SIGCONT, 4.5)):
         time.sleep(after_s)
         os.kill(os.getppid(), number)
     os._exit(0)
 until(lambda: not os.path.exists(f"/proc/{stopper}"))
 assert child in family
 """,
-        timeout_s=0.5,
+        timeout_s=4,
     )
     assert happened == [["well", "ready"]]
     assert logged == []
@@ -228,7 +231,7 @@ assert family.has_thread
 
 
 LOADERS = """
-module.START_TIMEOUT_S = 1.0
+module.START_TIMEOUT_S = 4.0
 from engrampool_proto.registry.etcd import Published
 from engrampool_server.config import ServerConfig
 from engrampool_server.processes.loader import become_loader
@@ -252,11 +255,11 @@ def test_a_loader_of_a_slow_store_is_waited_for_and_one_of_a_silent_store_is_not
     over = threading.Event()
 
     def slowly(body: bytes) -> bytes:
-        time.sleep(0.3)
+        time.sleep(1.2)
         return body
 
     def never(_: bytes) -> bytes:
-        over.wait(60)
+        over.wait(150)
         return b""
 
     for where in ("slow", "silent"):

@@ -139,7 +139,7 @@ def test_counters_survive_their_process_and_gauges_do_not():
         "engrampool_serving",
         "engrampool_lookup_seconds_count",
     ]
-    done = subprocess.run([sys.executable, "-c", WRITERS, *names], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", WRITERS, *names], capture_output=True, text=True, timeout=300)
     shown = done.stdout.splitlines()
 
     def parsed(text: str) -> dict[str, float]:
@@ -200,5 +200,5 @@ print(said, found["engrampool_workers"], 0 < kept < 2000)
 
 
 def test_series_without_memory_are_not_counted_and_all_others_are():
-    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=300)
     assert done.stdout == "[('metrics-full', 'gauge_livesum_supervisor.db')] 4.0 True\n", done.stderr

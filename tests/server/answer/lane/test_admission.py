@@ -1,10 +1,9 @@
 """The way into the direct lane: tickets that admit once, and where it listens."""
 
-import hmac
-import multiprocessing
 import os
-import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -63,39 +62,75 @@ def test_where_no_slot_is_free_whoever_has_most_loses_its_oldest(tickets):
     assert all(tickets.take(ticket) for of_peer in many for ticket in of_peer[1:])
 
 
-# A process that stops in the midst of taking a ticket, or of issuing one; `tickets` and `ticket` are its parent's.
-def _stop() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
+# In a process of its own: in one with many tests behind it, handlers of forks end a child by a signal now and then.
+FORKS = """
+import hmac, os, signal, traceback
+from engrampool_server.answer.lane import admission
+from engrampool_server.answer.lane.admission import Tickets
+
+tickets = Tickets()
+
+def fork(work):
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            signal.alarm(60)  # it hangs by then
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+def status(pid, how=0):
+    return os.waitpid(pid, how)[1]
+"""
+
+# A process stops in the midst of taking a ticket.
+STOPPED = """
+ticket = tickets.issue(10, "a")
+
+def take():
+    hmac.compare_digest = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+    tickets.take(ticket)
+
+def go_on():
+    others = [tickets.issue(10, "a") for _ in range(2 * admission._SLOTS)]
+    assert None not in others
+    assert tickets.take(others[-1])
+    assert not tickets.take(others[-1])
+    assert not tickets.take(ticket)  # somebody is taking it
+
+stopped = fork(take)
+try:
+    assert os.WIFSTOPPED(status(stopped, os.WUNTRACED))
+    assert status(fork(go_on)) == 0, "it waits for the process that is stopped"
+finally:
+    os.kill(stopped, signal.SIGKILL)
+    status(stopped)
+assert tickets.take(tickets.issue(10, "a"))
+"""
+
+# Three take the same tickets at once.
+MANY = """
+issued = [tickets.issue(60, f"peer {at % 4}") for at in range(200)]
+reader, writer = os.pipe()
+taking = [
+    fork(lambda: os.write(writer, bytes(tickets.take(ticket) for ticket in issued)))
+    for _ in range(3)
+]
+assert [status(pid) for pid in taking] == [0] * 3
+taken = [os.read(reader, 200) for _ in taking]
+assert [sum(by) for by in zip(*taken, strict=True)] == [1] * 200
+"""
 
 
-def test_a_process_that_is_stopped_with_a_ticket_keeps_nobody_waiting(tickets, monkeypatch):
-    ticket = tickets.issue(10, "a")
-    in_midst = multiprocessing.get_context("fork")
-
-    def take() -> None:
-        monkeypatch.setattr(hmac, "compare_digest", lambda *_: _stop())
-        tickets.take(ticket)
-
-    def go_on() -> None:
-        others = [tickets.issue(10, "a") for _ in range(2 * admission._SLOTS)]
-        assert None not in others
-        assert tickets.take(others[-1])
-        assert not tickets.take(others[-1])
-        assert not tickets.take(ticket)  # somebody is taking it
-
-    stopped, other = in_midst.Process(target=take), in_midst.Process(target=go_on)
-    stopped.start()
-    try:
-        assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
-        other.start()
-        other.join(LIMIT_S)
-        assert other.exitcode == 0, "it waits for the process that is stopped"
-    finally:
-        for process in (stopped, other):
-            if process.pid is not None:
-                process.kill()
-                process.join()
-    assert tickets.take(tickets.issue(10, "a"))
+@pytest.mark.parametrize("code", [STOPPED, MANY], ids=["one is stopped", "of many one is let in"])
+def test_processes_that_take_tickets_at_once(code):
+    done = subprocess.run([sys.executable, "-c", FORKS + code], capture_output=True, text=True, timeout=2 * LIMIT_S)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_slot_that_changes_while_a_ticket_is_to_take_it_is_left_alone(tickets, monkeypatch):
@@ -106,23 +141,6 @@ def test_a_slot_that_changes_while_a_ticket_is_to_take_it_is_left_alone(tickets,
     monkeypatch.setattr(tickets, "_candidates", lambda *about: [(index, 0), *candidates(*about)])
     assert tickets.issue(10, "b") != ticket
     assert tickets.take(ticket)
-
-
-def test_of_many_processes_one_is_let_in(tickets):
-    issued = [tickets.issue(60, f"peer {at % 4}") for at in range(200)]
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-
-    def take() -> None:
-        results.put([tickets.take(ticket) for ticket in issued])
-
-    processes = [context.Process(target=take) for _ in range(3)]
-    for process in processes:
-        process.start()
-    taken = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    assert [sum(by) for by in zip(*taken, strict=True)] == [1] * 200
 
 
 def test_where_clients_are_told_to_go():
