@@ -268,42 +268,6 @@ def times_response(times: ServerTimes) -> bytes:
     return _TIMES_START + _TIMES.pack(*_times_fields(times))
 
 
-def parse_times_response(message: bytes) -> ServerTimes | None:
-    """The times of a LookupResponse without rows. Raises WireError for one with rows."""
-    if len(message) == len(_TIMES_START) + _TIMES.size and message.startswith(_TIMES_START):
-        a, queue_us, b, gather_us, c, total_us = _TIMES.unpack_from(message, len(_TIMES_START))
-        if (a, b, c) == _TIMES_TAGS:  # as we write it
-            return ServerTimes(queue_us, gather_us, total_us)
-    response = parse_response(message)
-    if response.tables:
-        raise WireError("an answer of times only has rows")
-    return response.times
-
-
-def parse_response_start(start: bytes, nbytes: int) -> tuple[int, int]:
-    """Read what `response_start` writes: (layer, first) of the run that `nbytes` of rows follow.
-
-    Raises WireError unless `start` and any `nbytes` are a LookupResponse of one run whose rows they are.
-    """
-    data = memoryview(start)
-    tag, position = read_varint(data, 0, longest=5)
-    size, position = read_varint(data, position, longest=5)
-    if tag != 1 << 3 | BYTES or size != len(data) - position + nbytes:
-        raise WireError(f"an answer of one run, {nbytes} bytes of rows at its end, does not begin like this")
-    found = {1: 0, 2: 0}
-    while position < len(data):
-        tag, position = read_varint(data, position, longest=5)
-        value, position = read_varint(data, position)
-        if tag == 3 << 3 | BYTES and value == nbytes and position == len(data):
-            return found[1] & U32, found[2]
-        if tag & 7 != VARINT:
-            break
-        found[tag >> 3] = value
-    if nbytes or position < len(data):
-        raise WireError(f"a run of {nbytes} bytes of rows does not begin like this")
-    return found[1] & U32, found[2]
-
-
 def parse_response(data: bytes) -> LookupResponse:
     """Read a LookupResponse; rows are views into `data`. Raises WireError for malformed bytes."""
     budget = Budget()
