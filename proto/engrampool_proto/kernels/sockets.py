@@ -21,7 +21,7 @@ _send = types.ExternalFunction("send", types.int64(_I, _U, _U, _I))
 _poll = types.ExternalFunction("poll", _I(_U, _U, _I))
 _clock_gettime = types.ExternalFunction("clock_gettime", _I(_I, _U))
 _DONTWAIT, _NOSIGNAL = 0x40, 0x4000
-_POLLIN, _POLLOUT = 1, 4
+_POLLIN, _POLLOUT, _POLLOVER = 1, 4, 0x38  # the last: an error, the end, or no socket
 _MONOTONIC = 1
 # Errors that come and go (no memory for a moment) are tried again so often; to look at errno is not for compiled code.
 _TRIES = 1000
@@ -70,7 +70,9 @@ def _await(fd: Any, events: Any, until: Any, scratch: Any) -> Any:
         scratch[0] = np.int64(fd) | (np.int64(events) << 32)
         found = _poll(np.uint64(scratch.ctypes.data), np.uint64(1), wait_ms)
         if found > 0:
-            return 1 if (scratch[0] >> 48) & events else ENDED
+            happened = scratch[0] >> 48
+            over = happened & _POLLOVER and (events == _POLLOUT or not happened & events)  # what came before is read
+            return ENDED if over or not happened & events else 1
 
 
 @njit  # type: ignore[untyped-decorator]
