@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.forms import NUMPY
 from engrampool_client.doctor.replay import Forward
 from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.layout import Keys, Layout, Part
@@ -140,5 +141,5 @@ def keys_by_part(spec: ModelSpec, layout: Layout, forward: Forward) -> list[tupl
     """The keys of each part of each layer, int64 [groups, T]; nothing for ids that no hash gives."""
     asked = forward.asked
     query = TokenQuery(spec, asked, spec.layers) if isinstance(asked, TokenBatch) else RowQuery(spec, asked)
-    keys = query.keys(layout) or {}
+    keys = query.keys(layout, NUMPY.hashing(spec)) or {}
     return [pair for layer, found in keys.items() for pair in zip(layout.parts[layer], found, strict=True)]

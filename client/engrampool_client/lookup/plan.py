@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_client.config import Hashing
+from engrampool_client.compute.forms import NUMPY, Form, Hashing
+from engrampool_client.config import Hashing as HashingSetting
 from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.exchange import Exchange
@@ -35,22 +36,24 @@ class Planner:
     """Plans lookups of one version.
 
     hashing: where tokens are hashed. dedupe: ask for an entry once a lookup. cache: rows of earlier lookups, None for
-    none; warm: more of them, which never change. max_steps: lookups that are worked on at once.
+    none; warm: more of them, which never change. max_steps: lookups that are worked on at once. form: what computes.
     """
 
     def __init__(
         self,
         served: ServedModel,
         layout: Layout,
-        hashing: Hashing,
+        hashing: HashingSetting,
         dedupe: bool,
         cache: HotRows | None,
         warm: HotRows | None,
         max_steps: int,
+        form: Form = NUMPY,
     ) -> None:
         if (cache or warm) and layout.groups > _MAX_GROUPS:
             raise ValueError(f"the model has {layout.groups} groups of columns; a cache can hold {_MAX_GROUPS}")
         self.served, self.layout, self.cache, self.warm = served, layout, cache, warm
+        self.hashing = form.hashing(served.spec)
         self._by_server = hashing == "server"
         has_cache = cache is not None or warm is not None
         self._least_tokens = 0 if has_cache else _DEDUPE_TOKENS if dedupe and not self._by_server else math.inf
@@ -62,14 +65,14 @@ class Planner:
         Raises BatchError, RejectedError, and what the step was given up with.
         """
         if not attached and query.num_tokens >= self._least_tokens:
-            keys = query.keys(self.layout)
+            keys = query.keys(self.layout, self.hashing)
             if keys is not None:
                 return EntriesPlan(self, delivery, keys, query.shapes(self.layout), out)
         return PlainPlan(self.exchange(delivery, query, out))
 
     def plan_hint(self, delivery: Delivery, query: Query) -> "EntriesPlan":
         """What the cache lacks of rows that nobody has asked for. Raises as `plan` does."""
-        keys = query.keys(self.layout)
+        keys = query.keys(self.layout, self.hashing)
         assert keys is not None
         return EntriesPlan(self, delivery, keys, query.shapes(self.layout), wanted=False)
 
@@ -81,7 +84,7 @@ class Planner:
         asked = query.request(served) if self._by_server else None
         if asked is not None:
             return Exchange(served, asked, landing)
-        return Exchange.of_ids(served, query.ids(self.layout), landing)
+        return Exchange.of_ids(served, query.ids(self.layout, self.hashing), landing)
 
 
 class PlainPlan:
@@ -152,7 +155,7 @@ class _Entries:
         groups, tokens = self.keys.shape
         return self.keys.T.reshape(-1), _numbers(self.part.number, groups, tokens)
 
-    def ask(self) -> None:
+    def ask(self, hashing: Hashing) -> None:
         """Work out `ids`: the rows of each entry that is missing, once."""
         keys, groups = self.keys, len(self.part.groups)
         order = keys.argsort(axis=1)
@@ -171,7 +174,7 @@ class _Entries:
         start = 0
         for columns, count in zip(self.part.columns, counts.tolist(), strict=True):
             span = slice(start, start + count)
-            self.part.table.hash.rows_of(columns, self.asked_keys[span], self.part.table.head_offsets, self.ids[span])
+            hashing.rows_of(self.part.table, columns, self.asked_keys[span], self.ids[span])
             start += count
 
     def pick(self, rows: Rows, start: int) -> int:
@@ -242,7 +245,7 @@ class EntriesPlan:
                 whole.append(layer)
                 continue
             for one in entries:
-                one.ask()
+                one.ask(self._planner.hashing)
             ids = [one.ids.reshape(-1) for one in entries]
             tables.append((layer, ids[0] if len(ids) == 1 else np.concatenate(ids)))
             shapes[layer] = (len(tables[-1][1]), entries[0].part.table.row_bytes)
