@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 
 Keys = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
 
 _log = logging.getLogger("engrampool")
 _DISABLED = "NUMBA_DISABLE_JIT is set (or disable_jit in .numba_config.yaml), so that numba compiles nothing"
@@ -51,7 +53,12 @@ class _NumpyHashing:
 
 
 class Form:
-    """What is computed, by numpy. compiled: whether it is by kernels. why: it is this form, for people."""
+    """What is computed, by numpy.
+
+    compiled: whether it is by kernels. why: it is this form, for people.
+
+    An entry is what one key decides, of `nbytes` bytes. T tokens have `groups` entries each.
+    """
 
     compiled = False
 
@@ -62,19 +69,92 @@ class Form:
         """Of one model, to be kept: what it needs is laid out once."""
         return _NumpyHashing(spec)
 
+    def distinct(self, keys: Keys, hit: Flags | None) -> tuple[Keys, list[int], Keys]:
+        """Each key of a group once, in any order, one group after the other; those that `hit` has are left out.
+
+        keys: int64 [groups, T]. hit: [T * groups], of equal keys all or none; None for none.
+        Gives the keys, int64 [N]; how many of them each group has; and where among them each entry's is, int64
+        [T * groups], unspecified for what is left out.
+        """
+        groups = len(keys)
+        order = keys.argsort(axis=1)
+        ascending = np.take_along_axis(keys, order, 1)
+        first = np.ones(keys.shape, np.bool_)
+        np.not_equal(ascending[:, 1:], ascending[:, :-1], out=first[:, 1:])
+        if hit is not None:
+            first &= ~np.take_along_axis(hit.reshape(-1, groups).T, order, 1)
+        inverse = np.empty(keys.shape, np.int64)
+        np.put_along_axis(inverse, order, (first.cumsum() - 1).reshape(keys.shape), 1)
+        return ascending[first], first.sum(axis=1).tolist(), inverse.T.reshape(-1)
+
+    def place(self, fetched: Bytes, inverse: Keys, hit: Flags | None, to: Bytes) -> None:
+        """Write entries to every place that they belong; those that `hit` has are there already.
+
+        fetched: uint8 [N, nbytes]. inverse, hit: as of `distinct`. to: uint8 [T, groups * nbytes], which may be columns
+        of a wider array.
+        """
+        entries, write_back = _entries_of(to, fetched.shape[1], whole=hit is None)
+        if hit is None:
+            np.take(fetched, inverse, axis=0, out=entries, mode="clip")
+        else:
+            missing = np.flatnonzero(~hit)
+            entries[missing] = fetched[inverse[missing]]
+        write_back()
+
+    def copy_found(
+        self, rows: Bytes, slots: Keys, nbytes: int, hit: Flags | None, to: Bytes | None
+    ) -> tuple[Flags | None, int]:
+        """Write what a cache has to its places, but for what `hit` has; gives what `hit` is by then, and how many came.
+
+        rows: the cache's, uint8 [rows, nbytes at least]. slots: [T * groups], its row of each entry; -1 for none.
+        to: as of `place`; None to write nothing.
+        """
+        found = slots >= 0
+        if hit is not None:
+            found &= ~hit
+        count = int(np.count_nonzero(found))
+        if not count:
+            return hit, 0
+        if to is not None:
+            entries, write_back = _entries_of(to, nbytes)
+            if hit is None and 2 * count > found.size and nbytes == rows.shape[1]:
+                # In one go, with some row or other where none was found.
+                rows.take(slots, 0, entries, "clip")
+            else:
+                where = np.flatnonzero(found)
+                entries[where] = rows[slots[where], :nbytes]
+            write_back()
+        return found if hit is None else hit | found, count
+
+
+def _entries_of(to: Bytes, nbytes: int, whole: bool = False) -> tuple[Bytes, Callable[[], None]]:
+    """The entries of `to`, uint8 [T * groups, nbytes], and what to call when they are written.
+
+    whole: all of them will be, so that it does not matter what they are now.
+    """
+    if to.flags.c_contiguous:
+        return to.reshape(-1, nbytes), _nothing
+    entries = np.empty_like(to, order="C") if whole else np.ascontiguousarray(to)
+    return entries.reshape(-1, nbytes), lambda: np.copyto(to, entries)
+
+
+def _nothing() -> None:
+    return
+
 
 NUMPY = Form('compiled="off"')
 
 
 def choose(setting: Compiled) -> Form:
     """What a client with this setting computes by, said in the log. Raises ValueError for "on" where that cannot be."""
-    form = _form(setting)
+    form = form_of(setting)
     _log.info("a client computes by %s: %s", "compiled kernels" if form.compiled else "numpy", form.why)
     return form
 
 
 @cache
-def _form(setting: Compiled) -> Form:
+def form_of(setting: Compiled) -> Form:
+    """As `choose`, without a word."""
     if setting == "off":
         return NUMPY
     try:
