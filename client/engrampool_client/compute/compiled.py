@@ -4,8 +4,9 @@ import secrets
 
 import numpy as np
 
-from engrampool_client.compute.forms import Bytes, Flags, Form, Hashing, Keys
-from engrampool_proto.kernels import entries
+from engrampool_client.compute.forms import Flags, Form, Hashing
+from engrampool_client.compute.index import Bytes, Groups, Index, Keys
+from engrampool_proto.kernels import entries, hot_rows
 from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec
 
@@ -14,10 +15,28 @@ _FACTOR = np.uint64(secrets.randbits(64) | 1)
 _NO_FLAGS = np.empty(0, np.bool_)
 
 
+class CompiledIndex(Index):
+    """`Index` by kernels."""
+
+    def find(self, keys: Keys, groups: Groups) -> tuple[Keys, int, int]:
+        """As of `Index`."""
+        found = np.empty(len(keys), np.int64)
+        hits, used = hot_rows.find(self.keys, self.groups, self.rows, self.ages, self.unused, keys, groups, found)
+        return found, hits, used
+
+    def put(self, keys: Keys, groups: Groups, entries: Bytes, memory: Bytes, hinted: bool) -> tuple[int, int, int]:
+        """As of `Index`."""
+        kept, came, wasted, not_kept = hot_rows.put(
+            self.keys, self.groups, self.rows, self.ages, self.unused, memory, keys, groups, entries, hinted
+        )
+        return came, kept - came, wasted + not_kept if hinted else wasted
+
+
 class CompiledForm(Form):
     """`Form` by kernels, which run without the GIL."""
 
     compiled = True
+    index = CompiledIndex
 
     def hashing(self, spec: ModelSpec) -> Hashing:
         """As of `Form`."""

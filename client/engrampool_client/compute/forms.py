@@ -9,14 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.index import Bytes, Index, Keys
 from engrampool_client.config import Compiled
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 
-Keys = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
-Bytes = npt.NDArray[np.uint8]
 
 _log = logging.getLogger("engrampool")
 _DISABLED = "NUMBA_DISABLE_JIT is set (or disable_jit in .numba_config.yaml), so that numba compiles nothing"
@@ -55,12 +54,13 @@ class _NumpyHashing:
 class Form:
     """What is computed, by numpy.
 
-    compiled: whether it is by kernels. why: it is this form, for people.
+    compiled: whether it is by kernels. why: it is this form, for people. index: that of a cache.
 
     An entry is what one key decides, of `nbytes` bytes. T tokens have `groups` entries each.
     """
 
     compiled = False
+    index: type[Index] = Index
 
     def __init__(self, why: str) -> None:
         self.why = why

@@ -54,7 +54,7 @@ def simulate(
     sizes = [nbytes for nbytes in capacities if nbytes >= ways_bytes]
     form = form_of("auto")  # the doctor's clients': which entries a full set keeps depends on the order they come in
     # As many sets, but entries of one byte: it is only asked what it has.
-    caches = [HotRows(nbytes // ways_bytes * 8 * (1 + 16), 1) for nbytes in sizes]
+    caches = [HotRows(nbytes // ways_bytes * 8 * (1 + 16), 1, form) for nbytes in sizes]
     asked = dict.fromkeys(phases, 0)
     saved = {name: [0] * len(sizes) for name in phases}
     distinct, hits = 0, [0] * len(sizes)

@@ -136,19 +136,15 @@ class _Entries:
 
     def __init__(self, part: Part, keys: Keys) -> None:
         self.part, self.keys = part, keys
+        self.count = keys.size  # entries, every token's
         self.hit: npt.NDArray[np.bool_] | None = None  # [T * groups]; None while nothing was found
         self.found = 0  # of them
         # Of what is asked for, once it is; `fetched` once it has come.
         self.asked_keys: Keys
-        self.asked_groups: npt.NDArray[np.uint8]
         self.ids: npt.NDArray[Any]
         self.fetched: Rows | None = None
+        self._counts: list[int]
         self._inverse: npt.NDArray[np.int64]
-
-    @property
-    def count(self) -> int:
-        """Entries, every token's."""
-        return self.keys.size
 
     def token_major(self) -> tuple[Keys, npt.NDArray[np.uint8]]:
         """Keys and groups [T * groups], as the entries lie in the answer."""
@@ -157,15 +153,20 @@ class _Entries:
 
     def ask(self, planner: Planner) -> None:
         """Work out `ids`: the rows of each entry that is missing, once."""
-        part, groups = self.part, len(self.part.groups)
-        self.asked_keys, counts, self._inverse = planner.form.distinct(self.keys, self.hit)
-        self.asked_groups = np.repeat(np.arange(part.number, part.number + groups, dtype=np.uint8), counts)
+        part = self.part
+        self.asked_keys, self._counts, self._inverse = planner.form.distinct(self.keys, self.hit)
         self.ids = np.empty((len(self.asked_keys), part.width), part.table.id_dtype)
         start = 0
-        for columns, count in zip(part.columns, counts, strict=True):
+        for columns, count in zip(part.columns, self._counts, strict=True):
             span = slice(start, start + count)
             planner.hashing.rows_of(part.table, columns, self.asked_keys[span], self.ids[span])
             start += count
+
+    @property
+    def asked_groups(self) -> npt.NDArray[np.uint8]:
+        """The group of each key that is asked for."""
+        number = self.part.number
+        return np.repeat(np.arange(number, number + len(self._counts), dtype=np.uint8), self._counts)
 
     def pick(self, rows: Rows, start: int) -> int:
         """Find what was fetched among the layer's rows, uint8 [N, row_bytes], from `start` on; gives where it ends."""
@@ -294,10 +295,11 @@ class EntriesPlan:
                 if fetched is not None:
                     if fetched.shape[1] < cache.rows.shape[1]:
                         fetched = np.pad(fetched, ((0, 0), (0, cache.rows.shape[1] - fetched.shape[1])))
+                    groups = one.asked_groups
                     for start in range(0, len(fetched), _PUT_ENTRIES):
                         some = slice(start, start + _PUT_ENTRIES)
                         with cache.lock:
-                            cache.put(one.asked_keys[some], one.asked_groups[some], fetched[some], hinted)
+                            cache.put(one.asked_keys[some], groups[some], fetched[some], hinted)
 
     def _take(self, cache: HotRows) -> int:
         """Copy what the cache has of what is missing to its place; gives the bytes."""

@@ -46,8 +46,8 @@ class Version:
         if config.hashing == "server" and self.shards.sharded:
             raise ValueError("hashing='server' needs a server that holds all rows; these are shards")
         self.layout = Layout(served.spec, None if heads is None else slice(*heads), self.shards.cuts())
-        self.cache = HotRows(config.cache_bytes, self.layout.entry_bytes) if config.cache_bytes else None
-        opened = None if warm is None else HotRows.open(warm, served.version, self.layout.to_json())
+        self.cache = HotRows(config.cache_bytes, self.layout.entry_bytes, form) if config.cache_bytes else None
+        opened = None if warm is None else HotRows.open(warm, served.version, self.layout.to_json(), form)
         dedupe = config.dedupe or self.shards.sharded
         self.planner = Planner(served, self.layout, config.hashing, dedupe, self.cache, opened, config.max_steps, form)
 
