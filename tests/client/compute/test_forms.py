@@ -76,10 +76,8 @@ def test_where_kernels_cannot_be_kept_numpy_does_it_and_nothing_is_compiled():
 def test_damaged_kernels_fail_no_client(tmp_path: Path):
     environ = {"NUMBA_CACHE_DIR": str(tmp_path)}
     assert said("auto", **environ)[-1] == "True"
-    damaged = list(tmp_path.rglob("*.nbi"))
-    assert damaged
-    for path in damaged:
-        path.write_bytes(path.read_bytes()[:10])
+    damaged = next(tmp_path.rglob("*.nbi"))
+    damaged.write_bytes(damaged.read_bytes()[:10])
     first, second = said("auto", **environ)
     assert first.startswith("a client computes by numpy: compiled kernels cannot be kept (")
     assert second == "False"
