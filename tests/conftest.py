@@ -27,6 +27,7 @@ _SLOW_FOLDERS = {"bench", "deploy", "integration"}
 _SLOW_FILES = {
     "client/test_aio.py",
     "client/test_commands.py",
+    "client/compute/test_forms.py",
     "client/pool/test_connecting.py",
     "client/pool/test_degradation.py",
     "client/doctor/test_command.py",

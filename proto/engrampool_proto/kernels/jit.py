@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import llvmlite.binding
 from numba import config, njit, types
-from numba.core.caching import InTreeCacheLocator
+from numba.core.caching import FunctionCache, InTreeCacheLocator
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.kernels import NUMBA_IS_OTHERS
@@ -87,6 +87,14 @@ def require_compiler() -> None:
             "numba compiles nothing, since NUMBA_DISABLE_JIT is set (or disable_jit in .numba_config.yaml), and the "
             "server cannot do without; unset it"
         )
+
+
+def require_cache() -> None:
+    """Raise EngrampoolError where compiled kernels can be kept nowhere, before any is compiled."""
+    try:
+        FunctionCache(require_cache)
+    except RuntimeError as error:
+        raise EngrampoolError(f"compiled kernels cannot be kept ({error})") from error
 
 
 def not_kept() -> str | None:
