@@ -172,12 +172,11 @@ def test_a_request_for_which_there_is_no_room_is_refused_and_the_next_one_is_not
         still_good(other, pool)
 
 
-def test_a_hello_that_does_not_end_is_cut_off(server, monkeypatch, end_of_patience):
+def test_a_hello_that_does_not_end_is_cut_off(server, monkeypatch):
     monkeypatch.setattr(connection, "HELLO_S", PATIENCE_S)
     before = cut(server, "no-hello")
     with Caller(way_in(server)) as silent, Caller(way_in(server)) as half:
         half.socket.sendall(frames.frame(frames.HELLO, half.ticket)[:-1])
-        end_of_patience.set()
         assert silent.ended()
         assert half.ended()
     assert cut(server, "no-hello") == before + 2
@@ -240,7 +239,6 @@ def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool, end_of_pa
         lane.ask(pool.by_ids((2, MANY)))
         lane.exactly(100)
         lane.socket.shutdown(socket.SHUT_WR)
-        end_of_patience.set()
         eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "cut off")
 
 
