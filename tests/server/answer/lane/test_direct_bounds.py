@@ -233,7 +233,8 @@ def test_who_only_asks_and_never_reads_refusals_is_cut_off(server, monkeypatch):
         eventually(lambda: cut(server, "unread-answer") == before + 1, "cut off")
 
 
-def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool, end_of_patience):
+@pytest.mark.usefixtures("impatient")
+def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool):
     with caller(server) as lane:
         lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lane.ask(pool.by_ids((2, MANY)))
