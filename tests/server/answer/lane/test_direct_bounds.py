@@ -239,7 +239,8 @@ def test_who_shuts_its_half_and_reads_nothing_is_cut_off(server, pool):
         lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lane.ask(pool.by_ids((2, MANY)))
         lane.exactly(100)
-        lane.socket.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # cut off already
+            lane.socket.shutdown(socket.SHUT_WR)
         eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "cut off")
 
 
