@@ -7,8 +7,9 @@ import numpy as np
 from engrampool_client.compute.forms import Flags, Form, Hashing
 from engrampool_client.compute.index import Bytes, Groups, Index, Keys
 from engrampool_proto.kernels import entries, hot_rows
+from engrampool_proto.kernels.gather import first_outside, gather
 from engrampool_proto.kernels.hasher import Hasher
-from engrampool_proto.spec import ModelSpec
+from engrampool_proto.spec import ModelSpec, RowIds
 
 # Nobody can choose tokens whose keys lie close to each other in the table.
 _FACTOR = np.uint64(secrets.randbits(64) | 1)
@@ -48,6 +49,14 @@ class CompiledForm(Form):
         counts = np.empty(len(keys), np.int64)
         count = entries.distinct(keys, _NO_FLAGS if hit is None else hit, _FACTOR, first, counts, inverse)
         return first[:count], counts.tolist(), inverse
+
+    def holds(self, ids: RowIds, start: int, stop: int) -> bool:
+        """As of `Form`."""
+        return first_outside(ids, start, stop) < 0
+
+    def gather(self, rows: Bytes, ids: RowIds, row_start: int, out: Bytes) -> None:
+        """As of `Form`."""
+        gather(rows, ids, row_start, out.reshape(-1))
 
     def place(self, fetched: Bytes, inverse: Keys, hit: Flags | None, to: Bytes) -> None:
         """As of `Form`."""

@@ -87,6 +87,20 @@ class Form:
         np.put_along_axis(inverse, order, (first.cumsum() - 1).reshape(keys.shape), 1)
         return ascending[first], first.sum(axis=1).tolist(), inverse.T.reshape(-1)
 
+    def holds(self, ids: RowIds, start: int, stop: int) -> bool:
+        """Whether every id, [N] with N > 0, is in [start, stop)."""
+        return int(ids.max()) < stop and (not start or int(ids.min()) >= start)
+
+    def gather(self, rows: Bytes, ids: RowIds, row_start: int, out: Bytes) -> None:
+        """Copy rows of a table, which `holds` them all, into `out`, uint8 [N, row_bytes], C-contiguous.
+
+        rows: uint8 [n, row_bytes], those from `row_start` on.
+        """
+        if row_start:
+            ids = ids - ids.dtype.type(row_start)
+        # "raise" would gather into a buffer first, and the ids are known to be good.
+        rows.take(ids, 0, out, "clip")
+
     def place(self, fetched: Bytes, inverse: Keys, hit: Flags | None, to: Bytes) -> None:
         """Write entries to every place that they belong; those that `hit` has are there already.
 
