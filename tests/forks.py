@@ -5,6 +5,7 @@ signal in `threading._after_fork`, before they came to anything.
 """
 
 import asyncio
+import gc
 import os
 import sys
 from pathlib import Path
@@ -147,6 +148,36 @@ def own(address: str) -> None:
         assert np.array_equal(client.lookup(FEW)[14], expected(client.spec, FEW)[14])
 
 
+def garbage(address: str) -> None:
+    """A child collects nothing that its parent had; each goes on collecting garbage as it did before."""
+
+    class Loud:
+        def __del__(self) -> None:
+            told.append(os.getpid())
+
+    told: list[int] = []
+    with Client(address, attach="off"):
+        for collects in (True, False):
+            (gc.enable if collects else gc.disable)()
+            loud = Loud()
+            loud.itself = loud
+            del loud
+
+            def run(collects: bool = collects) -> bytes:
+                own = Loud()
+                own.itself = own
+                del own
+                gc.collect()
+                good = told.count(os.getpid()) == 1 and gc.isenabled() == collects
+                return b"good" if good else repr(told).encode()
+
+            assert child(run) == b"good"
+            assert gc.isenabled() == collects
+            gc.collect()
+            assert told == [os.getpid()]
+            told.clear()
+
+
 def recording(address: str, path: str) -> None:
     """A recording is the parent's alone: two lookups of FEW are in it, whatever children do between them."""
     with Client(address, attach="off", record=path) as client:
@@ -164,5 +195,5 @@ def recording(address: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    {"told": told, "orphan": orphan, "own": own, "recording": recording}[sys.argv[1]](*sys.argv[2:])
+    {"told": told, "orphan": orphan, "own": own, "garbage": garbage, "recording": recording}[sys.argv[1]](*sys.argv[2:])
     print("good")

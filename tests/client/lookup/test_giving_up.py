@@ -319,6 +319,10 @@ def test_a_child_has_a_client_of_its_own_and_ends_as_processes_do(silent):
     run_forks("own", silent.address)
 
 
+def test_a_child_collects_nothing_that_its_parent_had(silent):
+    run_forks("garbage", silent.address)
+
+
 def test_parent_and_child_of_a_fork_both_end_as_processes_do(silent):
     """By way of all that Python does then, with a client open and a step under way."""
     program = (
