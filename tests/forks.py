@@ -5,6 +5,7 @@ signal in `threading._after_fork`, before they came to anything.
 """
 
 import asyncio
+import gc
 import os
 import sys
 from pathlib import Path
@@ -175,6 +176,36 @@ def by_hand(address: str) -> None:
                 client.lookup(FEW)
 
 
+def garbage(address: str) -> None:
+    """A child collects nothing that its parent had; each goes on collecting garbage as it did before."""
+
+    class Loud:
+        def __del__(self) -> None:
+            told.append(os.getpid())
+
+    told: list[int] = []
+    with Client(address, attach="off"):
+        for collects in (True, False):
+            (gc.enable if collects else gc.disable)()
+            loud = Loud()
+            loud.itself = loud
+            del loud
+
+            def run(collects: bool = collects) -> bytes:
+                own = Loud()
+                own.itself = own
+                del own
+                gc.collect()
+                good = told.count(os.getpid()) == 1 and gc.isenabled() == collects
+                return b"good" if good else repr(told).encode()
+
+            assert child(run) == b"good"
+            assert gc.isenabled() == collects
+            gc.collect()
+            assert told == [os.getpid()]
+            told.clear()
+
+
 def recording(address: str, path: str) -> None:
     """A recording is the parent's alone: two lookups of FEW are in it, whatever children do between them."""
     with Client(address, attach="off", record=path) as client:
@@ -191,6 +222,15 @@ def recording(address: str, path: str) -> None:
         client.lookup(FEW)
 
 
+SCENARIOS = {
+    "told": told,
+    "orphan": orphan,
+    "own": own,
+    "by hand": by_hand,
+    "garbage": garbage,
+    "recording": recording,
+}
+
 if __name__ == "__main__":
-    {"told": told, "orphan": orphan, "own": own, "by hand": by_hand, "recording": recording}[sys.argv[1]](*sys.argv[2:])
+    SCENARIOS[sys.argv[1]](*sys.argv[2:])
     print("good")

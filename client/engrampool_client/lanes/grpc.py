@@ -1,5 +1,6 @@
 """Lookups over gRPC, for the blocking client."""
 
+import ctypes
 import threading
 import time
 from functools import partial
@@ -71,8 +72,15 @@ class _Connection:
         try:
             call.cancel()
         except KeyboardInterrupt:
-            self.lost = True
+            self.lose(call)
             raise
+
+    def lose(self, call: grpc.Call | None = None) -> None:
+        """Ctrl-C came into what is done with it, or with a call on it."""
+        self.lost = True
+        # gRPC's objects take their locks once more when they are freed, by whoever collects garbage, or at Python's end:
+        # with one reference too many they never are.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((self, call)))
 
 
 class GrpcLane:
@@ -177,7 +185,7 @@ class GrpcLane:
                 self.renew(connection)
             raise error from rpc_error
         except KeyboardInterrupt:
-            connection.lost = True
+            connection.lose()
             raise
         finally:
             self.leave(connection)
@@ -221,7 +229,7 @@ class _Call:
         """See `Request`. Whatever it raises once the lookup was given up, the delivery knows better."""
         lane, exchange = self._lane, self._exchange
         timeout_s = max(0.0, self._deadline - time.monotonic())
-        connection = lane.enter()
+        connection, stream = lane.enter(), None
         try:
             if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
@@ -235,7 +243,7 @@ class _Call:
         except grpc.RpcError as error:
             raise from_rpc(error, lane.target) from error
         except KeyboardInterrupt:
-            connection.lost = True
+            connection.lose(stream)
             raise
         finally:
             lane.leave(connection)

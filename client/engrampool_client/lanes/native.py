@@ -188,13 +188,14 @@ class NativeLane:
             if self._closed or opening or enough or now < self._not_before:
                 return
             self._opening, self._opening_since = True, now
-            opener = threading.Thread(target=self._connect, name="engrampool-direct", daemon=True)
-            try:
-                opener.start()
-            except RuntimeError:  # the system gives no thread now
-                self._opening = False
-                return
-            self._opener = opener  # now that it can be joined
+        # Without the lock: to start a thread takes long enough for garbage to be collected, by code of anybody's.
+        opener = threading.Thread(target=self._connect, name="engrampool-direct", daemon=True)
+        try:
+            opener.start()
+        except RuntimeError:  # the system gives no thread now
+            self._opening = False
+            return
+        self._opener = opener  # now that it can be joined
 
     def _connect(self) -> None:
         connection, reason = None, ""

@@ -1,5 +1,6 @@
 """Lookups at work: begun as steps, planned by the version that is current, asked for, handed over, kept for later."""
 
+import gc
 import math
 import os
 import threading
@@ -404,9 +405,36 @@ def _seconds(timeout_s: float) -> float:
 _open: "weakref.WeakSet[Lookups[Any]]" = weakref.WeakSet()
 
 
-def _leave_all_to_parent() -> None:
+# Forks under way, and whether garbage was collected before the first of them.
+_forking, _collects = 0, False
+
+
+def _before_fork() -> None:
+    """Collect no garbage until the child is told apart: gRPC's objects, if freed there, can end it, or have it hang."""
+    global _forking, _collects
+    if not _forking:
+        _collects = gc.isenabled()
+    _forking += 1
+    if _open:
+        gc.disable()
+
+
+def _after_fork_in_parent() -> None:
+    global _forking
+    _forking -= 1
+    if not _forking and _collects:
+        gc.enable()
+
+
+def _after_fork_in_child() -> None:
+    global _forking
+    _forking = 0
     for lookups in list(_open):
         lookups.leave_to_parent()
+    if _open:
+        gc.freeze()  # the parent's garbage is not the child's to collect
+    if _collects:
+        gc.enable()
 
 
-os.register_at_fork(after_in_child=_leave_all_to_parent)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

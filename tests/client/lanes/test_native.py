@@ -493,6 +493,27 @@ def test_a_connection_that_was_just_opened_is_not_distrusted_with_one_that_is_ol
         assert new in made._idle
 
 
+def test_nobody_waits_while_a_thread_is_started(monkeypatch):
+    """To start one takes long enough for garbage to be collected, by code of anybody's."""
+    starting, go_on = threading.Event(), threading.Event()
+
+    class Slow(threading.Thread):
+        def start(self) -> None:
+            starting.set()
+            assert go_on.wait(LIMIT_S)
+            super().start()
+
+    with peer(lambda _: None) as made:
+        made._idle.clear()
+        monkeypatch.setattr(native, "threading", SimpleNamespace(Thread=Slow, Lock=threading.Lock))
+        asking = threading.Thread(target=made.ask, args=(exchange(1), time.monotonic() + LIMIT_S))
+        asking.start()
+        assert starting.wait(LIMIT_S)
+        assert made.ask(exchange(1), time.monotonic() + LIMIT_S) is None  # at once
+        go_on.set()
+        asking.join()
+
+
 def test_the_system_waits_hardly_longer_than_is_left(monkeypatch):
     monkeypatch.setattr(lane, "_SILENCE_S", 2.0)
     with peer(lambda *_: None) as made:

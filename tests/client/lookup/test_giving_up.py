@@ -323,6 +323,10 @@ def test_what_a_child_asks_for_on_its_parents_connection_is_never_the_parents_ro
     run_forks("by hand", silent.address)
 
 
+def test_a_child_collects_nothing_that_its_parent_had(silent):
+    run_forks("garbage", silent.address)
+
+
 def test_parent_and_child_of_a_fork_both_end_as_processes_do(silent):
     """By way of all that Python does then, with a client open and a step under way."""
     program = (
