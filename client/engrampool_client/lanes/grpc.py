@@ -78,8 +78,8 @@ class _Connection:
     def lose(self, call: grpc.Call | None = None) -> None:
         """Ctrl-C came into what is done with it, or with a call on it."""
         self.lost = True
-        # gRPC's objects take their locks once more when they are freed, by whoever collects garbage, or at Python's end:
-        # with one reference too many they never are.
+        # gRPC's objects take their locks once more when they are freed, by whoever collects garbage, or at Python's
+        # end: with one reference too many they never are.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object((self, call)))
 
 
