@@ -116,7 +116,7 @@ class DirectLane:
             displaced.cut("stranger")
         try:
             connection.start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             log.event("direct-accept-failed", level="warning", error=str(error))
             accepted.close()
             self._left(connection)

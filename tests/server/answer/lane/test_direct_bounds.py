@@ -228,6 +228,16 @@ def test_a_hello_that_does_not_end_is_cut_off(server, monkeypatch):
     assert cut(server, "no-hello") == before + 2
 
 
+def test_who_goes_on_sending_after_a_refusal_for_good_is_not_listened_to_for_long(server, monkeypatch):
+    monkeypatch.setattr(connection, "_LINGER_S", PATIENCE_S)
+    with caller(server) as lane:
+        # Of whoever sends without a pause there is more each time.
+        monkeypatch.setattr(connection, "receive_into", lambda _, buffer, start, stop, *more: stop - start)
+        lane.socket.sendall(frames.frame(99))
+        assert lane.refusal()[1] == "malformed-message"
+        eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "closed")
+
+
 # --- answers that are not read
 
 
