@@ -11,6 +11,7 @@ import random
 import socket
 import threading
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,8 +51,11 @@ class Target:
     def close(self) -> None:
         self.lookups.close()
 
-    def say(self, sent: bytes) -> bytes:
-        """Everything that comes back for these bytes, after a hello, until the connection has ended."""
+    def say(self, *sent: bytes) -> bytes:
+        """Everything that comes back for these bytes, after a hello, until the connection has ended.
+
+        sent: each is given to the system by itself.
+        """
         ours, theirs = socket.socketpair()
         left = threading.Event()
         connection = Connection(self.resources, theirs, "fuzz", lambda *_: True, lambda _: left.set())
@@ -62,7 +66,9 @@ class Target:
 
             def send() -> None:
                 with contextlib.suppress(OSError):
-                    ours.sendall(frames.frame(frames.HELLO, b"ticket") + sent)
+                    ours.sendall(frames.frame(frames.HELLO, b"ticket"))
+                    for part in sent:
+                        ours.sendall(part)
                     ours.shutdown(socket.SHUT_WR)
 
             sending = threading.Thread(target=send)
@@ -107,6 +113,8 @@ def frames_of(target: Target, draw: random.Random, count: int) -> bytes:
             layer: np.array([draw.randrange(most) for _ in range(draw.choice([0, 1, 3, 40]))], np.uint32)
             for layer in NAMED
         }
+        if draw.random() < 0.02:  # such that what comes has no room where small requests do
+            ids = {layer: np.tile(some, 20_000 // max(1, some.size)) for layer, some in ids.items()}
         handle = draw.randrange(len(HANDLES))
         frame = bytearray(lookup_frame(handle, number, *(ids[layer] for layer in HANDLES[handle])))
         if draw.random() < 0.1:
@@ -136,6 +144,12 @@ def change(frame: bytearray, draw: random.Random) -> None:
         frame[at:at] = frame[: draw.randrange(len(frame))]
 
 
+def torn(sent: bytes, draw: random.Random) -> list[bytes]:
+    """The same in some parts, which begin wherever."""
+    cuts = sorted(draw.randrange(len(sent)) for _ in range(draw.choice([0, 0, 2, 20])))
+    return [sent[start:stop] for start, stop in pairwise([0, *cuts, len(sent)])]
+
+
 def fuzz(target: Target, seed: int, count: int) -> Counter[str]:
     """Send so many frames; gives how often what came back. A failure names its seed."""
     sent = 0
@@ -143,7 +157,7 @@ def fuzz(target: Target, seed: int, count: int) -> Counter[str]:
         draw = random.Random(seed)
         some = draw.choice([1, 3, 10, 100])
         try:
-            target.check(target.say(frames_of(target, draw, some)))
+            target.check(target.say(*torn(frames_of(target, draw, some), draw)))
         except BaseException as error:
             raise AssertionError(f"seed {seed}") from error
         sent, seed = sent + some, seed + 1

@@ -33,6 +33,10 @@ _X86_LEVELS = {
 _LOCATORS = "NUMBA_CACHE_LOCATOR_CLASSES"
 _OURS = "engrampool_proto.kernels.jit.AheadCacheLocator"
 
+# What a kernel may be made of, where numba looks at its own file only: other kernels, and how frames are laid out.
+_SOURCES = (*sorted(AHEAD.parent.glob("*.py")), AHEAD.parent.with_name("frames.py"))
+_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
+
 _not_kept: dict[str, str] = {}
 _reads_ahead = False
 
@@ -58,6 +62,13 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
         return cls(py_func, py_file)
 
 
+class KernelCache(FunctionCache):  # type: ignore[misc]
+    """Compiled kernels on disk, none of which is taken for one of other sources."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(sig, codegen), _DIGEST)
+
+
 def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     """Compile a function for each of `signatures` at once, so that no request waits for a compiler.
 
@@ -66,16 +77,21 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     """
 
     def compile_now(function: Kernel) -> Kernel:
-        compiled: Kernel
+        compiled: Any = njit(nogil=True)(function)
+        if config.DISABLE_JIT:
+            return compiled  # type: ignore[no-any-return]
         try:
-            compiled = njit(list(signatures), nogil=True, cache=True)(function)
+            compiled._cache = KernelCache(function)
+            for signature in signatures:
+                compiled.compile(signature)
+            compiled.disable_compile()
         except Exception as error:  # no directory to write to, no space left in it, damaged files, whatever they hold
             if _reads_ahead:
                 _leave_ahead()
                 return compile_now(function)
             _not_kept[function.__name__] = f"{type(error).__name__}: {error}".replace(os.linesep, " ")
             compiled = njit(list(signatures), nogil=True)(function)
-        return compiled
+        return compiled  # type: ignore[no-any-return]
 
     return compile_now
 

@@ -18,9 +18,10 @@ from engrampool_proto.kernels.sockets import ENDED, LATE, SCRATCH_WORDS, add_at,
 CLOSED, FRAME, LARGE, ANSWERED, SLOW_REQUEST, GONE, UNREAD, LATE_ANSWER = range(8)
 
 # int64 [STATE_WORDS] of a connection. Where what was received begins and ends in its buffer; whether it takes no more
-# requests; when the last one began to come (as of `now`), and how many bytes had come when it was last looked at that.
-START, END, LEAVING, ARRIVED = range(4)
-SCRATCH = 4
+# requests; when the last one began to come (as of `now`); when it is looked at whether that goes on, and how many bytes
+# there were the last time.
+START, END, LEAVING, ARRIVED, DUE, SEEN = range(6)
+SCRATCH = 6
 STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
 # int64 [LIMIT_WORDS]: bounds that are the same for all connections of a process.
@@ -288,14 +289,13 @@ def serve(
             for one in range(left):
                 buffer[one] = buffer[state[START] + one]
             state[START], state[END], state[ARRIVED] = 0, left, now(scratch)
+            state[DUE], state[SEEN] = state[ARRIVED] + limits[PATIENCE], left
         if state[LEAVING]:
             return CLOSED
-        # What is to be there by `until` is a megabyte more than there was, or the end of the frame.
-        total, seen, until, whole = np.int64(_HEADER), np.int64(0), np.int64(-1), False
+        # What is to be there when it is due is a megabyte more than there was, or the end of the frame.
+        total, whole = np.int64(_HEADER), False
         while True:
             have = state[END]
-            if have and until < 0:
-                until, seen = state[ARRIVED] + limits[PATIENCE], have
             if not whole and have >= _HEADER:
                 kind = words[0] & _U(0xFFFFFFFF)
                 if kind < frames.REGISTER or kind > frames.REQUEST:
@@ -308,16 +308,18 @@ def serve(
                 break
             if have == buffer.size:
                 return LARGE
+            until = state[DUE] if have else np.int64(-1)
             got = receive_some(fd, base + _U(have), buffer.size - have, until, limits[SPIN], scratch)
             if got == ENDED:
                 return CLOSED
             if got == LATE:
-                if have - seen < limits[PROGRESS]:
+                if have - state[SEEN] < limits[PROGRESS]:
                     return SLOW_REQUEST
-                until, seen = now(scratch) + limits[PATIENCE], have
+                state[DUE], state[SEEN] = now(scratch) + limits[PATIENCE], have
                 continue
             if have == 0:
                 state[ARRIVED] = now(scratch)
+                state[DUE], state[SEEN] = state[ARRIVED] + limits[PATIENCE], got
             state[END] = have + got
         kind, which = words[0] & _U(0xFFFFFFFF), np.int64(words[0] >> _U(32))
         if kind != frames.LOOKUP or which >= handles.shape[0] or handles[which, LAYERS] == 0:

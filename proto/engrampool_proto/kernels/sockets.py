@@ -147,9 +147,12 @@ def send_from(fd: Any, data: Any, until: Any, patience_ns: Any, scratch: Any) ->
     return sent
 
 
-@kernel(types.boolean(types.int32, types.uint8[::1], types.int64, types.int64, types.int64, types.int64[::1]))
-def pass_over(fd: Any, waste: Any, nbytes: Any, patience_ns: Any, progress: Any, scratch: Any) -> bool:
-    """Receive so many bytes that nobody wants, into `waste`; whether they came, `progress` of them each patience."""
+@kernel(types.int64(types.int32, types.uint8[::1], types.int64, types.int64, types.int64, types.int64[::1]))
+def pass_over(fd: Any, waste: Any, nbytes: Any, patience_ns: Any, progress: Any, scratch: Any) -> int:
+    """Receive so many bytes that nobody wants, into `waste`; gives `nbytes`, ENDED, or LATE.
+
+    progress: so many of them come within each patience.
+    """
     until, seen, came = now(scratch) + patience_ns, np.int64(0), np.int64(0)
     while came < nbytes:
         room = min(waste.size, nbytes - came)
@@ -158,6 +161,6 @@ def pass_over(fd: Any, waste: Any, nbytes: Any, patience_ns: Any, progress: Any,
             until, seen = now(scratch) + patience_ns, came
             continue
         if some <= 0:
-            return False
+            return int(some)
         came += some
-    return True
+    return int(nbytes)

@@ -125,6 +125,19 @@ def test_kernels_of_other_sources_are_compiled_again(installed):
     assert installed.start() == ("0", "1", "None")
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("other", ["kernels/gather.py", "frames.py"])
+def test_kernels_are_compiled_again_where_what_they_call_is_another(installed, other, ahead):
+    if not ahead:
+        shutil.rmtree(installed.kernels / "compiled")
+        installed.start()
+    assert installed.start() == ("1", "0", "None")
+    path = installed.package / other
+    path.write_text(path.read_text() + "# changed\n")
+    assert installed.start() == ("0", "1", "None")
+    assert installed.start() == ("1", "0", "None")
+
+
 @pytest.mark.skipif(jit.level() == "generic", reason="this processor is of no other level than generic")
 def test_kernels_of_another_level_are_not_read(installed):
     assert installed.start(NUMBA_CPU_NAME="generic") == ("0", "1", "None")

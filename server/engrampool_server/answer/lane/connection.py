@@ -13,7 +13,7 @@ import numpy as np
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
 from engrampool_proto.kernels import serve
-from engrampool_proto.kernels.sockets import pass_over, receive_into
+from engrampool_proto.kernels.sockets import LATE, pass_over, receive_into
 from engrampool_server.answer.lane.answers import Answerer, CutError
 from engrampool_server.answer.lane.handles import Handles
 from engrampool_server.answer.lane.resources import GATHERED_BYTES, Buffer, Resources
@@ -104,11 +104,13 @@ class Connection:
             self.cut("failed")
             log.event("direct-failed", level="error", error=repr(error))
         finally:
-            self._answerer.let_go()
-            with self._closing:
-                self._closed = True
-                self._socket.close()
-            self._left(self)
+            try:
+                self._answerer.let_go()
+                with self._closing:
+                    self._closed = True
+                    self._socket.close()
+            finally:  # or a server that stops would wait for it for ever
+                self._left(self)
 
     def _greet(self) -> bool:
         """Have the peer say hello in time; whether it is let in. Raises CutError."""
@@ -175,8 +177,8 @@ class Connection:
             self._answerer.let_go()
             if self._buffer is not small:
                 left = self._buffer[state[serve.START] : state[serve.END]]  # less than a word
-                small[: len(left)] = left
-                self._buffer, state[serve.START], state[serve.END] = small, 0, len(left)
+                small[1 : 1 + len(left)] = left  # not at the beginning, as of a request whose time began before
+                self._buffer, state[serve.START], state[serve.END] = small, 1, 1 + len(left)
 
     def _answer_frame(self, handles: Handles) -> bool:
         """Do what the frame at the buffer's beginning asks for. False if that ends the connection; raises CutError."""
@@ -225,8 +227,9 @@ class Connection:
         except RefusedError as error:
             scratch = state[serve.SCRATCH :]
             patience = round(PATIENCE_S * 1e9)
-            if not pass_over(self._socket.fileno(), small, total - came, patience, PROGRESS_BYTES, scratch):
-                raise CutError("slow-request") from None
+            passed = pass_over(self._socket.fileno(), small, total - came, patience, PROGRESS_BYTES, scratch)
+            if passed <= 0:
+                raise CutError("slow-request" if passed == LATE else "") from None
             self._buffer, state[serve.START], state[serve.END] = small, 0, 0
             self._answerer.refuse(error, number)
             return True
@@ -240,8 +243,9 @@ class Connection:
         self._shut(socket.SHUT_WR)
         until, scratch = self._now() + round(_LINGER_S * 1e9), self._state[serve.SCRATCH :]
         waste = np.empty(SMALL_REQUEST_BYTES, np.uint8)
-        while receive_into(self._socket.fileno(), waste, 0, len(waste), until, scratch) == len(waste):
-            pass
+        came = len(waste)
+        while came == len(waste) and self._now() < until:  # of whoever sends without a pause nothing is ever late
+            came = receive_into(self._socket.fileno(), waste, 0, len(waste), until, scratch)
         return False
 
     @staticmethod

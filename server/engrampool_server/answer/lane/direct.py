@@ -104,6 +104,7 @@ class DirectLane:
             connection = Connection(self._resources, accepted, peers.of_connection(accepted), self._admit, self._left)
             with self._limiting:
                 displaced = self.connections.add(connection, connection.peer)
+                self._count()
         except OSError:  # it left already
             accepted.close()
             return
@@ -113,10 +114,9 @@ class DirectLane:
             return
         if displaced is not None:
             displaced.cut("stranger")
-        self._count()
         try:
             connection.start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             log.event("direct-accept-failed", level="warning", error=str(error))
             accepted.close()
             self._left(connection)
@@ -126,6 +126,7 @@ class DirectLane:
             self._loop.add_reader(self._admission.listener.fileno(), self._accept)
 
     def _count(self) -> None:
+        """Say how many there are; to be called by whoever changed that, while nobody else does."""
         self._metrics.direct_connections.set(len(self.connections))
 
     # --- for connections, from their threads
@@ -141,7 +142,7 @@ class DirectLane:
         """Forget a connection."""
         with self._limiting:
             self.connections.remove(connection)
-        self._count()
+            self._count()
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._empty.set)
 

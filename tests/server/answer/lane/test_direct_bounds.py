@@ -153,6 +153,52 @@ def test_a_request_that_goes_on_may_take_its_time(server, pool, monkeypatch):
         still_good(lane, pool)
 
 
+def test_a_request_that_goes_on_is_not_cut_off_as_it_is_given_more_room(server, pool, monkeypatch):
+    request = pool.by_ids((2, np.tile(np.arange(6500), 4)))
+    whole = frames.request_start(0, 0, len(request)) + request
+    monkeypatch.setattr(connection, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(connection, "PROGRESS_BYTES", 1)
+    with caller(server) as lane:
+        (served,) = server.server.direct.connections
+        for start, stop in ((0, 60_000), (60_000, 61_000)):
+            lane.socket.sendall(whole[start:stop])
+            eventually(lambda stop=stop: served.received == stop, "so much has come")
+        time.sleep(1.1)  # it was looked at, and went on
+        lane.socket.sendall(whole[61_000 : 64 << 10])
+        eventually(lambda: in_flight(server)[1] == frames.padded(len(whole)), "there is more room")
+        time.sleep(0.1)  # the caller's own pause
+        lane.socket.sendall(whole[64 << 10 :])
+        assert joined(lane.answer()) == {2: expected(2, np.tile(np.arange(6500), 4))}
+
+
+def test_the_time_of_a_request_does_not_begin_with_the_one_before_it(server, pool):
+    # The first one's last bytes and the next one's first come in one word.
+    first, second = pool.by_ids((2, MANY)), pool.by_ids((2, [5]))
+    first += bytes([0x78, 0]) * (not len(first) % 8)  # a field that nobody knows
+    with caller(server) as lane:
+        starts = frames.request_start(0, 0, len(first)), frames.request_start(1, 1_500_000, len(second))
+        lane.socket.sendall(starts[0] + first + starts[1] + second)
+        time.sleep(1.6)  # the caller's own pause
+        assert joined(lane.answer()) == {2: expected(2, MANY)}
+        lane.number = 1
+        assert joined(lane.answer()) == {2: expected(2, [5])}
+
+
+def test_who_leaves_with_a_request_for_which_there_was_no_room_was_not_slow(server):
+    before = cut(server, "slow-request")
+    start, held = frames.request_start(0, 0, 7 * MIB), 3 * MIB + 32
+    with caller(server) as first:
+        first.socket.sendall(frames.request_start(0, 0, 3 * MIB) + bytes(3 * MIB - 1))
+        eventually(lambda: in_flight(server)[1] == held, "all of it is counted")
+        with caller(server) as second:
+            second.socket.sendall(start + bytes(2 * MIB))
+            eventually(lambda: in_flight(server)[1] == held + 4 * MIB, "what it may bring is counted")
+            second.socket.sendall(bytes(3 * MIB))
+            eventually(lambda: in_flight(server)[1] == held, "there is no room for it")
+        eventually(lambda: server.scrape()["engrampool_direct_connections"] == 1, "it has left")
+    assert cut(server, "slow-request") == before
+
+
 def test_a_request_for_which_there_is_no_room_is_refused_and_the_next_one_is_not(server, pool):
 
     def but_one(nbytes: int) -> bytes:
@@ -180,6 +226,16 @@ def test_a_hello_that_does_not_end_is_cut_off(server, monkeypatch):
         assert silent.ended()
         assert half.ended()
     assert cut(server, "no-hello") == before + 2
+
+
+def test_who_goes_on_sending_after_a_refusal_for_good_is_not_listened_to_for_long(server, monkeypatch):
+    monkeypatch.setattr(connection, "_LINGER_S", PATIENCE_S)
+    with caller(server) as lane:
+        # Of whoever sends without a pause there is more each time.
+        monkeypatch.setattr(connection, "receive_into", lambda _, buffer, start, stop, *more: stop - start)
+        lane.socket.sendall(frames.frame(99))
+        assert lane.refusal()[1] == "malformed-message"
+        eventually(lambda: server.scrape()["engrampool_direct_connections"] == 0, "closed")
 
 
 # --- answers that are not read
