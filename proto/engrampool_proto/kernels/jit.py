@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import llvmlite.binding
 from numba import config, njit, types
-from numba.core.caching import FunctionCache, InTreeCacheLocator
+from numba.core.caching import FunctionCache, IndexDataCacheFile, InTreeCacheLocator
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.kernels import NUMBA_IS_OTHERS
@@ -32,6 +32,9 @@ _X86_LEVELS = {
 }
 _LOCATORS = "NUMBA_CACHE_LOCATOR_CLASSES"
 _OURS = "engrampool_proto.kernels.jit.AheadCacheLocator"
+
+# Of all kernels: one compiles the functions that it calls into itself.
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(AHEAD.parent.glob("*.py")))).hexdigest()
 
 _not_kept: dict[str, str] = {}
 _reads_ahead = False
@@ -58,6 +61,15 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
         return cls(py_func, py_file)
 
 
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """numba's, for which a kernel is another one also where what it calls of another file has changed."""
+
+    def __init__(self, py_func: Any) -> None:
+        super().__init__(py_func)
+        stamp = (self._impl.locator.get_source_stamp(), _SOURCES)
+        self._cache_file = IndexDataCacheFile(self._cache_path, self._impl.filename_base, stamp)
+
+
 def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     """Compile a function for each of `signatures` at once, so that no request waits for a compiler.
 
@@ -66,16 +78,22 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     """
 
     def compile_now(function: Kernel) -> Kernel:
-        compiled: Kernel
+        if config.DISABLE_JIT:
+            return function
+        compiled: Any = njit(nogil=True)(function)
         try:
-            compiled = njit(list(signatures), nogil=True, cache=True)(function)
+            compiled._cache = _Cache(function)  # as `cache=True` has it
+            for signature in signatures:
+                compiled.compile(signature)
+            compiled.disable_compile()
         except Exception as error:  # no directory to write to, no space left in it, damaged files, whatever they hold
             if _reads_ahead:
                 _leave_ahead()
                 return compile_now(function)
             _not_kept[function.__name__] = f"{type(error).__name__}: {error}".replace(os.linesep, " ")
             compiled = njit(list(signatures), nogil=True)(function)
-        return compiled
+        kept: Kernel = compiled
+        return kept
 
     return compile_now
 

@@ -125,6 +125,16 @@ def test_kernels_of_other_sources_are_compiled_again(installed):
     assert installed.start() == ("0", "1", "None")
 
 
+@pytest.mark.parametrize("environ", [{}, {"NUMBA_CPU_NAME": "generic"}])  # compiled ahead, and elsewhere
+def test_kernels_are_compiled_again_where_only_what_they_call_has_changed(installed, environ):
+    installed.start(**environ)
+    assert installed.start(**environ) == ("1", "0", "None")
+    called = installed.kernels / "gather.py"
+    called.write_text(called.read_text() + "# changed\n")
+    assert installed.start(**environ) == ("0", "1", "None")
+    assert installed.start(**environ) == ("1", "0", "None")
+
+
 @pytest.mark.skipif(jit.level() == "generic", reason="this processor is of no other level than generic")
 def test_kernels_of_another_level_are_not_read(installed):
     assert installed.start(NUMBA_CPU_NAME="generic") == ("0", "1", "None")
