@@ -16,7 +16,8 @@ from typing import Any, Self, TypeVar
 
 import llvmlite.binding
 from numba import config, njit, types
-from numba.core.caching import FunctionCache, IndexDataCacheFile, InTreeCacheLocator
+from numba.core.caching import FunctionCache, InTreeCacheLocator
+from numba.core.registry import CPUDispatcher
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.kernels import NUMBA_IS_OTHERS
@@ -64,10 +65,14 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
 class _Cache(FunctionCache):  # type: ignore[misc]
     """numba's, for which a kernel is another one also where what it calls of another file has changed."""
 
-    def __init__(self, py_func: Any) -> None:
-        super().__init__(py_func)
-        stamp = (self._impl.locator.get_source_stamp(), _SOURCES)
-        self._cache_file = IndexDataCacheFile(self._cache_path, self._impl.filename_base, stamp)
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(sig, codegen), _SOURCES)
+
+
+class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
+    def enable_caching(self) -> None:
+        """As numba does."""
+        self._cache = _Cache(self.py_func)
 
 
 def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
@@ -80,9 +85,10 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     def compile_now(function: Kernel) -> Kernel:
         if config.DISABLE_JIT:
             return function
-        compiled: Any = njit(nogil=True)(function)
+        # As `njit` makes it, but for the cache.
+        compiled = _Dispatcher(function, targetoptions={"nopython": True, "nogil": True, "boundscheck": None})
         try:
-            compiled._cache = _Cache(function)  # as `cache=True` has it
+            compiled.enable_caching()
             for signature in signatures:
                 compiled.compile(signature)
             compiled.disable_compile()
