@@ -185,6 +185,7 @@ class Connection:
                 self._rows(exchange, layer, first, nbytes, deadline, at_once > _HEADER_BYTES)
                 landing.received(layer, nbytes)
                 landing.hand_over()
+                self._allow(deadline)  # however many frames come, and whether any brings rows
             elif kind == frames.END and nbytes == frames.TIMES.size:
                 break
             elif kind == frames.REFUSED:
@@ -353,6 +354,8 @@ class Connection:
         while self._end - self._start < nbytes:
             stop = min(self._start + max(nbytes, at_once), _SCRATCH_BYTES)
             self._end += self._received([self._scratch[self._end : stop]], deadline)
+            if self._end - self._start < nbytes:
+                self._allow(deadline)  # however little comes, and however often
 
     def _fill(self, places: list[memoryview], deadline: float) -> None:
         """Receive until all of them are full."""

@@ -149,7 +149,9 @@ class _Entries:
     def token_major(self) -> tuple[Keys, npt.NDArray[np.uint8]]:
         """Keys and groups [T * groups], as the entries lie in the answer."""
         groups, tokens = self.keys.shape
-        return self.keys.T.reshape(-1), _numbers(self.part.number, groups, tokens)
+        # Those of fewer tokens are a part of it. So few lengths are kept, however many different ones are asked for.
+        numbers = _numbers(self.part.number, groups, 1 << tokens.bit_length())
+        return self.keys.T.reshape(-1), numbers[: self.count]
 
     def ask(self, planner: Planner) -> None:
         """Work out `ids`: the rows of each entry that is missing, once."""

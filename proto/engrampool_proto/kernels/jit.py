@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 import llvmlite.binding
 from numba import config, njit, types
 from numba.core.caching import FunctionCache, InTreeCacheLocator
+from numba.core.registry import CPUDispatcher
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.kernels import NUMBA_IS_OTHERS
@@ -34,8 +35,8 @@ _LOCATORS = "NUMBA_CACHE_LOCATOR_CLASSES"
 _OURS = "engrampool_proto.kernels.jit.AheadCacheLocator"
 
 # What a kernel may be made of, where numba looks at its own file only: other kernels, and how frames are laid out.
-_SOURCES = (*sorted(AHEAD.parent.glob("*.py")), AHEAD.parent.with_name("frames.py"))
-_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
+_FILES = (*sorted(AHEAD.parent.glob("*.py")), AHEAD.parent.with_name("frames.py"))
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
 
 _not_kept: dict[str, str] = {}
 _reads_ahead = False
@@ -62,11 +63,17 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
         return cls(py_func, py_file)
 
 
-class KernelCache(FunctionCache):  # type: ignore[misc]
-    """Compiled kernels on disk, none of which is taken for one of other sources."""
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """numba's, for which a kernel is another one also where what it calls of another file has changed."""
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        return (*super()._index_key(sig, codegen), _DIGEST)
+        return (*super()._index_key(sig, codegen), _SOURCES)
+
+
+class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
+    def enable_caching(self) -> None:
+        """As numba does."""
+        self._cache = _Cache(self.py_func)
 
 
 def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
@@ -77,11 +84,12 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     """
 
     def compile_now(function: Kernel) -> Kernel:
-        compiled: Any = njit(nogil=True)(function)
         if config.DISABLE_JIT:
-            return compiled  # type: ignore[no-any-return]
+            return function
+        # As `njit` makes it, but for the cache.
+        compiled = _Dispatcher(function, targetoptions={"nopython": True, "nogil": True, "boundscheck": None})
         try:
-            compiled._cache = KernelCache(function)
+            compiled.enable_caching()
             for signature in signatures:
                 compiled.compile(signature)
             compiled.disable_compile()
@@ -91,7 +99,8 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
                 return compile_now(function)
             _not_kept[function.__name__] = f"{type(error).__name__}: {error}".replace(os.linesep, " ")
             compiled = njit(list(signatures), nogil=True)(function)
-        return compiled  # type: ignore[no-any-return]
+        kept: Kernel = compiled
+        return kept
 
     return compile_now
 

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -440,6 +441,36 @@ def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut, monkeypa
         with pytest.raises(DeadlineError):
             request.receive()
         assert 0.19 < time.monotonic() - begin < LIMIT_S
+
+
+def drips(connection: socket.socket, number: int) -> None:
+    """Sends an answer byte by byte, until nobody wants it."""
+    _, sent = whole_answer(3000, set())
+    for at in range(len(sent)):
+        connection.sendall(numbered(sent, number)[at : at + 1])
+        time.sleep(0.01)
+
+
+def says_nothing(connection: socket.socket, number: int) -> None:
+    """Sends frames of no rows, until nobody wants them."""
+    while True:
+        connection.sendall(numbered(rows_frame(2, 0, b""), number) * 1000)
+
+
+@pytest.mark.parametrize("says", [drips, says_nothing])
+def test_a_peer_that_is_never_silent_and_never_done_has_until_the_deadline(says):
+    def until_it_is_cut_off(connection: socket.socket, number: int) -> None:
+        connection.settimeout(LIMIT_S)
+        with suppress(ConnectionError):
+            says(connection, number)
+
+    with peer(until_it_is_cut_off) as made:
+        begin = time.monotonic()
+        request = made.ask(exchange(3000), begin + 1.0)
+        with pytest.raises(DeadlineError):
+            request.receive()
+        assert time.monotonic() - begin < LIMIT_S
+        assert not made.open
 
 
 @pytest.mark.parametrize("cut", [0, 10, 100])
