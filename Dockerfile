@@ -14,7 +14,7 @@ RUN /opt/pip/bin/pip --python /opt/engrampool/bin/python install --no-cache-dir 
 COPY deploy/healthcheck.py /opt/engrampool/healthcheck.py
 # The kernels are compiled here rather than at each start, for each level of processor that the image may run on. What goes
 # are the libraries' own tests, a tenth of all.
-RUN /opt/engrampool/bin/python -m engrampool_server.jit \
+RUN /opt/engrampool/bin/python -m engrampool_proto.kernels.jit \
     && find /opt/engrampool/lib -path '*/site-packages/num*/tests' -prune -exec rm -r {} +
 
 # The same base, because a virtual environment works only with the interpreter that made it.

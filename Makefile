@@ -4,8 +4,8 @@
 # make test-torch  the tests that need PyTorch, which is installed for them and which the others do without
 # make test-ray  the tests that need Ray, likewise
 # make tiny-lm  train a small Engram model, serve its tables, and compare every logit with tables in the process
-# make bench  measure side by side with peers, about 10 minutes; see bench/RESULTS.md. JSON=FILE writes the records
-# make bench-quick  the same in about 2 minutes, with fewer repeats
+# make bench  measure side by side with peers, about 13 minutes; see bench/RESULTS.md. JSON=FILE writes the records
+# make bench-quick  the same in about 3 minutes, with fewer repeats
 # make stubs  regenerate the protobuf code after a change of pool.proto
 PYTHON ?= python3
 VENV ?= .venv

@@ -24,6 +24,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from corpus import MAX_TOKENS, Corpus
+from engrampool_client.compute.forms import NUMPY, Form, choose
 from engrampool_client.lookup.cache import HotRows
 from engrampool_proto.builders.deepseek import DEEPSEEK_V41
 from engrampool_proto.hashing import TokenBatch
@@ -98,17 +100,17 @@ def main() -> None:
         print(f"| {part:.0%} | {empty:.3f} | {warm:.3f} | {frozen:.3f} |", flush=True)
         records.append({"case": "frozen", "part": part, "empty": empty, "warm": warm, "frozen": frozen})
     print(f"\n{SPEED_BYTES >> 20} MiB of entries of {ENTRY_BYTES} bytes:\n")
-    print("| n-grams | find us | find ns/n-gram | copy us | copy MB/s | find and copy us | put us | put MB/s |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for size in (48, 384, 3072, 30000, 49152):
-        us = measure_speed(size)
+    print("| by | n-grams | find us | find ns/n-gram | copy us | copy MB/s | find and copy us | put us | put MB/s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for size, form in product((48, 384, 3072, 30000, 49152), (NUMPY, choose("on"))):
+        us, by = measure_speed(size, form), "kernels" if form.compiled else "numpy"
         rate = {name: size * ENTRY_BYTES / us[name] for name in ("copy", "put")}
         print(
-            f"| {size} | {us['find']:.0f} | {1e3 * us['find'] / size:.0f} | {us['copy']:.0f} | {rate['copy']:.0f} | "
-            f"{us['both']:.0f} | {us['put']:.0f} | {rate['put']:.0f} |",
+            f"| {by} | {size} | {us['find']:.0f} | {1e3 * us['find'] / size:.0f} | {us['copy']:.0f} | "
+            f"{rate['copy']:.0f} | {us['both']:.0f} | {us['put']:.0f} | {rate['put']:.0f} |",
             flush=True,
         )
-        records.append({"case": "speed", "ngrams": size, "us": us})
+        records.append({"case": "speed", "by": by, "ngrams": size, "us": us})
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
 
@@ -214,10 +216,10 @@ def measure_frozen(capacity: int, ngrams: Ngrams, first: list[Ids], second: list
     return empty, missed_by(cache, ngrams, second), frozen
 
 
-def measure_speed(size: int) -> dict[str, float]:
+def measure_speed(size: int, form: Form) -> dict[str, float]:
     """Microseconds, medians: `size` n-grams from all over a full cache; and as many new ones put into it."""
     random = np.random.default_rng(size)
-    cache = HotRows(SPEED_BYTES, ENTRY_BYTES)
+    cache = HotRows(SPEED_BYTES, ENTRY_BYTES, form)
     entries = random.integers(0, 256, (size, ENTRY_BYTES), np.uint8)
 
     def new() -> tuple[Ids, npt.NDArray[np.uint8]]:
@@ -238,7 +240,7 @@ def measure_speed(size: int) -> dict[str, float]:
         return found
 
     def copy(rows: Ids) -> None:
-        np.take(cache.rows, rows, axis=0, out=out, mode="clip")
+        form.copy_found(cache.rows, rows, ENTRY_BYTES, None, out)
 
     for _ in range(25):
         for name in ("apart", "both"):

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from engrampool_proto.hashing import TokenBatch, XorMix
+from engrampool_proto.kernels.gather import gather
+from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.token_map import TokenMap
-from engrampool_server.memory.gather import gather
-from engrampool_server.memory.hasher import Hasher
 from engrampool_server.memory.memory import allocate
 from engrampool_server.memory.overlay import Overlay
 

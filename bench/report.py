@@ -45,7 +45,10 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 def markdown(records: Sequence[Record]) -> str:
     """The whole report."""
     batches = [record for record in records if record["study"] == "batches"]
-    parts = [f"{_machine()}\n"]
+    parts = [f"{machine()}\n"]
+    steps = [record for record in records if record["study"] == "decode"]
+    if steps:
+        parts += ["### Lookups with the pauses of a decode step\n", decode(steps)]
     for kind in dict.fromkeys(record["ids"] for record in batches):
         parts += [f"### {kind.capitalize()} ids\n", _batch_table([r for r in batches if r["ids"] == kind])]
     parts += _skipped(records)
@@ -56,7 +59,7 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
-def _machine() -> str:
+def machine() -> str:
     """When and where, in one line."""
     names = (
         line.partition(":")[2].strip()
@@ -73,6 +76,23 @@ def _machine() -> str:
         *(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "grpcio")),
     ]
     return ", ".join(words)
+
+
+def decode(records: Sequence[Record]) -> str:
+    """The table of bench/decode.py."""
+    lines = [
+        "| tokens | pause ms | other thread | system | prefetch returns, p50 / p99 ms | first layer | all rows | "
+        "prefetch / raw's | first layer / raw's all | all / raw's all | server CPU s/GB | calls |",
+        "| ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    parts = ("prefetch_", "first_layer_", "")
+    for record in records:
+        cells = [str(record["tokens"]), f"{record['pause_ms']:g}", record["thread"], record["system"]]
+        cells += [" / ".join(_figure(record[f"{part}{what}_ms"]) for what in ("p50", "p99")) for part in parts]
+        cells += [_figure(record[f"{part}to_raw"]) for part in parts]
+        cells += [_figure(record["server_cpu_s_per_gb"]), str(record["calls"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _batch_table(records: Sequence[Record]) -> str:

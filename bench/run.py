@@ -33,7 +33,7 @@ TOKENS = (1, 16, 64, 256, 1024, 4096)
 SMALL_VOCAB_SIZE, VOCAB_SIZE, LARGE_VOCAB_SIZE = 8_000, 80_000, 320_000  # tables of 0.1, 1 and 4 GB
 START_S, CASE_S = 180.0, 180.0  # no server takes longer to start, no case to run
 BULK_TOKENS = 1024
-STUDIES = ("batches", "workers", "tables", "gather")
+STUDIES = ("decode", "batches", "workers", "tables", "gather")
 WORKERS, CLIENTS = (1, 2), (1, 2)
 
 Sample = dict[str, Any]
@@ -110,7 +110,7 @@ class Harness:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cases: list[Case] = []
-        self.kernels: list[dict[str, Any]] = []
+        self.others: list[dict[str, Any]] = []
         self._begin = time.monotonic()
 
     def tell(self, text: str) -> None:
@@ -281,33 +281,46 @@ class Harness:
     def gather(self) -> None:
         """The server's gather beside np.take, without server or client: gather.py, in a process of its own."""
         self.tell("gather kernel")
+        for record in self._found_by("gather.py", *(("--sizes", "1", "4") if self.options.quick else ())):
+            if record["case"] != "gather":
+                continue
+            for name, nanoseconds in record["ns_per_row"].items():
+                self.others.append(
+                    {
+                        "study": "gather",
+                        "system": f"gather-{name}",
+                        **dict.fromkeys(("tokens", "layers", "rows", "p50_ms", "p99_ms")),
+                        "gb_per_s": record["row_bytes"] / nanoseconds,
+                        "server_cpu_s_per_gb": None,
+                        "ids": "uniform",
+                        "repeats": 1,
+                        "table_gb": record["table_gb"],
+                        "row_bytes": record["row_bytes"],
+                        "ns_per_row": nanoseconds,
+                    }
+                )
+
+    def decode(self) -> None:
+        """Lookups with the pauses of a decode step: decode.py, in a process of its own."""
+        self.tell("decode steps")
+        options = self.options
+        vocab_size = min(SMALL_VOCAB_SIZE if options.quick else VOCAB_SIZE, options.vocab_size)
+        words = ["--data", options.data, "--vocab-size", vocab_size, "--pool-tokens", options.pool_tokens]
+        self.others += self._found_by("decode.py", *words, *(("--quick",) if options.quick else ()))
+
+    @staticmethod
+    def _found_by(script: str, *words: object) -> list[dict[str, Any]]:
+        """What a bench of its own writes as JSON."""
         with tempfile.TemporaryDirectory() as directory:
-            found = Path(directory) / "gather.json"
-            words = [sys.executable, str(Path(__file__).parent / "gather.py"), "--json", str(found)]
-            words += ["--sizes", "1", "4"] if self.options.quick else []
-            subprocess.run(words, check=True, stdout=subprocess.DEVNULL, preexec_fn=processes.die_with_parent)
-            for record in json.loads(found.read_text()):
-                if record["case"] != "gather":
-                    continue
-                for name, nanoseconds in record["ns_per_row"].items():
-                    self.kernels.append(
-                        {
-                            "study": "gather",
-                            "system": f"gather-{name}",
-                            **dict.fromkeys(("tokens", "layers", "rows", "p50_ms", "p99_ms")),
-                            "gb_per_s": record["row_bytes"] / nanoseconds,
-                            "server_cpu_s_per_gb": None,
-                            "ids": "uniform",
-                            "repeats": 1,
-                            "table_gb": record["table_gb"],
-                            "row_bytes": record["row_bytes"],
-                            "ns_per_row": nanoseconds,
-                        }
-                    )
+            found = Path(directory) / "found.json"
+            command = [sys.executable, str(Path(__file__).parent / script), "--json", str(found), *map(str, words)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=processes.die_with_parent)
+            records: list[dict[str, Any]] = json.loads(found.read_text())
+            return records
 
     def records(self) -> list[dict[str, Any]]:
         """What was found so far, as the JSON has it."""
-        return [case.record() for case in self.cases] + self.kernels
+        return [case.record() for case in self.cases] + self.others
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -27,6 +27,7 @@ _SLOW_FOLDERS = {"bench", "deploy", "integration"}
 _SLOW_FILES = {
     "client/test_aio.py",
     "client/test_commands.py",
+    "client/compute/test_forms.py",
     "client/pool/test_connecting.py",
     "client/pool/test_degradation.py",
     "client/doctor/test_command.py",
@@ -42,8 +43,8 @@ _SLOW_FILES = {
     "proto/registry/test_etcd.py",
     "server/test_attach.py",
     "server/processes/test_children.py",
-    "server/memory/test_hasher.py",
-    "server/test_jit.py",
+    "proto/kernels/test_hasher.py",
+    "proto/kernels/test_jit.py",
     "server/telemetry/test_log.py",
     "server/files/test_pack.py",
     "server/files/test_raw_model.py",

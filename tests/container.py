@@ -148,7 +148,7 @@ def containers(directory: Path) -> Iterator[Containers]:
         if done.returncode:
             raise NotPermittedError(done.stderr.strip())
         # And bytecode, as pip makes it: none can be written in a container.
-        code = "import compileall, sys; from engrampool_server import jit; "
+        code = "import compileall, sys; from engrampool_proto.kernels import jit; "
         code += "jit.compile_ahead(jit.level()); sys.exit(not compileall.compile_dir(sys.argv[1], quiet=1))"
         done = place.run("-c", code, str(packages))
         assert done.returncode == 0, done.stderr

@@ -22,11 +22,20 @@ ROWS = RowFormat((Segment("values", "uint8", 3),))
 SPEC = ModelSpec("m", 50, tuple(TableSpec(layer, 50, ROWS, Identity(50)) for layer in (2, 9)))
 SERVED = ServedModel(SPEC, "v", max_rows=10**6, max_answer_bytes=10**8, server_version="", direct=True)
 TIMES = wire.ServerTimes(1, 2, 3)
+# Stands for the number of the request in frames that are made before it.
+NUMBER = 0xFEDC_BA98_7654_3210
+Frame = tuple[int, int, int, int, bytes]  # kind, which, number, first, body
 
 
 @contextmanager
-def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[NativeLane]:
-    """A lane to a peer that admits a connection and answers the requests of it in turn with these bytes."""
+def peer(
+    *replies: bytes | Callable[[socket.socket, int], None], came: list[Frame] | None = None
+) -> Iterator[NativeLane]:
+    """A lane to a peer that admits a connection and answers the requests of it in turn with these bytes.
+
+    replies: frames of request NUMBER, or what is called with the connection and the request's number. came: gets all
+    frames that the peer was sent.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -36,14 +45,19 @@ def peer(*replies: bytes | Callable[[socket.socket], None]) -> Iterator[NativeLa
                 connection.recv(100)
                 connection.sendall(frames.frame(frames.READY))
                 for reply in replies:
-                    header = connection.recv(12, socket.MSG_WAITALL)
-                    if len(header) < 12:
-                        return
-                    connection.recv(frames.HEADER.unpack(header)[0], socket.MSG_WAITALL)
+                    kind = frames.REGISTER
+                    while kind == frames.REGISTER:
+                        header = connection.recv(frames.HEADER.size, socket.MSG_WAITALL)
+                        if len(header) < frames.HEADER.size:
+                            return
+                        kind, which, number, first, nbytes = frames.HEADER.unpack(header)
+                        body = connection.recv(nbytes, socket.MSG_WAITALL)
+                        if came is not None:
+                            came.append((kind, which, number, first, body))
                     if callable(reply):
-                        reply(connection)
+                        reply(connection, number)
                     else:
-                        connection.sendall(reply)
+                        connection.sendall(numbered(reply, number))
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -62,8 +76,13 @@ def exchange(count: int, out: bool = False, delivery: Delivery | None = None) ->
     return exchange_of(SERVED, ids, arrays, delivery)
 
 
+def numbered(sent: bytes, number: int) -> bytes:
+    """Frames of request NUMBER as such of another request."""
+    return sent.replace(NUMBER.to_bytes(8, "little"), number.to_bytes(8, "little"))
+
+
 def rows_frame(layer: int, first: int, rows: bytes) -> bytes:
-    return frames.rows_start(layer, first, len(rows)) + rows
+    return frames.rows_start(NUMBER, layer, first, len(rows)) + rows
 
 
 def whole_answer(count: int, cuts: set[int]) -> tuple[dict[int, bytes], bytes]:
@@ -73,4 +92,4 @@ def whole_answer(count: int, cuts: set[int]) -> tuple[dict[int, bytes], bytes]:
         bounds = sorted({0, count} | {cut for cut in cuts if cut < count})
         for start, stop in pairwise(bounds):
             sent += rows_frame(layer, start, rows[3 * start : 3 * stop])
-    return wanted, sent + frames.end(TIMES)
+    return wanted, sent + frames.end(NUMBER, TIMES)

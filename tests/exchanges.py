@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from engrampool_client.compute.forms import NUMPY
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import CallersLanding, Landing
@@ -21,7 +22,7 @@ def exchange_of(
     layout, delivery = Layout(served.spec, None), delivery or Delivery(sorted(rows))
     shapes = query.shapes(layout)
     landing = CallersLanding(delivery, shapes, served.spec, out) if out else Landing(delivery, shapes)
-    return Exchange.of_ids(served, query.ids(layout), landing)
+    return Exchange.of_ids(served, query.ids(layout, NUMPY.hashing(served.spec)), landing)
 
 
 def add(taken: Exchange, answer: bytes) -> list[int]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engrampool_client import AsyncClient, Client, ForkedError
+from engrampool_client import AsyncClient, Client, ForkedError, ProtocolError
+from engrampool_proto import frames, wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
 
@@ -148,6 +149,33 @@ def own(address: str) -> None:
         assert np.array_equal(client.lookup(FEW)[14], expected(client.spec, FEW)[14])
 
 
+def by_hand(address: str) -> None:
+    """A child asks on its parent's connection, past all that keeps it from that: no row of its own is the parent's."""
+    with Client(address, attach="off") as client:
+        spec = client.spec
+        good, others = expected(spec, FEW), spec.hash(TokenBatch.of(TOKENS[4:8]))
+        native = client._shards.sets[0].replicas[0]._native
+        for ahead in range(3):
+            # Right rows, over gRPC until a connection is there again.
+            while not (native._idle and native._idle[-1]._handles):
+                assert np.array_equal(client.lookup(FEW)[1], good[1])
+            connection = native._idle[-1]
+            (handle,) = connection._handles.values()
+            copy = os.dup(connection.fileno())  # before the fork, after which the child closes its end
+
+            def run(ahead=ahead, connection=connection, handle=handle, copy=copy) -> bytes:
+                ids = [wire.little(of_layer) for of_layer in others.values()]
+                counts, number = [of_layer.size for of_layer in others.values()], connection._number + ahead
+                start = frames.lookup_start(handle, number % 2**64, 0, counts, sum(map(len, ids)))
+                os.writev(copy, [start, *ids])
+                return b"good"
+
+            assert child(run) == b"good"
+            os.close(copy)
+            with pytest.raises(ProtocolError, match="another request"):
+                client.lookup(FEW)
+
+
 def garbage(address: str) -> None:
     """A child collects nothing that its parent had; each goes on collecting garbage as it did before."""
 
@@ -194,6 +222,15 @@ def recording(address: str, path: str) -> None:
         client.lookup(FEW)
 
 
+SCENARIOS = {
+    "told": told,
+    "orphan": orphan,
+    "own": own,
+    "by hand": by_hand,
+    "garbage": garbage,
+    "recording": recording,
+}
+
 if __name__ == "__main__":
-    {"told": told, "orphan": orphan, "own": own, "garbage": garbage, "recording": recording}[sys.argv[1]](*sys.argv[2:])
+    SCENARIOS[sys.argv[1]](*sys.argv[2:])
     print("good")

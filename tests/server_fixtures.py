@@ -29,6 +29,7 @@ from engrampool_proto.token_map import TokenMap
 from engrampool_server.answer.grpc_server import GrpcServer
 from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.answer.lane.admission import Admission
+from engrampool_server.answer.lane.handles import Handles
 from engrampool_server.answer.lookups import Lookups
 from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.config import ServerConfig
@@ -347,6 +348,8 @@ class GatherGate:
             gather(table, ids, out)
 
         monkeypatch.setattr(LoadedTable, "gather", gated)
+        # Nor is a loop without Python to answer, which passes by here.
+        monkeypatch.setattr(Handles, "_resolve", lambda *_: None)
         # What is held back must be a gather thread, never the event loop, which answers only small requests itself.
         monkeypatch.setattr(Lookups, "inline_bytes", 4096)
 

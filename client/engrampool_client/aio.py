@@ -204,6 +204,11 @@ class AsyncClient:
         return self.client.version
 
     @property
+    def compiled(self) -> bool:
+        """As `Client.compiled`."""
+        return self.client.compiled
+
+    @property
     def stats(self) -> Stats:
         """What the client counts."""
         return self.client.stats

@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.forms import choose
 from engrampool_client.config import ClientConfig, ClientSettings, bounded_s
 from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
@@ -44,7 +45,7 @@ class Client:
     settings: the fields of `ClientConfig`, which says what they mean.
 
     Raises on construction UnavailableError, UnknownModelError, UnknownVersionError, FingerprintError, SpecError,
-    ProtocolError, CacheFileError, RecordError, RegistryError.
+    ProtocolError, CacheFileError, RecordError, RegistryError; ValueError for settings that cannot be.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Client:
         """Find out what is served, and be ready for lookups. `close`, in any thread, ends it by a PoolError."""
         try:
             settings = self._config
+            self._form = choose(settings.compiled)
             config, tokenizer, warm, record = (
                 None if path is None else Path(path)
                 for path in (settings.config, settings.tokenizer, settings.warm, settings.record)
@@ -81,7 +83,7 @@ class Client:
             self.spec = self._versions.connect(model, version, bounded_s(settings.connect_timeout_s)).spec
             check_fingerprint(self.spec, config, tokenizer)
             self.stats = Stats(self.spec.layers)
-            self._versions.open(self.stats, warm)
+            self._versions.open(self.stats, self._form, warm)
             if record is not None:
                 self._recorder = Recorder(record, self.spec, self.version)
             self._lookups.open(self.spec, self.stats, self._recorder)
@@ -125,6 +127,11 @@ class Client:
         return self._versions.current.cache
 
     @property
+    def compiled(self) -> bool:
+        """Whether lookups are hashed, deduplicated and cached by compiled kernels; `status` says why not."""
+        return self._form.compiled
+
+    @property
     def attached(self) -> bool:
         """Whether lookups read the server's memory, now."""
         return self._shards.attached
@@ -150,7 +157,8 @@ class Client:
         docs/CLIENT.md lists the keys. No server is asked, and no lock is waited for. Never fails: of a client that is
         closed, or another process's, "why_unusable" says so.
         """
-        return client_status(self._versions, self.stats, self._lookups.workers, self._config, self._why_unusable())
+        workers, form = self._lookups.workers, self._form
+        return client_status(self._versions, self.stats, workers, self._config, form, self._why_unusable())
 
     def _why_unusable(self) -> str | None:
         if self._lookups.forked is not None:

@@ -80,7 +80,8 @@ def lookup(
     ids = read_tokens(tokens)
     private_files.check_replaceable(out)
     settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
-    with Client(server, name, version, hashing=hashing, **settings) as pool:  # type: ignore[arg-type]
+    # To import numba takes longer than all of this.
+    with Client(server, name, version, hashing=hashing, compiled="off", **settings) as pool:  # type: ignore[arg-type]
         begin = time.perf_counter()
         fetched, server_us = _in_pieces(pool, ids)
         summary = {

@@ -11,6 +11,7 @@ Hashing = Literal["local", "server"]
 OnFailure = Literal["raise", "mask"]
 Attach = Literal["auto", "off"]
 Direct = Literal["auto", "off"]
+Compiled = Literal["auto", "off", "on"]
 
 # No wait is longer, whatever a caller asks for: the system counts some of them in milliseconds of 31 bits.
 LONGEST_S = 1e6
@@ -38,6 +39,7 @@ class ClientSettings(TypedDict, total=False):
     attach: Attach
     direct: Direct
     spin_s: float
+    compiled: Compiled
     keep_memory: bool
     record: str | Path | None
 
@@ -120,6 +122,11 @@ class ClientConfig:
     """Over the direct lane, how long, in seconds, `lookup` and `lookup_rows` look for the answer without sleeping,
     where answers come as soon as that: what waking up takes is saved, and a processor is busy meanwhile. 0 never."""
 
+    compiled: Compiled = "auto"
+    """"auto" hashes, deduplicates and looks into the cache by compiled kernels where numba is installed (extra `fast`),
+    and by numpy where it is not, compiles nothing (NUMBA_DISABLE_JIT), or cannot keep what it compiled; "off" always by
+    numpy; "on" raises ValueError where it cannot be by kernels. Either gives the same rows."""
+
     keep_memory: bool = False
     """Have the C library keep freed memory for the next answer. It is a setting of the whole process, which stays as
     large as it was at its peak, and whose threads all allocate from one arena from then on, for good: for large answers
@@ -137,6 +144,7 @@ class ClientConfig:
                 "on_failure": (self.on_failure, ("raise", "mask")),
                 "attach": (self.attach, ("auto", "off")),
                 "direct": (self.direct, ("auto", "off")),
+                "compiled": (self.compiled, ("auto", "off", "on")),
             },
             whole={
                 "max_steps": self.max_steps,

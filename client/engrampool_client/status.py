@@ -6,6 +6,7 @@ No server is asked, and no lock is taken: what is read at once may be a moment a
 from math import isfinite
 from typing import TypedDict
 
+from engrampool_client.compute.forms import Form
 from engrampool_client.config import ClientConfig, Hashing, OnFailure
 from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.workers import Workers
@@ -95,6 +96,8 @@ class ClientStatus(TypedDict):
     hashing: Hashing
     heads: list[int] | None
     on_failure: OnFailure
+    compiled: bool
+    why_not_compiled: str | None
     lane: Lane
     breaker_open: bool
     servers_in_trouble: int
@@ -109,6 +112,7 @@ def client_status(
     stats: Stats,
     workers: Workers,
     config: ClientConfig,
+    form: Form,
     why_unusable: str | None,
 ) -> ClientStatus:
     """Of a client that is made of these."""
@@ -123,6 +127,8 @@ def client_status(
         "hashing": config.hashing,
         "heads": None if heads is None else [heads.start, heads.stop],
         "on_failure": config.on_failure,
+        "compiled": form.compiled,
+        "why_not_compiled": None if form.compiled else form.why,
         "lane": "attached" if now.shards.attached and config.hashing == "local" else _wire(now),
         "breaker_open": now.shards.breaker_open,
         "servers_in_trouble": sum(one["trouble"] is not None for one in servers),

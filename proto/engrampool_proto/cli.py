@@ -116,6 +116,10 @@ def main() -> NoReturn:
         if isinstance(error, ImportError) and (error.name or "").startswith("engrampool"):
             raise  # a mistake of ours
         _fail(f"{str(error) or type(error).__name__}{_file_size_hint(error) or _address_space_hint()}")
+    except SystemError as error:  # of a library that had no memory for its start, and says nothing of that
+        if not (hint := _address_space_hint()):
+            raise
+        _fail(f"{error}{hint}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

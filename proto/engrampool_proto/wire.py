@@ -90,7 +90,7 @@ def encode_request(request: LookupRequest) -> bytes:
     for layer, ids in request.tables:
         if ids.dtype not in (np.uint32, np.uint64):
             raise WireError(f"row ids of layer {layer} must be uint32 or uint64; they are {ids.dtype}")
-        data = _little(ids)
+        data = little(ids)
         parts += _ids_start(layer, 2 if ids.dtype == np.uint32 else 3, len(data)), data
     if request.tokens is not None:
         put_message(parts, 4, _token_fields(request.tokens))
@@ -119,14 +119,14 @@ def _ids_start(layer: int, number: int, nbytes: int) -> bytes:
 
 def _token_fields(batch: TokenBatch) -> list[bytes | memoryview]:
     fields: list[bytes | memoryview] = []
-    put_bytes(fields, 1, _little(batch.tokens))
-    put_bytes(fields, 2, _little(batch.query_start_loc))
-    put_bytes(fields, 3, _little(batch.lookback))
+    put_bytes(fields, 1, little(batch.tokens))
+    put_bytes(fields, 2, little(batch.query_start_loc))
+    put_bytes(fields, 3, little(batch.lookback))
     put_varint(fields, 4, batch.lookback.shape[1])
     if batch.dead is not None:
-        put_bytes(fields, 5, _little(batch.dead.view(np.uint8)))
+        put_bytes(fields, 5, little(batch.dead.view(np.uint8)))
     if batch.lookback_dead is not None:
-        put_bytes(fields, 6, _little(batch.lookback_dead.view(np.uint8)))
+        put_bytes(fields, 6, little(batch.lookback_dead.view(np.uint8)))
     return fields
 
 
@@ -268,42 +268,6 @@ def times_response(times: ServerTimes) -> bytes:
     return _TIMES_START + _TIMES.pack(*_times_fields(times))
 
 
-def parse_times_response(message: bytes) -> ServerTimes | None:
-    """The times of a LookupResponse without rows. Raises WireError for one with rows."""
-    if len(message) == len(_TIMES_START) + _TIMES.size and message.startswith(_TIMES_START):
-        a, queue_us, b, gather_us, c, total_us = _TIMES.unpack_from(message, len(_TIMES_START))
-        if (a, b, c) == _TIMES_TAGS:  # as we write it
-            return ServerTimes(queue_us, gather_us, total_us)
-    response = parse_response(message)
-    if response.tables:
-        raise WireError("an answer of times only has rows")
-    return response.times
-
-
-def parse_response_start(start: bytes, nbytes: int) -> tuple[int, int]:
-    """Read what `response_start` writes: (layer, first) of the run that `nbytes` of rows follow.
-
-    Raises WireError unless `start` and any `nbytes` are a LookupResponse of one run whose rows they are.
-    """
-    data = memoryview(start)
-    tag, position = read_varint(data, 0, longest=5)
-    size, position = read_varint(data, position, longest=5)
-    if tag != 1 << 3 | BYTES or size != len(data) - position + nbytes:
-        raise WireError(f"an answer of one run, {nbytes} bytes of rows at its end, does not begin like this")
-    found = {1: 0, 2: 0}
-    while position < len(data):
-        tag, position = read_varint(data, position, longest=5)
-        value, position = read_varint(data, position)
-        if tag == 3 << 3 | BYTES and value == nbytes and position == len(data):
-            return found[1] & U32, found[2]
-        if tag & 7 != VARINT:
-            break
-        found[tag >> 3] = value
-    if nbytes or position < len(data):
-        raise WireError(f"a run of {nbytes} bytes of rows does not begin like this")
-    return found[1] & U32, found[2]
-
-
 def parse_response(data: bytes) -> LookupResponse:
     """Read a LookupResponse; rows are views into `data`. Raises WireError for malformed bytes."""
     budget = Budget()
@@ -361,8 +325,8 @@ _view_of_memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _view_of_memory.argtypes, _view_of_memory.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int], ctypes.py_object
 
 
-def _little(array: npt.NDArray[Any]) -> memoryview:
-    """The array's bytes, little-endian and C-contiguous, without a copy where it is so already."""
+def little(array: npt.NDArray[Any]) -> memoryview:
+    """An array's bytes, little-endian and C-contiguous, without a copy where it is so already."""
     plain: npt.NDArray[Any] = np.ascontiguousarray(array, _LITTLE.get(array.dtype) or array.dtype.newbyteorder("<"))
     return plain.reshape(-1).view(np.uint8).data
 

@@ -7,9 +7,9 @@
 """
 
 from engrampool_proto import __version__
+from engrampool_proto.kernels import jit
 from engrampool_proto.registry.etcd import require_etcd3gw
 from engrampool_proto.registry.records import VersionKey
-from engrampool_server import jit
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.load import ModelLoader, require_segments
 from engrampool_server.memory.preflight import require_address_space

@@ -106,7 +106,7 @@ def test_the_image_runs_as_nobody_special():
 
 def test_the_image_has_kernels_for_every_processor_and_user():
     stages = DOCKERFILE.split("\nFROM ")
-    assert "/opt/engrampool/bin/python -m engrampool_server.jit" in stages[1]
+    assert "/opt/engrampool/bin/python -m engrampool_proto.kernels.jit" in stages[1]
     # Within what is copied as a whole, belongs to root, and is nobody's to write to.
     assert "COPY --from=build /opt/engrampool /opt/engrampool" in stages[2]
     assert "NUMBA" not in DOCKERFILE

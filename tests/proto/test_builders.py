@@ -27,8 +27,8 @@ def test_the_token_map_equals_the_reference_on_every_id(token_map, reference_map
     assert token_map.ids.tolist() == reference_map
 
 
-def test_deepseek_v41_at_full_size(tokenizer_path, token_map):
-    made = blueprint(V41, tokenizer_path)
+def test_deepseek_v41_at_full_size(tokenizer, token_map):
+    made = blueprint(V41, tokenizer)
     spec = made.spec
     assert (spec.name, spec.layers, spec.lookback, spec.vocab_size) == ("deepseek-v4.1", (1, 14), 3, 129280)
     assert spec.token_map == token_map
@@ -48,19 +48,19 @@ def test_deepseek_v41_at_full_size(tokenizer_path, token_map):
     assert made.scales == {}
 
 
-def test_layers_get_their_primes_in_the_order_of_the_config(tokenizer_path):
+def test_layers_get_their_primes_in_the_order_of_the_config(tokenizer):
     swapped = {**V41, "engram_layer_ids": [14, 1]}
-    spec = blueprint(swapped, tokenizer_path).spec
+    spec = blueprint(swapped, tokenizer).spec
     assert spec.layers == (1, 14)
     assert [spec.table(layer).num_rows for layer in (14, 1)] == V41["engram_num_embeddings"]
 
 
-def test_the_demo(tokenizer_path):
-    made = blueprint(CONFIGS["engram-demo"], tokenizer_path, "demo")
+def test_the_demo(tokenizer):
+    made = blueprint(CONFIGS["engram-demo"], tokenizer, "demo")
     assert (made.spec.name, made.spec.layers, made.spec.lookback) == ("demo", (1, 15), 2)
     assert made.spec.table(1).row_format == RowFormat((Segment("values", "float32", 64),))
     assert made.spec.table(15).heads == 16
-    halves = blueprint({**CONFIGS["engram-demo"], "torch_dtype": "bfloat16"}, tokenizer_path)
+    halves = blueprint({**CONFIGS["engram-demo"], "torch_dtype": "bfloat16"}, tokenizer)
     assert halves.spec.table(1).row_bytes == 128
 
 
@@ -177,26 +177,26 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
         TokenMap.from_tokenizer(path)
 
 
-def test_the_wrong_tokenizer_is_refused(tokenizer_path):
+def test_the_wrong_tokenizer_is_refused(tokenizer):
     with pytest.raises(SpecError, match=r"engram_compressed_vocab_size 99093, the tokenizer gives 99092"):
-        blueprint({**V41, "engram_compressed_vocab_size": 99093}, tokenizer_path)
+        blueprint({**V41, "engram_compressed_vocab_size": 99093}, tokenizer)
 
 
 @pytest.mark.parametrize("rows", [[384006168], [384006168, 384016681], [384006168, 384016682 + 17_000_000]])
-def test_other_table_sizes_than_stated_are_refused(tokenizer_path, rows):
+def test_other_table_sizes_than_stated_are_refused(tokenizer, rows):
     with pytest.raises(SpecError, match=rf"engram_num_embeddings {re.escape(str(rows))}; .* 384016682"):
-        blueprint({**V41, "engram_num_embeddings": rows}, tokenizer_path)
+        blueprint({**V41, "engram_num_embeddings": rows}, tokenizer)
 
 
-def test_a_stated_table_may_be_padded(tokenizer_path):
-    spec = blueprint({**V41, "engram_num_embeddings": [384006168, 384016896]}, tokenizer_path).spec
+def test_a_stated_table_may_be_padded(tokenizer):
+    spec = blueprint({**V41, "engram_num_embeddings": [384006168, 384016896]}, tokenizer).spec
     assert [table.num_rows for table in spec.tables] == [384006168, 384016896]
-    assert spec.table(14).hash == blueprint(V41, tokenizer_path).spec.table(14).hash
+    assert spec.table(14).hash == blueprint(V41, tokenizer).spec.table(14).hash
 
 
-def test_what_v41_may_leave_out(tokenizer_path):
+def test_what_v41_may_leave_out(tokenizer):
     optional = {"engram_compressed_vocab_size": None, "engram_num_embeddings": None}
-    assert blueprint({**V41, **optional}, tokenizer_path).spec == blueprint(V41, tokenizer_path).spec
+    assert blueprint({**V41, **optional}, tokenizer).spec == blueprint(V41, tokenizer).spec
 
 
 # Every value, spoiled
@@ -229,10 +229,10 @@ def spoiled() -> list[tuple[str, str, Any]]:
 
 
 @pytest.mark.parametrize(("family", "key"), dict.fromkeys((family, key) for family, key, _ in spoiled()))
-def test_a_value_that_cannot_be_is_refused_by_its_key(family, key, tokenizer_path):
+def test_a_value_that_cannot_be_is_refused_by_its_key(family, key, tokenizer):
     for wrong in [value for f, k, value in spoiled() if (f, k) == (family, key)]:
         with pytest.raises(SpecError) as caught:
-            blueprint({**CONFIGS[family], key: wrong}, tokenizer_path)
+            blueprint({**CONFIGS[family], key: wrong}, tokenizer)
         assert key in str(caught.value), f"{wrong!r:.40}: {caught.value}"
 
 
@@ -265,9 +265,9 @@ def test_a_value_that_cannot_be_is_refused_by_its_key(family, key, tokenizer_pat
         ("gemma-ple", {"hidden_size_per_layer_input": 2**20}, "limit"),
     ],
 )
-def test_values_that_contradict_each_other_are_refused(family, change, message, tokenizer_path):
+def test_values_that_contradict_each_other_are_refused(family, change, message, tokenizer):
     with pytest.raises(SpecError, match=message):
-        blueprint({**CONFIGS[family], **change}, tokenizer_path)
+        blueprint({**CONFIGS[family], **change}, tokenizer)
 
 
 VALUES = st.one_of(
@@ -280,13 +280,13 @@ VALUES = st.one_of(
 @pytest.mark.parametrize("family", CONFIGS)
 @settings(max_examples=2 * settings.default.max_examples)
 @given(data=st.data())
-def test_nothing_but_spec_errors_comes_out(tokenizer_path, family, data):
+def test_nothing_but_spec_errors_comes_out(tokenizer, family, data):
     config = copy.deepcopy(CONFIGS[family])
     keys = [*config, *sorted(OPTIONAL[family]), "quantization_config", "hidden_size", "engram_layer_ids"]
     for _ in range(data.draw(st.integers(1, 3))):
         config[data.draw(st.sampled_from(keys))] = data.draw(VALUES)
     try:
-        made = blueprint(config, tokenizer_path)
+        made = blueprint(config, tokenizer)
     except SpecError:
         return
     # What was accepted holds together.

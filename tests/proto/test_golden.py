@@ -24,8 +24,8 @@ def test_there_is_no_file_too_many():
     assert {path.stem for path in golden_vectors.GOLDEN.iterdir()} == set(golden_vectors.CONFIGS)
 
 
-def test_the_implementation_gives_it(golden, tokenizer_path):
-    spec = blueprint(golden["config"], tokenizer_path).spec
+def test_the_implementation_gives_it(golden, tokenizer):
+    spec = blueprint(golden["config"], tokenizer).spec
     assert spec.name == golden["family"]
     found_map = spec.token_map and {"size": spec.token_map.size, "xxh3_128": spec.token_map.digest}
     assert found_map == golden["token_map"]

@@ -22,8 +22,8 @@ FEWER = settings(max_examples=min(20, settings.default.max_examples))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def case(request, tokenizer_path) -> Case:
-    return hash_cases.case(request.param, tokenizer_path)
+def case(request, tokenizer) -> Case:
+    return hash_cases.case(request.param, tokenizer)
 
 
 def requests_of(case: Case) -> st.SearchStrategy[list[hash_reference.Request]]:

@@ -35,8 +35,8 @@ def through_json(spec: ModelSpec) -> ModelSpec:
 
 
 @pytest.mark.parametrize("family", hash_cases.FAMILIES)
-def test_json_gives_the_model_back(family, tokenizer_path):
-    spec = hash_cases.case(family, tokenizer_path).spec
+def test_json_gives_the_model_back(family, tokenizer):
+    spec = hash_cases.case(family, tokenizer).spec
     again = through_json(spec)
     assert again == spec
     assert again.digest == spec.digest

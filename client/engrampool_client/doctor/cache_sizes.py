@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.forms import NUMPY, Form, form_of
 from engrampool_client.doctor.replay import Forward
 from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.layout import Keys, Layout, Part
@@ -51,15 +52,16 @@ def simulate(
     layout = Layout(spec, None if heads is None else slice(*heads))
     ways_bytes = 8 * (layout.entry_bytes + 16)
     sizes = [nbytes for nbytes in capacities if nbytes >= ways_bytes]
+    form = form_of("auto")  # the doctor's clients': which entries a full set keeps depends on the order they come in
     # As many sets, but entries of one byte: it is only asked what it has.
-    caches = [HotRows(nbytes // ways_bytes * 8 * (1 + 16), 1) for nbytes in sizes]
+    caches = [HotRows(nbytes // ways_bytes * 8 * (1 + 16), 1, form) for nbytes in sizes]
     asked = dict.fromkeys(phases, 0)
     saved = {name: [0] * len(sizes) for name in phases}
     distinct, hits = 0, [0] * len(sizes)
     for name, forwards in phases.items():
         until = time.monotonic() + seconds / len(phases)
         for forward in forwards:
-            entries = _entries(spec, layout, forward)
+            entries = _entries(spec, layout, forward, form)
             asked[name] += sum(one.nbytes for one in entries)
             distinct += sum(len(one.keys) for one in entries)
             for at, cache in enumerate(caches):
@@ -104,14 +106,15 @@ class _Entries:
         return len(self.keys) * self.part.entry_bytes
 
 
-def _entries(spec: ModelSpec, layout: Layout, forward: Forward) -> list[_Entries]:
+def _entries(spec: ModelSpec, layout: Layout, forward: Forward, form: Form) -> list[_Entries]:
     """By part. Nothing for ids that have no keys."""
     entries = []
     for part, keys in keys_by_part(spec, layout, forward):
-        found = [np.unique(row, return_index=True) for row in keys]
-        groups = np.repeat(np.arange(part.number, part.number + len(keys), dtype=np.uint8), [len(f[0]) for f in found])
-        at = np.concatenate([tokens * len(keys) + group for group, (_, tokens) in enumerate(found)])
-        entries.append(_Entries(part, keys.T, np.concatenate([f[0] for f in found]), groups, at))
+        distinct, counts, inverse = form.distinct(keys, None)
+        groups = np.repeat(np.arange(part.number, part.number + len(keys), dtype=np.uint8), counts)
+        at = np.empty(len(distinct), np.int64)
+        at[inverse] = np.arange(keys.size)
+        entries.append(_Entries(part, keys.T, distinct, groups, at))
     return entries
 
 
@@ -140,5 +143,5 @@ def keys_by_part(spec: ModelSpec, layout: Layout, forward: Forward) -> list[tupl
     """The keys of each part of each layer, int64 [groups, T]; nothing for ids that no hash gives."""
     asked = forward.asked
     query = TokenQuery(spec, asked, spec.layers) if isinstance(asked, TokenBatch) else RowQuery(spec, asked)
-    keys = query.keys(layout) or {}
+    keys = query.keys(layout, NUMPY.hashing(spec)) or {}
     return [pair for layer, found in keys.items() for pair in zip(layout.parts[layer], found, strict=True)]

@@ -30,6 +30,8 @@ def print_report(report: "Report") -> None:
     click.echo(f"{report.model} {report.version} on {status['target']}; lookups go over: {status['lane']}")
     for line in lines(status):
         click.echo(f"  {line}")
+    why = status["why_not_compiled"]
+    click.echo(f"  the client computes by {'compiled kernels' if why is None else f'numpy: {why}'}")
     at = f"p{report.percentile:g}"
     for phase in report.phases:
         click.echo(f"\n{_title(phase)}")

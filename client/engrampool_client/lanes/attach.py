@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
 from stat import S_ISREG
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.forms import NUMPY, Form
 from engrampool_client.errors import (
     DeadlineError,
     EngrampoolError,
@@ -29,8 +31,10 @@ from engrampool_client.errors import (
     SpecError,
     UnavailableError,
 )
+from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.served import ServedModel
+from engrampool_client.lookup.workers import Workers
 from engrampool_proto import wire
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, read_trailer
 from engrampool_proto.v1 import pool_pb2
@@ -44,6 +48,8 @@ _LEAST_PAUSE_S = 0.05
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 # Rows copied between two looks at whether they are still wanted: some milliseconds of work.
 _PIECE_BYTES = 8 << 20
+# So many are worth the waking of a thread.
+_PART_BYTES = 1 << 20
 # Pages put into the process's page table by one call: a millisecond or so.
 _TOUCH_BYTES = 16 << 20
 _MADV_POPULATE_READ = 22
@@ -66,24 +72,14 @@ class _Table:
     offer: pool_pb2.MappedTable
     rows: npt.NDArray[np.uint8]
 
-    def holds(self, ids: npt.NDArray[Any]) -> bool:
-        """Whether all of them are here. ids: [N], N > 0, unsigned."""
-        offer = self.offer
-        return int(ids.max()) < offer.row_stop and (not offer.row_start or int(ids.min()) >= offer.row_start)
-
-    def gather(self, ids: npt.NDArray[Any], out: npt.NDArray[np.uint8]) -> None:
-        """Copy the rows `ids` [N], all of them here, into `out`, uint8 [N, row_bytes]."""
-        if self.offer.row_start:
-            ids = ids - ids.dtype.type(self.offer.row_start)
-        # "raise" would gather into a buffer first, and the ids are known to be good.
-        self.rows.take(ids, 0, out, "clip")
-
 
 class _Gather:
     """Rows that are here. work: (layer, ids, table) of each."""
 
-    def __init__(self, exchange: Exchange, work: Sequence[tuple[int, npt.NDArray[Any], _Table]]) -> None:
-        self._exchange, self._work = exchange, work
+    def __init__(
+        self, lane: "AttachLane", exchange: Exchange, work: Sequence[tuple[int, npt.NDArray[Any], _Table]]
+    ) -> None:
+        self._lane, self._exchange, self._work = lane, exchange, work
 
     def receive(self) -> bool:
         """See `Request`. Copies every row to where it belongs."""
@@ -96,14 +92,30 @@ class _Gather:
                 some = ids[first : first + count]
                 nbytes = len(some) * row_bytes
                 place = landing.destination(layer, first, nbytes)
-                with landing.delivery.writing():
-                    table.gather(some, np.frombuffer(place, np.uint8).reshape(-1, row_bytes))
+                self._copy(table, some, np.frombuffer(place, np.uint8).reshape(-1, row_bytes))
                 landing.received(layer, nbytes)
                 landing.hand_over()
         took_us = round((time.perf_counter() - begin) * 1e6)
         exchange.times = wire.ServerTimes(0, took_us, took_us)
         landing.check_complete()
         return True
+
+    def _copy(self, table: _Table, ids: npt.NDArray[Any], out: npt.NDArray[np.uint8]) -> None:
+        """Copy rows, in several threads where there are enough of them."""
+        lane = self._lane
+        ways = min(lane.ways, out.nbytes // _PART_BYTES)
+        if lane.threads is None or ways < 2:
+            self._copy_part(table, ids, out)
+            return
+        cuts = [len(ids) * way // ways for way in range(ways + 1)]
+        with SideBySide(lane.threads, self._exchange.delivery) as others:
+            for start, stop in pairwise(cuts[1:]):
+                others.begin(self._copy_part, table, ids[start:stop], out[start:stop])
+            self._copy_part(table, ids[: cuts[1]], out[: cuts[1]])
+
+    def _copy_part(self, table: _Table, ids: npt.NDArray[Any], out: npt.NDArray[np.uint8]) -> None:
+        with self._exchange.delivery.writing():
+            self._lane.form.gather(table.rows, ids, table.offer.row_start, out)
 
     def abandon(self) -> None:
         """See `Request`. Nothing has begun."""
@@ -120,12 +132,21 @@ class _Lease:
 class AttachLane:
     """The tables of one version of a model, mapped into this process while the server lets it. Thread-safe.
 
-    attach: asks the server for them, within so many seconds; raises PoolError.
+    attach: asks the server for them, within so many seconds; raises PoolError. form: what copies rows. threads: for
+    parts of large lookups, of which there are `ways` at most, one in the caller's thread.
     reason: why nothing is attached, for people; "" while it is.
     """
 
-    def __init__(self, attach: Callable[[float], pool_pb2.AttachResponse], served: ServedModel) -> None:
+    def __init__(
+        self,
+        attach: Callable[[float], pool_pb2.AttachResponse],
+        served: ServedModel,
+        form: Form = NUMPY,
+        threads: Workers | None = None,
+        ways: int = 1,
+    ) -> None:
         self._attach, self._served = attach, served
+        self.form, self.threads, self.ways = form, threads, ways
         # Replaced as a whole, and read once by whoever needs it: a gather keeps the memory that it reads.
         self._lease: _Lease | None = None
         self._closed = threading.Event()
@@ -152,10 +173,10 @@ class AttachLane:
         for layer, ids in asked:
             if layer in missing:
                 table = lease.tables.get(layer)
-                if table is None or not table.holds(ids):
+                if table is None or not self.form.holds(ids, table.offer.row_start, table.offer.row_stop):
                     return None
                 work.append((layer, ids, table))
-        return _Gather(exchange, work)
+        return _Gather(self, exchange, work)
 
     def forked(self) -> None:
         """See `Lane`. Mapped memory is there in the child as well."""

@@ -1,5 +1,6 @@
 """One socket of the direct lane: a request sent on it, and the answer received where it belongs."""
 
+import os
 import select
 import socket
 import struct
@@ -14,7 +15,6 @@ from engrampool_client.errors import PoolError, ProtocolError, from_status
 from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, dial
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
-from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
 
 # A server that is well sends some of its answer within so long. Where nothing came, the connection may be one that was
@@ -26,8 +26,10 @@ _SCRATCH_BYTES = 256 << 10
 _MAY_BLOCK_BYTES = 64 << 10
 _TIMEVAL = struct.Struct("@ll")
 _HEADER_BYTES = frames.HEADER.size
-# The header of the last frame, as servers of ours write it.
-_END = frames.end(wire.ServerTimes(0, 0, 0))[:_HEADER_BYTES]
+# Where the number is in a header: all of a small answer's headers but this is known before the request.
+_NUMBER_AT, _NUMBER_END = 8, 16
+# How a refusal begins.
+_REFUSED = frames.frame(frames.REFUSED)[:4]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -53,6 +55,9 @@ class Connection:
         # Whoever gives a step up takes it, in whatever the thread is doing: garbage collection does that, too.
         self._lock = threading.RLock()
         self.answering = False  # whether there is an answer, or a part of one, still to be received
+        self._number = 0  # of the last request
+        # What may be asked for by a handle: (model, version, layers) -> handle, the oldest first.
+        self._handles: dict[tuple[str, str, tuple[int, ...]], int] = {}
         self._turn = 0  # counts lookups, so that one that is over cannot be given up; -1 once one was
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._end = 0  # what was received into it, and not looked at yet
@@ -67,10 +72,8 @@ class Connection:
             deadline = time.monotonic() + OPEN_TIMEOUT_S
             self._allow(deadline)
             self._socket.sendall(frames.frame(frames.HELLO, way_in.ticket))
-            length, head, kind = self._header(deadline, _SCRATCH_BYTES)
-            if kind == frames.REFUSED and head == length:
-                raise _refusal(self._head(head, deadline), target)
-            if (kind, length) != (frames.READY, 0):
+            kind, _, _, nbytes = self._header(deadline, _SCRATCH_BYTES)
+            if (kind, nbytes) != (frames.READY, 0):
                 raise ProtocolError(f"{target}: the direct lane answered a hello with a frame of kind {kind}")
             self.heard_at = time.monotonic()
         except BaseException:
@@ -85,21 +88,51 @@ class Connection:
         self._start = self._end = 0
         self.answering = True
         self.asked_at = time.monotonic()
-        request = exchange.encode()
-        timeout_us = max(1, int(self._allow(deadline) * 1e6))
-        start = frames.request_start(timeout_us, len(request))
-        if send_by is None or len(request) <= _MAY_BLOCK_BYTES:
+        # Not counted: whoever has a copy of this connection, as after a fork, would count on from the same number.
+        self._number = int.from_bytes(os.urandom(8), "little") or 1
+        parts = self._request(exchange, max(1, int(self._allow(deadline) * 1e6)))
+        nbytes = sum(map(len, parts))
+        if send_by is None or nbytes <= _MAY_BLOCK_BYTES:
             send_by = deadline
         else:
             self._allow(send_by)
-        sent = self._socket.sendmsg((start, request))
-        while sent < len(start):
-            self._allow(send_by)
-            sent += self._socket.send(start[sent:])
-        sent -= len(start)
-        while sent < len(request):  # a large one, or a server that is busy
-            self._allow(send_by)
-            sent += self._socket.send(memoryview(request)[sent:])
+        sent = self._socket.sendmsg(parts)
+        if sent < nbytes:  # a large one, or a server that is busy
+            for part in parts:
+                while sent < len(part):
+                    self._allow(send_by)
+                    sent += self._socket.send(memoryview(part)[sent:])
+                sent -= len(part)
+
+    def _request(self, exchange: Exchange, timeout_us: int) -> list[bytes | memoryview]:
+        """What is to be sent, in parts: a lookup by ids, or whatever else is asked for."""
+        tables = exchange.asked_tables
+        if not tables:
+            request = exchange.encode()
+            return [frames.request_start(self._number, timeout_us, len(request)), request]
+        asked = exchange.asked
+        what = (asked.model, asked.version, tuple([layer for layer, _ in tables]))
+        handle = self._handles.get(what)
+        parts: list[bytes | memoryview] = []
+        if handle is None:
+            handle = len(self._handles)
+            if handle == frames.MAX_HANDLES:
+                handle = self._handles.pop(next(iter(self._handles)))
+            parts.append(frames.register(handle, *what))
+            self._handles[what] = handle
+        counts: list[int] = []
+        ids: list[bytes | memoryview] = []
+        nbytes = 0
+        for _, of_layer in tables:
+            counts.append(len(of_layer))
+            data = wire.little(of_layer)
+            ids.append(data)
+            nbytes += len(data)
+            if rest := -nbytes % frames.ALIGNMENT:
+                ids.append(bytes(rest))
+                nbytes += rest
+        parts.append(frames.lookup_start(handle, self._number, timeout_us, counts, nbytes))
+        return parts + ids
 
     def begins(self, exchange: Exchange, until: float, spin_s: float) -> bool:
         """Whether the answer to what was sent, or the end of the connection, comes by `until` (time.monotonic).
@@ -132,7 +165,7 @@ class Connection:
             header = self._socket.recv(_HEADER_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError:
             return False
-        return bool(header) and (len(header) < _HEADER_BYTES or frames.HEADER.unpack(header)[2] != frames.REFUSED)
+        return bool(header) and (len(header) < _HEADER_BYTES or not header.startswith(_REFUSED))
 
     def fileno(self) -> int:
         """Its number, as the system knows it."""
@@ -147,20 +180,22 @@ class Connection:
             return
         landing = exchange.landing
         while True:
-            length, head, kind = self._header(deadline, at_once)
+            kind, layer, first, nbytes = self._header(deadline, at_once)
             if kind == frames.ROWS:
-                layer, nbytes = self._rows(exchange, length, head, deadline, at_once > _HEADER_BYTES)
+                self._rows(exchange, layer, first, nbytes, deadline, at_once > _HEADER_BYTES)
                 landing.received(layer, nbytes)
                 landing.hand_over()
-            elif kind == frames.END and head == length:
+                self._allow(deadline)  # however many frames come, and whether any brings rows
+            elif kind == frames.END and nbytes == frames.TIMES.size:
                 break
-            elif kind == frames.REFUSED and head == length:
-                refusal = _refusal(self._head(head, deadline), self._target)
+            elif kind == frames.REFUSED:
+                refusal = _refusal(self._body(nbytes, deadline), self._target)
                 self._over()
                 raise RefusalError(refusal)
             else:
-                raise ProtocolError(f"{self._target}: a frame of kind {kind} has no place in an answer")
-        exchange.times = _times(self._head(head, deadline))
+                text = f"a frame of kind {kind} and {nbytes} bytes has no place in an answer"
+                raise ProtocolError(f"{self._target}: {text}")
+        exchange.times = wire.ServerTimes(*frames.TIMES.unpack(self._body(nbytes, deadline)))
         landing.check_complete()
         self._over()
 
@@ -178,14 +213,16 @@ class Connection:
     def _all_at_once(self, exchange: Exchange) -> bool:
         """Take a small answer in, if it came as such answers do: whole, in one frame a layer. Else nothing is taken."""
         landing = exchange.landing
-        runs, end_at, nbytes = _answer_layout(landing.missing())
-        scratch = self._scratch
-        if (self._start, self._end) != (0, nbytes) or scratch[end_at : end_at + len(_END)] != _END:
+        runs, end, end_at, nbytes = _answer_layout(landing.missing())
+        if (self._start, self._end) != (0, nbytes):
+            return False
+        scratch, number = self._scratch, self._number.to_bytes(8, "little")
+        if scratch[end_at : end_at + _HEADER_BYTES] != number.join(end):
             return False
         for _, start, at, rows_at, _ in runs:
-            if scratch[at:rows_at] != start:
+            if scratch[at:rows_at] != number.join(start):
                 return False
-        exchange.times = _times(bytes(scratch[end_at + _HEADER_BYTES : nbytes]))
+        exchange.times = wire.ServerTimes(*frames.TIMES.unpack_from(scratch, end_at + _HEADER_BYTES))
         self._start = self._end
         self._over()
         with nullcontext() if landing.owned else exchange.delivery.writing():
@@ -256,30 +293,9 @@ class Connection:
         self._have(1, deadline, at_once)
         self._quick = time.perf_counter() - begin < 2 * spin_s
 
-    def _rows(self, exchange: Exchange, length: int, head: int, deadline: float, short: bool) -> tuple[int, int]:
-        """Have the rest of a ROWS frame where it belongs. Gives its layer, and bytes of rows."""
-        nbytes, landing = length - head, exchange.landing
-        due = landing.next_row()
-        known = b"" if due is None else frames.rows_start(*due, nbytes)[_HEADER_BYTES:]
-        if due is not None and self._start == self._end and nbytes and head == len(known) and not short:
-            # Which rows these must be is known before the head is read. So all is received at once: the head, to be
-            # compared; the rows, where they belong; and the header of the frame that must follow.
-            places = [
-                self._scratch[:head],
-                landing.destination(*due, nbytes),
-                self._scratch[head : head + _HEADER_BYTES],
-            ]
-            if landing.owned:
-                self._fill(places, deadline)
-            else:
-                with exchange.delivery.writing():
-                    self._fill(places, deadline)
-            self._start, self._end = head, head + _HEADER_BYTES
-            if self._scratch[:head] != known and _parsed(bytes(self._scratch[:head]), nbytes) != due:
-                raise ProtocolError(f"rows of layer {due[0]} from row {due[1]} on are due; these are others")
-            return due[0], nbytes
-        found = self._head(head, deadline)
-        layer, first = due if due is not None and found == known else _parsed(found, nbytes)
+    def _rows(self, exchange: Exchange, layer: int, first: int, nbytes: int, deadline: float, short: bool) -> None:
+        """Have the body of a ROWS frame where it belongs."""
+        landing = exchange.landing
         place = landing.destination(layer, first, nbytes)
         if short:  # nobody waits for the network with the caller's memory in hand, unless he can be told to leave it
             self._have(nbytes, deadline, _SCRATCH_BYTES)
@@ -288,28 +304,39 @@ class Connection:
         else:
             with exchange.delivery.writing():
                 self._rest_of_rows(place, deadline)
-        return layer, nbytes
 
     def _rest_of_rows(self, place: memoryview, deadline: float) -> None:
-        """Write to `place` what was received of it already, and receive the rest there."""
+        """Write to `place` what was received of it already, and receive the rest there.
+
+        With the rest comes the header of the frame that must follow, in one.
+        """
         have = min(self._end - self._start, len(place))
         place[:have] = self._scratch[self._start : self._start + have]
         self._start += have
         if have < len(place):
-            self._fill([place[have:]], deadline)
+            self._fill([place[have:], self._scratch[:_HEADER_BYTES]], deadline)
+            self._start, self._end = 0, _HEADER_BYTES
 
-    def _header(self, deadline: float, at_once: int) -> tuple[int, int, int]:
-        """Length, head length and kind of the next frame. at_once: bytes to ask the system for, if it is not there."""
+    def _header(self, deadline: float, at_once: int) -> tuple[int, int, int, int]:
+        """Kind, layer, first row, and bytes of the body, of the next frame that answers the last request.
+
+        at_once: bytes to ask the system for, if it is not there. Raises ProtocolError for a frame that answers another
+        request, and what the server refused all further ones with.
+        """
         if self._end - self._start < _HEADER_BYTES:
             self._have(_HEADER_BYTES, deadline, at_once)
-        length, head, kind = frames.HEADER.unpack_from(self._scratch, self._start)
-        if head > min(length, frames.MAX_HEAD_BYTES):
-            raise ProtocolError(f"{self._target}: a frame with a head of {head} bytes out of {length}")
+        kind, layer, number, first, nbytes = frames.HEADER.unpack_from(self._scratch, self._start)
         self._start += _HEADER_BYTES
-        return length, head, kind
+        if number != self._number:
+            if kind == frames.REFUSED and not number:
+                raise _refusal(self._body(nbytes, deadline), self._target)
+            raise ProtocolError(f"{self._target}: a frame of kind {kind} answers another request")
+        return kind, layer, first, nbytes
 
-    def _head(self, nbytes: int, deadline: float) -> bytes:
+    def _body(self, nbytes: int, deadline: float) -> bytes:
         """The next bytes, few of them."""
+        if nbytes > frames.MAX_SMALL_BYTES:
+            raise ProtocolError(f"{self._target}: a frame that is a small one has {nbytes} bytes")
         if self._end - self._start < nbytes:
             self._have(nbytes, deadline, nbytes)
         start = self._start
@@ -327,6 +354,8 @@ class Connection:
         while self._end - self._start < nbytes:
             stop = min(self._start + max(nbytes, at_once), _SCRATCH_BYTES)
             self._end += self._received([self._scratch[self._end : stop]], deadline)
+            if self._end - self._start < nbytes:
+                self._allow(deadline)  # however little comes, and however often
 
     def _fill(self, places: list[memoryview], deadline: float) -> None:
         """Receive until all of them are full."""
@@ -380,38 +409,28 @@ class Connection:
 @lru_cache(maxsize=256)  # decode asks for the same few shapes over and over
 def _answer_layout(
     runs: tuple[tuple[int, int], ...],
-) -> tuple[tuple[tuple[int, bytes, int, int, int], ...], int, int]:
+) -> tuple[tuple[tuple[int, tuple[bytes, bytes], int, int, int], ...], tuple[bytes, bytes], int, int]:
     """Where all is in an answer of one frame a run, for the (layer, bytes) of each.
 
-    Gives (layer, what comes before the rows, where that is, where the rows are, where they end) of each run, and where
-    the answer's last frame begins and ends.
+    Gives (layer, header, where that is, where the rows are, where they end) of each run; the header of the answer's
+    last frame, and where that begins and ends. Of a header there is what comes before the number, and what after it.
     """
     found, at = [], 0
     for layer, nbytes in runs:
-        start = frames.rows_start(layer, 0, nbytes)
-        stop = at + len(start) + nbytes
-        found.append((layer, start, at, at + len(start), stop))
-        at = stop
-    return tuple(found), at, at + len(frames.end(wire.ServerTimes(0, 0, 0)))
+        rows_at = at + _HEADER_BYTES
+        found.append((layer, _around_number(frames.rows_start(0, layer, 0, nbytes)), at, rows_at, rows_at + nbytes))
+        at = rows_at + nbytes
+    end = frames.end(0, wire.ServerTimes(0, 0, 0))
+    return tuple(found), _around_number(end), at, at + len(end)
 
 
-def _times(head: bytes) -> wire.ServerTimes | None:
+def _around_number(start: bytes) -> tuple[bytes, bytes]:
+    return start[:_NUMBER_AT], start[_NUMBER_END:_HEADER_BYTES]
+
+
+def _refusal(body: bytes, target: str) -> PoolError:
     try:
-        return wire.parse_times_response(head)
-    except WireError as error:
-        raise ProtocolError(f"the answer cannot be read: {error}") from error
-
-
-def _parsed(head: bytes, nbytes: int) -> tuple[int, int]:
-    try:
-        return frames.parse_rows_head(head, nbytes)
-    except WireError as error:
-        raise ProtocolError(f"the answer cannot be read: {error}") from error
-
-
-def _refusal(head: bytes, target: str) -> PoolError:
-    try:
-        refusal = pool_pb2.Refusal.FromString(head)
+        refusal = pool_pb2.Refusal.FromString(body)
     except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
         raise ProtocolError(f"{target}: a refusal cannot be read: {error}") from error
     code = _CODES.get(refusal.code, grpc.StatusCode.UNKNOWN)

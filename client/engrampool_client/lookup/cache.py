@@ -12,32 +12,21 @@ import os
 import struct
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from engrampool_client import private_files
+from engrampool_client.compute.forms import NUMPY, Form
+from engrampool_client.compute.index import NOBODY, WAYS, Groups, Index, Keys
 from engrampool_client.errors import CacheFileError
 from engrampool_client.lookup.file_rows import FileRows, sums_of
 from engrampool_proto.spec import canonical_json
 
-Keys = npt.NDArray[np.int64]
-Groups = npt.NDArray[np.uint8]
 Bytes = npt.NDArray[np.uint8]
-
-# Eight keys are 64 bytes: looking through a set costs a line of memory or two.
-_WAYS = 8
-_WAY_BITS = 3
-# Being found halves an entry's age. What needs room takes the place of the oldest of its set, and ages the others until
-# that one would have been _OLDEST. New entries come in one below, so that those that nobody asks for twice, most of a
-# text's n-grams, drive out each other and not what was found before. Chosen by measurement; see bench/cache.py.
-_OLDEST, _NEW, _EMPTY = 31, 30, 127
-_NOBODY = -1  # the group of an empty slot: no caller's, so that emptiness needs no key of its own
 
 # A file: magic, length and xxh3-64 of the header as uint64, the header as JSON; from the next page on the index; from
 # the next page on the rows; and from the next multiple of 8 on the xxh3-64 of each row as uint64. The header has one of
@@ -56,74 +45,13 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _SAVE_BYTES = 8 << 20  # copied while the lock is held
 _POPULATE_BYTES = 4 << 20  # had while no other thread can map memory
-_SALTS = np.arange(1, 257, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-
-
-@dataclass(frozen=True, eq=False)
-class _Index:
-    """Which row holds which key: `sets` sets of _WAYS slots; a key can be in the slots of one set only.
-
-    keys: int64 [slots]. groups: int16 [slots], _NOBODY where empty. rows: int32 [slots], unspecified where empty.
-    """
-
-    keys: Keys
-    groups: npt.NDArray[np.int16]
-    rows: npt.NDArray[np.int32]
-    SLOT_BYTES: ClassVar[int] = 8 + 2 + 4
-
-    @classmethod
-    def empty(cls, sets: int) -> "_Index":
-        slots = sets * _WAYS
-        return cls(np.zeros(slots, np.int64), np.full(slots, _NOBODY, np.int16), np.arange(slots, dtype=np.int32))
-
-    @classmethod
-    def of(cls, buffer: Bytes) -> "_Index":
-        """Views of `buffer`, which `bytes` made."""
-        slots = len(buffer) // cls.SLOT_BYTES
-        keys, rest = buffer[: 8 * slots], buffer[8 * slots :]
-        return cls(keys.view("<i8"), rest[4 * slots :].view("<i2"), rest[: 4 * slots].view("<i4"))
-
-    def bytes(self) -> bytes:
-        """Keys, rows, groups; little-endian."""
-        return b"".join(
-            (self.keys.astype("<i8").tobytes(), self.rows.astype("<i4").tobytes(), self.groups.astype("<i2").tobytes())
-        )
-
-    @cached_property
-    def by_set(self) -> Keys:
-        """Int64 [sets, ways]: a view of `keys`."""
-        return self.keys.reshape(-1, _WAYS)
-
-    def sets(self, keys: Keys, groups: Groups) -> Keys:
-        """The set of each key: int64 [N]. Group and key are mixed, for keys of families differ in their best bits."""
-        mixed = keys.view(np.uint64) ^ _SALTS.take(groups)
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= np.uint64(0xD6E8FEB86659FD93)
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= np.uint64(0xD6E8FEB86659FD93)
-        mixed >>= np.uint64(32)
-        # Evenly onto any number of sets: the upper half of a product of 32 and 32 bits.
-        mixed *= np.uint64(len(self.by_set))
-        mixed >>= np.uint64(32)
-        return mixed.view(np.int64)
-
-    def find(self, keys: Keys, groups: Groups, sets: Keys) -> tuple[Keys, Keys]:
-        """(position in `keys`, slot) of every key that is there, in ascending position."""
-        equal = np.flatnonzero(self.by_set.take(sets, axis=0) == keys[:, None])
-        at = equal >> _WAY_BITS
-        slots = (sets.take(at) << _WAY_BITS) + (equal & (_WAYS - 1))
-        right = self.groups.take(slots) == groups.take(at)
-        if not right.all():
-            # Another group's key of the same number, or the zero of an empty slot.
-            at, slots = at[right], slots[right]
-        return at, slots
 
 
 class HotRows:
     """A bounded set of entries under exact keys, set-associative; the least used of a full set make room.
 
     nbytes: the most that it takes, rows and index together; all of that memory is taken at once.
-    entry_bytes: of one entry.
+    entry_bytes: of one entry. form: what the index is worked by.
 
     lock: the caller's to hold over `find` and the copying of what it found, and over `put`: rows move at any `put`.
     rows: uint8 [rows, entry_bytes]; `find` says which.
@@ -134,30 +62,25 @@ class HotRows:
     Several threads may use it with the lock held. Raises ValueError where `nbytes` does not hold one set, MemoryError.
     """
 
-    def __init__(self, nbytes: int, entry_bytes: int) -> None:
-        # Age and hint are a byte each.
-        slot_bytes = entry_bytes + _Index.SLOT_BYTES + 2
+    def __init__(self, nbytes: int, entry_bytes: int, form: Form = NUMPY) -> None:
+        slot_bytes = entry_bytes + Index.SLOT_BYTES + Index.AGE_BYTES
         # Rows are numbered in 32 bits.
-        sets = min(nbytes // (slot_bytes * _WAYS), (2**31 - 1) // _WAYS)
+        sets = min(nbytes // (slot_bytes * WAYS), (2**31 - 1) // WAYS)
         if entry_bytes < 1 or sets < 1:
             raise ValueError(
-                f"a cache of entries of {entry_bytes} bytes takes {slot_bytes * _WAYS} bytes at least, not {nbytes}"
+                f"a cache of entries of {entry_bytes} bytes takes {slot_bytes * WAYS} bytes at least, not {nbytes}"
             )
-        rows = np.empty((sets * _WAYS, entry_bytes), np.uint8)
+        rows = np.empty((sets * WAYS, entry_bytes), np.uint8)
         _populate(rows)
-        self._begin(_Index.empty(sets), rows, None)
+        self._begin(form.index.empty(sets), rows, None)
 
-    def _begin(self, index: _Index, rows: Bytes, file: FileRows | None) -> None:
+    def _begin(self, index: Index, rows: Bytes, file: FileRows | None) -> None:
         self.lock = threading.Lock()
         self.rows = rows
         self._file = file
         self.hits = self.misses = self.evicted = self.filled = 0
         self.hinted_bytes = self.hinted_used_bytes = self.hinted_wasted_bytes = 0
         self._index = index
-        # int8 [slots]: 0 .. _OLDEST, or _EMPTY. bool [slots]: hinted, not found so far. A file's entries have neither.
-        slots = 0 if self.read_only else len(index.keys)
-        self._ages = np.full(slots, _EMPTY, np.int8)
-        self._unused = np.zeros(slots, np.bool_)
 
     @property
     def read_only(self) -> bool:
@@ -177,29 +100,25 @@ class HotRows:
     @property
     def nbytes(self) -> int:
         """Bytes that hold something: the index, and the rows that are filled."""
-        return len(self._index.keys) * _Index.SLOT_BYTES + 2 * len(self._ages) + self.filled * self.entry_bytes
+        return self._index.nbytes + self.filled * self.entry_bytes
 
     def find(self, keys: Keys, groups: Groups) -> Keys:
         """Where the entries of `keys` are in `rows`: int64 [N], -1 for what is not there. What is found is kept longer.
 
         keys: int64 [N], any values, each as often as wanted. groups: uint8 [N]. The answer holds until the next `put`.
         """
-        found = np.full(len(keys), -1, np.int64)
         if self._file is not None and not self._file.untouched():
             self.misses += len(keys)
-            return found
-        at, slots = self._index.find(keys, groups, self._index.sets(keys, groups))
-        rows = self._index.rows.take(slots)
+            return np.full(len(keys), -1, np.int64)
+        found, hits, used = self._index.find(keys, groups)
         if self._file is not None:
-            right = self._file.right(rows)
-            if not right.all():
-                at, rows = at[right], rows[right]
-        found[at] = rows
-        self.hits += len(at)
-        self.misses += len(keys) - len(at)
-        if self._file is None:
-            self._ages[slots] >>= 1
-            self.hinted_used_bytes += self._use(slots)
+            at = np.flatnonzero(found >= 0)
+            wrong = at[~self._file.right(found.take(at))]
+            found[wrong] = -1
+            hits -= len(wrong)
+        self.hits += hits
+        self.misses += len(keys) - hits
+        self.hinted_used_bytes += used * self.entry_bytes
         return found
 
     def put(self, keys: Keys, groups: Groups, entries: Bytes, hinted: bool = False) -> None:
@@ -213,64 +132,10 @@ class HotRows:
             raise ValueError("this cache is a file's, opened to be read: make a HotRows(nbytes, ...) to put entries in")
         if hinted:
             self.hinted_bytes += len(keys) * self.entry_bytes
-        slots = self._make_room(keys, groups)
-        placed = slots >= 0
-        if not placed.all():
-            keys, groups, entries, slots = keys[placed], groups[placed], entries[placed], slots[placed]
-        full = self._index.groups.take(slots) != _NOBODY
-        self.hinted_wasted_bytes += self._use(slots)
-        if hinted:
-            self.hinted_wasted_bytes += (len(placed) - len(slots)) * self.entry_bytes
-            self._unused[slots] = True
-        came = len(slots) - int(np.count_nonzero(full))
-        # In this order: Ctrl-C may come between any two lines, and no key may be found with another's row.
-        self._index.groups[slots] = _NOBODY
-        self.rows[self._index.rows.take(slots)] = entries
-        self._index.keys[slots] = keys
-        self._index.groups[slots] = groups
+        came, evicted, wasted = self._index.put(keys, groups, entries, self.rows, hinted)
         self.filled += came
-        self.evicted += len(slots) - came
-
-    def _use(self, slots: Keys) -> int:
-        """Take the hint from these slots, given any number of times; the bytes of those that had one."""
-        unused = slots[self._unused.take(slots)]
-        if not len(unused):
-            return 0
-        unused = np.unique(unused)
-        self._unused[unused] = False
-        return len(unused) * self.entry_bytes
-
-    def _make_room(self, keys: Keys, groups: Groups) -> Keys:
-        """A slot for each key, no two the same: int64 [M]; -1 for a key that is there, or that its set has no room for.
-
-        Ages the sets, and gives the slots the age of new entries.
-        """
-        sets = self._index.sets(keys, groups)
-        slots = np.full(len(keys), -1, np.int64)
-        new = np.ones(len(keys), np.bool_)
-        new[self._index.find(keys, groups, sets)[0]] = False
-        # Keys of one set next to each other, in the order given: the k-th of them takes the k-th oldest.
-        order = np.flatnonzero(new)
-        order = order[np.argsort(sets[order], kind="stable")]
-        if not len(order):
-            return slots
-        sets = sets[order]
-        begins = np.flatnonzero(np.r_[True, sets[1:] != sets[:-1]])
-        counts = np.diff(np.r_[begins, len(sets)])
-        rank = np.arange(len(sets)) - np.repeat(begins, counts)
-        ages = self._ages.reshape(-1, _WAYS)
-        touched = sets[begins]
-        old = ages[touched]
-        by_age = np.argsort(-old, axis=1)
-        last = by_age[np.arange(len(old)), np.minimum(counts, _WAYS) - 1]
-        # As if they had come one after the other: the last that had to go was the oldest by then.
-        ageing = np.maximum(0, _OLDEST - old[np.arange(len(old)), last])
-        ages[touched] = np.where(old == _EMPTY, _EMPTY, old + ageing[:, None])
-        kept = rank < _WAYS
-        way = by_age[np.repeat(np.arange(len(old)), counts)[kept], rank[kept]]
-        slots[order[kept]] = (sets[kept] << _WAY_BITS) + way
-        self._ages[slots[order[kept]]] = _NEW
-        return slots
+        self.evicted += evicted
+        self.hinted_wasted_bytes += wasted * self.entry_bytes
 
     def save(self, path: Path, version: str, layout: dict[str, Any], max_bytes: int | None = None) -> None:
         """Write the entries to a file for `open`, the most used first; of `max_bytes` at most, or all that are held.
@@ -283,16 +148,15 @@ class HotRows:
         """
         private_files.check_replaceable(path)
         with self.lock:
-            index = _Index(self._index.keys.copy(), self._index.groups.copy(), self._index.rows.copy())
-            ages = self._ages.copy()
-        slots = np.flatnonzero(index.groups != _NOBODY)
+            index = self._index.copy()
+        slots = np.flatnonzero(index.groups != NOBODY)
         # A file's own rows lie in that order already.
-        slots = slots[np.argsort((index.rows if self.read_only else ages)[slots], kind="stable")]
+        slots = slots[np.argsort((index.rows if self.read_only else index.ages)[slots], kind="stable")]
         header = {
             "version": version,
             "layout": layout,
-            "ways": _WAYS,
-            "sets": len(index.by_set),
+            "ways": WAYS,
+            "sets": len(index.keys) // WAYS,
             "entries": len(slots),
             "entry_bytes": self.entry_bytes,
             "index_xxh3": "0" * 16,
@@ -326,7 +190,7 @@ class HotRows:
                     sums[start : start + len(part)] = sums_of(copied)
                     kept[part] = same
                 index.rows[slots] = np.arange(len(slots))
-                index.groups[~kept] = _NOBODY
+                index.groups[~kept] = NOBODY
                 packed, packed_sums = index.bytes(), sums.astype("<u8").tobytes()
                 header["index_xxh3"] = _hexdigest(packed, packed_sums)
                 file.seek(0)
@@ -343,7 +207,7 @@ class HotRows:
             unfinished.unlink(missing_ok=True)
 
     @classmethod
-    def open(cls, path: Path, version: str, layout: dict[str, Any]) -> "HotRows":
+    def open(cls, path: Path, version: str, layout: dict[str, Any], form: Form = NUMPY) -> "HotRows":
         """A file's entries, to be read: `find` works, `put` raises. Processes of a host share its memory.
 
         Its rows are looked at as they are found. It may be replaced or removed meanwhile, but not cut short: to read
@@ -368,8 +232,8 @@ class HotRows:
         packed = whole[index_at : index_at + _index_bytes(header)]
         if _hexdigest(packed.data, sums.data) != header["index_xxh3"]:
             raise CacheFileError(f"{path} is damaged, its index is not what was written: {_AGAIN}")
-        index = _Index.of(packed)
-        filled = index.rows[index.groups != _NOBODY]
+        index = form.index.of(packed)
+        filled = index.rows[index.groups != NOBODY]
         if len(filled) and not 0 <= int(filled.min()) <= int(filled.max()) < len(rows):
             raise CacheFileError(f"{path} is damaged, its index names rows that it has not: {_AGAIN}")
         cache = cls.__new__(cls)
@@ -400,7 +264,7 @@ def _hexdigest(*parts: bytes | memoryview) -> str:
 
 
 def _index_bytes(header: dict[str, Any]) -> int:
-    return int(header["sets"]) * _WAYS * _Index.SLOT_BYTES
+    return int(header["sets"]) * WAYS * Index.SLOT_BYTES
 
 
 def _places(header: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -438,5 +302,5 @@ def _check(path: Path, header: dict[str, Any], version: str, layout: dict[str, A
         raise CacheFileError(
             f"{path} holds rows of version {header['version']}, the model's is {version}: they may differ. {_OLD}"
         )
-    if canonical_json(header["layout"]) != canonical_json(layout) or header["ways"] != _WAYS:
+    if canonical_json(header["layout"]) != canonical_json(layout) or header["ways"] != WAYS:
         raise CacheFileError(f"{path} was saved for the layout {header['layout']}, this client's is {layout}. {_OLD}")

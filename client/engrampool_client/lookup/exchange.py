@@ -17,13 +17,13 @@ from engrampool_proto.errors import WireError
 class Exchange:
     """A request, and where its answer's rows go. One thread at a time.
 
-    landing: where its rows go. delivery: of the lookup. answer_bytes: rows that will come back, in bytes.
-    times: the server's, once the whole answer is there.
+    asked: what is asked for, as far as it is missing. landing: where its rows go. delivery: of the lookup.
+    answer_bytes: rows that will come back, in bytes. times: the server's, once the whole answer is there.
     Raises RejectedError for more than the server's limits.
     """
 
     def __init__(self, served: ServedModel, asked: wire.LookupRequest, landing: Landing) -> None:
-        self._served, self._asked = served, asked
+        self._served, self.asked = served, asked
         self.landing, self.delivery = landing, landing.delivery
         self.times: wire.ServerTimes | None = None
         self.answer_bytes = sum(landing.sizes.values())
@@ -43,25 +43,25 @@ class Exchange:
 
     def encode(self) -> bytes:
         """The LookupRequest's bytes, for what is missing."""
-        return wire.encode_request(self._asked)
+        return wire.encode_request(self.asked)
 
     @property
     def asked_tables(self) -> tuple[tuple[int, wire.Ids], ...] | None:
         """(layer, row ids [N]) that are asked for; None if tokens are."""
-        return self._asked.tables if self._asked.tokens is None else None
+        return self.asked.tables if self.asked.tokens is None else None
 
     def split(self, count: int) -> "list[Exchange]":
         """Cut into at most `count` requests, each for a run of every layer's rows, all writing into this one's arrays.
 
         A lookup by tokens stays whole: where its rows could be cut, only the server knows. Of no use once rows came.
         """
-        most = max((len(ids) for _, ids in self._asked.tables), default=0)
-        if count == 1 or self._asked.tokens is not None or most < count:
+        most = max((len(ids) for _, ids in self.asked.tables), default=0)
+        if count == 1 or self.asked.tokens is not None or most < count:
             return [self]  # most < count covers a lookup of nothing
         cuts = [
             [
                 (layer, slice(len(ids) * part // count, len(ids) * (part + 1) // count))
-                for layer, ids in self._asked.tables
+                for layer, ids in self.asked.tables
             ]
             for part in range(count)
         ]
@@ -73,11 +73,11 @@ class Exchange:
         routes: by layer. Returns requests by the shard's number. Of no use once rows came.
         """
         where: dict[int, dict[int, slice | npt.NDArray[np.int64]]] = {}
-        for layer, ids in self._asked.tables:
+        for layer, ids in self.asked.tables:
             for shard, at in routes[layer].of(ids):
                 where.setdefault(shard, {})[layer] = at
         # A shard is asked for nothing of a layer that it may hold no rows of.
-        if len(where) <= 1 and all(len(ids) for _, ids in self._asked.tables):
+        if len(where) <= 1 and all(len(ids) for _, ids in self.asked.tables):
             return dict.fromkeys(where, self)
         return dict(zip(where, self._parts(list(where.values())), strict=True))
 
@@ -85,8 +85,8 @@ class Exchange:
         """cuts: of each part, layer -> where its ids stand among this one's."""
         parts = []
         for where in cuts:
-            tables = tuple((layer, ids[where[layer]]) for layer, ids in self._asked.tables if layer in where)
-            asked = wire.LookupRequest(self._asked.model, self._asked.version, tables)
+            tables = tuple((layer, ids[where[layer]]) for layer, ids in self.asked.tables if layer in where)
+            asked = wire.LookupRequest(self.asked.model, self.asked.version, tables)
             parts.append(Exchange(self._served, asked, PartLanding(self.landing, where)))
         self.landing.expect_parts([part.landing for part in parts])
         return parts
@@ -105,10 +105,10 @@ class Exchange:
         """Ask again, for the layers that are not complete: those that are may be in use already."""
         self.landing.hand_over()  # of an answer that broke off
         missing = self.landing.forget_incomplete()
-        self._asked = replace(
-            self._asked,
-            tables=tuple(table for table in self._asked.tables if table[0] in missing),
-            layers=tuple(layer for layer in self._asked.layers if layer in missing),
+        self.asked = replace(
+            self.asked,
+            tables=tuple(table for table in self.asked.tables if table[0] in missing),
+            layers=tuple(layer for layer in self.asked.layers if layer in missing),
         )
         self.answer_bytes = sum(self.landing.sizes[layer] for layer in missing)
 

@@ -5,6 +5,7 @@ import os
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,7 @@ class FileRows:
             _log.warning("%s was written to and is used no more: replace such a file by renaming", self._path)
         return not self._touched
 
-    def right(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    def right(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Which of these rows are what was written."""
         right = self._right.take(rows)
         if not right.all():

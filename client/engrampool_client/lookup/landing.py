@@ -60,14 +60,6 @@ class Landing:
         sizes = self.sizes
         return tuple([(layer, sizes[layer]) for layer in sorted(sizes) if self._have[layer] != sizes[layer]])
 
-    def next_row(self) -> tuple[int, int] | None:
-        """(layer, row) that must come next, in the order in which a server sends them; None once complete."""
-        for layer in sorted(self.sizes):
-            have = self._have[layer]
-            if have != self.sizes[layer]:
-                return layer, have // self.shapes[layer][-1]
-        return None
-
     def destination(self, layer: int, first: int, nbytes: int) -> memoryview:
         """Where the next `nbytes` of a layer belong, from its row `first` on; tell `received` when they are there.
 

@@ -6,6 +6,7 @@ at all if the cache has it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -47,17 +48,17 @@ class Part:
             keys.append(found)
         return np.stack(keys)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns of one group."""
         return int(self.columns[0].stop - self.columns[0].start)
 
-    @property
+    @cached_property
     def entry_bytes(self) -> int:
         """Bytes of one group's rows of one token."""
         return self.width * self.table.row_bytes
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """One past the last column in the answer."""
         return self.first + len(self.groups) * self.width

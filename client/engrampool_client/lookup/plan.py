@@ -6,13 +6,14 @@ that does not pay, rows are asked for as they are.
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.forms import NUMPY, Form
 from engrampool_client.config import Hashing
 from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.delivery import Delivery, Rows
@@ -35,7 +36,7 @@ class Planner:
     """Plans lookups of one version.
 
     hashing: where tokens are hashed. dedupe: ask for an entry once a lookup. cache: rows of earlier lookups, None for
-    none; warm: more of them, which never change. max_steps: lookups that are worked on at once.
+    none; warm: more of them, which never change. max_steps: lookups that are worked on at once. form: what computes.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Planner:
         cache: HotRows | None,
         warm: HotRows | None,
         max_steps: int,
+        form: Form = NUMPY,
     ) -> None:
         if (cache or warm) and layout.groups > _MAX_GROUPS:
             raise ValueError(f"the model has {layout.groups} groups of columns; a cache can hold {_MAX_GROUPS}")
         self.served, self.layout, self.cache, self.warm = served, layout, cache, warm
+        self.form, self.hashing = form, form.hashing(served.spec)
         self._by_server = hashing == "server"
         has_cache = cache is not None or warm is not None
         self._least_tokens = 0 if has_cache else _DEDUPE_TOKENS if dedupe and not self._by_server else math.inf
@@ -62,14 +65,14 @@ class Planner:
         Raises BatchError, RejectedError, and what the step was given up with.
         """
         if not attached and query.num_tokens >= self._least_tokens:
-            keys = query.keys(self.layout)
+            keys = query.keys(self.layout, self.hashing)
             if keys is not None:
                 return EntriesPlan(self, delivery, keys, query.shapes(self.layout), out)
         return PlainPlan(self.exchange(delivery, query, out))
 
     def plan_hint(self, delivery: Delivery, query: Query) -> "EntriesPlan":
         """What the cache lacks of rows that nobody has asked for. Raises as `plan` does."""
-        keys = query.keys(self.layout)
+        keys = query.keys(self.layout, self.hashing)
         assert keys is not None
         return EntriesPlan(self, delivery, keys, query.shapes(self.layout), wanted=False)
 
@@ -81,7 +84,7 @@ class Planner:
         asked = query.request(served) if self._by_server else None
         if asked is not None:
             return Exchange(served, asked, landing)
-        return Exchange.of_ids(served, query.ids(self.layout), landing)
+        return Exchange.of_ids(served, query.ids(self.layout, self.hashing), landing)
 
 
 class PlainPlan:
@@ -133,46 +136,39 @@ class _Entries:
 
     def __init__(self, part: Part, keys: Keys) -> None:
         self.part, self.keys = part, keys
+        self.count = keys.size  # entries, every token's
         self.hit: npt.NDArray[np.bool_] | None = None  # [T * groups]; None while nothing was found
         self.found = 0  # of them
         # Of what is asked for, once it is; `fetched` once it has come.
         self.asked_keys: Keys
-        self.asked_groups: npt.NDArray[np.uint8]
         self.ids: npt.NDArray[Any]
         self.fetched: Rows | None = None
+        self._counts: list[int]
         self._inverse: npt.NDArray[np.int64]
-
-    @property
-    def count(self) -> int:
-        """Entries, every token's."""
-        return self.keys.size
 
     def token_major(self) -> tuple[Keys, npt.NDArray[np.uint8]]:
         """Keys and groups [T * groups], as the entries lie in the answer."""
         groups, tokens = self.keys.shape
-        return self.keys.T.reshape(-1), _numbers(self.part.number, groups, tokens)
+        # Those of fewer tokens are a part of it. So few lengths are kept, however many different ones are asked for.
+        numbers = _numbers(self.part.number, groups, 1 << tokens.bit_length())
+        return self.keys.T.reshape(-1), numbers[: self.count]
 
-    def ask(self) -> None:
+    def ask(self, planner: Planner) -> None:
         """Work out `ids`: the rows of each entry that is missing, once."""
-        keys, groups = self.keys, len(self.part.groups)
-        order = keys.argsort(axis=1)
-        ascending = np.take_along_axis(keys, order, 1)
-        first = np.ones(keys.shape, np.bool_)
-        np.not_equal(ascending[:, 1:], ascending[:, :-1], out=first[:, 1:])
-        if self.hit is not None:  # equal keys are all found, or none of them is
-            first &= ~np.take_along_axis(self.hit.reshape(-1, groups).T, order, 1)
-        inverse = np.empty(keys.shape, np.int64)
-        np.put_along_axis(inverse, order, (first.cumsum() - 1).reshape(keys.shape), 1)
-        self._inverse = inverse.T.reshape(-1)
-        self.asked_keys = ascending[first]
-        counts = first.sum(axis=1)
-        self.asked_groups = np.repeat(np.arange(self.part.number, self.part.number + groups, dtype=np.uint8), counts)
-        self.ids = np.empty((len(self.asked_keys), self.part.width), self.part.table.id_dtype)
+        part = self.part
+        self.asked_keys, self._counts, self._inverse = planner.form.distinct(self.keys, self.hit)
+        self.ids = np.empty((len(self.asked_keys), part.width), part.table.id_dtype)
         start = 0
-        for columns, count in zip(self.part.columns, counts.tolist(), strict=True):
+        for columns, count in zip(part.columns, self._counts, strict=True):
             span = slice(start, start + count)
-            self.part.table.hash.rows_of(columns, self.asked_keys[span], self.part.table.head_offsets, self.ids[span])
+            planner.hashing.rows_of(part.table, columns, self.asked_keys[span], self.ids[span])
             start += count
+
+    @property
+    def asked_groups(self) -> npt.NDArray[np.uint8]:
+        """The group of each key that is asked for."""
+        number = self.part.number
+        return np.repeat(np.arange(number, number + len(self._counts), dtype=np.uint8), self._counts)
 
     def pick(self, rows: Rows, start: int) -> int:
         """Find what was fetched among the layer's rows, uint8 [N, row_bytes], from `start` on; gives where it ends."""
@@ -180,14 +176,17 @@ class _Entries:
         self.fetched = rows[start:stop].reshape(-1, self.part.entry_bytes)
         return stop
 
-    def put(self, to: Rows) -> None:
-        """Write what was fetched to its places in `to`, [T * groups, entry_bytes]."""
+    def put(self, form: Form, rows: Rows) -> None:
+        """Write what was fetched to its places in the layer's rows, uint8 [..., heads, row_bytes]."""
         assert self.fetched is not None
-        if self.hit is None:
-            np.take(self.fetched, self._inverse, axis=0, out=to, mode="clip")
-        else:
-            missing = np.flatnonzero(~self.hit)
-            to[missing] = self.fetched[self._inverse[missing]]
+        form.place(self.fetched, self._inverse, self.hit, _part_of(rows, self.part))
+
+    def copy_found(self, form: Form, cache: HotRows, slots: npt.NDArray[np.int64], rows: Rows | None) -> int:
+        """Write what the cache has, in `slots`, to its places in the layer's rows, if any; gives the bytes."""
+        to = None if rows is None else _part_of(rows, self.part)
+        self.hit, count = form.copy_found(cache.rows, slots, self.part.entry_bytes, self.hit, to)
+        self.found += count
+        return count * self.part.entry_bytes
 
 
 class EntriesPlan:
@@ -242,7 +241,7 @@ class EntriesPlan:
                 whole.append(layer)
                 continue
             for one in entries:
-                one.ask()
+                one.ask(self._planner)
             ids = [one.ids.reshape(-1) for one in entries]
             tables.append((layer, ids[0] if len(ids) == 1 else np.concatenate(ids)))
             shapes[layer] = (len(tables[-1][1]), entries[0].part.table.row_bytes)
@@ -298,10 +297,11 @@ class EntriesPlan:
                 if fetched is not None:
                     if fetched.shape[1] < cache.rows.shape[1]:
                         fetched = np.pad(fetched, ((0, 0), (0, cache.rows.shape[1] - fetched.shape[1])))
+                    groups = one.asked_groups
                     for start in range(0, len(fetched), _PUT_ENTRIES):
                         some = slice(start, start + _PUT_ENTRIES)
                         with cache.lock:
-                            cache.put(one.asked_keys[some], one.asked_groups[some], fetched[some], hinted)
+                            cache.put(one.asked_keys[some], groups[some], fetched[some], hinted)
 
     def _take(self, cache: HotRows) -> int:
         """Copy what the cache has of what is missing to its place; gives the bytes."""
@@ -318,30 +318,10 @@ class EntriesPlan:
             start = taken = 0
             for layer, parts in self._entries.items():
                 for one in parts:
-                    taken += self._copy(cache, layer, one, slots[start : start + one.count])
+                    some = slots[start : start + one.count]
+                    taken += one.copy_found(self._planner.form, cache, some, self._rows.get(layer))
                     start += one.count
         return taken
-
-    def _copy(self, cache: HotRows, layer: int, one: _Entries, slots: npt.NDArray[np.int64]) -> int:
-        found = slots >= 0
-        if one.hit is not None:
-            found &= ~one.hit
-        count = int(np.count_nonzero(found))
-        if not count:
-            return 0
-        nbytes = one.part.entry_bytes
-        if self._wanted:
-            to, write_back = _entries_of(self._rows[layer], one.part)
-            if one.hit is None and 2 * count > found.size and nbytes == cache.rows.shape[1]:
-                # In one go, with some row or other where none was found.
-                cache.rows.take(slots, 0, to, "clip")
-            else:
-                where = np.flatnonzero(found)
-                to[where] = cache.rows[slots[where], :nbytes]
-            write_back()
-        one.hit = found if one.hit is None else one.hit | found
-        one.found += count
-        return count * nbytes
 
     def put_in_place(self, layer: int, fetched: Rows) -> Rows:
         """Put fetched rows, uint8 [rows, row_bytes], where they belong; gives the layer's rows."""
@@ -353,9 +333,7 @@ class EntriesPlan:
         with self._delivery.writing():
             for one in self._entries[layer]:
                 start = one.pick(fetched, start)
-                to, write_back = _entries_of(self._rows[layer], one.part, whole=one.hit is None)
-                one.put(to)
-                write_back()
+                one.put(self._planner.form, self._rows[layer])
             return self._finish(layer)
 
     def _finish(self, layer: int) -> Rows:
@@ -380,21 +358,10 @@ class _FetchedLanding(Landing):
 Plan = PlainPlan | EntriesPlan
 
 
-def _entries_of(rows: Rows, part: Part, whole: bool = False) -> tuple[Rows, Callable[[], None]]:
-    """The part's entries in a layer's rows, uint8 [T * groups, entry_bytes], and what to call when they are written.
-
-    whole: all of them will be, so that it does not matter what they are now.
-    """
+def _part_of(rows: Rows, part: Part) -> Rows:
+    """The part's columns of a layer's rows, uint8 [T, bytes of these columns]."""
     heads, row_bytes = rows.shape[-2:]
-    if part.stop - part.first == heads:
-        return rows.reshape(-1, part.entry_bytes), _nothing
-    piece = rows.reshape(-1, heads, row_bytes)[:, part.first : part.stop]
-    entries = np.empty_like(piece, order="C") if whole else np.ascontiguousarray(piece)
-    return entries.reshape(-1, part.entry_bytes), lambda: np.copyto(piece, entries)
-
-
-def _nothing() -> None:
-    return
+    return rows.reshape(-1, heads * row_bytes)[:, part.first * row_bytes : part.stop * row_bytes]
 
 
 @lru_cache(maxsize=256)  # decode asks for the same few shapes over and over

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.forms import Hashing
 from engrampool_client.lookup.layout import Keys, Layout
 from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import wire
@@ -50,21 +51,15 @@ class TokenQuery:
                 self._shapes[layer] = (self.num_tokens, columns, table.row_bytes)
         return self._shapes
 
-    def ids(self, layout: Layout) -> dict[int, npt.NDArray[Any]]:
+    def ids(self, layout: Layout, hashing: Hashing) -> dict[int, npt.NDArray[Any]]:
         """Layer -> row ids [T, heads]. Raises BatchError."""
-        rows, heads = self._spec.hash(self.batch, self.layers), layout.heads
+        rows, heads = hashing.rows(self.batch, self.layers), layout.heads
         return rows if heads is None else {layer: ids[:, heads] for layer, ids in rows.items()}
 
-    def keys(self, layout: Layout) -> dict[int, list[Keys]]:
+    def keys(self, layout: Layout, hashing: Hashing) -> dict[int, list[Keys]]:
         """Layer -> int64 [groups, T] of each part. Raises BatchError."""
-        spec, batch = self._spec, self.batch
-        batch.check_tokens(spec.vocab_size, spec.lookback)
-        windows = batch.windows(spec.lookback, None if spec.token_map is None else spec.token_map.ids)
-        keys = {}
-        for layer in self.layers:
-            found = spec.table(layer).hash.keys(windows)
-            keys[layer] = [part.pick(found) for part in layout.parts[layer]]
-        return keys
+        found = hashing.keys(self.batch, self.layers)
+        return {layer: [part.pick(keys) for part in layout.parts[layer]] for layer, keys in found.items()}
 
     def record(self, recorder: Recorder) -> None:
         """Write down what is asked for."""
@@ -99,17 +94,17 @@ class RowQuery:
             shapes[layer] = (*shape, self._spec.table(layer).row_bytes)
         return shapes
 
-    def ids(self, _: Layout) -> dict[int, npt.NDArray[Any]]:
+    def ids(self, _: Layout, hashing: Hashing) -> dict[int, npt.NDArray[Any]]:
         """Layer -> row ids, in the table's dtype. Raises BatchError."""
         return {layer: row_ids(self._spec.table(layer), self._rows[layer]) for layer in self.layers}
 
-    def keys(self, layout: Layout) -> dict[int, list[Keys]] | None:
+    def keys(self, layout: Layout, hashing: Hashing) -> dict[int, list[Keys]] | None:
         """Layer -> int64 [groups, T] of each part; None for ids that are not as hashing gives them, [..., heads].
 
         Raises BatchError.
         """
         keys: dict[int, list[Keys]] = {}
-        for layer, ids in self.ids(layout).items():
+        for layer, ids in self.ids(layout, hashing).items():
             if ids.ndim < 2 or ids.shape[-1] != layout.num_columns(self._spec.table(layer)):
                 return None
             by_token = ids.reshape(-1, ids.shape[-1])

@@ -1,5 +1,6 @@
 """One server: the ways to it, and whether it is asked at all."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from engrampool_client.compute.forms import form_of
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import (
     DeadlineError,
@@ -33,6 +35,8 @@ from engrampool_client.stats import Stats
 Lane = Literal["attached", "direct", "grpc"]
 _Answer = TypeVar("_Answer")
 _PROBE_TIMEOUT_S = 1.0
+# Threads that rows of a large lookup are copied by from attached memory, unless there are more connections.
+_GATHER_WAYS = 2
 # Answers above this size are split where there are several connections.
 SPLIT_ABOVE_BYTES = 4 << 20
 
@@ -67,7 +71,9 @@ class Endpoint:
         self._opened = True
         if config.attach == "auto" and served.attach:
             attach = partial(lane.attach, served.spec.name, served.version)
-            self._attach = AttachLane(partial(self._asked, attach), served)
+            form, ways = form_of(config.compiled), max(_GATHER_WAYS, config.connections)
+            ways = min(ways, len(os.sched_getaffinity(0)))
+            self._attach = AttachLane(partial(self._asked, attach), served, form, self._parts, ways)
         if config.direct == "auto" and served.direct:
             most = config.max_steps * config.connections
             self._native = NativeLane(partial(self._asked, lane.open_direct), self.target, most, self.breaker.doubt)

@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from engrampool_client.compute.forms import Form
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import FingerprintError, StepCancelledError
 from engrampool_client.lookup.delivery import Delivery
@@ -57,10 +58,10 @@ class VersionFollower:
         self._model = served.spec.name
         return served
 
-    def open(self, stats: Stats, warm: Path | None) -> None:
-        """Be ready for lookups. Raises as `Version.open` does."""
-        self._stats = stats
-        self.current.open(stats, warm)
+    def open(self, stats: Stats, form: Form, warm: Path | None) -> None:
+        """Be ready for lookups, which `form` computes. Raises as `Version.open` does."""
+        self._stats, self._form = stats, form
+        self.current.open(stats, form, warm)
         if not self._pinned:
             thread = threading.Thread(target=self._follow, name="engrampool-following", daemon=True)
             thread.start()
@@ -183,7 +184,7 @@ class VersionFollower:
             theirs = coming.connect(self._model, version, _CONNECT_S, ours).spec
             if theirs.digest != ours.digest:
                 raise FingerprintError(ours.differences(theirs))
-            coming.open(self._stats)
+            coming.open(self._stats, self._form)
             with self._lock:
                 if self._closed:
                     raise StepCancelledError("the client was closed")

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+from engrampool_client.compute.forms import Form
 from engrampool_client.config import ClientConfig, columns
 from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.layout import Layout
@@ -34,18 +35,21 @@ class Version:
         self.served = self.shards.connect(model, version, timeout_s, known)
         return self.served
 
-    def open(self, stats: Stats, warm: Path | None = None) -> None:
-        """Be ready for lookups. Raises ValueError for settings that do not fit what is served, CacheFileError."""
+    def open(self, stats: Stats, form: Form, warm: Path | None = None) -> None:
+        """Be ready for lookups, which `form` computes.
+
+        Raises ValueError for settings that do not fit what is served, CacheFileError.
+        """
         config, served = self._config, self.served
         heads = columns(config.heads, min(table.heads for table in served.spec.tables))
         self.shards.open(stats)
         if config.hashing == "server" and self.shards.sharded:
             raise ValueError("hashing='server' needs a server that holds all rows; these are shards")
         self.layout = Layout(served.spec, None if heads is None else slice(*heads), self.shards.cuts())
-        self.cache = HotRows(config.cache_bytes, self.layout.entry_bytes) if config.cache_bytes else None
-        opened = None if warm is None else HotRows.open(warm, served.version, self.layout.to_json())
+        self.cache = HotRows(config.cache_bytes, self.layout.entry_bytes, form) if config.cache_bytes else None
+        opened = None if warm is None else HotRows.open(warm, served.version, self.layout.to_json(), form)
         dedupe = config.dedupe or self.shards.sharded
-        self.planner = Planner(served, self.layout, config.hashing, dedupe, self.cache, opened, config.max_steps)
+        self.planner = Planner(served, self.layout, config.hashing, dedupe, self.cache, opened, config.max_steps, form)
 
     def stop(self) -> None:
         """Have `connect` and `open` end, and nobody wait to ask again."""

@@ -2,6 +2,10 @@
 
 import mmap
 
+import numpy as np
+
+from engrampool_proto.kernels.serve import release, reserve
+
 # Peers are told apart by a hash, which nobody outside can know: two that meet in one of these have one share.
 _BUCKETS = 512
 
@@ -15,15 +19,17 @@ class InFlight:
     them waiting: the slots of a process that died are cleared by whoever started it.
 
     processes: how many there may be; all are forked from the one that made this. slot: this process's number.
-    share_bytes: what one peer may have while there is no other.
+    share_bytes: what one peer may have while there is no other. arrays: int64 [processes], bytes of each, and
+    int64 [buckets * processes], those of peers: the memory itself, for compiled loops.
     """
 
     def __init__(self, limit_bytes: int, processes: int = 1, slot: int = 0) -> None:
         self.limit_bytes, self.share_bytes = limit_bytes, limit_bytes // 2
         self.slot = slot
-        self._processes = processes
+        self.processes = processes
         self._slots = int64s(processes)
         self._of_peers = int64s(processes * _BUCKETS)  # those of one peer lie side by side
+        self.arrays = np.frombuffer(self._slots, np.int64), np.frombuffer(self._of_peers, np.int64)
 
     @property
     def own(self) -> int:
@@ -37,36 +43,28 @@ class InFlight:
 
     def of(self, peer: str) -> int:
         """Bytes that are in flight for a peer, in all processes."""
-        at = self._at(peer)
-        return sum(self._of_peers[at : at + self._processes])
+        at = self.place_of(peer)
+        return sum(self._of_peers[at : at + self.processes])
 
     def reserve(self, nbytes: int, peer: str) -> bool:
         """Count `nbytes` as in flight for `peer`, unless that would exceed the bound, or its share."""
-        # Counted first and asked for afterwards: of two processes at once, neither may miss the other.
-        slots, of_peers, at = self._slots, self._of_peers, self._at(peer)
-        slots[self.slot] += nbytes
-        of_peers[at + self.slot] += nbytes
-        free = self.limit_bytes - sum(slots)
-        # With half of it free nobody can have more than is free.
-        if free >= self.share_bytes or 0 <= free >= sum(of_peers[at : at + self._processes]):
-            return True
-        self.release(nbytes, peer)
-        return False
+        slots, of_peers = self.arrays
+        at = self.place_of(peer)
+        return reserve(slots, of_peers, self.slot, at, self.processes, nbytes, self.limit_bytes, self.share_bytes)
 
     def release(self, nbytes: int, peer: str) -> None:
         """Count `nbytes` as in flight no more."""
-        self._slots[self.slot] -= nbytes
-        self._of_peers[self._at(peer) + self.slot] -= nbytes
+        release(*self.arrays, self.slot, self.place_of(peer), nbytes)
 
     def clear(self, slot: int) -> None:
         """Forget what a process that died had in flight."""
         self._slots[slot] = 0
-        for at in range(slot, len(self._of_peers), self._processes):
+        for at in range(slot, len(self._of_peers), self.processes):
             self._of_peers[at] = 0
 
-    def _at(self, peer: str) -> int:
+    def place_of(self, peer: str) -> int:
         """Where the slots of a peer begin, in all processes of this server and in no other server."""
-        return hash(peer) % _BUCKETS * self._processes
+        return hash(peer) % _BUCKETS * self.processes
 
 
 def int64s(count: int) -> memoryview:

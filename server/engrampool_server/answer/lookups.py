@@ -4,6 +4,7 @@ pool_service.py answers over gRPC, direct.py over plain sockets; what they answe
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,8 @@ class Lookups:
         self.gathers_inline = gather_threads == 0
         self.ready = False
         metrics.in_flight_limit.set(in_flight.limit_bytes)
+        metrics.in_flight.follow(lambda: in_flight.own)
+        self._refusing = threading.Lock()
 
     def add(self, model: LoadedModel) -> None:
         """Hold `model` from now on."""
@@ -160,7 +163,7 @@ class Lookups:
     def check(self, message: bytes | memoryview) -> Job:
         """Read the request, and check it. Raises one of Refusals."""
         self.check_ready()
-        return self._check(wire.parse_request(message))
+        return self.check_request(wire.parse_request(message))
 
     def reserve(self, nbytes: int, peer: str) -> None:
         """Count `nbytes` as in flight for `peer` (peers.py), until `release`. Raises RefusedError if they are too many.
@@ -183,14 +186,15 @@ class Lookups:
         """Bytes are on their way, or will never be."""
         self.in_flight.release(nbytes, peer)
 
+    @property
+    def held_in_pieces(self) -> int:
+        """The most of an answer in pieces that is in memory at one time."""
+        return _CHUNKS_HELD * self.chunk_bytes
+
     def bytes_in_pieces(self, job: Job) -> int:
         """Memory that an answer in pieces takes at one time, ids that are hashed here with it."""
         hashed = 0 if job.request.tokens is None else _ID_BYTES * sum(count for _, count, _ in job.counts)
-        return min(job.answer_bytes, _CHUNKS_HELD * self.chunk_bytes) + hashed
-
-    def show_in_flight(self) -> None:
-        """Have Prometheus see what is in flight; what comes and goes in between is not worth its time."""
-        self._metrics.in_flight.set(self.in_flight.own)
+        return min(job.answer_bytes, self.held_in_pieces) + hashed
 
     async def resolve_pieces(self, job: Job, deadline: float | None, nbytes: int) -> tuple[float, list[Piece]]:
         """When work on the job began, and its pieces of about `nbytes`, from the event loop or a thread.
@@ -215,10 +219,12 @@ class Lookups:
         else:
             reason = "not-held" if isinstance(error, NotHeldError) else "bad-batch"
             code = grpc.StatusCode.INVALID_ARGUMENT
-        self._metrics.refused.labels(reason).inc()
+        with self._refusing:  # from any thread
+            self._metrics.refused.labels(reason).inc()
         return code, reason
 
-    def _check(self, request: wire.LookupRequest) -> Job:
+    def check_request(self, request: wire.LookupRequest) -> Job:
+        """Check a request that was read. Raises one of Refusals."""
         model = self.find(request.model, request.version)
         if request.tokens is not None:
             if request.tables:
@@ -236,7 +242,7 @@ class Lookups:
                 raise invalid("a lookup names rows by 'tables' or by 'tokens'; this has neither")
             if len(set(layers)) != len(layers):
                 raise invalid(f"a layer is asked for twice: {_brief(layers)}")
-            tables = [self._table(model, layer) for layer in layers]
+            tables = [self.table(model, layer) for layer in layers]
             counts = [len(ids) for _, ids in request.tables]
         if sum(counts) > self.limits.max_rows_per_request:
             text = f"{sum(counts)} rows asked for, at most {self.limits.max_rows_per_request} in one request; split it"
@@ -256,7 +262,8 @@ class Lookups:
             raise RefusedError(grpc.StatusCode.NOT_FOUND, "unknown-model", text)
         return self._models[name]
 
-    def _table(self, model: LoadedModel, layer: int) -> LoadedTable:
+    def table(self, model: LoadedModel, layer: int) -> LoadedTable:
+        """The table of a layer, as far as it is held here. Raises RefusedError."""
         if layer not in model.tables:
             layers = model.spec.layers
             text = f"model {model.spec.name} has no layer {layer}; it has {', '.join(map(str, layers))}"
@@ -271,7 +278,7 @@ class Lookups:
         if table is not None and table.is_whole:
             return table
         if layer not in model.spec.layers:
-            return self._table(model, layer)
+            return self.table(model, layer)
         text = (
             f"this server holds a part of {model.spec.name} only ({_held(model)}), and rows of tokens may be any of "
             f"layer {layer}: hash the tokens and ask for rows by id where they are held, as our client does, or name "

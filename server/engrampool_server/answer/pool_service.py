@@ -248,13 +248,11 @@ class _Hold:
         lookups.reserve(nbytes, peer)
         self._lookups, self._nbytes, self._peer = lookups, nbytes, peer
         self.kept_bytes = 0
-        lookups.show_in_flight()
 
     def shrink(self, nbytes: int) -> None:
         """Give back all but `nbytes`."""
         self._lookups.release(self._nbytes - nbytes, self._peer)
         self._nbytes = nbytes
-        self._lookups.show_in_flight()
 
 
 def _gather_piece(piece: Piece, last: bool) -> tuple[wire.ResponseWriter, float]:

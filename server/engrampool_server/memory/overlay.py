@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_proto.kernels.gather import index_changed, lay_over
 from engrampool_proto.spec import RowIds
-from engrampool_server.memory.gather import index_changed, lay_over
 from engrampool_server.memory.memory import allocate, protect
 
 _BITS = 64

@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto.errors import BatchError
+from engrampool_proto.kernels.gather import first_outside, gather
+from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.registry.records import VersionKey
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
-from engrampool_server.memory.gather import first_outside, gather
-from engrampool_server.memory.hasher import Hasher
 from engrampool_server.memory.overlay import Overlay
 from engrampool_server.memory.segments import Place
 
@@ -37,6 +37,11 @@ class LoadedTable:
     def row_stop(self) -> int:
         """One past the last row held."""
         return self.row_start + len(self.rows)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are as they lie in `rows`, so that a loop without Python may copy them."""
+        return self.overlay is None
 
     @property
     def is_whole(self) -> bool:

@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.registry import Collector
 
@@ -74,14 +76,57 @@ class Times:
         self._shown, self._shown_sum = counts, total
 
 
+class SharedCount:
+    """One series of a counter that compiled code counts in, in whichever thread. cell: int64 [1]; it only grows."""
+
+    __slots__ = ("_cell", "_counter", "_shown")
+
+    def __init__(self, counter: Counter, cell: npt.NDArray[np.int64]) -> None:
+        self._counter, self._cell = counter, cell
+        self._shown = 0
+
+    def flush(self) -> None:
+        """Have the counter say what was counted by now."""
+        total = int(self._cell[0])
+        if total != self._shown:
+            self._counter.inc(total - self._shown)
+            self._shown = total
+
+
+class SharedTimes:
+    """One series of a histogram, likewise. cells: int64 [1 + buckets]: the sum in microseconds; counts by bucket."""
+
+    __slots__ = ("_cells", "_histogram", "_shown")
+
+    def __init__(self, histogram: Histogram, cells: npt.NDArray[np.int64]) -> None:
+        self._histogram, self._cells = histogram, cells
+        self._shown = [0] * len(cells)
+
+    def flush(self) -> None:
+        """Have the histogram say what was observed by now."""
+        cells = self._cells.tolist()
+        if cells == self._shown:
+            return
+        for bucket, count, shown in zip(self._histogram._buckets, cells[1:], self._shown[1:], strict=True):
+            if count != shown:
+                bucket.inc(count - shown)
+        self._histogram._sum.inc((cells[0] - self._shown[0]) / 1e6)
+        self._shown = cells
+
+
 class Level:
     """The one series of a gauge."""
 
-    __slots__ = ("_gauge", "_shown", "_value")
+    __slots__ = ("_gauge", "_read", "_shown", "_value")
 
     def __init__(self, gauge: Gauge) -> None:
         self._gauge = gauge
         self._value = self._shown = 0
+        self._read: Callable[[], int] | None = None
+
+    def follow(self, read: Callable[[], int]) -> None:
+        """Take what `read` gives for the value, whenever it is flushed."""
+        self._read = read
 
     def set(self, value: int) -> None:
         """Take this for the value."""
@@ -89,7 +134,7 @@ class Level:
 
     def flush(self) -> None:
         """Have the gauge say the value."""
-        value = self._value
+        value = self._value if self._read is None else self._read()
         if value != self._shown:
             self._gauge.set(value)
             self._shown = value
@@ -106,6 +151,7 @@ class Counted(Collector, Generic[S]):
     ) -> None:
         self._metric, self._make = metric, series
         self._series: dict[tuple[str, ...], S] = {}
+        self._shared: list[SharedCount | SharedTimes] = []
         self._lock = threading.Lock()
         registry.register(self)
 
@@ -117,10 +163,14 @@ class Counted(Collector, Generic[S]):
             found = self._series.setdefault(values, made)
         return found
 
+    def share(self, kind: "type[SharedCount | SharedTimes]", cells: npt.NDArray[np.int64], *values: str) -> None:
+        """Count what is in `cells` in the series of these labels, too."""
+        self._shared.append(kind(self._metric.labels(*values), cells))  # type: ignore[arg-type]
+
     def flush(self) -> None:
         """Have Prometheus see what was counted by now."""
         with self._lock:
-            for one in list(self._series.values()):
+            for one in [*self._series.values(), *self._shared]:
                 one.flush()
 
     def describe(self) -> Iterable[Metric]:

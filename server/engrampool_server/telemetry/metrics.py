@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Literal
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -17,7 +19,7 @@ from prometheus_client import (
 )
 
 from engrampool_proto import __version__
-from engrampool_server.telemetry.counts import Count, Counted, Level, Times
+from engrampool_server.telemetry.counts import Count, Counted, Level, SharedCount, SharedTimes, Times
 
 # A lookup takes 0.1 ms to 100 ms; prometheus_client's own buckets begin at 5 ms.
 _SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.25, 1.0, 5.0)
@@ -83,6 +85,8 @@ class Metrics:
         )
         self._answered: dict[tuple[str, str], tuple[Times, Times, Times]] = {}
         self._tables: dict[tuple[str, int], tuple[Count, Count]] = {}
+        self._direct_times: dict[str, npt.NDArray[np.int64]] = {}
+        self._direct_rows: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
         self.model_info = self._gauge(MODEL_INFO, "Models held; always 1.", ("model", "version", "spec_digest"))
         self.versions = self._gauge("engrampool_versions", "Versions of models, by what became of them.", ("state",))
         self.registry_age = self._gauge("engrampool_registry_age_seconds", "Since the registry last answered.")
@@ -126,6 +130,38 @@ class Metrics:
                 self._tables[model, layer] = table
             table[0].inc(count)
             table[1].inc(nbytes)
+
+    @property
+    def buckets_us(self) -> npt.NDArray[np.float64]:
+        """The bounds of all buckets of times, in microseconds."""
+        return np.round(np.array(_SECONDS) * 1e6)
+
+    def times_of_direct(self, model: str) -> npt.NDArray[np.int64]:
+        """Where compiled code counts a model's lookups over the direct lane: int64 [3, 2 + bounds].
+
+        The time before work began, that for rows, and the total; each as of SharedTimes.
+        """
+        cells = self._direct_times.get(model)
+        if cells is None:
+            cells = self._direct_times[model] = np.zeros((3, 2 + len(_SECONDS)), np.int64)
+            for metric, row in zip((self.queue, self.gather, self.lookup), cells, strict=True):
+                metric.share(SharedTimes, row, model, "Direct")
+        return cells
+
+    def rows_of_direct(self, model: str, layer: int) -> npt.NDArray[np.int64]:
+        """Where it counts rows and bytes of a table: int64 [2]."""
+        cells = self._direct_rows.get((model, layer))
+        if cells is None:
+            cells = self._direct_rows[model, layer] = np.zeros(2, np.int64)
+            self.rows.share(SharedCount, cells[:1], model, str(layer))
+            self.bytes.share(SharedCount, cells[1:], model, str(layer))
+        return cells
+
+    def answers_of_direct(self) -> npt.NDArray[np.int64]:
+        """Where it counts lookups that were answered: int64 [1]."""
+        cells = np.zeros(1, np.int64)
+        self.direct_lookups.share(SharedCount, cells, grpc.StatusCode.OK.name)
+        return cells
 
     def flush(self) -> None:
         """Have Prometheus see what was counted by now. From any thread."""

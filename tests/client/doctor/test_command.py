@@ -468,7 +468,14 @@ def test_it_says_of_each_server_how_it_is_reached_and_why_one_is_not_used(capsys
 
 
 def report_of(phases, tried=(), cache=()) -> Report:
-    status = {"target": "node:1", "lane": "direct", "servers": [], "registry": None, "why_unusable": None}
+    status = {
+        "target": "node:1",
+        "lane": "direct",
+        "servers": [],
+        "why_not_compiled": None,
+        "registry": None,
+        "why_unusable": None,
+    }
     return Report("m", "v", status, 99.0, 2e-4, list(phases), list(cache), list(tried), ["a note"])
 
 

@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import Client
+from engrampool_client.compute.forms import form_of
 from engrampool_client.errors import (
     DeadlineError,
     OverloadedError,
@@ -35,6 +38,7 @@ from engrampool_client.lookup.layout import Layout
 from engrampool_client.lookup.plan import Planner
 from engrampool_client.lookup.query import TokenQuery, token_batch
 from engrampool_client.lookup.served import ServedModel, choose
+from engrampool_client.lookup.workers import Workers
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, write_trailer
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2
@@ -234,7 +238,7 @@ def test_tokens_are_for_the_server_to_hash(attached):
     planner = Planner(SERVED, Layout(SPEC, None), "server", True, None, None, 1)
     exchange = planner.exchange(Delivery([2, 9]), TokenQuery(SPEC, token_batch([1, 2, 3]), [2, 9]))
     assert not fetch(attached, exchange)
-    assert exchange.landing.next_row() == (2, 0)
+    assert exchange.landing._have == {2: 0, 9: 0}
 
 
 def test_many_threads_at_once(attached):
@@ -263,7 +267,7 @@ def test_a_step_that_is_given_up_is_not_written_any_more(attached, monkeypatch):
 
     def received_then_cancelled(layer: int, nbytes: int) -> None:
         received(layer, nbytes)
-        if exchange.landing.next_row() == (2, 30):
+        if exchange.landing._have[2] == 30 * 264:
             exchange.delivery.give_up(StepCancelledError("cancelled"))
 
     monkeypatch.setattr(exchange.landing, "received", received_then_cancelled)
@@ -589,14 +593,14 @@ def test_other_files_are_mapped_in_place_of_the_first(tmp_path, lane, whole):
 
 def test_a_gather_keeps_what_it_reads(lane, whole, monkeypatch):
     made, asked = lane(answer(*whole))
-    gather, begun, go_on = lane_module._Table.gather, threading.Event(), threading.Event()
+    gather, begun, go_on = made.form.gather, threading.Event(), threading.Event()
 
-    def held_up(self, ids, out):
+    def held_up(*arguments):
         begun.set()
         assert go_on.wait(LIMIT_S)
-        gather(self, ids, out)
+        gather(*arguments)
 
-    monkeypatch.setattr(lane_module._Table, "gather", held_up)
+    monkeypatch.setattr(made.form, "gather", held_up)
     found = []
     thread = threading.Thread(target=lambda: found.append(ask(made, {2: [5]})))
     thread.start()
@@ -608,6 +612,65 @@ def test_a_gather_keeps_what_it_reads(lane, whole, monkeypatch):
     go_on.set()
     thread.join()
     assert found == [{2: expected(2, [5])}]
+
+
+@pytest.fixture(params=["on", "off"], ids=["kernels", "numpy"])
+def side_by_side(request, server) -> Iterator[AttachLane]:
+    """Copies parts of 64 KiB and more in three threads."""
+    threads, grpc_lane = Workers(2, "parts"), GrpcLane(server.address)
+    served = choose(grpc_lane.describe(LIMIT_S), None, None)
+    attach = partial(grpc_lane.attach, "small", served.version)
+    made = AttachLane(lambda timeout_s: attach(timeout_s), served, form_of(request.param), threads, 3)
+    assert made.attached, made.reason
+    yield made
+    made.close()
+    grpc_lane.close()
+    threads.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 500, 700, 40_000])
+@pytest.mark.parametrize("given_out", [False, True])
+def test_parts_are_copied_in_several_threads(side_by_side, monkeypatch, count, given_out):
+    monkeypatch.setattr(lane_module, "_PART_BYTES", 64 << 10)
+    rng = np.random.default_rng(count)
+    ids = {2: rng.integers(0, 6500, count), 9: rng.integers(0, 4100, count)}
+    out = {2: np.zeros((count, 264), np.uint8)} if given_out else None
+    assert ask(side_by_side, ids, out) == {layer: expected(layer, some) for layer, some in ids.items()}
+    exchange = exchange_of(SERVED, {2: ids[2]})
+    exchange.asked = replace(exchange.asked, tables=((2, np.array([*ids[2], 6500], np.uint32)),))
+    assert side_by_side.ask(exchange, inf) is None
+
+
+def test_a_cancel_waits_for_all_parts_and_nothing_is_written_afterwards(side_by_side, monkeypatch):
+    monkeypatch.setattr(lane_module, "_PART_BYTES", 64 << 10)
+    gather, at_it, go_on = side_by_side.form.gather, threading.Semaphore(0), threading.Event()
+
+    def held_up(*arguments):
+        at_it.release()
+        assert go_on.wait(LIMIT_S)
+        gather(*arguments)
+
+    monkeypatch.setattr(side_by_side.form, "gather", held_up)
+    out = np.zeros((40_000, 264), np.uint8)
+    exchange = exchange_of(SERVED, {2: np.arange(40_000) % 6500}, {2: out})
+    failed = []
+
+    def run() -> None:
+        try:
+            fetch(side_by_side, exchange)
+        except StepCancelledError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(3):
+        assert at_it.acquire(timeout=LIMIT_S)
+    exchange.delivery.on_cancel(go_on.set)
+    exchange.delivery.give_up(StepCancelledError("cancelled"))
+    written = out.copy()
+    thread.join()
+    assert len(failed) == 1
+    assert np.array_equal(out, written)
 
 
 # --- the end

@@ -4,6 +4,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from direct_peers import TIMES, exchange, peer, rows_frame, whole_answer
+from direct_peers import NUMBER, SERVED, TIMES, Frame, exchange, numbered, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
-from engrampool_client.errors import StepCancelledError
+from engrampool_client.errors import OverloadedError, StepCancelledError
 from engrampool_client.lanes import connection as lane
 from engrampool_client.lanes import dial, native
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.landing import CallersLanding
 from engrampool_proto import frames, wire
-from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
+from exchanges import exchange_of
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -57,18 +58,21 @@ def answered_so_far(server: Running, method: str) -> float:
 
 
 class Held:
-    """Has lookups into callers' arrays stand still once the first rows came, until `go_on` is set."""
+    """Has the receiving of large rows stand still once the first of them came, until `go_on` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.came, self.go_on = threading.Event(), threading.Event()
-        received = CallersLanding.received
+        received = lane.Connection._received
 
-        def held(landing: CallersLanding, layer: int, nbytes: int) -> None:
-            received(landing, layer, nbytes)
+        def held(connection: lane.Connection, places: list[memoryview], deadline: float, flags: int = 0) -> int:
+            if self.came.is_set() or sum(map(len, places)) < MIB:
+                return received(connection, places, deadline, flags)
+            count = received(connection, [places[0][:100_000]], deadline, flags)
             self.came.set()
             assert self.go_on.wait(LIMIT_S)
+            return count
 
-        monkeypatch.setattr(CallersLanding, "received", held)
+        monkeypatch.setattr(lane.Connection, "_received", held)
 
 
 # --- a real server
@@ -206,8 +210,7 @@ def test_in_mid_answer_too_and_the_rows_are_right(packed, monkeypatch):
         step = client.prefetch_rows({2: ids}, out={2: out}, timeout_s=2 * LIMIT_S)
         assert held.came.wait(LIMIT_S)
         (connection,) = run.server.direct.connections
-        assert connection.answerer.busy
-        run._loop.call_soon_threadsafe(connection.abort)
+        connection.abort()
         eventually(lambda: connection not in run.server.direct.connections, "aborted")
         held.go_on.set()
         step.wait()
@@ -221,9 +224,9 @@ def test_a_cancelled_step_writes_nothing_any_more(packed, monkeypatch):
         step = client.prefetch_rows({2: ids}, out={2: out}, timeout_s=2 * LIMIT_S)
         assert receiving.came.wait(LIMIT_S)
         assert out[0].any()
+        step.delivery.on_cancel(receiving.go_on.set)
         step.cancel()
         held = out.copy()
-        receiving.go_on.set()
         with pytest.raises(StepCancelledError):
             step.rows(2)
         assert client.lookup_rows({2: np.array([7])})[2].tobytes() == expected(2, [7])
@@ -250,10 +253,11 @@ def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out, spin_s):
     wanted, sent = whole_answer(count, cuts)
     bounds = sorted({0, len(sent)} | {split for split in splits if split < len(sent)})
 
-    def reply(connection: socket.socket) -> None:
+    def reply(connection: socket.socket, number: int) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        answer = numbered(sent, number)
         for start, stop in pairwise(bounds):
-            connection.sendall(sent[start:stop])
+            connection.sendall(answer[start:stop])
 
     with peer(reply) as made:
         taken = exchange(count, out)
@@ -265,11 +269,12 @@ def test_an_answer_may_come_in_any_pieces(count, cuts, splits, out, spin_s):
 def test_an_answer_may_be_split_at_every_byte():
     wanted, sent = whole_answer(5, {2})
 
-    def reply(cut: int) -> Callable[[socket.socket], None]:
-        def send(connection: socket.socket) -> None:
+    def reply(cut: int) -> Callable[[socket.socket, int], None]:
+        def send(connection: socket.socket, number: int) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.sendall(sent[:cut])
-            connection.sendall(sent[cut:])
+            answer = numbered(sent, number)
+            connection.sendall(answer[:cut])
+            connection.sendall(answer[cut:])
 
         return send
 
@@ -283,19 +288,20 @@ def test_an_answer_may_be_split_at_every_byte():
 @pytest.mark.parametrize(
     ("sent", "text"),
     [
-        (frames.HEADER.pack(9000, 9000, frames.ROWS), "a head of 9000 bytes"),
-        (frames.HEADER.pack(3, 4, frames.ROWS), "a head of 4 bytes out of 3"),
-        (frames.frame(77), "kind 77"),
-        (frames.frame(frames.READY), "kind 16"),
-        (frames.HEADER.pack(4, 0, frames.END), "kind 18"),
-        (frames.frame(frames.END), "rows of layer 2"),
-        (frames.frame(frames.END, b"\xff"), "cannot be read"),
-        (frames.frame(frames.END, b"\x0a\x00"), "cannot be read"),
+        (frames.HEADER.pack(frames.ROWS, 2, NUMBER, 0, 2**63), "do not follow"),
+        (frames.HEADER.pack(frames.REFUSED, 0, NUMBER, 0, 9000), "has 9000 bytes"),
+        (frames.frame(77, number=NUMBER), "kind 77"),
+        (frames.frame(frames.READY, number=NUMBER), "kind 16"),
+        (frames.HEADER.pack(frames.END, 0, NUMBER, 0, 9000), "kind 18 and 9000 bytes"),
+        (frames.frame(frames.END, number=NUMBER), "kind 18 and 0 bytes"),
+        (frames.end(NUMBER, TIMES), "rows of layer 2"),
         (rows_frame(3, 0, b"abc"), "layer 3, which was not asked for"),
         (rows_frame(2, 1, b"abc"), "do not follow"),
         (rows_frame(2, 0, b"abc" * 6), "do not follow"),
-        (frames.HEADER.pack(3 + 2**31, 3, frames.ROWS) + b"\x0a\x01\x08", "cannot be read"),
+        (frames.frame(frames.REFUSED, b"\xff", NUMBER), "a refusal cannot be read"),
         (frames.frame(frames.REFUSED, b"\xff"), "a refusal cannot be read"),
+        (frames.frame(frames.REFUSED, b"", NUMBER + 1), "another request"),
+        (frames.end(0, TIMES), "another request"),
     ],
 )
 def test_what_no_server_says_is_a_protocol_error(sent, text):
@@ -305,11 +311,100 @@ def test_what_no_server_says_is_a_protocol_error(sent, text):
         assert not ask(made, exchange(5))  # the connection is gone
 
 
+@pytest.mark.parametrize("count", [1, 50, 60_000])  # short answers and a long one
+@pytest.mark.parametrize("right", [0, 1, 2])  # frames before the first with another number
+@pytest.mark.parametrize("at_once", [True, False])
+def test_rows_of_another_request_are_never_taken(count, right, at_once):
+    wanted, sent = whole_answer(count, set())
+    cut = right * (frames.HEADER.size + 3 * count)
+
+    def reply(connection: socket.socket, number: int) -> None:
+        pieces = numbered(sent[:cut], number), numbered(sent[cut:], number + 1)
+        for piece in [b"".join(pieces)] if at_once else pieces:
+            connection.sendall(piece)
+
+    with peer(reply) as made:
+        taken = exchange(count, out=True)
+        out = {layer: taken.landing.array(layer) for layer in (2, 9)}
+        with pytest.raises(ProtocolError, match="another request"):
+            ask(made, taken)
+        assert not made.open
+        taken.delivery.end(None)
+        for layer in (2, 9)[right:]:
+            assert not out[layer].any()
+            assert layer not in taken.delivery.rows
+        assert all(taken.delivery.rows[layer].tobytes() == wanted[layer] for layer in taken.delivery.rows)
+
+
+def test_a_refusal_of_everything_is_one_of_what_is_under_way_and_ends_the_connection():
+    refusal = pool_pb2.Refusal(code=8, reason="too-many-connections", text="one too many").SerializeToString()
+    with peer(frames.frame(frames.REFUSED, refusal)) as made:
+        with pytest.raises(OverloadedError, match="one too many"):
+            ask(made, exchange(5))
+        assert not made.open
+
+
+def ids_of(body: bytes, layers: int, dtype: type) -> list[list[int]]:
+    """The ids of a LOOKUP, by layer; nothing is left over."""
+    counts, at, found = np.frombuffer(body, "<u8", layers), 8 * layers, []
+    for count in counts.tolist():
+        ids = np.frombuffer(body, dtype, count, at)
+        padding = -ids.nbytes % 8
+        at += ids.nbytes + padding
+        assert body[at - padding : at] == bytes(padding)
+        found.append(ids.tolist())
+    assert at == len(body)
+    return found
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 24, 300_000])  # the last more than the system takes at once
+@pytest.mark.parametrize("wide", [False, True])
+def test_ids_go_as_they_lie_in_memory(count, wide):
+    asked = np.random.default_rng(count).integers(0, 50, (2, count)).astype(np.uint64 if wide else np.uint32)
+    asked[1].flags.writeable = False  # as those of a caller's may be
+    ids = {2: asked[0], 9: asked[1, ::-1]}
+    came: list[Frame] = []
+    wanted, sent = whole_answer(count, set())
+    with peer(sent, came=came) as made:
+        taken = exchange(count)
+        taken = Exchange.of_ids(SERVED, ids, taken.landing)
+        assert ask(made, taken)
+        assert {layer: taken.delivery.rows[layer].tobytes() for layer in (2, 9)} == wanted
+    (registered, lookup) = came
+    assert registered[:4] == (frames.REGISTER, 0, 0, 0)
+    named = wire.parse_request(registered[4])
+    assert (named.model, named.version, named.layers, named.tables) == ("m", "v", (2, 9), ())
+    assert lookup[0] == frames.LOOKUP
+    assert 0 < lookup[3] <= LIMIT_S * 1e6
+    assert ids_of(lookup[4], 2, asked.dtype) == [ids[2].tolist(), ids[9].tolist()]
+
+
+def test_what_is_asked_for_is_registered_once_and_the_oldest_gives_way():
+    refusal = frames.frame(frames.REFUSED, pool_pb2.Refusal(code=3, text="no").SerializeToString(), NUMBER)
+    versions = [*range(frames.MAX_HANDLES), 0, frames.MAX_HANDLES, 1, 0]
+    came: list[Frame] = []
+    with peer(*[refusal] * len(versions), came=came) as made:
+        for version in versions:
+            served = replace(SERVED, version=f"v{version}")
+            with pytest.raises(RejectedError):
+                ask(made, exchange_of(served, {2: [1], 9: [2]}))
+    registered = [
+        (which, wire.parse_request(body).version) for kind, which, *_, body in came if kind == frames.REGISTER
+    ]
+    first = [(handle, f"v{handle}") for handle in range(frames.MAX_HANDLES)]
+    assert registered == [*first, (0, "v64"), (1, "v0")]
+    asked = [(which, number) for kind, which, number, *_ in came if kind == frames.LOOKUP]
+    assert [which for which, _ in asked] == [*range(frames.MAX_HANDLES), 0, 0, 1, 1]
+    numbers = {number for _, number in asked}
+    assert len(numbers) == len(asked)
+    assert 0 not in numbers
+
+
 def test_a_broken_answer_goes_on_over_grpc_with_what_is_missing():
     wanted, sent = whole_answer(5, set())
-    end_of_layer_2 = len(frames.rows_start(2, 0, 15)) + 15
-    for cut in (0, 1, 20, end_of_layer_2 - 1):
-        with peer(sent[:cut] or (lambda _: None)) as made:
+    end_of_layer_2 = frames.HEADER.size + 15
+    for cut in (0, 1, 20, 40, end_of_layer_2 - 1):
+        with peer(sent[:cut] or (lambda *_: None)) as made:
             taken = exchange(5)
             assert not ask(made, taken)
             assert taken.answer_bytes == 30
@@ -327,7 +422,7 @@ def test_a_broken_answer_goes_on_over_grpc_with_what_is_missing():
 def test_a_refusal_is_typed_and_the_connection_is_used_again():
     refusal = pool_pb2.Refusal(code=3, reason="too-many-rows", text="split it").SerializeToString()
     _, sent = whole_answer(5, set())
-    with peer(frames.frame(frames.REFUSED, refusal), sent) as made:
+    with peer(frames.frame(frames.REFUSED, refusal, NUMBER), sent) as made:
         with pytest.raises(RejectedError, match="split it") as raised:
             ask(made, exchange(5))
         assert raised.value.reason == "too-many-rows"
@@ -337,7 +432,7 @@ def test_a_refusal_is_typed_and_the_connection_is_used_again():
 @pytest.mark.parametrize("cut", [0, 10, 100])
 def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut, monkeypatch):
     _, sent = whole_answer(3000, set())
-    with peer(sent[:cut] or (lambda _: None), b"") as made:
+    with peer(sent[:cut] or (lambda *_: None), b"") as made:
         begin = time.monotonic()
         with monkeypatch.context() as patch:  # the clock stands still until it is sent
             for module in (native, lane):
@@ -348,12 +443,42 @@ def test_a_peer_that_falls_silent_is_waited_for_until_the_deadline(cut, monkeypa
         assert 0.19 < time.monotonic() - begin < LIMIT_S
 
 
+def drips(connection: socket.socket, number: int) -> None:
+    """Sends an answer byte by byte, until nobody wants it."""
+    _, sent = whole_answer(3000, set())
+    for at in range(len(sent)):
+        connection.sendall(numbered(sent, number)[at : at + 1])
+        time.sleep(0.01)
+
+
+def says_nothing(connection: socket.socket, number: int) -> None:
+    """Sends frames of no rows, until nobody wants them."""
+    while True:
+        connection.sendall(numbered(rows_frame(2, 0, b""), number) * 1000)
+
+
+@pytest.mark.parametrize("says", [drips, says_nothing])
+def test_a_peer_that_is_never_silent_and_never_done_has_until_the_deadline(says):
+    def until_it_is_cut_off(connection: socket.socket, number: int) -> None:
+        connection.settimeout(LIMIT_S)
+        with suppress(ConnectionError):
+            says(connection, number)
+
+    with peer(until_it_is_cut_off) as made:
+        begin = time.monotonic()
+        request = made.ask(exchange(3000), begin + 1.0)
+        with pytest.raises(DeadlineError):
+            request.receive()
+        assert time.monotonic() - begin < LIMIT_S
+        assert not made.open
+
+
 @pytest.mark.parametrize("cut", [0, 10, 100])
 def test_a_peer_that_is_silent_for_too_long_is_left_for_grpc_before_the_deadline(cut, monkeypatch):
     monkeypatch.setattr(lane, "_SILENCE_S", 0.2)
     monkeypatch.setattr(native, "_FIRST_PAUSE_S", LIMIT_S)
     _, sent = whole_answer(3000, set())
-    with peer(sent[:cut] or (lambda _: None), b"") as made:
+    with peer(sent[:cut] or (lambda *_: None), b"") as made:
         assert ask(made, exchange(3000), timeout_s=3600, spin_s=1e-3) is False
         assert not made.open
 
@@ -422,7 +547,7 @@ def test_nobody_waits_while_a_thread_is_started(monkeypatch):
 
 def test_the_system_waits_hardly_longer_than_is_left(monkeypatch):
     monkeypatch.setattr(lane, "_SILENCE_S", 2.0)
-    with peer(lambda _: None) as made:
+    with peer(lambda *_: None) as made:
         connection = made._idle[-1]
         monkeypatch.setattr(lane, "time", SimpleNamespace(monotonic=lambda: 0.0))
         for left_s in (2.0, 1.9, 1.82, 1.819, 0.5, 0.46, 3600.0, 0.001):
@@ -436,26 +561,6 @@ def test_the_system_looks_after_connections_that_are_idle(server):
         (connection,) = client._shards._sets[0].replicas[0]._native._open
         assert connection._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 10
-
-
-@given(head=st.binary(max_size=40), nbytes=st.integers(0, 1000))
-def test_heads_are_read_as_the_generated_code_reads_the_whole(head, nbytes):
-    try:
-        layer, first = frames.parse_rows_head(head, nbytes)
-    except WireError:
-        return
-    (run,) = wire.parse_response(head + bytes(nbytes)).tables
-    assert (run.layer, run.first, run.rows) == (layer, first, bytes(nbytes))
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 5000))
-def test_heads_come_back(layer, first, nbytes):
-    start = frames.rows_start(layer, first, nbytes)
-    length, head, kind = frames.HEADER.unpack_from(start)
-    assert (length, 12 + head, kind) == (len(start) - 12 + nbytes, len(start), frames.ROWS)
-    assert frames.parse_rows_head(start[12:], nbytes) == (layer, first)
-    message = pool_pb2.LookupResponse.FromString(start[12:] + bytes(nbytes))
-    assert [(run.layer, run.first, len(run.rows)) for run in message.tables] == [(layer, first, nbytes)]
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,10 @@ def test_a_child_has_a_client_of_its_own_and_ends_as_processes_do(silent):
     run_forks("own", silent.address)
 
 
+def test_what_a_child_asks_for_on_its_parents_connection_is_never_the_parents_row(silent):
+    run_forks("by hand", silent.address)
+
+
 def test_a_child_collects_nothing_that_its_parent_had(silent):
     run_forks("garbage", silent.address)
 

@@ -1,6 +1,7 @@
 """Deduplication, cache, column ranges and separate segments never change a byte."""
 
 import os
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -150,6 +151,21 @@ def test_a_small_lookup_without_a_cache_goes_as_it_is(server, monkeypatch):
         assert client.stats.bytes["wire"] == 100 * 48 * 264
         client.lookup(np.array([3] * 1000, np.int32))
         assert client.stats.bytes["wire"] == (100 + 3) * 48 * 264  # of 1000 tokens, three n-grams an order
+
+
+def test_lookups_of_many_lengths_leave_little_behind(server):
+    tokens = np.full(20_000, 3, np.int32)
+    with Client(server, cache_bytes=1 << 20, heads=(23, 24)) as client:
+        client.lookup(tokens)
+        tracemalloc.start()
+        try:
+            begin, _ = tracemalloc.get_traced_memory()
+            for count in range(19_900, 19_950):
+                client.lookup(tokens[:count])
+            end, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert end - begin < 500_000  # a byte for each token would be two millions
 
 
 def test_a_warm_file_serves_the_next_client(server, tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from direct_peers import exchange, peer, whole_answer
+from direct_peers import exchange, numbered, peer, whole_answer
 from engrampool_client import (
     Client,
     DeadlineError,
@@ -236,7 +236,7 @@ def lookup(made: ReplicaSet, wanted: dict[int, bytes], begun: bool = False, out:
     assert {layer: step.rows[layer].tobytes() for layer in (2, 9)} == wanted
 
 
-def silent(connection: socket.socket) -> None:
+def silent(connection: socket.socket, _: int) -> None:
     """Say nothing until the client leaves."""
     with suppress(ConnectionError):
         assert connection.recv(1) == b""
@@ -258,13 +258,13 @@ def test_the_first_may_still_be_the_first_to_answer():
     wanted, sent = whole_answer(COUNT, set())
     second_asked = threading.Event()
 
-    def first_reply(connection: socket.socket) -> None:
+    def first_reply(connection: socket.socket, number: int) -> None:
         assert second_asked.wait(LIMIT_S)
-        connection.sendall(sent)
+        connection.sendall(numbered(sent, number))
 
-    def second_reply(connection: socket.socket) -> None:
+    def second_reply(connection: socket.socket, number: int) -> None:
         second_asked.set()
-        silent(connection)
+        silent(connection, number)
 
     with peer(first_reply, sent) as first, peer(second_reply) as second:
         made = set_of(Replica(first), Replica(second))
@@ -274,14 +274,14 @@ def test_the_first_may_still_be_the_first_to_answer():
         lookup(made, wanted)
 
 
-def refusing(code: int, asked: threading.Event | None = None) -> Callable[[socket.socket], None]:
+def refusing(code: int, asked: threading.Event | None = None) -> Callable[[socket.socket, int], None]:
     refusal = pool_pb2.Refusal(code=code, reason="overloaded", text="too much").SerializeToString()
 
-    def reply(connection: socket.socket) -> None:
-        connection.sendall(frames.frame(frames.REFUSED, refusal))
+    def reply(connection: socket.socket, number: int) -> None:
+        connection.sendall(frames.frame(frames.REFUSED, refusal, number))
         if asked is not None:
             asked.set()
-        silent(connection)
+        silent(connection, number)
 
     return reply
 
@@ -291,11 +291,11 @@ def test_a_second_that_refuses_or_breaks_does_not_cost_the_first_ones_answer(end
     wanted, sent = whole_answer(COUNT, set())
     refused = threading.Event()
 
-    def first_reply(connection: socket.socket) -> None:
+    def first_reply(connection: socket.socket, number: int) -> None:
         assert refused.wait(LIMIT_S)
-        connection.sendall(sent)
+        connection.sendall(numbered(sent, number))
 
-    second_reply = (lambda _: refused.set()) if ends else refusing(8, refused)
+    second_reply = (lambda *_: refused.set()) if ends else refusing(8, refused)
     with peer(first_reply) as first, peer(second_reply) as second:
         made = set_of(Replica(first), Replica(second))
         lookup(made, wanted)
@@ -304,7 +304,9 @@ def test_a_second_that_refuses_or_breaks_does_not_cost_the_first_ones_answer(end
 
 def test_a_second_that_breaks_in_mid_answer_leaves_nothing_of_incomplete_layers():
     wanted, sent = whole_answer(COUNT, {7})
-    wrong = bytes(np.frombuffer(sent, np.uint8) ^ (np.arange(len(sent)) > 20))  # its rows, as far as they come
+    wrong = bytes(
+        np.frombuffer(sent, np.uint8) ^ (np.arange(len(sent)) >= frames.HEADER.size)
+    )  # its rows, as far as they come
     cut = frames.HEADER.size + 30
     with peer(silent) as first, peer(wrong[:cut]) as second, peer(sent) as third:
         made = set_of(Replica(first), Replica(second), Replica(third))
@@ -342,9 +344,9 @@ def test_a_step_given_up_ends_both(monkeypatch):
     monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", 1000.0)
     asked = threading.Event()
 
-    def reply(connection: socket.socket) -> None:
+    def reply(connection: socket.socket, number: int) -> None:
         asked.set()
-        silent(connection)
+        silent(connection, number)
 
     with peer(silent) as first, peer(reply) as second:
         made = set_of(Replica(first), Replica(second))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_proto.errors import BatchError
-from engrampool_server.memory.gather import gather
+from engrampool_proto.kernels.gather import gather
 from engrampool_server.memory.overlay import Overlay
 from engrampool_server.memory.tables import LoadedTable
 from server_fixtures import SPEC

@@ -12,6 +12,7 @@ import secrets
 import socket
 import stat
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,11 +39,12 @@ _INDEX = struct.Struct("<I")
 class Tickets:
     """One-time tickets, in memory that forks share. A ticket is the number of its slot and 32 random bytes.
 
-    Whoever changes a slot locks it, and nobody waits for a lock: a process that is stopped while it has one keeps this
-    one slot, and the ticket in it, from the others.
+    Whoever changes a slot locks it, and no process waits for another's lock: one that is stopped while it has one keeps
+    this one slot, and the ticket in it, from the others. Such a lock is all of a process's, so its threads take turns.
     """
 
     def __init__(self) -> None:
+        self._turn = threading.Lock()
         self._file = os.memfd_create("engrampool-tickets")
         os.posix_fallocate(self._file, 0, _SLOTS * _SLOT.itemsize)  # else who writes where none is left is killed
         self._memory = mmap.mmap(self._file, _SLOTS * _SLOT.itemsize)
@@ -108,15 +110,16 @@ class Tickets:
     @contextmanager
     def _locked(self, index: int) -> Iterator[bool]:
         """Whether this process has the slot to itself meanwhile. The kernel lets go for one that dies."""
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
-        except OSError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, index)
+        with self._turn:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+            except OSError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, index)
 
 
 class Admission:

@@ -1,16 +1,24 @@
-"""One connection of the direct lane: the frames that come are read here, within bounds; answers.py answers them."""
+"""One connection of the direct lane, and its thread: within `serve` as long as what comes is ordinary, else here."""
 
-import asyncio
+import socket
+import threading
+import time
 from collections.abc import Callable
-from typing import cast
+from contextlib import suppress
+from functools import partial
 
 import grpc
 import numpy as np
 
-from engrampool_proto import frames
-from engrampool_server.answer.lane.answers import Answerer
-from engrampool_server.answer.lane.resources import Resources
-from engrampool_server.answer.lookups import SMALL_REQUEST_BYTES, RefusedError, invalid
+from engrampool_proto import frames, wire
+from engrampool_proto.errors import WireError
+from engrampool_proto.kernels import serve
+from engrampool_proto.kernels.sockets import LATE, pass_over, receive_into
+from engrampool_server.answer.lane.answers import Answerer, CutError
+from engrampool_server.answer.lane.handles import Handles
+from engrampool_server.answer.lane.resources import GATHERED_BYTES, Buffer, Resources
+from engrampool_server.answer.lookups import SMALL_REQUEST_BYTES, Job, Refusals, RefusedError, invalid
+from engrampool_server.telemetry import log
 
 # A connection without a ticket may stay for so long.
 HELLO_S = 5.0
@@ -19,191 +27,230 @@ _LINGER_S = 2.0
 # Within so long a request that has begun ends or goes on by so much.
 PATIENCE_S = 10.0
 PROGRESS_BYTES = 1 << 20
-# What frames of a stranger and of a caller are read into. A larger request has memory of its own, which grows as bytes
-# come: whoever only promises them takes little.
-_HELLO_BYTES = frames.HEADER.size + frames.MAX_TICKET_BYTES + 1
+# A larger request has memory of its own, which grows as bytes come: whoever only promises them takes little.
 _FIRST_BYTES = 1 << 20
 _GROWTH = 4
-_MESSAGE_AT = frames.HEADER.size + frames.TIMEOUT.size
+# Why the loop has a connection cut off, as it is counted; "" for a caller that left.
+_CUT = {serve.SLOW_REQUEST: "slow-request", serve.GONE: "", serve.UNREAD: "unread-answer", serve.LATE_ANSWER: ""}
 
 
-class Connection(asyncio.BufferedProtocol):
-    """One caller: says hello with its ticket, then asks for one thing at a time.
+class Connection:
+    """One caller: says hello with its ticket, then asks for one thing after the other.
 
     peer: whose it is; see peers.py. admit: whether a ticket lets this connection in. left: told once it is closed.
+    Both are called by its thread.
     """
 
     def __init__(
         self,
         resources: Resources,
+        accepted: socket.socket,
         peer: str,
         admit: Callable[["Connection", bytes], bool],
         left: Callable[["Connection"], None],
     ) -> None:
         self.peer = peer
-        self.answerer = Answerer(resources, peer)
-        self._resources, self._admit, self._left = resources, admit, left
-        self._kind = frames.HELLO  # of the frame that may come next
-        self._view = self._read_buffer = memoryview(bytearray(_HELLO_BYTES))
-        self._filled = 0
-        self._ending = False  # what comes is thrown away
-        self._unwanted: tuple[int, RefusedError] | None = None  # a request to be read to this end, then refused
-        self._timer: asyncio.TimerHandle | None = None  # to the end of anything but waiting for a request
+        self._resources, self._socket, self._admit, self._left = resources, accepted, admit, left
+        self._answerer = Answerer(resources, peer, accepted.fileno())
+        self._closing = threading.Lock()  # so that nobody shuts a descriptor that is another's by then
+        self._closed = self._cut_off = False
+        self._state = np.zeros(serve.STATE_WORDS, np.int64)
+        self._buffer: Buffer = np.empty(0, np.uint8)
 
-    # --- the transport's calls
+    def start(self) -> None:
+        """Begin. Raises RuntimeError if the system gives no thread."""
+        threading.Thread(target=self._run, name="direct", daemon=True).start()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Have the peer say hello in time."""
-        self.answerer.connected(cast(asyncio.Transport, transport))
-        self._within(HELLO_S, self.cut, "no-hello")
+    # --- the lane's calls, from any thread
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next bytes go."""
-        if self._ending or self.answerer.busy:  # whatever it is, it will not be read
-            return self._resources.waste
-        if self._unwanted is not None:
-            return self._resources.waste[: self._unwanted[0] - self._filled]
-        return self._view[self._filled :]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """So many bytes came."""
-        if self._ending:
-            return
-        if self.answerer.busy:  # what comes meanwhile comes too early
-            self.abort()
-            return
-        self._filled += nbytes
-        if self._unwanted is not None:
-            self._pass_over(*self._unwanted)
-        elif self._filled >= frames.HEADER.size:
-            self._read()
-        elif self._timer is None:
-            self._await_rest(0)
-
-    def eof_received(self) -> bool:
-        """A peer that says no more is told no more."""
-        return False
-
-    def pause_writing(self) -> None:
-        """The system did not take all that was written."""
-        self.answerer.pause()
-
-    def resume_writing(self) -> None:
-        """The system has taken all that was written."""
-        self.answerer.resume()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is closed."""
-        self._no_timer()
-        self.answerer.lost()
-        self._left(self)
-
-    # --- the lane's calls
+    @property
+    def received(self) -> int:
+        """Bytes of the request that is coming."""
+        return int(self._state[serve.END] - self._state[serve.START])
 
     def leave(self) -> None:
         """Close, once the answer under way is sent."""
-        self.answerer.leave()
+        self._state[serve.LEAVING] = 1
+        self._shut(socket.SHUT_RD)
 
     def abort(self) -> None:
         """Close at once."""
-        self.answerer.abort()
+        self._state[serve.LEAVING] = 1
+        self._shut(socket.SHUT_RDWR)
 
     def cut(self, reason: str) -> None:
         """Close at once, for a reason to be counted."""
-        self.answerer.cut(reason)
+        if not self._cut_off:
+            self._cut_off = True
+            self._resources.cut(reason)
+        self.abort()
 
-    # --- bounds
+    def _shut(self, how: int) -> None:
+        with self._closing, suppress(OSError):
+            if not self._closed:
+                self._socket.shutdown(how)
 
-    def _within(self, seconds: float, end: Callable[..., None], *args: str) -> None:
-        """Have the connection ended after that time, unless `_no_timer` is called before."""
-        self._no_timer()
-        self._timer = self._resources.loop.call_later(seconds, end, *args)
+    # --- its thread
 
-    def _no_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _await_rest(self, before: int) -> None:
-        """Have a request that has begun end or go on in time. before: bytes of it that were there the last time."""
-        if before and self._filled - before < PROGRESS_BYTES:
-            self.cut("slow-request")
-        else:
-            self._timer = self._resources.loop.call_later(PATIENCE_S, self._await_rest, self._filled)
-
-    # --- frames
-
-    def _read(self) -> None:
-        """Look at what is there, from a header on."""
-        length, head, kind = frames.HEADER.unpack_from(self._view)
-        if kind != self._kind:
-            self._end(_malformed(f"a frame of kind {self._kind} was due; this is of kind {kind}"))
-            return
-        hello = kind == frames.HELLO
-        if head != (length if hello else frames.TIMEOUT.size) or head > min(length, frames.MAX_TICKET_BYTES):
-            self._end(_malformed(f"a frame of kind {kind} has no head of {head} bytes out of {length}"))
-            return
-        if not hello and length - head > self._resources.max_request_bytes:
-            text = f"the request is {length - head} bytes, at most {self._resources.max_request_bytes}; split it"
-            self._end(invalid(text, "too-many-rows"))
-            return
-        total = frames.HEADER.size + length
-        if self._filled < total:
-            if self._timer is None:
-                self._await_rest(0)
-            if self._filled == len(self._view):
-                self._grow(total)
-            return
-        if self._filled > total:
-            self._end(_malformed("one frame at a time: wait for the answer"))
-            return
-        if hello:
-            ticket = bytes(self._view[frames.HEADER.size : total])
-            self._filled = 0
-            self._greet(ticket)
-            return
-        if self._timer is not None:
-            self._no_timer()
-        (timeout_us,) = frames.TIMEOUT.unpack_from(self._view, frames.HEADER.size)
-        view, self._view, self._filled = self._view, self._read_buffer, 0
-        message = view[_MESSAGE_AT:total].toreadonly()
-        self.answerer.ask(message, timeout_us / 1e6 if timeout_us else None, view is self._read_buffer)
-
-    def _grow(self, total: int) -> None:
-        """Have room for more of a frame of `total` bytes; where there is none, for nothing of it."""
-        size = min(total, max(_FIRST_BYTES, _GROWTH * len(self._view)))
+    def _run(self) -> None:
         try:
-            self.answerer.reserve_request(size)
-        except RefusedError as error:
-            self._view = self._read_buffer
-            self._unwanted = total, error
-            return
-        larger = np.empty(size, np.uint8).data
-        larger[: self._filled] = self._view
-        self._view = larger
+            if self._greet():
+                self._serve()
+        except CutError as error:
+            if error.reason:
+                self.cut(error.reason)
+        except BaseException as error:  # no caller can be told; this connection ends
+            self._resources.ended(grpc.StatusCode.INTERNAL)
+            self.cut("failed")
+            log.event("direct-failed", level="error", error=repr(error))
+        finally:
+            try:
+                self._answerer.let_go()
+                with self._closing:
+                    self._closed = True
+                    self._socket.close()
+            finally:  # or a server that stops would wait for it for ever
+                self._left(self)
 
-    def _pass_over(self, total: int, error: RefusedError) -> None:
-        """Refuse a request that there was no room for, once all of it came: the next one may come after it."""
-        if self._filled == total:
-            self._unwanted, self._filled = None, 0
-            self._no_timer()
-            self.answerer.refuse(error)
-
-    def _greet(self, ticket: bytes) -> None:
+    def _greet(self) -> bool:
+        """Have the peer say hello in time; whether it is let in. Raises CutError."""
+        self._buffer = np.empty(frames.HEADER.size + frames.MAX_TICKET_BYTES, np.uint8)
+        until = self._now() + round(HELLO_S * 1e9)
+        (kind,) = self._receive_hello(0, 4, until)[:4].view(np.uint32)
+        if kind != frames.HELLO:
+            return self._end(_malformed(f"a frame of kind {frames.HELLO} was due; this is of kind {kind}"))
+        _, _, _, _, nbytes = frames.HEADER.unpack_from(self._receive_hello(4, frames.HEADER.size, until).data)
+        if nbytes > frames.MAX_TICKET_BYTES:
+            return self._end(_malformed(f"a ticket has no {nbytes} bytes"))
+        stop = frames.HEADER.size + nbytes
+        ticket = self._receive_hello(frames.HEADER.size, stop, until)[frames.HEADER.size : stop].tobytes()
         if not self._admit(self, ticket):
             text = "the ticket is not good, or no more; ask for one by OpenDirect"
-            self._end(RefusedError(grpc.StatusCode.UNAUTHENTICATED, "bad-ticket", text))
-            return
-        self._no_timer()
-        self._kind = frames.REQUEST
-        self._view = self._read_buffer = memoryview(bytearray(SMALL_REQUEST_BYTES))
-        self.answerer.welcome()
+            return self._end(RefusedError(grpc.StatusCode.UNAUTHENTICATED, "bad-ticket", text))
+        self._answerer.send(frames.frame(frames.READY))
+        return True
 
-    def _end(self, error: RefusedError) -> None:
+    def _receive_hello(self, start: int, stop: int, until: int) -> Buffer:
+        came = receive_into(self._socket.fileno(), self._buffer, start, stop, until, self._state[serve.SCRATCH :])
+        if came < stop - start:
+            raise CutError("no-hello" if self._now() >= until else "")
+        return self._buffer
+
+    def _serve(self) -> None:
+        """Answer until the connection ends. Raises CutError."""
+        resources, state, fileno = self._resources, self._state, self._socket.fileno()
+        small = self._buffer = np.empty(SMALL_REQUEST_BYTES, np.uint8)
+        gathered = np.empty(GATHERED_BYTES, np.uint8)
+        limits = resources.limits(PATIENCE_S, PROGRESS_BYTES)
+        handles = Handles(resources.lookups, resources.metrics, GATHERED_BYTES // 2)
+        bound = resources.lookups.in_flight
+        slots, of_peers = bound.arrays
+        place = bound.place_of(self.peer)
+        while True:
+            why = serve.serve(
+                fileno,
+                state,
+                limits,
+                self._buffer,
+                handles.handles,
+                handles.entries,
+                gathered,
+                slots,
+                of_peers,
+                bound.slot,
+                place,
+                bound.processes,
+                resources.buckets_us,
+            )
+            if why == serve.CLOSED:
+                return
+            if why in _CUT:
+                if why != serve.SLOW_REQUEST:
+                    resources.ended(grpc.StatusCode.CANCELLED)
+                raise CutError(_CUT[why])
+            if why == serve.LARGE:
+                if not self._grow(small):
+                    return
+                continue
+            if why == serve.FRAME and not self._answer_frame(handles):
+                return
+            self._answerer.let_go()
+            if self._buffer is not small:
+                left = self._buffer[state[serve.START] : state[serve.END]]  # less than a word
+                small[1 : 1 + len(left)] = left  # not at the beginning, as of a request whose time began before
+                self._buffer, state[serve.START], state[serve.END] = small, 1, 1 + len(left)
+
+    def _answer_frame(self, handles: Handles) -> bool:
+        """Do what the frame at the buffer's beginning asks for. False if that ends the connection; raises CutError."""
+        state = self._state
+        kind, which, number, first, nbytes = frames.HEADER.unpack_from(self._buffer.data)
+        if kind not in (frames.REGISTER, frames.LOOKUP, frames.REQUEST):
+            return self._end(_malformed(f"a request was due; this is a frame of kind {kind}"))
+        total = frames.HEADER.size + nbytes
+        body = self._buffer[frames.HEADER.size : total].data.toreadonly()
+        lookups, arrived = self._resources.lookups, int(state[serve.ARRIVED])
+        if kind == frames.REGISTER:
+            try:
+                if nbytes > frames.MAX_SMALL_BYTES:
+                    raise WireError(f"a registration has no {nbytes} bytes")
+                handles.register(which, wire.parse_request(body))
+            except Refusals as error:
+                return self._end(_malformed(str(error)))
+        elif kind == frames.LOOKUP:
+
+            def read() -> Job:
+                return lookups.check_request(handles.request(which, body))
+
+            self._answerer.answer(read, nbytes, number, arrived, first)
+        else:
+            self._answerer.answer(partial(lookups.check, body), nbytes, number, arrived, first)
+        state[serve.START] = total
+        return True
+
+    def _grow(self, small: Buffer) -> bool:
+        """Have room for more of the frame at the buffer's beginning; where there is none, for nothing of it.
+
+        False if the connection is to end; raises CutError.
+        """
+        state = self._state
+        kind, _, number, _, nbytes = frames.HEADER.unpack_from(self._buffer.data)
+        if kind == frames.REGISTER:
+            return self._end(_malformed(f"a registration has no {nbytes} bytes"))
+        if nbytes > self._resources.max_request_bytes:
+            text = f"the request is {nbytes} bytes, at most {self._resources.max_request_bytes}; split it"
+            return self._end(invalid(text, "too-many-rows"), number)
+        total, came = frames.HEADER.size + nbytes, int(state[serve.END])
+        size = min(frames.padded(total), max(_FIRST_BYTES, _GROWTH * len(self._buffer)))
+        try:
+            self._answerer.reserve_request(size)
+            larger = self._resources.take_buffer(size)
+        except RefusedError as error:
+            scratch = state[serve.SCRATCH :]
+            patience = round(PATIENCE_S * 1e9)
+            passed = pass_over(self._socket.fileno(), small, total - came, patience, PROGRESS_BYTES, scratch)
+            if passed <= 0:
+                raise CutError("slow-request" if passed == LATE else "") from None
+            self._buffer, state[serve.START], state[serve.END] = small, 0, 0
+            self._answerer.refuse(error, number)
+            return True
+        larger[:came] = self._buffer[:came]
+        self._buffer = larger
+        return True
+
+    def _end(self, error: Exception, number: int = 0) -> bool:
         """Say why, and close. What the peer still sends is read, or the system would take back what we said."""
-        self._ending = True
-        self.answerer.refuse_for_good(error)
-        self._within(_LINGER_S, self.abort)
+        self._answerer.refuse(error, number)
+        self._shut(socket.SHUT_WR)
+        until, scratch = self._now() + round(_LINGER_S * 1e9), self._state[serve.SCRATCH :]
+        waste = np.empty(SMALL_REQUEST_BYTES, np.uint8)
+        came = len(waste)
+        while came == len(waste) and self._now() < until:  # of whoever sends without a pause nothing is ever late
+            came = receive_into(self._socket.fileno(), waste, 0, len(waste), until, scratch)
+        return False
+
+    @staticmethod
+    def _now() -> int:
+        return time.monotonic_ns()
 
 
 def _malformed(text: str) -> RefusedError:

@@ -10,7 +10,7 @@ import grpc
 
 from engrampool_server.answer.lookups import RefusedError
 
-# In one process. Each takes 64 KiB and a descriptor, and others need descriptors, too.
+# In one process. Each takes a thread, 224 KiB and a descriptor, and others need descriptors, too.
 MOST = 1024
 # Without a ticket as yet, of one peer in one process.
 STRANGERS = 64
@@ -57,13 +57,16 @@ class ConnectionLimits(Generic[_Connection]):
         self._strangers.setdefault(peer, {})[connection] = time.monotonic()
         return oldest
 
-    def admit(self, connection: _Connection) -> None:
-        """It is no stranger any more."""
-        peer = self._peers[connection]
+    def admit(self, connection: _Connection) -> bool:
+        """It is no stranger any more; False if it was removed before."""
+        peer = self._peers.get(connection)
+        if peer is None:
+            return False
         strangers = self._strangers.get(peer, {})
         strangers.pop(connection, None)
         if not strangers:
             self._strangers.pop(peer, None)
+        return True
 
     def remove(self, connection: _Connection) -> None:
         """Forget a connection, if that was not done before."""

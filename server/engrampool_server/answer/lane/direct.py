@@ -1,11 +1,12 @@
 """The direct lane: lookups over plain sockets, for callers that gRPC let in. docs/PROTOCOL.md has its frames.
 
-What may be asked, what is refused and what is counted is lookups.py's, as it is for gRPC. Connections come here;
-connection.py reads their frames, answers.py answers.
+What may be asked, what is refused and what is counted is lookups.py's, as it is for gRPC. Connections come here, to the
+event loop; each is then a thread's of its own (connection.py).
 """
 
 import asyncio
 import socket
+import threading
 from contextlib import suppress
 
 import grpc
@@ -35,11 +36,11 @@ class DirectLane:
 
     def __init__(self, lookups: Lookups, metrics: Metrics, admission: Admission, max_request_bytes: int) -> None:
         self._resources = Resources(lookups, metrics, max_request_bytes)
-        self._loop = self._resources.loop
+        self._loop = asyncio.get_running_loop()
         self._metrics, self._admission = metrics, admission
         self._listening = False
-        self._arriving: set[asyncio.Task[None]] = set()
         self.connections: ConnectionLimits[Connection] = ConnectionLimits()
+        self._limiting = threading.Lock()  # of the connections, which come and go in threads
         self._empty = asyncio.Event()
 
     def start(self) -> None:
@@ -67,21 +68,25 @@ class DirectLane:
             return
         self._listening = False
         self._loop.remove_reader(self._admission.listener.fileno())
-        if self._arriving:
-            await asyncio.wait(self._arriving)
-        for connection in self.connections:
+        for connection in self._open():
             connection.leave()
         try:
             await asyncio.wait_for(self._gone(), drain_s)
         except TimeoutError:
-            for connection in self.connections:
+            for connection in self._open():
                 connection.abort()
             await self._gone()
 
     async def _gone(self) -> None:
-        while self.connections:
+        while True:
             self._empty.clear()
+            if not self._open():
+                return
             await self._empty.wait()
+
+    def _open(self) -> list[Connection]:
+        with self._limiting:
+            return list(self.connections)
 
     def _accept(self) -> None:
         """Take one connection: where there are more, other workers may be idle."""
@@ -94,10 +99,12 @@ class DirectLane:
             self._loop.remove_reader(self._admission.listener.fileno())
             self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again)
             return
-        accepted.setblocking(False)
         try:
-            connection = Connection(self._resources, peers.of_connection(accepted), self._admit, self._left)
-            displaced = self.connections.add(connection, connection.peer)
+            keep_alive(accepted)
+            connection = Connection(self._resources, accepted, peers.of_connection(accepted), self._admit, self._left)
+            with self._limiting:
+                displaced = self.connections.add(connection, connection.peer)
+                self._count()
         except OSError:  # it left already
             accepted.close()
             return
@@ -105,42 +112,47 @@ class DirectLane:
             with accepted, suppress(OSError):
                 accepted.send(self._resources.refusal(error))
             return
-        if displaced is not None:  # which has its transport: those after it came one by one
+        if displaced is not None:
             displaced.cut("stranger")
-        self._metrics.direct_connections.set(len(self.connections))
-        task = self._loop.create_task(self._connect(accepted, connection))
-        self._arriving.add(task)
-        task.add_done_callback(self._arriving.discard)
+        try:
+            connection.start()
+        except (RuntimeError, MemoryError) as error:
+            log.event("direct-accept-failed", level="warning", error=str(error))
+            accepted.close()
+            self._left(connection)
 
     def _accept_again(self) -> None:
         if self._listening:
             self._loop.add_reader(self._admission.listener.fileno(), self._accept)
 
-    async def _connect(self, accepted: socket.socket, connection: Connection) -> None:
-        try:
-            if accepted.family != socket.AF_UNIX:
-                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_IDLE_S)
-                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_EVERY_S)
-                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_S * 1000)
-            await self._loop.connect_accepted_socket(lambda: connection, accepted)
-        except OSError:  # it left already
-            accepted.close()
-            self._left(connection)
+    def _count(self) -> None:
+        """Say how many there are; to be called by whoever changed that, while nobody else does."""
+        self._metrics.direct_connections.set(len(self.connections))
 
-    # --- for connections
+    # --- for connections, from their threads
 
     def _admit(self, connection: Connection, ticket: bytes) -> bool:
         """Whether the ticket lets the connection in."""
         good = self._admission.tickets.take(ticket)
-        if good:
-            self.connections.admit(connection)
-        return good
+        with self._limiting:
+            # Perhaps it had to go for another one meanwhile.
+            return good and self.connections.admit(connection)
 
     def _left(self, connection: Connection) -> None:
         """Forget a connection."""
-        self.connections.remove(connection)
-        self._metrics.direct_connections.set(len(self.connections))
-        if not self.connections:
-            self._empty.set()
+        with self._limiting:
+            self.connections.remove(connection)
+            self._count()
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._empty.set)
+
+
+def keep_alive(accepted: socket.socket) -> None:
+    """Have the system look after a connection. Raises OSError."""
+    accepted.setblocking(True)
+    if accepted.family != socket.AF_UNIX:
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_IDLE_S)
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_EVERY_S)
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_S * 1000)

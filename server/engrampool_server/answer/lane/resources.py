@@ -1,70 +1,85 @@
-"""What all connections of the direct lane in one process have in common: the lookups, buffers, and counts."""
+"""What all connections of the direct lane in one process have in common: the lookups, their bounds, and counts."""
 
-import asyncio
+import threading
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from engrampool_proto import frames, wire
+from engrampool_proto.kernels import serve
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.answer.lookups import SMALL_REQUEST_BYTES, Job, Lookups
 from engrampool_server.telemetry.metrics import Metrics
 
-# Beside the rows, in a buffer: heads and the end of the answer.
-_MARGIN_BYTES = 64 << 10
-_SPARE_BUFFERS = 16
+# What the loop gathers before it sends. More would leave the processor's nearest cache.
+GATHERED_BYTES = 160 << 10
 _MAX_TEXT_BYTES = 3000
 
 Buffer = npt.NDArray[np.uint8]
 
 
 class Resources:
-    """To be made on the event loop that the connections run on.
+    """For all connections of a process, in whichever thread.
 
-    waste: where bytes go that nobody reads.
-    piece_bytes: at most so many bytes of rows are gathered, and sent, at a time.
+    buckets_us: bounds of the buckets of times. piece_bytes: at most so many bytes of rows are gathered at a time where
+    Python does it.
     """
 
     def __init__(self, lookups: Lookups, metrics: Metrics, max_request_bytes: int) -> None:
-        self.lookups, self.max_request_bytes = lookups, max_request_bytes
-        self.loop = asyncio.get_running_loop()
-        self._metrics = metrics
-        self._ok = metrics.direct_lookups.labels(grpc.StatusCode.OK.name)
-        # Of 0.5 to 4 MiB, two of gRPC's chunks were the fastest.
+        self.lookups, self.metrics, self.max_request_bytes = lookups, metrics, max_request_bytes
+        self.buckets_us = metrics.buckets_us
         self.piece_bytes = 2 * lookups.chunk_bytes
-        self._buffer_bytes = max(lookups.inline_bytes, self.piece_bytes) + _MARGIN_BYTES
-        self._spare: list[Buffer] = []
-        self.waste = memoryview(bytearray(SMALL_REQUEST_BYTES))
+        self._answers = metrics.answers_of_direct()
+        # Counts that are no cells are one thread's at a time.
+        self._counting = threading.Lock()
+
+    def limits(self, patience_s: float, progress_bytes: int) -> npt.NDArray[np.int64]:
+        """What `serve` goes by: int64 [LIMIT_WORDS]."""
+        lookups = self.lookups
+        words = np.zeros(serve.LIMIT_WORDS, np.int64)
+        words[serve.PATIENCE], words[serve.PROGRESS] = round(patience_s * 1e9), progress_bytes
+        words[serve.MAX_REQUEST] = self.max_request_bytes
+        words[serve.MAX_ROWS], words[serve.MAX_ANSWER] = (
+            lookups.limits.max_rows_per_request,
+            lookups.limits.max_answer_bytes,
+        )
+        words[serve.INLINE], words[serve.HELD] = lookups.inline_bytes, lookups.held_in_pieces
+        words[serve.IN_FLIGHT], words[serve.SHARE] = lookups.in_flight.limit_bytes, lookups.in_flight.share_bytes
+        words[serve.LARGE_BUFFER] = SMALL_REQUEST_BYTES
+        words[serve.ANSWERS] = self._answers.ctypes.data
+        return words
 
     def take_buffer(self, nbytes: int) -> Buffer:
-        """A buffer of at least `nbytes`, to be given back once nobody reads it."""
-        if nbytes > self._buffer_bytes:
-            return np.empty(nbytes, np.uint8)
-        return self._spare.pop() if self._spare else np.empty(self._buffer_bytes, np.uint8)
+        """Memory for a request or for rows, whose address is a multiple of 8."""
+        return np.empty(nbytes, np.uint8)
 
-    def give_back(self, buffer: Buffer) -> None:
-        """Keep a buffer for the next answer."""
-        if buffer.size == self._buffer_bytes and len(self._spare) < _SPARE_BUFFERS:
-            self._spare.append(buffer)
-
-    def refusal(self, error: Exception) -> bytes:
+    def refusal(self, error: Exception, number: int = 0) -> bytes:
         """Count one of Refusals; gives the frame that says it."""
         code, reason = self.lookups.refused(error)
         self.ended(code)
         text = str(error).encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")
         refusal = pool_pb2.Refusal(code=code.value[0], reason=reason, text=text)
-        return frames.frame(frames.REFUSED, refusal.SerializeToString())
+        return frames.frame(frames.REFUSED, refusal.SerializeToString(), number)
 
     def cut(self, reason: str) -> None:
         """Count a connection that is cut off."""
-        self._metrics.direct_cut.labels(reason).inc()
-
-    def answered(self, job: Job, times: wire.ServerTimes) -> None:
-        """Count a lookup that was answered."""
-        self.lookups.count("Direct", job, times)
-        self._ok.inc()
+        with self._counting:
+            self.metrics.direct_cut.labels(reason).inc()
 
     def ended(self, code: grpc.StatusCode) -> None:
-        """Count a lookup, or a connection, that was not."""
-        self._metrics.direct_lookups.labels(code.name).inc()
+        """Count a lookup, or a connection, that was not answered."""
+        with self._counting:
+            self.metrics.direct_lookups.labels(code.name).inc()
+
+    def answered(self, job: Job, times: wire.ServerTimes) -> None:
+        """Count a lookup that Python answered, where the loop counts its own."""
+        model = job.model.spec.name
+        cells = self.metrics.times_of_direct(model)
+        for row, micros in zip(cells, (times.queue_us, times.gather_us, times.total_us), strict=True):
+            serve.observe(row.ctypes.data, self.buckets_us, micros)
+        for layer, rows, nbytes in job.counts:
+            count = self.metrics.rows_of_direct(model, layer)
+            serve.count(count.ctypes.data, rows)
+            serve.count(count.ctypes.data + count.itemsize, nbytes)
+        serve.count(self._answers.ctypes.data, 1)

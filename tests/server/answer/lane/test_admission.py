@@ -1,9 +1,11 @@
 """The way into the direct lane: tickets that admit once, and where it listens."""
 
+import hmac
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -25,6 +27,29 @@ def test_a_ticket_is_good_once(tickets):
     first, second = tickets.issue(10, "a"), tickets.issue(10, "a")
     assert first != second
     assert [tickets.take(ticket) for ticket in (second, first, first, second)] == [True, True, False, False]
+
+
+def test_a_ticket_is_good_once_for_threads_that_come_at_one_time(tickets, monkeypatch):
+    looking, go_on, came = threading.Event(), threading.Event(), []
+    compare = hmac.compare_digest
+
+    def stop_the_first(*secrets: bytes) -> bool:
+        if not looking.is_set():
+            looking.set()
+            assert go_on.wait(LIMIT_S)
+        return compare(*secrets)
+
+    monkeypatch.setattr(hmac, "compare_digest", stop_the_first)
+    ticket = tickets.issue(10, "a")
+    threads = [threading.Thread(target=lambda: came.append(tickets.take(ticket))) for _ in range(2)]
+    threads[0].start()
+    assert looking.wait(LIMIT_S)
+    threads[1].start()
+    threads[1].join(0.2)  # it has its time to come in between
+    go_on.set()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert came == [True, False]
 
 
 def test_what_was_never_issued_is_no_ticket(tickets):

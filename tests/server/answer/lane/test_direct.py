@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from direct_callers import Caller, caller, way_in
+from direct_callers import Caller, caller, lookup_frame, way_in
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
-from engrampool_server.answer.lookups import Job
 from server_fixtures import (
     LIMIT_S,
     RawPool,
@@ -51,6 +50,12 @@ def server(request: pytest.FixtureRequest, packed: Path) -> Iterator[Running]:
 def pool(server: Running, packed: Path) -> Iterator[RawPool]:
     with RawPool(server.address, version_of(packed)) as client:
         yield client
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["message", "handle"])
+def by_handle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether callers ask for rows by handles, which a loop without Python answers, or by messages."""
+    monkeypatch.setattr(Caller, "by_handle", request.param)
 
 
 @pytest.fixture
@@ -157,13 +162,20 @@ def test_refusals_are_those_of_grpc_and_the_connection_stays_good(server, pool, 
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_a_passed_deadline_is_refused_before_work(server, pool, monkeypatch):
-    resolve = Job.resolve
-    monkeypatch.setattr(Job, "resolve", lambda job, left: resolve(job, None if left is None else left - 1000))
+def test_a_passed_deadline_is_refused_before_work(server, pool):
+    request = pool.by_ids((2, [1]))
     with caller(server) as lane:
-        lane.ask(pool.by_ids((2, [1])), timeout_us=500_000_000)
-        assert lane.refusal() == (4, "deadline", "the deadline passed before work began")
-        lane.ask(pool.by_ids((2, [1])))
+        (served,) = server.server.direct.connections
+        lane.register(0, "small", pool.version, 2)
+        for sent in (
+            frames.request_start(0, 1, len(request)) + request,
+            lookup_frame(0, 0, np.array([1], np.uint32), timeout_us=1),
+        ):
+            lane.socket.sendall(sent[:40])
+            eventually(lambda: served.received == 40, "it has begun to come")
+            lane.socket.sendall(sent[40:])
+            assert lane.refusal() == (4, "deadline", "the deadline passed before work began")
+        lane.ask(request)
         lane.answer()
 
 
@@ -189,12 +201,10 @@ HELLO = frames.frame(frames.HELLO, b"x" * 36)
     "sent",
     [
         b"GET / HTTP/1.1\r\n\r\n",
-        frames.HEADER.pack(0xFFFFFFFF, 36, frames.HELLO),
-        frames.HEADER.pack(65, 65, frames.HELLO),
-        frames.HEADER.pack(36, 37, frames.HELLO),
-        frames.HEADER.pack(36, 0, frames.HELLO) + bytes(36),
-        frames.request_start(0, 3) + b"abc",
-        HELLO + b"x",
+        b"\x01\0\0\x01",
+        frames.HEADER.pack(frames.HELLO, 0, 0, 0, 2**64 - 1),
+        frames.HEADER.pack(frames.HELLO, 0, 0, 0, 65),
+        frames.request_start(1, 0, 3) + b"abc",
     ],
 )
 def test_strangers_who_do_not_say_hello_are_told_so_and_cut_off(server, sent):
@@ -208,12 +218,17 @@ def test_strangers_who_do_not_say_hello_are_told_so_and_cut_off(server, sent):
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        (frames.request_start(0, 0xFFFFFFF0), "too-many-rows"),
-        (frames.HEADER.pack(4, 8, frames.REQUEST), "malformed-message"),
-        (frames.HEADER.pack(8, 0, frames.REQUEST), "malformed-message"),
-        (frames.HEADER.pack(0, 0, frames.READY), "malformed-message"),
+        (frames.request_start(0, 0, 0xFFFFFFF0), "too-many-rows"),
+        (frames.request_start(0, 0, 2**64 - 1), "too-many-rows"),
+        (frames.HEADER.pack(frames.LOOKUP, 0, 0, 0, 2**63), "too-many-rows"),
+        (frames.HEADER.pack(frames.READY, 0, 0, 0, 0), "malformed-message"),
+        (frames.HEADER.pack(frames.REGISTER, 0, 0, 0, 2**63), "malformed-message"),
+        (frames.HEADER.pack(frames.REGISTER, 0, 0, 0, 1 << 16), "malformed-message"),
+        (frames.HEADER.pack(frames.REGISTER, 0, 0, 0, 1) + b"\xff", "malformed-message"),
+        (frames.register(64, "small", "", [2]), "malformed-message"),
+        (frames.register(0, "small", "", []), "malformed-message"),
+        (frames.register(0, "small", "", [9, 2]), "malformed-message"),
         (HELLO, "malformed-message"),
-        (frames.request_start(0, 1) + b"\xff" + frames.request_start(0, 1), "malformed-message"),
     ],
 )
 def test_frames_out_of_place_end_the_connection(server, sent, reason):
@@ -235,33 +250,40 @@ def test_garbage_ends_in_a_refusal_or_in_silence(server, sent):
                 data += got
         except ConnectionResetError:
             pass
-        assert not data or frames.HEADER.unpack_from(data)[2] == frames.REFUSED
+        assert not data or frames.HEADER.unpack_from(data)[0] == frames.REFUSED
 
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_request_may_come_in_any_pieces(server, pool):
     request = pool.by_ids((2, [3, 4]))
-    whole = frames.request_start(0, len(request)) + request
+    whole = frames.request_start(0, 0, len(request)) + request
+    looked_up = lookup_frame(0, 0, np.array([3, 4], np.uint32))
     with caller(server) as lane:
-        for cut in [*range(1, 24), *range(24, len(whole), 7)]:
-            lane.socket.sendall(whole[:cut])
-            lane.socket.sendall(whole[cut:])
-            assert joined(lane.answer()) == {2: expected(2, [3, 4])}
+        lane.register(0, "small", pool.version, 2)
+        for sent in (whole, looked_up):
+            for cut in [*range(1, 40), *range(40, len(sent), 7)]:
+                lane.socket.sendall(sent[:cut])
+                lane.socket.sendall(sent[cut:])
+                assert joined(lane.answer()) == {2: expected(2, [3, 4])}
         large = pool.by_ids((2, np.arange(6500)), dtype=np.uint64)
         assert len(large) > 50_000
-        for byte in (frames.request_start(0, len(large))[:5], frames.request_start(0, len(large))[5:], large):
+        start = frames.request_start(0, 0, len(large))
+        for byte in (start[:5], start[5:], large):
             lane.socket.sendall(byte)
         assert joined(lane.answer()) == {2: expected(2, np.arange(6500))}
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_a_second_request_before_the_answer_ends_the_connection(packed):
-    with running(packed, **ROOMY) as run, caller(run) as lane:
-        with RawPool(run.address, version_of(packed)) as pool:
-            lane.ask(pool.by_ids((2, np.tile(np.arange(6500), 60))))  # more than the system keeps on the way
-            lane.exactly(12)
-            lane.ask(pool.by_ids((2, [1])))
-        eventually(lambda: run.scrape()["engrampool_direct_connections"] == 0, "cut off")
+def test_requests_that_come_before_the_answer_to_the_last_are_answered_in_their_order(server, pool):
+    wanted = [np.arange(count) % 6500 for count in (1, 3000, 2, 7000, 1, 5)]
+    with caller(server) as lane:
+        numbers = []
+        for ids in wanted:
+            lane.ask(pool.by_ids((2, ids)))
+            numbers.append(lane.number)
+        for number, ids in zip(numbers, wanted, strict=True):
+            lane.number = number
+            assert joined(lane.answer()) == {2: expected(2, ids)}
 
 
 # --- callers and servers that leave
@@ -282,13 +304,11 @@ def test_a_server_that_stops_ends_the_answer_first(packed):
         with RawPool(run.address, version_of(packed)) as pool:
             ids = np.tile(np.arange(6500), 60)
             busy.ask(pool.by_ids((2, ids)))
-        first = busy.exactly(12)
+        assert busy.peeks()  # the answer has begun, and is more than the system keeps on the way
         stopping = threading.Thread(target=lambda: run.call(run.server.stop))
         stopping.start()
         assert idle.ended()
-        length, head, _ = frames.HEADER.unpack(first)
-        data = busy.exactly(length)
-        rows = data[head:] + b"".join(wire.parse_response(m).tables[0].rows for m in busy.answer())
+        rows = b"".join(wire.parse_response(m).tables[0].rows for m in busy.answer())
         assert rows == expected(2, ids)
         assert busy.ended()
         stopping.join()
@@ -298,7 +318,7 @@ def test_a_server_that_may_not_wait_cuts_answers_off(packed):
     with running(packed, **ROOMY, drain_s=0.05) as run, caller(run) as busy:
         with RawPool(run.address, version_of(packed)) as pool:
             busy.ask(pool.by_ids((2, np.tile(np.arange(6500), 60))))
-        busy.exactly(12)
+        assert busy.peeks()
         run.call(run.server.stop)
         with pytest.raises((EOFError, ConnectionResetError)):
             busy.answer()

@@ -1,11 +1,12 @@
 """Compiling kernels with numba: when their module is imported, to run without the GIL, kept on disk where possible.
 
-`python -m engrampool_server.jit` compiles all of them ahead, for each level of processor, into the installed package:
-whoever can read it starts without a compiler's seconds, from a read-only file system and as any user.
+`python -m engrampool_proto.kernels.jit` compiles all of them ahead, for each level of processor, into the installed
+package: whoever can read it starts without a compiler's seconds, from a read-only file system and as any user.
 """
 
 import hashlib
 import os
+import pkgutil
 import platform
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from typing import Any, Self, TypeVar
 
 import llvmlite.binding
 from numba import config, njit, types
-from numba.core.caching import InTreeCacheLocator
+from numba.core.caching import FunctionCache, InTreeCacheLocator
+from numba.core.registry import CPUDispatcher
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.kernels import NUMBA_IS_OTHERS
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -29,7 +32,11 @@ _X86_LEVELS = {
     "x86-64-v2": "cx16 popcnt sahf sse3 sse4.1 sse4.2 ssse3",
 }
 _LOCATORS = "NUMBA_CACHE_LOCATOR_CLASSES"
-_OURS = "engrampool_server.jit.AheadCacheLocator"
+_OURS = "engrampool_proto.kernels.jit.AheadCacheLocator"
+
+# What a kernel may be made of, where numba looks at its own file only: other kernels, and how frames are laid out.
+_FILES = (*sorted(AHEAD.parent.glob("*.py")), AHEAD.parent.with_name("frames.py"))
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
 
 _not_kept: dict[str, str] = {}
 _reads_ahead = False
@@ -56,6 +63,19 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
         return cls(py_func, py_file)
 
 
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """numba's, for which a kernel is another one also where what it calls of another file has changed."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(sig, codegen), _SOURCES)
+
+
+class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
+    def enable_caching(self) -> None:
+        """As numba does."""
+        self._cache = _Cache(self.py_func)
+
+
 def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     """Compile a function for each of `signatures` at once, so that no request waits for a compiler.
 
@@ -64,16 +84,23 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
     """
 
     def compile_now(function: Kernel) -> Kernel:
-        compiled: Kernel
+        if config.DISABLE_JIT:
+            return function
+        # As `njit` makes it, but for the cache.
+        compiled = _Dispatcher(function, targetoptions={"nopython": True, "nogil": True, "boundscheck": None})
         try:
-            compiled = njit(list(signatures), nogil=True, cache=True)(function)
+            compiled.enable_caching()
+            for signature in signatures:
+                compiled.compile(signature)
+            compiled.disable_compile()
         except Exception as error:  # no directory to write to, no space left in it, damaged files, whatever they hold
             if _reads_ahead:
                 _leave_ahead()
                 return compile_now(function)
             _not_kept[function.__name__] = f"{type(error).__name__}: {error}".replace(os.linesep, " ")
             compiled = njit(list(signatures), nogil=True)(function)
-        return compiled
+        kept: Kernel = compiled
+        return kept
 
     return compile_now
 
@@ -85,6 +112,14 @@ def require_compiler() -> None:
             "numba compiles nothing, since NUMBA_DISABLE_JIT is set (or disable_jit in .numba_config.yaml), and the "
             "server cannot do without; unset it"
         )
+
+
+def require_cache() -> None:
+    """Raise EngrampoolError where compiled kernels can be kept nowhere, before any is compiled."""
+    try:
+        FunctionCache(require_cache)
+    except RuntimeError as error:
+        raise EngrampoolError(f"compiled kernels cannot be kept ({error})") from error
 
 
 def not_kept() -> str | None:
@@ -111,13 +146,13 @@ def level() -> str:
 
 
 def compile_ahead(*levels: str) -> None:
-    """Compile every kernel of the server for these levels, all by default, into AHEAD.
+    """Compile every kernel for these levels, all by default, into AHEAD.
 
     Raises subprocess.CalledProcessError where that fails, after a message of its own.
     """
     x86 = _X86_LEVELS if platform.machine() == "x86_64" else ()
-    imports = "import sys, engrampool_server.serve; from engrampool_server import jit"
-    code = f"{imports}; sys.exit(jit.not_kept())"
+    modules = ", ".join(f"engrampool_proto.kernels.{one.name}" for one in pkgutil.iter_modules([str(AHEAD.parent)]))
+    code = f"import sys, {modules}; sys.exit(engrampool_proto.kernels.jit.not_kept())"
     for name in levels or (*x86, "generic"):
         (AHEAD / name).mkdir(parents=True, exist_ok=True)
         environ = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", _LOCATORS: _OURS}
@@ -125,8 +160,10 @@ def compile_ahead(*levels: str) -> None:
 
 
 def _use_ahead() -> None:
-    """Read what was compiled ahead for this processor, unless somebody told numba otherwise."""
+    """Read what was compiled ahead for this processor, unless somebody told numba otherwise, or uses it already."""
     global _reads_ahead
+    if NUMBA_IS_OTHERS:
+        return
     name = os.environ.get("NUMBA_CPU_NAME") or level()
     if (AHEAD / name).is_dir() and not {"NUMBA_CPU_FEATURES", _LOCATORS} & os.environ.keys():
         # In the environment, as numba reads all of it again whenever something there has changed.

@@ -15,9 +15,9 @@ from engrampool_proto import hashing
 from engrampool_proto.builders import blueprint
 from engrampool_proto.errors import BatchError, SpecError
 from engrampool_proto.hashing import Identity, Polynomial, TokenBatch, XorMix
+from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.token_map import TokenMap
-from engrampool_server.memory.hasher import Hasher
 
 BYTES = RowFormat((Segment("values", "uint8", 4),))
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -41,6 +41,23 @@ def assert_same(spec: ModelSpec, batch: TokenBatch, hasher: Hasher | None = None
         assert ours[layer].dtype == ids.dtype
         assert ours[layer].flags.c_contiguous
         np.testing.assert_array_equal(ours[layer], ids)
+    assert_same_keys(spec, batch, hasher or Hasher(spec), wanted)
+
+
+def assert_same_keys(spec: ModelSpec, batch: TokenBatch, hasher: Hasher, rows: dict[int, np.ndarray]) -> None:
+    """Keys, and the rows that are made of them."""
+    windows = batch.windows(spec.lookback, None if spec.token_map is None else spec.token_map.ids)
+    ours = hasher.keys(batch)
+    assert list(ours) == list(rows)
+    for layer, keys in ours.items():
+        table = spec.table(layer)
+        np.testing.assert_array_equal(keys, table.hash.keys(windows))
+        assert (keys.dtype, keys.flags.c_contiguous) == (np.int64, True)
+        for columns, of_group in zip(table.hash.groups(), keys, strict=True):
+            for some in (columns, slice(columns.stop - 1, columns.stop)):
+                out = np.empty((batch.num_tokens, some.stop - some.start), table.id_dtype)
+                hasher.rows_of(table, some, of_group, out)
+                np.testing.assert_array_equal(out, rows[layer][:, some])
 
 
 @given(data=st.data())
@@ -147,9 +164,10 @@ def test_token_ids_out_of_range_are_refused_in_the_same_words(arguments):
     batch = TokenBatch.of(tokens, np.array([0, len(tokens), len(tokens)], np.int32), **arrays)
     with pytest.raises(BatchError) as wanted:
         SMALL.hash(batch)
-    with pytest.raises(BatchError) as found:
-        Hasher(SMALL).rows(batch)
-    assert str(found.value) == str(wanted.value)
+    for hashed in (Hasher(SMALL).rows, Hasher(SMALL).keys):
+        with pytest.raises(BatchError) as found:
+            hashed(batch)
+        assert str(found.value) == str(wanted.value)
 
 
 def test_ids_of_dead_tokens_are_not_looked_at():
@@ -165,10 +183,11 @@ def test_ids_of_dead_tokens_are_not_looked_at():
 def test_layers_come_in_the_order_asked_for_and_unknown_ones_are_refused():
     spec = ModelSpec("two", 9, tuple(TableSpec(layer, 9, BYTES, Identity(9)) for layer in (1, 4)))
     batch = TokenBatch.of(np.array([8, 0], np.int32))
-    assert list(Hasher(spec).rows(batch, [4, 1])) == [4, 1]
-    assert list(Hasher(spec).rows(batch, [])) == []
-    with pytest.raises(SpecError, match="no layer 2"):
-        Hasher(spec).rows(batch, [2])
+    for hashed in (Hasher(spec).rows, Hasher(spec).keys):
+        assert list(hashed(batch, [4, 1])) == [4, 1]
+        assert list(hashed(batch, [])) == []
+        with pytest.raises(SpecError, match="no layer 2"):
+            hashed(batch, [2])
 
 
 def test_arrays_may_be_views_with_gaps_and_read_only():

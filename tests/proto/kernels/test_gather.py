@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrampool_server.memory.gather import first_outside, gather
+from engrampool_proto.kernels.gather import first_outside, gather
 
 WIDTHS = st.one_of(
     st.integers(1, 70), st.sampled_from([42, 63, 64, 65, 128, 255, 264, 512, 1000, 8191]), st.integers(1, 700)

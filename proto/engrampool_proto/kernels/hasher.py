@@ -1,9 +1,10 @@
-"""Row ids of token batches: the hash families of engrampool_proto.hashing, compiled, in one pass over the tokens.
+"""Row ids and keys of token batches: the hash families of engrampool_proto.hashing, compiled, in one pass over tokens.
 
-The numpy forms are the specification; every id is equal to theirs.
+The numpy forms are the specification; every id and key is equal to theirs.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from numba.extending import intrinsic
 
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import Identity, Polynomial, TokenBatch, XorMix
+from engrampool_proto.kernels.jit import kernel, view
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
-from engrampool_server.jit import kernel, view
 
 _U = np.uint64
 _BATCH = (
@@ -29,6 +30,7 @@ _NONE_DEAD = np.empty(0, np.bool_)
 _NO_LOOKBACK_DEAD = np.empty((0, 0), np.bool_)
 _NO_MAP = np.empty(0, np.int32)
 _OUT = (types.uint32[:, ::1], types.uint64[:, ::1])
+_KEYS = types.int64[:, ::1]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -59,6 +61,32 @@ def _look_back(lookback: Any, lookback_dead: Any, request: Any, ids: Any) -> Non
     for back in range(ids.size):
         readable = back < lookback.shape[1] and not (lookback_dead.size and lookback_dead[request, back])
         ids[back] = lookback[request, back] if readable else -1
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _move_on(ids: Any, tokens: Any, dead: Any, position: Any) -> None:
+    """Have ids[back] be the token `back` before `position`, of those of the position before it."""
+    for back in range(ids.size - 1, 0, -1):
+        ids[back] = ids[back - 1]
+    ids[0] = -1 if dead.size and dead[position] else tokens[position]
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _readable(ids: Any, stop: Any) -> Any:
+    """How many of `ids` can be read: those before the first gap, or before `stop` further back than 0."""
+    count = 0
+    while count < ids.size and ids[count] >= 0 and (count == 0 or ids[count] != stop):
+        count += 1
+    return count
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _row(mix: Any, modulus: Any, inverse: Any) -> Any:
+    """The remainder of int64 `mix` by uint64 `modulus`, never negative."""
+    # Of a negative x it is modulus - 1 - (~x mod modulus).
+    sign = mix >> 63
+    rest = _remainder(_U(mix ^ sign), modulus, inverse)
+    return modulus - _U(1) - rest if sign else rest
 
 
 @kernel(types.boolean(*_BATCH, types.int64))
@@ -113,9 +141,7 @@ def _xor_mix(
     for request in range(lookback.shape[0]):
         _look_back(lookback, lookback_dead, request, ids)
         for position in range(bounds[request], bounds[request + 1]):
-            for back in range(ids.size - 1, 0, -1):
-                ids[back] = ids[back - 1]
-            ids[0] = -1 if dead.size and dead[position] else tokens[position]
+            _move_on(ids, tokens, dead, position)
             mix = np.int64(0)
             column = 0
             blocked = False
@@ -129,13 +155,8 @@ def _xor_mix(
                 mix ^= value * multipliers[back]
                 if back == 0:
                     continue
-                # The remainder of a negative x, never negative itself, is modulus - 1 - (~x mod modulus).
-                sign = mix >> 63
-                magnitude = _U(mix ^ sign)
                 while column < ends[back - 1]:
-                    modulus = moduli[column]
-                    rest = _remainder(magnitude, modulus, inverses[column])
-                    out[position, column] = offsets[column] + (modulus - _U(1) - rest if sign else rest)
+                    out[position, column] = offsets[column] + _row(mix, moduli[column], inverses[column])
                     column += 1
 
 
@@ -173,12 +194,8 @@ def _polynomial(
     for request in range(lookback.shape[0]):
         _look_back(lookback, lookback_dead, request, ids)
         for position in range(bounds[request], bounds[request + 1]):
-            for back in range(ids.size - 1, 0, -1):
-                ids[back] = ids[back - 1]
-            ids[0] = -1 if dead.size and dead[position] else tokens[position]
-            readable = 0
-            while readable < ids.size and ids[readable] >= 0 and (readable == 0 or ids[readable] != stop):
-                readable += 1
+            _move_on(ids, tokens, dead, position)
+            readable = _readable(ids, stop)
             for column in range(moduli.size):
                 modulus, inverse = moduli[column], inverses[column]
                 total = _U(0)
@@ -198,8 +215,88 @@ def _identity(
         out[at, 0] = offset + (_U(0) if unreadable else _U(tokens[at]))
 
 
+@kernel(types.void(*_BATCH, view(types.int32), view(types.int64), types.int64, types.int64, _KEYS))
+def _xor_mix_keys(
+    tokens: Any,
+    bounds: Any,
+    lookback: Any,
+    dead: Any,
+    lookback_dead: Any,
+    token_map: Any,
+    multipliers: Any,
+    fill: Any,
+    stop: Any,
+    out: Any,
+) -> None:
+    """`XorMix.keys`. stop is -1 for none."""
+    ids = np.empty(multipliers.size, np.int64)
+    for request in range(lookback.shape[0]):
+        _look_back(lookback, lookback_dead, request, ids)
+        for position in range(bounds[request], bounds[request + 1]):
+            _move_on(ids, tokens, dead, position)
+            readable = _readable(ids, stop)
+            mix = np.int64(0)
+            for back in range(ids.size):
+                value = fill if back >= readable else np.int64(token_map[ids[back]]) if token_map.size else ids[back]
+                mix ^= value * multipliers[back]
+                if back:
+                    out[back - 1, position] = mix
+
+
+@kernel(
+    *(types.void(view(types.int64), view(types.uint64), view(types.uint64), view(types.uint64), out) for out in _OUT)
+)
+def _xor_mix_rows_of(keys: Any, moduli: Any, inverses: Any, offsets: Any, out: Any) -> None:
+    """`XorMix.rows_of`; moduli, inverses, offsets: of the columns of `out`."""
+    for at in range(keys.size):
+        for column in range(moduli.size):
+            out[at, column] = offsets[column] + _row(keys[at], moduli[column], inverses[column])
+
+
+@kernel(
+    types.void(
+        *_BATCH, view(types.uint64, 2), view(types.int64), view(types.uint64), view(types.uint64), types.int64, _KEYS
+    )
+)
+def _polynomial_keys(
+    tokens: Any,
+    bounds: Any,
+    lookback: Any,
+    dead: Any,
+    lookback_dead: Any,
+    weights: Any,
+    orders: Any,
+    moduli: Any,
+    inverses: Any,
+    stop: Any,
+    out: Any,
+) -> None:
+    """`Polynomial.keys`. weights, orders, stop: as of `_polynomial`."""
+    ids = np.empty(weights.shape[1], np.int64)
+    for request in range(lookback.shape[0]):
+        _look_back(lookback, lookback_dead, request, ids)
+        for position in range(bounds[request], bounds[request + 1]):
+            _move_on(ids, tokens, dead, position)
+            readable = _readable(ids, stop)
+            for column in range(moduli.size):
+                total = _U(0)
+                for back in range(min(readable, orders[column])):
+                    total = _remainder(total + _U(ids[back]) * weights[column, back], moduli[column], inverses[column])
+                out[column, position] = np.int64(total)
+
+
+@kernel(types.void(*_BATCH, types.int64, _KEYS))
+def _identity_keys(
+    tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, out: Any
+) -> None:
+    """`Identity.keys`."""
+    for at in range(tokens.size):
+        unreadable = (dead.size and dead[at]) or tokens[at] >= num_rows
+        out[0, at] = 0 if unreadable else tokens[at]
+
+
 class Hasher:
-    """What `ModelSpec.hash` computes, for a model whose constants were laid out for the kernels once."""
+    """What `ModelSpec.hash` and `HashFamily` compute, of a model whose constants were laid out for the kernels once."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -212,6 +309,39 @@ class Hasher:
         Returns {layer: uint32 or uint64 [T, heads]}, C-contiguous.
         Raises BatchError for token ids out of range or a look-back too wide, SpecError for an unknown layer.
         """
+        tables, arrays = self._checked(batch, layers)
+        rows: dict[int, RowIds] = {}
+        for table in tables:
+            out = np.empty((batch.num_tokens, table.heads), table.id_dtype)
+            kernels = self._kernels[table.layer]
+            kernels.rows(*arrays, *kernels.rows_constants, out)
+            rows[table.layer] = out
+        return rows
+
+    def keys(self, batch: TokenBatch, layers: Iterable[int] | None = None) -> dict[int, npt.NDArray[np.int64]]:
+        """`HashFamily.keys` of each layer's family: int64 [groups, T]. layers, errors: as of `rows`."""
+        tables, arrays = self._checked(batch, layers)
+        keys = {}
+        for table in tables:
+            kernels = self._kernels[table.layer]
+            out = np.empty((kernels.groups, batch.num_tokens), np.int64)
+            kernels.keys(*arrays, *kernels.keys_constants, out)
+            keys[table.layer] = out
+        return keys
+
+    def rows_of(self, table: TableSpec, columns: slice, keys: npt.NDArray[np.int64], out: RowIds) -> None:
+        """`HashFamily.rows_of`, `out` C-contiguous."""
+        reduced = self._kernels[table.layer].reduced
+        if reduced is None:
+            table.hash.rows_of(columns, keys, table.head_offsets, out)
+        else:
+            moduli, inverses = reduced
+            _xor_mix_rows_of(keys, moduli[columns], inverses[columns], table.head_offsets[columns], out)
+
+    def _checked(
+        self, batch: TokenBatch, layers: Iterable[int] | None
+    ) -> tuple[Iterable[TableSpec], tuple[npt.NDArray[Any], ...]]:
+        """The tables asked for, and what kernels take of a batch. Raises as `rows` does."""
         spec = self._spec
         tables = spec.tables if layers is None else [spec.table(layer) for layer in layers]
         arrays = (
@@ -223,33 +353,47 @@ class Hasher:
         )
         if batch.lookback.shape[1] > spec.lookback or not _all_in_vocabulary(*arrays, spec.vocab_size):
             batch.check_tokens(spec.vocab_size, spec.lookback)  # which says what is wrong, and where
-        rows: dict[int, RowIds] = {}
-        for table in tables:
-            out = np.empty((batch.num_tokens, table.heads), table.id_dtype)
-            run, constants = self._kernels[table.layer]
-            run(*arrays, *constants, out)
-            rows[table.layer] = out
-        return rows
+        return tables, arrays
 
 
-def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """The kernel of a table's family, and its arguments between the batch and the output."""
+@dataclass(frozen=True)
+class _Kernels:
+    """Those of one table: each one's constants stand between the batch and the output.
+
+    groups: of the family. reduced: moduli and inverses of the columns whose rows are keys modulo these; None where keys
+    are rows.
+    """
+
+    groups: int
+    rows: Callable[..., None]
+    rows_constants: tuple[Any, ...]
+    keys: Callable[..., None]
+    keys_constants: tuple[Any, ...]
+    reduced: tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]] | None = None
+
+
+def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> _Kernels:
+    """By the table's family. Raises SpecError for one that there are none for."""
     family, offsets = table.hash, table.head_offsets
+    groups = len(family.groups())
     if isinstance(family, Identity):
-        return _identity, (family.num_rows, offsets[0])
+        return _Kernels(groups, _identity, (family.num_rows, offsets[0]), _identity_keys, (family.num_rows,))
     moduli = np.array(family.head_rows(), np.uint64)
     inverses = np.uint64(2**64 - 1) // moduli
     if isinstance(family, XorMix):
         ends = np.cumsum([len(heads) for heads in family.primes])
-        multipliers = np.array(family.multipliers, np.int64)
-        return _xor_mix, (token_map, multipliers, ends, moduli, inverses, offsets, family.fill, _or_none(family.stop))
+        multipliers, stop = np.array(family.multipliers, np.int64), _or_none(family.stop)
+        rows = (token_map, multipliers, ends, moduli, inverses, offsets, family.fill, stop)
+        keys = (token_map, multipliers, family.fill, stop)
+        return _Kernels(groups, _xor_mix, rows, _xor_mix_keys, keys, (moduli, inverses))
     if isinstance(family, Polynomial):
         orders = np.repeat(np.arange(2, len(family.moduli) + 2), [len(heads) for heads in family.moduli])
         weights = np.zeros((len(moduli), family.lookback + 1), np.uint64)
         for column, factors in enumerate(f for heads in family.weights for f in heads):
             weights[column, : orders[column]] = factors[: orders[column]]
-        return _polynomial, (weights, orders, moduli, inverses, offsets, _or_none(family.stop))
-    raise SpecError(f"the server has no kernel for hash family {family.FAMILY!r}; update it")
+        constants, stop = (weights, orders, moduli, inverses), _or_none(family.stop)
+        return _Kernels(groups, _polynomial, (*constants, offsets, stop), _polynomial_keys, (*constants, stop))
+    raise SpecError(f"there is no kernel for hash family {family.FAMILY!r}; update the server, or this client")
 
 
 def _or_none(stop: int | None) -> int:

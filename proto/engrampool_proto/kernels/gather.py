@@ -13,12 +13,12 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engrampool_proto.kernels.jit import kernel, view
 from engrampool_proto.spec import RowIds
-from engrampool_server.jit import kernel, view
 
 # 8 to 32 rows of 264 bytes measured alike, more was slower on a large table; narrow rows gained up to 32.
 _AHEAD, _NARROW_AHEAD = 16, 32
-_LINE = np.uint64(64)
+LINE = np.uint64(64)
 _NARROW = np.uint64(128)
 _WORD = np.uint64(32)
 # A row's bit is in the word of this many, at this place in it.
@@ -31,7 +31,7 @@ _INT32 = ir.IntType(32)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(typing: Any, address: Any) -> Any:
+def prefetch(typing: Any, address: Any) -> Any:
     """Ask for the cache line at `address`, to be read soon. Any address will do: a wrong one is no fault."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -80,7 +80,7 @@ def _bit_count(typing: Any, word: Any) -> Any:
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _copy_row(to: Any, source: Any, nbytes: Any) -> None:
+def copy_row(to: Any, source: Any, nbytes: Any) -> None:
     """Words of 32 bytes, the last one overlapping the one before it, so that no width has a slow tail."""
     if nbytes < _WORD:
         _copy(to, source, nbytes)
@@ -110,27 +110,27 @@ def gather(rows: npt.NDArray[np.uint8], ids: RowIds, row_start: int, out: npt.ND
     held, first = _U(rows.shape[0]), _U(row_start)
     source, to = _U(rows.ctypes.data), _U(out.ctypes.data)
     narrow = width <= _NARROW
-    middle, end = min(_LINE, width - _U(1)), width - _U(1)
+    middle, end = min(LINE, width - _U(1)), width - _U(1)
     ahead = _U(_NARROW_AHEAD) if narrow else _U(_AHEAD)
     for step in range(count + ahead):
         if step < count:
             start = source + (_U(ids[step]) - first) * width
             if narrow:
                 # One to three lines. Asking twice costs less than a wrong guess of how many there are.
-                _prefetch(start)
-                _prefetch(start + middle)
-                _prefetch(start + end)
+                prefetch(start)
+                prefetch(start + middle)
+                prefetch(start + end)
             else:
-                line = start & ~(_LINE - _U(1))
+                line = start & ~(LINE - _U(1))
                 while line < start + width:
-                    _prefetch(line)
-                    line += _LINE
+                    prefetch(line)
+                    line += LINE
         if step >= ahead:
             at = step - ahead
             row = _U(ids[at]) - first  # below `first` it wraps, beyond `held`
             if row >= held:
                 return int(at)
-            _copy_row(to + at * width, source + row * width, width)
+            copy_row(to + at * width, source + row * width, width)
     return -1
 
 
@@ -161,14 +161,14 @@ def lay_over(
     ahead = _U(_NARROW_AHEAD)
     for step in range(count + ahead):
         if step < count:
-            _prefetch(bits + ((_U(ids[step]) - first) >> _BITS_SHIFT << _U(3)))
+            prefetch(bits + ((_U(ids[step]) - first) >> _BITS_SHIFT << _U(3)))
         if step >= ahead:
             at = step - ahead
             row = _U(ids[at]) - first
             word, bit = words[row >> _BITS_SHIFT], _U(1) << (row & _BIT)
             if word & bit:
                 place = _U(ranks[row >> _BITS_SHIFT]) + _bit_count(word & (bit - _U(1)))
-                _copy_row(to + at * width, source + place * width, width)
+                copy_row(to + at * width, source + place * width, width)
 
 
 @kernel(types.void(view(types.uint64), types.int64, types.uint64[::1], types.uint32[::1]))

@@ -9,9 +9,9 @@ from pathlib import Path
 import llvmlite.binding
 import pytest
 
-import engrampool_server
+import engrampool_proto
 from engrampool_client.testing import serve_process
-from engrampool_server import jit
+from engrampool_proto.kernels import jit
 from server_fixtures import RawPool, expected, pack, rows_of, version_of
 
 # Numba looks for a writable directory in several places. None is left here, as in a read-only container without a home.
@@ -40,8 +40,7 @@ def test_a_server_that_can_keep_no_kernels_compiles_them_says_so_and_serves(tmp_
 
 def test_every_kernel_is_read_by_the_next_who_starts():
     count = (
-        "from engrampool_server import jit; from engrampool_server.memory import gather, tables\n"
-        "from engrampool_server.memory import hasher\n"
+        "from engrampool_proto.kernels import gather, hasher, jit\n"
         "every = [*vars(gather).values(), *vars(hasher).values()]\n"
         "kernels = [k for k in every if 'nogil' in getattr(k, 'targetoptions', ())]\n"
         "print(sum(sum(k.stats.cache_hits.values()) for k in kernels),"
@@ -68,9 +67,10 @@ class Installed:
     """A copy of `package` in a directory; a test may damage it."""
 
     def __init__(self, directory: Path, package: Path) -> None:
-        self.package = directory / "engrampool_server"
+        self.package = directory / "engrampool_proto"
         shutil.copytree(package, self.package, ignore=shutil.ignore_patterns("__pycache__"))
-        self.source = self.package / "small.py"
+        self.kernels = self.package / "kernels"
+        self.source = self.kernels / "small.py"
         self.elsewhere = directory / "elsewhere"
 
     def run(self, code: str, **environ: str) -> list[str]:
@@ -81,7 +81,7 @@ class Installed:
     def start(self, **environ: str) -> tuple[str, str, str]:
         """How many kernels were read, how many were compiled, and why they are not kept."""
         code = (
-            "from engrampool_server import jit, small; k = small.add_one; assert k(1) == 2; "
+            "from engrampool_proto.kernels import jit, small; k = small.add_one; assert k(1) == 2; "
             "reason = jit.not_kept(); print(sum(k.stats.cache_hits.values()), sum(k.stats.cache_misses.values()), "
             "reason and reason.split(':')[0])"
         )
@@ -94,18 +94,18 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def compiled_ahead(tmp_path_factory) -> Path:
-    """The server's package with one kernel more, which is compiled ahead; not to be changed."""
-    package = tmp_path_factory.mktemp("ahead") / "engrampool_server"
+    """The package with one kernel more, which is compiled ahead; not to be changed."""
+    package = tmp_path_factory.mktemp("ahead") / "engrampool_proto"
     ignored = shutil.ignore_patterns("__pycache__", "compiled")
-    shutil.copytree(Path(engrampool_server.__file__).parent, package, ignore=ignored)
-    (package / "small.py").write_text(
+    shutil.copytree(Path(engrampool_proto.__file__).parent, package, ignore=ignored)
+    (package / "kernels" / "small.py").write_text(
         "from numba import types\n"
-        "from engrampool_server.jit import kernel\n\n"
+        "from engrampool_proto.kernels.jit import kernel\n\n"
         "@kernel(types.int64(types.int64))\n"
         "def add_one(x):\n    return x + 1\n"
     )
-    (package / "compiled" / jit.level()).mkdir(parents=True)
-    python("import engrampool_server.small", PYTHONPATH=os.pathsep.join([str(package.parent), *sys.path]))
+    (package / "kernels" / "compiled" / jit.level()).mkdir(parents=True)
+    python("import engrampool_proto.kernels.small", PYTHONPATH=os.pathsep.join([str(package.parent), *sys.path]))
     return package
 
 
@@ -125,6 +125,19 @@ def test_kernels_of_other_sources_are_compiled_again(installed):
     assert installed.start() == ("0", "1", "None")
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("other", ["kernels/gather.py", "frames.py"])
+def test_kernels_are_compiled_again_where_what_they_call_is_another(installed, other, ahead):
+    if not ahead:
+        shutil.rmtree(installed.kernels / "compiled")
+        installed.start()
+    assert installed.start() == ("1", "0", "None")
+    path = installed.package / other
+    path.write_text(path.read_text() + "# changed\n")
+    assert installed.start() == ("0", "1", "None")
+    assert installed.start() == ("1", "0", "None")
+
+
 @pytest.mark.skipif(jit.level() == "generic", reason="this processor is of no other level than generic")
 def test_kernels_of_another_level_are_not_read(installed):
     assert installed.start(NUMBA_CPU_NAME="generic") == ("0", "1", "None")
@@ -132,7 +145,7 @@ def test_kernels_of_another_level_are_not_read(installed):
 
 
 def test_damaged_kernels_that_were_compiled_ahead_are_compiled_and_kept_elsewhere(installed):
-    for path in (installed.package / "compiled").rglob("*.nb?"):
+    for path in (installed.kernels / "compiled").rglob("*.nb?"):
         path.write_bytes(b"")
     assert installed.start() == ("0", "1", "None")
     assert installed.start() == ("1", "0", "None")
@@ -141,7 +154,7 @@ def test_damaged_kernels_that_were_compiled_ahead_are_compiled_and_kept_elsewher
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 def test_damaged_kernels_are_compiled_and_the_server_says_so(installed, kind):
-    shutil.rmtree(installed.package / "compiled")
+    shutil.rmtree(installed.kernels / "compiled")
     assert installed.start() == ("0", "1", "None")
     for path in installed.elsewhere.rglob(f"*.{kind}"):
         path.write_bytes(path.read_bytes()[:10])
