@@ -21,10 +21,15 @@ test test-quick test-torch test-ray: export PYTHONDONTWRITEBYTECODE :=
 demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
 
+# Kernels are compiled once, before several processes would each do so at one time.
+KERNELS := from engrampool_proto.kernels import entries, hasher, hot_rows, serve
+
 test: lint
+	$(BIN)/python -c "$(KERNELS)"
 	$(BIN)/python -m pytest $(AT_ONCE)
 
 test-quick: $(VENV)/dev-installed
+	$(BIN)/python -c "$(KERNELS)"
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" --hypothesis-profile quick
 
 test-torch: $(VENV)/torch-installed

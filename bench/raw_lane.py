@@ -36,7 +36,7 @@ _call = types.int64(types.int32, types.uint64, types.uint64, types.int32)
 _recv, _send = types.ExternalFunction("recv", _call), types.ExternalFunction("send", _call)
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def receive(fd, at, nbytes, spins):
     """Fill `nbytes` from address `at`; False if the other side closed. Looks `spins` times before it sleeps."""
     done, looked = 0, 0
@@ -52,7 +52,7 @@ def receive(fd, at, nbytes, spins):
     return True
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def send(fd, at, nbytes):
     """Send all; False if the other side closed."""
     done = 0
@@ -64,7 +64,7 @@ def send(fd, at, nbytes):
     return True
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def answer(fd, first, second, request, out, spins):
     """Serve one connection until it is closed. first, second: the tables. request, out: to work in."""
     width, words = first.shape[1], np.uint64(request.ctypes.data)
@@ -85,7 +85,7 @@ def answer(fd, first, second, request, out, spins):
             at += rows
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def ask(fd, request, table, ids):
     """Send a request for the rows `ids` [N]. request: to write it in."""
     request[0], request[1] = table, ids.size
@@ -93,7 +93,7 @@ def ask(fd, request, table, ids):
     return send(fd, np.uint64(request.ctypes.data), 8 + 4 * ids.size)
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def receive_rows(fd, out, spins):
     """Fill `out`."""
     return receive(fd, np.uint64(out.ctypes.data), out.size, spins)

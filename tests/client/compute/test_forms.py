@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import engrampool_proto
 from engrampool_client import AsyncClient, Client
 from engrampool_client.compute.forms import choose
 
@@ -74,7 +76,9 @@ def test_where_kernels_cannot_be_kept_numpy_does_it_and_nothing_is_compiled():
 
 
 def test_damaged_kernels_fail_no_client(tmp_path: Path):
-    environ = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    choose("on")  # so that there are some, which are copied here
+    shutil.copytree(Path(engrampool_proto.__file__).parent, tmp_path / "engrampool_proto")
+    environ = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     assert said("auto", **environ)[-1] == "True"
     damaged = next(tmp_path.rglob("*.nbi"))
     damaged.write_bytes(damaged.read_bytes()[:10])

@@ -125,8 +125,7 @@ def test_kernels_of_other_sources_are_compiled_again(installed):
     assert installed.start() == ("0", "1", "None")
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-@pytest.mark.parametrize("other", ["kernels/gather.py", "frames.py"])
+@pytest.mark.parametrize(("other", "ahead"), [("kernels/gather.py", True), ("frames.py", False)])
 def test_kernels_are_compiled_again_where_what_they_call_is_another(installed, other, ahead):
     if not ahead:
         shutil.rmtree(installed.kernels / "compiled")
