@@ -24,8 +24,8 @@ demo: $(VENV)/demo-installed
 # Kernels are compiled once, before several processes would each do so at one time.
 KERNELS := from engrampool_proto.kernels import entries, hasher, hot_rows, serve
 
-test: lint
-	$(BIN)/python -c "$(KERNELS)"
+test: $(VENV)/dev-installed
+	$(BIN)/python -c "$(KERNELS)" & $(MAKE) --no-print-directory lint && wait
 	$(BIN)/python -m pytest $(AT_ONCE)
 
 test-quick: $(VENV)/dev-installed
