@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ class ServerProcess:
         for pid in processes:
             os.kill(pid, signal.SIGSTOP)
         try:
+            for pid in processes:
+                _await_stopped(pid)
             yield
         finally:
             for pid in reversed(processes):
@@ -115,6 +118,19 @@ class ServerProcess:
 def start_program(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[str]:
     """Start a program whose standard error is text to be read. Another function in this place may do it cheaper."""
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)  # noqa: S603
+
+
+def _await_stopped(pid: int) -> None:
+    """Wait until every thread of a process that was sent SIGSTOP has stopped: each does so in its own time."""
+    while any(_runs(one) for one in Path(f"/proc/{pid}/task").glob("*/stat")):
+        time.sleep(0.001)
+
+
+def _runs(state: Path) -> bool:
+    try:
+        return state.read_text().rpartition(")")[2].split()[0] not in "TtZX"
+    except (FileNotFoundError, ProcessLookupError):  # it ended
+        return False
 
 
 @contextmanager
