@@ -56,10 +56,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     lose_patience(monkeypatch)
 
 
-def lose_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_patience(monkeypatch: pytest.MonkeyPatch, seconds: float = PATIENCE_S) -> None:
     """Of connections that are made from now on."""
     for module in (connection, answers):
-        monkeypatch.setattr(module, "PATIENCE_S", PATIENCE_S)
+        monkeypatch.setattr(module, "PATIENCE_S", seconds)
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +252,7 @@ def test_who_reads_nothing_holds_little_and_is_cut_off(server, pool, monkeypatch
             assert in_flight(server)[1] <= 5 * MIB  # of 14.7: two pieces, and the request
             other.ask(pool.by_ids((2, MANY[::-1])))
             assert joined(other.answer()) == {2: expected(2, MANY[::-1])}
-        lose_patience(monkeypatch)
+        lose_patience(monkeypatch, 4.0)  # its request, of several parts, is to come within that
         with caller(server) as lane:
             lane.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             lane.ask(pool.by_ids((2, MANY)), timeout_us)
