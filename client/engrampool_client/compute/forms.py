@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ class Hashing(Protocol):
     def rows(self, batch: TokenBatch, layers: Iterable[int]) -> dict[int, RowIds]:
         """As `ModelSpec.hash`: layer -> row ids [T, heads]. Raises BatchError."""
 
+    def put_rows(self, batch: TokenBatch, to: Mapping[int, RowIds]) -> None:
+        """As `rows`, written to arrays that are C-contiguous."""
+
     def keys(self, batch: TokenBatch, layers: Iterable[int]) -> dict[int, Keys]:
         """As `HashFamily.keys`: layer -> int64 [groups, T]. Raises BatchError."""
 
@@ -40,6 +43,10 @@ class _NumpyHashing:
 
     def rows(self, batch: TokenBatch, layers: Iterable[int]) -> dict[int, RowIds]:
         return self._spec.hash(batch, layers)
+
+    def put_rows(self, batch: TokenBatch, to: Mapping[int, RowIds]) -> None:
+        for layer, ids in self.rows(batch, to).items():
+            to[layer][...] = ids
 
     def keys(self, batch: TokenBatch, layers: Iterable[int]) -> dict[int, Keys]:
         spec = self._spec

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from functools import lru_cache
 
 import grpc
+import numpy as np
 
 from engrampool_client.errors import PoolError, ProtocolError, from_status
 from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, dial
@@ -19,9 +20,9 @@ from engrampool_proto.v1 import pool_pb2
 
 # A server that is well sends some of its answer within so long. Where nothing came, the connection may be one that was
 # forgotten on the way without a word; gRPC, which asks for signs of life, finds out.
-_SILENCE_S = 2.0
+SILENCE_S = 2.0
 # Answers up to half this size are read whole into memory of ours, and copied from there.
-_SCRATCH_BYTES = 256 << 10
+SCRATCH_BYTES = 256 << 10
 # Requests up to this size fit into what the system buffers for a connection.
 _MAY_BLOCK_BYTES = 64 << 10
 _TIMEVAL = struct.Struct("@ll")
@@ -46,7 +47,7 @@ class RefusalError(Exception):
 
 
 class Connection:
-    """One socket that the server has let in. One lookup at a time; only `shut` may be called meanwhile."""
+    """One socket that the server has let in. One lookup at a time; besides, only `give_up` and `shut` may be called."""
 
     def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str) -> None:
         """Raises OSError, PoolError."""
@@ -55,15 +56,17 @@ class Connection:
         # Whoever gives a step up takes it, in whatever the thread is doing: garbage collection does that, too.
         self._lock = threading.RLock()
         self.answering = False  # whether there is an answer, or a part of one, still to be received
-        self._number = 0  # of the last request
+        self.number = 0  # of the last request
         # What may be asked for by a handle: (model, version, layers) -> handle, the oldest first.
         self._handles: dict[tuple[str, str, tuple[int, ...]], int] = {}
-        self._turn = 0  # counts lookups, so that one that is over cannot be given up; -1 once one was
-        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self.turn = 0  # counts lookups, so that one that is over cannot be given up; -1 once one was
+        # What is received and not where it belongs yet; the same as an array.
+        self.memory = np.empty(SCRATCH_BYTES, np.uint8)
+        self._scratch = self.memory.data
         self._start = self._end = 0  # what was received into it, and not looked at yet
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
-        self._quick = True  # whether it may pay to look for the next answer without sleeping
+        self.quick = True  # whether it may pay to look for the next answer without sleeping
         self._limit_s = 0.0  # of a wait, as the system knows it
         # The last request, and the last sign of life between two of them, by time.monotonic.
         self.asked_at = self.heard_at = 0.0
@@ -72,7 +75,7 @@ class Connection:
             deadline = time.monotonic() + OPEN_TIMEOUT_S
             self._allow(deadline)
             self._socket.sendall(frames.frame(frames.HELLO, way_in.ticket))
-            kind, _, _, nbytes = self._header(deadline, _SCRATCH_BYTES)
+            kind, _, _, nbytes = self._header(deadline, SCRATCH_BYTES)
             if (kind, nbytes) != (frames.READY, 0):
                 raise ProtocolError(f"{target}: the direct lane answered a hello with a frame of kind {kind}")
             self.heard_at = time.monotonic()
@@ -89,7 +92,7 @@ class Connection:
         self.answering = True
         self.asked_at = time.monotonic()
         # Not counted: whoever has a copy of this connection, as after a fork, would count on from the same number.
-        self._number = int.from_bytes(os.urandom(8), "little") or 1
+        self.number = int.from_bytes(os.urandom(8), "little") or 1
         parts = self._request(exchange, max(1, int(self._allow(deadline) * 1e6)))
         nbytes = sum(map(len, parts))
         if send_by is None or nbytes <= _MAY_BLOCK_BYTES:
@@ -109,17 +112,9 @@ class Connection:
         tables = exchange.asked_tables
         if not tables:
             request = exchange.encode()
-            return [frames.request_start(self._number, timeout_us, len(request)), request]
+            return [frames.request_start(self.number, timeout_us, len(request)), request]
         asked = exchange.asked
-        what = (asked.model, asked.version, tuple([layer for layer, _ in tables]))
-        handle = self._handles.get(what)
-        parts: list[bytes | memoryview] = []
-        if handle is None:
-            handle = len(self._handles)
-            if handle == frames.MAX_HANDLES:
-                handle = self._handles.pop(next(iter(self._handles)))
-            parts.append(frames.register(handle, *what))
-            self._handles[what] = handle
+        parts, handle = self._handle((asked.model, asked.version, tuple([layer for layer, _ in tables])))
         counts: list[int] = []
         ids: list[bytes | memoryview] = []
         nbytes = 0
@@ -131,8 +126,37 @@ class Connection:
             if rest := -nbytes % frames.ALIGNMENT:
                 ids.append(bytes(rest))
                 nbytes += rest
-        parts.append(frames.lookup_start(handle, self._number, timeout_us, counts, nbytes))
+        parts.append(frames.lookup_start(handle, self.number, timeout_us, counts, nbytes))
         return parts + ids
+
+    def _handle(self, what: tuple[str, str, tuple[int, ...]]) -> tuple[list[bytes | memoryview], int]:
+        """Frames to be sent before a lookup of this model, version and layers, and the handle that stands for them."""
+        handle = self._handles.get(what)
+        if handle is not None:
+            return [], handle
+        handle = len(self._handles)
+        if handle == frames.MAX_HANDLES:
+            handle = self._handles.pop(next(iter(self._handles)))
+        self._handles[what] = handle
+        return [frames.register(handle, *what)], handle
+
+    def send_now(
+        self, what: tuple[str, str, tuple[int, ...]], counts: list[int], ids: memoryview, left_s: float
+    ) -> bool:
+        """Ask for rows by ids, as far as the system takes all of it at once; else the connection is of no use any more.
+
+        what: model, version and layers. counts: ids of each layer. ids: as they go into the frame. left_s: until the
+        answer must be there. Raises OSError likewise.
+        """
+        self._start = self._end = 0
+        self.answering = True
+        self.asked_at = time.monotonic()
+        self.number = int.from_bytes(os.urandom(8), "little") or 1
+        parts, handle = self._handle(what)
+        parts.append(frames.lookup_start(handle, self.number, max(1, int(left_s * 1e6)), counts, len(ids)))
+        parts.append(ids)
+        nbytes = sum(map(len, parts))
+        return self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == nbytes
 
     def begins(self, exchange: Exchange, until: float, spin_s: float) -> bool:
         """Whether the answer to what was sent, or the end of the connection, comes by `until` (time.monotonic).
@@ -141,7 +165,7 @@ class Connection:
         """
         begin = time.perf_counter()
         place = self._scratch[: self.listen(exchange)]
-        spin_s = spin_s if self._quick else 0.0
+        spin_s = spin_s if self.quick else 0.0
         try:
             while True:
                 try:
@@ -152,11 +176,11 @@ class Connection:
                         continue
                     # Not by the socket's own timeouts: the system keeps those to a few milliseconds only.
                     if not self._poll.poll(max(0.0, until - time.monotonic()) * 1e3):
-                        self._quick = False
+                        self.quick = False
                         return False
         except OSError:  # which `receive` will find, too
             return True
-        self._quick = time.perf_counter() - begin < 2 * spin_s
+        self.quick = time.perf_counter() - begin < 2 * spin_s
         return True
 
     def promises(self) -> bool:
@@ -193,8 +217,7 @@ class Connection:
                 self._over()
                 raise RefusalError(refusal)
             else:
-                text = f"a frame of kind {kind} and {nbytes} bytes has no place in an answer"
-                raise ProtocolError(f"{self._target}: {text}")
+                raise self._no_answer(kind, nbytes)
         exchange.times = wire.ServerTimes(*frames.TIMES.unpack(self._body(nbytes, deadline)))
         landing.check_complete()
         self._over()
@@ -204,10 +227,10 @@ class Connection:
 
         Gives how many bytes to ask the system for while the next frame is not known.
         """
-        if exchange.answer_bytes <= _SCRATCH_BYTES // 2:
-            return _SCRATCH_BYTES  # it is short: a step that is given up meanwhile does not wait for it
-        turn = self._turn
-        exchange.delivery.on_cancel(lambda: self._give_up(turn))
+        if exchange.answer_bytes <= SCRATCH_BYTES // 2:
+            return SCRATCH_BYTES  # it is short: a step that is given up meanwhile does not wait for it
+        turn = self.turn
+        exchange.delivery.on_cancel(lambda: self.give_up(turn))
         return _HEADER_BYTES  # and not a byte of what belongs elsewhere
 
     def _all_at_once(self, exchange: Exchange) -> bool:
@@ -216,7 +239,7 @@ class Connection:
         runs, end, end_at, nbytes = _answer_layout(landing.missing())
         if (self._start, self._end) != (0, nbytes):
             return False
-        scratch, number = self._scratch, self._number.to_bytes(8, "little")
+        scratch, number = self._scratch, self.number.to_bytes(8, "little")
         if scratch[end_at : end_at + _HEADER_BYTES] != number.join(end):
             return False
         for _, start, at, rows_at, _ in runs:
@@ -233,6 +256,38 @@ class Connection:
         landing.check_complete()
         return True
 
+    def give_up(self, turn: int) -> None:
+        """Have that lookup fail with OSError, unless it is over. Any thread.
+
+        The server takes the end of the connection as the end of its work for us.
+        """
+        with self._lock:
+            if self.turn == turn:
+                self.turn = -1
+                self.shut()
+
+    def end(self, start: int, end: int) -> wire.ServerTimes | None:
+        """Take in the frame at `start` of what was received up to `end`, the answer's last; None if it is a refusal.
+
+        Raises ProtocolError, another PoolError where the server refuses all that follows, OSError.
+        """
+        self._start, self._end = start, end
+        deadline = time.monotonic() + SILENCE_S
+        kind, _, _, nbytes = self._header(deadline, _HEADER_BYTES)
+        times = None
+        if kind == frames.END and nbytes == frames.TIMES.size:
+            times = wire.ServerTimes(*frames.TIMES.unpack(self._body(nbytes, deadline)))
+        elif kind == frames.REFUSED:
+            self._body(nbytes, deadline)
+        else:
+            raise self._no_answer(kind, nbytes)
+        self._over()
+        return times
+
+    def _no_answer(self, kind: int, nbytes: int) -> ProtocolError:
+        text = f"a frame of kind {kind} and {nbytes} bytes has no place in an answer"
+        return ProtocolError(f"{self._target}: {text}")
+
     def shut(self) -> None:
         """Have whoever waits on it, now or later, fail with OSError."""
         try:
@@ -248,29 +303,22 @@ class Connection:
     def close(self) -> None:
         """Give the socket back. Only by whoever uses it."""
         with self._lock:
-            self._turn = -1  # another may have its number from now on
+            self.turn = -1  # another may have its number from now on
             self._socket.close()
 
     def let_go(self) -> None:
         """In the child of a fork: close this process's end of it, which the parent does not notice."""
-        self._turn = -1
+        self.turn = -1
         self._socket.close()
 
     def _over(self) -> None:
         """The end of a lookup: from now on it cannot be given up any more. Raises OSError if it was."""
         with self._lock:
-            if self._turn < 0:
+            if self.turn < 0:
                 raise ConnectionAbortedError("given up")
-            self._turn += 1
+            self.turn += 1
             self.answering = False
             self.heard_at, self.answered = time.monotonic(), True
-
-    def _give_up(self, turn: int) -> None:
-        """The server takes the end of the connection as the end of its work for us."""
-        with self._lock:
-            if self._turn == turn:
-                self._turn = -1
-                self.shut()
 
     # --- receiving
 
@@ -281,7 +329,7 @@ class Connection:
         goes to sleep as well.
         """
         begin = time.perf_counter()
-        if self._quick:
+        if self.quick:
             place = self._scratch[:at_once]
             while not self._end and time.perf_counter() - begin < spin_s:
                 try:
@@ -291,14 +339,14 @@ class Connection:
                 if not self._end:
                     raise ConnectionError("the server closed the connection")
         self._have(1, deadline, at_once)
-        self._quick = time.perf_counter() - begin < 2 * spin_s
+        self.quick = time.perf_counter() - begin < 2 * spin_s
 
     def _rows(self, exchange: Exchange, layer: int, first: int, nbytes: int, deadline: float, short: bool) -> None:
         """Have the body of a ROWS frame where it belongs."""
         landing = exchange.landing
         place = landing.destination(layer, first, nbytes)
         if short:  # nobody waits for the network with the caller's memory in hand, unless he can be told to leave it
-            self._have(nbytes, deadline, _SCRATCH_BYTES)
+            self._have(nbytes, deadline, SCRATCH_BYTES)
         if landing.owned:
             self._rest_of_rows(place, deadline)
         else:
@@ -327,7 +375,7 @@ class Connection:
             self._have(_HEADER_BYTES, deadline, at_once)
         kind, layer, number, first, nbytes = frames.HEADER.unpack_from(self._scratch, self._start)
         self._start += _HEADER_BYTES
-        if number != self._number:
+        if number != self.number:
             if kind == frames.REFUSED and not number:
                 raise _refusal(self._body(nbytes, deadline), self._target)
             raise ProtocolError(f"{self._target}: a frame of kind {kind} answers another request")
@@ -348,11 +396,11 @@ class Connection:
         kept = self._end - self._start
         if kept == 0:
             self._start = self._end = 0
-        elif self._start > _SCRATCH_BYTES // 2:
+        elif self._start > SCRATCH_BYTES // 2:
             self._scratch[:kept] = bytes(self._scratch[self._start : self._end])
             self._start, self._end = 0, kept
         while self._end - self._start < nbytes:
-            stop = min(self._start + max(nbytes, at_once), _SCRATCH_BYTES)
+            stop = min(self._start + max(nbytes, at_once), SCRATCH_BYTES)
             self._end += self._received([self._scratch[self._end : stop]], deadline)
             if self._end - self._start < nbytes:
                 self._allow(deadline)  # however little comes, and however often
@@ -377,10 +425,10 @@ class Connection:
             try:
                 count = self._socket.recvmsg_into(places, 0, flags)[0]
             except BlockingIOError as error:  # time is up, as the system counts it
-                silent = self._limit_s >= _SILENCE_S
+                silent = self._limit_s >= SILENCE_S
                 self._allow(deadline)
                 if silent:
-                    text = f"{self._target} sent nothing for {_SILENCE_S:g} s"
+                    text = f"{self._target} sent nothing for {SILENCE_S:g} s"
                     raise SilentError(text) from error
                 continue
             if not count:
@@ -395,11 +443,11 @@ class Connection:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
-        wait = min(remaining, _SILENCE_S)
+        wait = min(remaining, SILENCE_S)
         # By the system's own clock a wait takes one call; Python's timeouts take two. To set it takes another, so what
         # was set is left where it is near enough: nothing is settled later than a few milliseconds.
         if not wait <= self._limit_s <= wait + 0.005:
-            self._limit_s = min(1.05 * remaining, remaining + 0.005, _SILENCE_S)
+            self._limit_s = min(1.05 * remaining, remaining + 0.005, SILENCE_S)
             seconds, rest = divmod(max(1, round(self._limit_s * 1e6)), 1_000_000)
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, rest))

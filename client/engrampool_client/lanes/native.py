@@ -40,7 +40,7 @@ class NativeLane:
         most: int,
         silent: Callable[[], None] = lambda: None,
     ) -> None:
-        self._open_direct, self._target, self._most, self._silent = open_direct, target, most, silent
+        self._open_direct, self._target, self._most, self.silent = open_direct, target, most, silent
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         # Weakly: one that is lost, as Ctrl-C can come between any two lines, is closed and makes room for another.
@@ -71,10 +71,8 @@ class NativeLane:
         """
         if deadline <= time.monotonic():  # a request that is begun and not sent would cost the connection
             return None
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            self._want_one()
+        connection = self.take()
+        if connection is None:
             return None
         try:
             connection.send(exchange, deadline, send_by)
@@ -82,6 +80,19 @@ class NativeLane:
             self.drop(connection)
             return None
         return NativeRequest(self, connection, exchange, deadline, spin_s)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the next request finds a connection."""
+        return bool(self._idle)
+
+    def take(self) -> Connection | None:
+        """A connection for one request, to be `answered`, or `put_back`, or `drop`ped; None if none is free."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            self._want_one()
+            return None
 
     def forked(self) -> None:
         """In the child of a fork: let go of the connections without a word, for they are the parent's."""
@@ -99,7 +110,7 @@ class NativeLane:
         """Drop one that broke, or was silent. Raises StepCancelledError if that is the client's own doing."""
         if isinstance(error, SilentError):
             self.distrust(connection)
-            self._silent()
+            self.silent()
         else:
             self.drop(connection)
         if self._closed or given_up:

@@ -32,6 +32,7 @@ class Deadlines:
     def watch(self, delivery: Delivery, wake: bool = True) -> None:
         """Settle it by its deadline, until `forget`. wake: False where the caller's own thread sees to that.
 
+        Rows that nobody has come for when their receiver says so are attended to.
         Raises RuntimeError if the system gives no thread for it.
         """
         self._open[delivery] = False
@@ -42,6 +43,12 @@ class Deadlines:
                     thread.start()
                     self._thread = thread
                 # All of one: where Ctrl-C comes into a `notify`, the next one may be for nobody.
+                self._changed.notify_all()
+
+    def look_by(self, when: float) -> None:
+        """Look then at what is watched, by time.monotonic."""
+        if when < self._wakes_at:
+            with self._lock:
                 self._changed.notify_all()
 
     def forget(self, delivery: Delivery) -> None:
@@ -79,15 +86,20 @@ class Deadlines:
                 known = list(self._open.items())
                 now = time.monotonic()
                 due = [delivery for delivery, passed in known if not passed and delivery.deadline <= now]
-                if not due:
-                    self._wakes_at = min((delivery.deadline for delivery, passed in known if not passed), default=inf)
+                alone = [delivery for delivery, passed in known if not passed and _attend_at(delivery) <= now]
+                if not due and not alone:
+                    self._wakes_at = min(
+                        (min(one.deadline, _attend_at(one)) for one, passed in known if not passed), default=inf
+                    )
                     limit_s = self._wakes_at - now
-                    del known, due  # they hold on to whole lookups
+                    del known, due, alone  # they hold on to whole lookups
                     self._changed.wait(limit_s if limit_s < threading.TIMEOUT_MAX else None)
                     continue
             del known
             while due:
                 self._expire(due.pop())
+            while alone:
+                alone.pop().attend()
 
     def _expire(self, delivery: Delivery) -> None:
         if delivery in self._open:
@@ -98,3 +110,8 @@ class Deadlines:
             _log.exception("a lookup could not be settled at its deadline")
         if delivery.ended:
             self.forget(delivery)
+
+
+def _attend_at(delivery: Delivery) -> float:
+    receiver = delivery.receiver
+    return inf if receiver is None else receiver.attend_at

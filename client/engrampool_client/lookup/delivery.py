@@ -5,8 +5,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import inf
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,25 @@ def in_callback() -> bool:
     return getattr(_telling, "depth", 0) > 0
 
 
+class Receiver(Protocol):
+    """Whoever has rows come in the threads that wait for them."""
+
+    attend_at: float
+
+    @property
+    def free(self) -> bool:
+        """Whether nobody receives, and somebody may."""
+
+    def receive(self, enough: Callable[[], bool], until: float) -> None:
+        """Receive in this thread until `enough`, or `until` (time.monotonic), unless another one does."""
+
+    def hand_over(self) -> None:
+        """Have a thread of the client wait for the rows, as nobody else may."""
+
+    def end(self) -> None:
+        """The lookup has ended, and nobody is writing. Once more does no harm."""
+
+
 class Delivery:
     """The rows of one lookup on their way to the caller. Thread-safe.
 
@@ -40,6 +60,7 @@ class Delivery:
     rows, valid: of the layers that are settled with rows, masked ones included. arrived_s: layer -> seconds from the
     beginning until its rows were there. times: the server's own, once all rows are there.
     elapsed_s: seconds from the beginning to the last row, once all rows are there.
+    receiver: who has rows come in the threads that wait for them; None where they come by themselves.
     """
 
     def __init__(
@@ -66,6 +87,7 @@ class Delivery:
         self.elapsed_s: float | None = None
         # What makes the rows that stand in for those that do not come; None if nothing does.
         self.blank, self._on_end = blank, on_end
+        self.receiver: Receiver | None = None
         # The lock itself, and not the condition, is what `with` takes: Ctrl-C can come between any two lines of Python,
         # and a condition's own line between having the lock and saying so would leave it taken for ever.
         self._lock = threading.RLock()
@@ -101,12 +123,35 @@ class Delivery:
             return True
         remaining_s = self.deadline - time.monotonic()
         limit_s = remaining_s if timeout_s is None else min(timeout_s, remaining_s)
-        if self._wait(condition, limit_s):
+        if self._come(condition, limit_s):
             return True
         if limit_s == timeout_s:
             return condition()
         self.expire()
         return True
+
+    def _come(self, condition: Callable[[], bool], limit_s: float) -> bool:
+        """Wait, and have the rows come in this thread as far as nobody else does that."""
+        if self.receiver is None:
+            return self._wait(condition, limit_s)
+        until = time.monotonic() + limit_s
+        while (receiver := self.receiver) is not None and not condition():
+            receiver.receive(condition, until)
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                break
+            self._wait(partial(self._may_come, condition, receiver), left_s)
+        return self._wait(condition, until - time.monotonic())
+
+    def _may_come(self, condition: Callable[[], bool], receiver: Receiver) -> bool:
+        """Whether one that waits while `receiver` is another's is to look again."""
+        return condition() or self.receiver is not receiver or receiver.free
+
+    def rouse(self) -> None:
+        """Have those who wait look again."""
+        with self._lock:
+            if self._waiting and self._changed is not None:
+                self._changed.notify_all()
 
     def add_callback(self, callback: Callable[[int], Any]) -> None:
         """Have `callback(layer)` called once for each layer when it is settled, or at once for those that are.
@@ -118,6 +163,12 @@ class Delivery:
                 self._callbacks.append(callback)
             self._calls.extend((callback, layer) for layer in self.layers if self.settled(layer))
         self._tell()
+        self.attend()
+
+    def attend(self) -> None:
+        """Have the rows come though nobody may wait for them."""
+        if (receiver := self.receiver) is not None:
+            receiver.hand_over()
 
     # --- for those who bring rows
 
@@ -245,6 +296,7 @@ class Delivery:
     def forked(self, error: EngrampoolError) -> None:
         """In the child of a fork, where nobody else is: settle it without a word to those of the parent."""
         self._lock, self._changed = threading.RLock(), None  # the old one may be another thread's for ever
+        self.receiver = None
         if self._done:
             return
         if len(self.rows) == len(self.layers):

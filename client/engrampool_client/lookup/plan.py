@@ -5,6 +5,7 @@ that does not pay, rows are asked for as they are.
 """
 
 import math
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ from engrampool_client.lookup.landing import CallersLanding, Landing, Out, hand_
 from engrampool_client.lookup.layout import Keys, Layout, Part
 from engrampool_client.lookup.query import Query
 from engrampool_client.lookup.served import ServedModel
+from engrampool_client.lookup.small import Small
 from engrampool_proto import wire
 
 # As many as the cache can tell apart.
@@ -57,6 +59,7 @@ class Planner:
         self._by_server = hashing == "server"
         has_cache = cache is not None or warm is not None
         self._least_tokens = 0 if has_cache else _DEDUPE_TOKENS if dedupe and not self._by_server else math.inf
+        self._sends = form.compiled and not self._by_server and sys.byteorder == "little"
         self.scratch = Scratch(max_steps * len(layout.parts))
 
     def plan(self, delivery: Delivery, query: Query, out: Out | None, attached: bool) -> "Plan":
@@ -69,6 +72,12 @@ class Planner:
             if keys is not None:
                 return EntriesPlan(self, delivery, keys, query.shapes(self.layout), out)
         return PlainPlan(self.exchange(delivery, query, out))
+
+    def small(self, query: Query, out: Out | None) -> Small | None:
+        """What a step needs, if it is small and nothing but its rows need be asked for. Raises BatchError."""
+        if not self._sends or query.num_tokens >= self._least_tokens:
+            return None
+        return Small.of(query, out, self.served, self.layout, self.hashing)
 
     def plan_hint(self, delivery: Delivery, query: Query) -> "EntriesPlan":
         """What the cache lacks of rows that nobody has asked for. Raises as `plan` does."""

@@ -56,6 +56,18 @@ class TokenQuery:
         rows, heads = hashing.rows(self.batch, self.layers), layout.heads
         return rows if heads is None else {layer: ids[:, heads] for layer, ids in rows.items()}
 
+    def put_ids(self, layout: Layout, hashing: Hashing, to: Mapping[int, npt.NDArray[Any]]) -> None:
+        """Write the row ids of each layer to arrays of its shape and the table's dtype. Raises BatchError."""
+        if layout.heads is None:
+            hashing.put_rows(self.batch, to)
+            return
+        for layer, ids in self.ids(layout, hashing).items():
+            to[layer][...] = ids
+
+    def only(self, layers: Sequence[int]) -> "TokenQuery":
+        """The same of some of its layers."""
+        return TokenQuery(self._spec, self.batch, layers)
+
     def keys(self, layout: Layout, hashing: Hashing) -> dict[int, list[Keys]]:
         """Layer -> int64 [groups, T] of each part. Raises BatchError."""
         found = hashing.keys(self.batch, self.layers)
@@ -97,6 +109,15 @@ class RowQuery:
     def ids(self, _: Layout, hashing: Hashing) -> dict[int, npt.NDArray[Any]]:
         """Layer -> row ids, in the table's dtype. Raises BatchError."""
         return {layer: row_ids(self._spec.table(layer), self._rows[layer]) for layer in self.layers}
+
+    def put_ids(self, layout: Layout, hashing: Hashing, to: Mapping[int, npt.NDArray[Any]]) -> None:
+        """As of `TokenQuery`."""
+        for layer, ids in self.ids(layout, hashing).items():
+            to[layer][...] = ids
+
+    def only(self, layers: Sequence[int]) -> "RowQuery":
+        """The same of some of its layers."""
+        return RowQuery(self._spec, {layer: self._rows[layer] for layer in layers})
 
     def keys(self, layout: Layout, hashing: Hashing) -> dict[int, list[Keys]] | None:
         """Layer -> int64 [groups, T] of each part; None for ids that are not as hashing gives them, [..., heads].

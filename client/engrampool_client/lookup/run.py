@@ -29,6 +29,8 @@ from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Out, check_outs, zeros
 from engrampool_client.lookup.plan import Plan, Planner
 from engrampool_client.lookup.query import Query, Recorder, TokenQuery, candidates_batch
+from engrampool_client.lookup.sent import Request, Sent
+from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.step import Step
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.stats import Stats
@@ -43,8 +45,15 @@ class Asked(Protocol):
     def attached(self) -> bool:
         """Whether rows are only read from memory, now."""
 
+    @property
+    def sends(self) -> bool:
+        """Whether `send` may well send, now."""
+
     def ask(self, exchange: Exchange, spin_s: float) -> None:
         """Have every row come. Raises PoolError."""
+
+    def send(self, small: Small, deadline: float) -> Request | None:
+        """Have a small request sent at once; None if that cannot be."""
 
 
 class Version(Protocol):
@@ -97,12 +106,14 @@ class Lookup(Generic[V]):
         closing: threading.Event,
         *,
         hinted: bool = False,
+        by: V | None = None,
     ) -> None:
+        """by: a version that was entered already, to begin by."""
         self.delivery, self.asked_bytes = delivery, 0
         self._query, self._out, self._versions, self._stats, self._closing = query, out, versions, stats, closing
         self._hinted, self._spin_s = hinted, 0.0
         self._blank = delivery.blank
-        self._by: V | None = None
+        self._by = by
         self._plan: Plan | None = None
 
     def run(self, spin_s: float) -> None:
@@ -143,7 +154,9 @@ class Lookup(Generic[V]):
 
     def _prepare(self) -> bool:
         """Plan by the current version; whether something is to be asked for."""
-        by = self._by = self._versions.enter()
+        if self._by is None:
+            self._by = self._versions.enter()
+        by = self._by
         if self._hinted:
             self._plan = by.planner.plan_hint(self.delivery, self._query)
         else:
@@ -247,6 +260,8 @@ class Lookups(Generic[V]):
         instead_of: a step whose rows, if any still come, are let in before this one is planned.
         """
         step = self._step(query, out, timeout_s)
+        if instead_of is None and not ahead and self._send(step.delivery, query, out):
+            return step
         lookup = self._lookup(step.delivery, query, out)
         job = Job(step.delivery, lookup.plan, lookup.ask, ahead)
         if instead_of is not None:
@@ -368,7 +383,50 @@ class Lookups(Generic[V]):
             query.record(self._recorder)
         return step
 
+    def _send(self, delivery: Delivery, query: Query, out: Out | None) -> bool:
+        """Have a small lookup sent, in this thread, and its rows come in those that wait; whether that could be."""
+        version = self._versions.current
+        if not version.shards.sends or self._closing.is_set():
+            return False
+        try:
+            small = version.planner.small(query, out)
+        except EngrampoolError:  # which is how the step ends, as if it were found out later
+            return False
+        if small is None:
+            return False
+        by = self._versions.enter()
+        try:
+            request = by.shards.send(small, delivery.deadline) if by is version else None
+            if request is None:
+                return False
+            again, left = partial(self._send_again, delivery, query, out, by), partial(self._versions.leave, by)
+            sent = Sent(delivery, request, small.given, self.workers, self._config.spin_s, again, left)
+            delivery.receiver = sent
+        finally:
+            if delivery.receiver is None:
+                self._versions.leave(by)
+        delivery.on_cancel(sent.give_up)
+        if delivery.ended:
+            sent.end()
+        self._deadlines.look_by(sent.attend_at)
+        return True
+
+    def _send_again(self, delivery: Delivery, query: Query, out: Out | None, by: V) -> None:
+        """Have a thread of the client ask for what is missing, by whatever way there is. Raises PoolError."""
+        if delivery.rows:
+            query = query.only([layer for layer in delivery.layers if layer not in delivery.rows])
+            out = None if out is None else {layer: given for layer, given in out.items() if layer in query.layers}
+        lookup = Lookup(delivery, query, out, self._versions, self._stats, self._closing, by=by)
+        try:
+            self._submit(Job(delivery, lookup.plan, lookup.ask))
+        except BaseException:
+            self._versions.leave(by)
+            raise
+
     def _ended(self, delivery: Delivery) -> None:
+        if (receiver := delivery.receiver) is not None:
+            delivery.receiver = None
+            receiver.end()
         masked = None
         if delivery.error is not None:
             valids = list(delivery.valid.items())

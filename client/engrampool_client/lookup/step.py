@@ -134,7 +134,10 @@ class Step:
 
     def done(self) -> bool:
         """Whether every layer is settled. From then on nothing is written into `out`."""
-        return self.delivery.done
+        delivery = self.delivery
+        if not delivery.done:
+            delivery.attend()  # whoever asks again and again may never wait
+        return delivery.done
 
     def add_callback(self, callback: "Callable[[Step, int], Any]") -> None:
         """Have `callback(step, layer)` called once for each layer when it is settled, or at once for those that are.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -27,10 +27,14 @@ from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange, slowest
 from engrampool_client.lookup.landing import Landing
 from engrampool_client.lookup.served import BRIEF, ServedModel
+from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
 from engrampool_client.pool.breaker import Breaker
 from engrampool_client.pool.latency import Latency
 from engrampool_client.stats import Stats
+
+if TYPE_CHECKING:  # it needs numba
+    from engrampool_client.lanes.small import SmallRequest
 
 Lane = Literal["attached", "direct", "grpc"]
 _Answer = TypeVar("_Answer")
@@ -55,6 +59,7 @@ class Endpoint:
         self._lanes = [GrpcLane(target) for _ in range(config.connections)]
         self._attach: AttachLane | None = None
         self._native: NativeLane | None = None
+        self._small: type[SmallRequest] | None = None
         self._opened = self._closed = False
         # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
         self._parts = Workers(max(1, config.max_steps * (config.connections - 1)), "engrampool-part")
@@ -77,6 +82,10 @@ class Endpoint:
         if config.direct == "auto" and served.direct:
             most = config.max_steps * config.connections
             self._native = NativeLane(partial(self._asked, lane.open_direct), self.target, most, self.breaker.doubt)
+            if form_of(config.compiled).compiled:
+                from engrampool_client.lanes.small import SmallRequest
+
+                self._small = SmallRequest
 
     @property
     def attached(self) -> bool:
@@ -148,6 +157,33 @@ class Endpoint:
         ):
             sent, tried = self._native.ask(exchange, deadline, spin_s=spin_s, send_by=send_by), True
         return EndpointRequest(self, exchange, deadline, spin_s, sent, tried)
+
+    @property
+    def sends(self) -> bool:
+        """Whether `send` may well send, now."""
+        native = self._native
+        return self._small is not None and native is not None and native.idle and not self.breaker.is_open
+
+    def send(self, small: Small, deadline: float) -> "SmallRequest | None":
+        """Have a small request sent on the direct lane, all of it at once; None if that cannot be."""
+        native, left_s = self._native, deadline - time.monotonic()
+        if native is None or self._small is None or self.attached or left_s <= 0:
+            return None
+        connection = native.take()
+        if connection is None:
+            return None
+        try:
+            if connection.send_now(small.what, small.counts, small.ids, left_s):
+                return self._small(native, connection, small.rows, self._answered, self.breaker.failed)
+        except OSError:  # it broke, or takes nothing
+            pass
+        native.drop(connection)
+        return None
+
+    def _answered(self, nbytes: int) -> None:
+        """Count a lookup whose rows came over the network."""
+        self.breaker.succeeded()
+        self._stats.count_bytes("wire", nbytes)
 
     def _splits(self, exchange: Exchange) -> bool:
         """Whether it is large enough for several connections."""
@@ -306,8 +342,7 @@ class EndpointRequest:
                 exchange.restart()
                 if exchange.landing.complete:  # only the end of the answer was lost
                     break
-        endpoint.breaker.succeeded()
-        endpoint._stats.count_bytes("wire", nbytes)
+        endpoint._answered(nbytes)
 
     def _check_time(self) -> None:
         if time.monotonic() >= self._deadline:

@@ -14,7 +14,9 @@ from engrampool_client.config import ClientConfig
 from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.exchange import Exchange, Route, slowest
+from engrampool_client.lookup.sent import Request
 from engrampool_client.lookup.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
+from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
 from engrampool_client.pool.discovery import Servers
 from engrampool_client.pool.endpoint import Endpoint
@@ -177,6 +179,20 @@ class Shards:
                 for request in mine:
                     request.abandon()
         exchange.times = slowest(list(parts.values()))
+
+    @property
+    def sends(self) -> bool:
+        """Whether `send` may well send, now: one server has all rows, and no other can be asked."""
+        if len(self._sets) != 1 or len(self._sets[0].replicas) != 1:
+            return False
+        return self._sets[0].replicas[0].sends
+
+    def send(self, small: Small, deadline: float) -> "Request | None":
+        """Have a small request sent at once; None if that cannot be."""
+        replicas = self._sets[0].replicas
+        if len(replicas) != 1 or small.nbytes > self._sets[0].fits_bytes:
+            return None
+        return replicas[0].send(small, deadline)
 
     def stop(self) -> None:
         """End what waits for a server, without waiting for that; `close` is to follow."""

@@ -3,7 +3,7 @@
 The numpy forms are the specification; every id and key is equal to theirs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,20 +309,25 @@ class Hasher:
         Returns {layer: uint32 or uint64 [T, heads]}, C-contiguous.
         Raises BatchError for token ids out of range or a look-back too wide, SpecError for an unknown layer.
         """
-        tables, arrays = self._checked(batch, layers)
-        rows: dict[int, RowIds] = {}
-        for table in tables:
-            out = np.empty((batch.num_tokens, table.heads), table.id_dtype)
-            kernels = self._kernels[table.layer]
-            kernels.rows(*arrays, *kernels.rows_constants, out)
-            rows[table.layer] = out
+        tables = self._tables(layers)
+        rows: dict[int, RowIds] = {
+            table.layer: np.empty((batch.num_tokens, table.heads), table.id_dtype) for table in tables
+        }
+        self.put_rows(batch, rows)
         return rows
+
+    def put_rows(self, batch: TokenBatch, to: Mapping[int, RowIds]) -> None:
+        """As `rows`, of the layers that there are arrays for: of such dtype and shape, C-contiguous."""
+        arrays = self._checked(batch)
+        for layer, out in to.items():
+            kernels = self._kernels[layer]
+            kernels.rows(*arrays, *kernels.rows_constants, out)
 
     def keys(self, batch: TokenBatch, layers: Iterable[int] | None = None) -> dict[int, npt.NDArray[np.int64]]:
         """`HashFamily.keys` of each layer's family: int64 [groups, T]. layers, errors: as of `rows`."""
-        tables, arrays = self._checked(batch, layers)
+        arrays = self._checked(batch)
         keys = {}
-        for table in tables:
+        for table in self._tables(layers):
             kernels = self._kernels[table.layer]
             out = np.empty((kernels.groups, batch.num_tokens), np.int64)
             kernels.keys(*arrays, *kernels.keys_constants, out)
@@ -338,12 +343,13 @@ class Hasher:
             moduli, inverses = reduced
             _xor_mix_rows_of(keys, moduli[columns], inverses[columns], table.head_offsets[columns], out)
 
-    def _checked(
-        self, batch: TokenBatch, layers: Iterable[int] | None
-    ) -> tuple[Iterable[TableSpec], tuple[npt.NDArray[Any], ...]]:
-        """The tables asked for, and what kernels take of a batch. Raises as `rows` does."""
+    def _tables(self, layers: Iterable[int] | None) -> Iterable[TableSpec]:
         spec = self._spec
-        tables = spec.tables if layers is None else [spec.table(layer) for layer in layers]
+        return spec.tables if layers is None else [spec.table(layer) for layer in layers]
+
+    def _checked(self, batch: TokenBatch) -> tuple[npt.NDArray[Any], ...]:
+        """What kernels take of a batch. Raises BatchError as `rows` does."""
+        spec = self._spec
         arrays = (
             batch.tokens,
             batch.query_start_loc,
@@ -353,7 +359,7 @@ class Hasher:
         )
         if batch.lookback.shape[1] > spec.lookback or not _all_in_vocabulary(*arrays, spec.vocab_size):
             batch.check_tokens(spec.vocab_size, spec.lookback)  # which says what is wrong, and where
-        return tables, arrays
+        return arrays
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,225 @@
+"""A small lookup that was sent in the caller's thread: its rows are received by whichever thread comes for them."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from functools import partial
+from math import inf
+from typing import Protocol
+
+from engrampool_client.errors import EngrampoolError, PoolError, StepCancelledError
+from engrampool_client.lookup.delivery import Delivery, Rows
+from engrampool_client.lookup.workers import Job, Workers
+from engrampool_proto.wire import ServerTimes
+
+# A thread is in compiled code, where Ctrl-C waits, for no longer than this.
+_SLICE_S = 0.05
+# If nobody has come for the rows by then, a thread of the client does: after this, or this part of the lookup's time.
+_ALONE_S, _ALONE_PART = 0.05, 0.25
+# How long a thread of the client receives what nobody wants any more, to keep the connection.
+_PASS_OVER_S = 1.0
+
+
+class Came(Enum):
+    """What there is to say of an answer: all of it is there; more is to come; nothing more comes this way."""
+
+    ALL, LATER, NOTHING = auto(), auto(), auto()
+
+
+class Request(Protocol):
+    """One that was sent. One thread at a time, but for `shut`."""
+
+    times: ServerTimes | None
+    small: bool
+
+    def ready(self, until: float, spin_s: float) -> Came | None:
+        """Wait for an answer, if that can be done before its rows are written; None if `take` is to follow."""
+
+    def take(self, until: float, spin_s: float) -> int | Came:
+        """Have rows come until a layer is whole, and give its place. Raises PoolError."""
+
+    def shut(self) -> None:
+        """Have the thread that waits come back soon. Any thread."""
+
+    def let_go(self, error: BaseException | None) -> None:
+        """The end, with what the lookup ended with."""
+
+    def pass_over(self, until: float) -> None:
+        """The end, of an answer that is still to come and that nobody wants."""
+
+
+class Sent:
+    """The receiver of one lookup. Thread-safe.
+
+    One thread at a time receives; it has the claim meanwhile, and others that wait are told when it is free. Nobody
+    need hold it: what comes lies in the socket. Where nobody comes for the rows in time, or callbacks are to be called,
+    a thread of `workers` waits for them as a caller does. The lookup's end, whoever brings it about, ends this, too:
+    by then nobody is writing, and the connection is given back, or by whoever has the claim when he lets go.
+    """
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        request: Request,
+        rows: Sequence[tuple[int, Rows]],
+        workers: Workers,
+        spin_s: float,
+        again: Callable[[], None],
+        left: Callable[[], None],
+    ) -> None:
+        """rows: by place, layer and what the caller gets of it. left: told of the end.
+
+        again: told instead where the request came to nothing, to have by other ways what is missing.
+        """
+        self._delivery, self._request, self._rows, self._workers = delivery, request, rows, workers
+        self._spin_s, self._again = spin_s, again
+        # What is to be done at the end, the last first; each is taken by whoever does it, once.
+        self._ends = [left, self._let_go]
+        # Taken by itself: see delivery.py.
+        self._lock = threading.RLock()
+        self._holder = 0  # the thread that has the claim
+        self._ended = self._elsewhere = False
+        limit_s = _ALONE_PART * (delivery.deadline - time.monotonic())
+        self.attend_at = time.monotonic() + min(_ALONE_S, limit_s)
+
+    @property
+    def free(self) -> bool:
+        """Whether nobody receives, and somebody may."""
+        return not (self._holder or self._ended)
+
+    def receive(self, enough: Callable[[], bool], until: float) -> None:
+        """Receive in this thread until `enough`, or `until` (time.monotonic), unless another one does."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._ended or self._holder not in (0, me):  # me: in a callback, say
+                return
+            again, self._holder = self._holder == me, me
+        try:
+            self._receive(enough, until)
+        finally:
+            if not again:
+                self._release(me)
+
+    def hand_over(self) -> None:
+        """Have a thread of the client wait for the rows, as nobody else may."""
+        self.attend_at = inf
+        if self._elsewhere or self._ended:
+            return
+        self._elsewhere = True
+        try:
+            self._workers.submit(Job(self._delivery, _planned, self._wait))
+        except RuntimeError:  # the system gives no thread: whoever waits receives, or the deadline settles it
+            return
+
+    def give_up(self) -> None:
+        """The lookup was given up: a thread that waits for its rows is to come back."""
+        holder = self._holder
+        if holder and holder != threading.get_ident():
+            self._request.shut()
+
+    def end(self) -> None:
+        """The lookup has ended, and nobody is writing. Once more does no harm."""
+        with self._lock:
+            self._ended = True
+            free = not self._holder
+        if free:
+            self._end()
+
+    def _receive(self, enough: Callable[[], bool], until: float) -> None:
+        delivery = self._delivery
+        while not (self._ended or delivery.given_up or enough()):
+            now = time.monotonic()
+            if now >= until:
+                return
+            came = self._come(min(until, now + _SLICE_S))
+            if isinstance(came, int):
+                layer, rows = self._rows[came]
+                delivery.arrived({layer: rows})
+                # The end of the answer comes with the last rows, if it can.
+                whole = len(delivery.rows) == len(delivery.layers)
+                came = self._come(0.0) if whole and not self._ended else Came.LATER
+            if came is Came.ALL:
+                delivery.end(None, self._request.times)
+                return
+            if came is Came.NOTHING:
+                self._pass_on()
+                return
+
+    def _come(self, until: float) -> int | Came:
+        """What comes next."""
+        delivery, request = self._delivery, self._request
+        try:
+            came = request.ready(until, self._spin_s)
+            if came is None:
+                with delivery.writing():
+                    return request.take(until, self._spin_s)
+            return came
+        except EngrampoolError as error:
+            delivery.end(error)  # unless it was given up, and that was it
+            return Came.LATER
+
+    def _pass_on(self) -> None:
+        """Have what is missing come by other ways, unless nobody wants it."""
+        delivery = self._delivery
+        with self._lock:
+            if self._ended or delivery.given_up:
+                return
+            self._ended = True
+            self._ends[0] = _nothing  # what it is to let go of goes on being used
+        try:
+            delivery.receiver = None
+            self._again()
+        except BaseException as error:
+            over = StepCancelledError("the lookup was interrupted")
+            delivery.end(error if isinstance(error, PoolError) else over)
+            if not isinstance(error, PoolError):
+                raise
+
+    def _release(self, me: int) -> None:
+        over, interrupt = False, None
+        while not over:
+            try:
+                with self._lock:
+                    if self._holder == me:
+                        self._holder = 0
+                    ended = self._ended
+                if ended:
+                    self._end()
+                self._delivery.rouse()
+                over = True
+            except KeyboardInterrupt as error:  # once more: others wait for the claim
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _end(self) -> None:
+        while self._ends:
+            try:
+                end = self._ends.pop()
+            except IndexError:  # another thread took it
+                return
+            end()
+
+    def _let_go(self) -> None:
+        """Give the connection back, at once or once the answer that nobody wants any more has come."""
+        request, error = self._request, self._delivery.error
+        if request.small and isinstance(error, StepCancelledError):
+            over = partial(request.pass_over, time.monotonic() + _PASS_OVER_S)
+            try:
+                if self._workers.submit(Job(Delivery(self._delivery.layers), _planned, over)):
+                    return
+            except RuntimeError:  # the system gives no thread
+                pass
+        request.let_go(error)
+
+    def _wait(self) -> None:
+        self._delivery.wait_for(lambda: self._delivery.ended, None)
+
+
+def _planned() -> bool:
+    return True
+
+
+def _nothing() -> None:
+    return

@@ -1,0 +1,157 @@
+"""The client's side of the direct lane: an answer to a lookup, received where it belongs; docs/PROTOCOL.md has frames.
+
+What is known of an answer lies in arrays, so that it may be received bit by bit, by one thread after the other.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from engrampool_proto import frames
+from engrampool_proto.kernels.gather import copy_row
+from engrampool_proto.kernels.jit import kernel
+from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, now, receive_some
+
+# Why `take` returns, where it does not say that a layer is whole: all was there up to the frame at START, whose times
+# are in the buffer; nothing more came in time; the connection ended; a frame that has no place in the answer is at
+# START, whole as far as its header goes.
+ANSWERED, LATER, LOST, ODD = -1, -2, -3, -4
+
+# int64 [STATE_WORDS] of an answer: where what was received begins and ends in the buffer; the layer whose rows are
+# coming, by its place in `layers`, and how many bytes of them are to follow; bytes received so far.
+START, END, LAYER, LEFT, CAME = range(5)
+SCRATCH = 5
+STATE_WORDS = SCRATCH + SCRATCH_WORDS
+
+# int64 [layers, ENTRY_WORDS]: which layer; where its rows are to lie; how many bytes they are, those of one row, and
+# how many are there.
+NUMBER, ADDRESS, BYTES, ROW_BYTES, HAVE = range(5)
+ENTRY_WORDS = 5
+
+_HEADER = frames.HEADER.size
+_END_BYTES = _HEADER + frames.TIMES.size
+_U = np.uint64
+
+
+@njit  # type: ignore[untyped-decorator]
+def _word(buffer: Any, at: Any) -> Any:
+    value = _U(0)
+    for byte in range(8):
+        value |= _U(buffer[at + byte]) << _U(8 * byte)
+    return value
+
+
+@njit  # type: ignore[untyped-decorator]
+def _more(fd: Any, buffer: Any, state: Any, until: Any, spin_ns: Any) -> Any:
+    """Receive what comes into the buffer; gives 1, LATER or LOST."""
+    left = state[END] - state[START]
+    for one in range(left):  # less than a frame's header and times
+        buffer[one] = buffer[state[START] + one]
+    state[START], state[END] = 0, left
+    scratch = state[SCRATCH:]
+    got = receive_some(fd, _U(buffer.ctypes.data) + _U(left), buffer.size - left, until, spin_ns, scratch)
+    if got <= 0:
+        return LOST if got == ENDED else LATER
+    state[END] = left + got
+    state[CAME] += got
+    return 1
+
+
+@kernel(types.int64(types.int32, types.uint8[::1], types.int64[::1], types.int64, types.int64, types.int64))
+def fill(fd: Any, buffer: Any, state: Any, nbytes: Any, until: Any, spin_ns: Any) -> int:
+    """Receive until so many bytes lie in the buffer, from its beginning on, and write nothing elsewhere.
+
+    Gives 1, LATER or LOST. Only before `take`. nbytes: no more than the buffer has.
+    """
+    scratch = state[SCRATCH:]
+    while state[END] < nbytes:
+        at = _U(buffer.ctypes.data) + _U(state[END])
+        got = receive_some(fd, at, buffer.size - state[END], until, spin_ns, scratch)
+        if got <= 0:
+            return LOST if got == ENDED else LATER
+        state[END] += got
+        state[CAME] += got
+        if state[END] < nbytes and now(scratch) >= until:  # however little comes, and however often
+            return LATER
+    return 1
+
+
+@kernel(
+    types.int64(
+        types.int32, types.uint8[::1], types.int64[::1], types.int64[:, ::1], types.uint64, types.int64, types.int64
+    )
+)
+def take(fd: Any, buffer: Any, state: Any, layers: Any, number: Any, until: Any, spin_ns: Any) -> int:
+    """Receive until a layer is whole, and give its place in `layers`; or why it is for Python to go on.
+
+    fd: of the socket. buffer: uint8, 4096 bytes at least. number: of the request. until: as time.monotonic_ns has it;
+    what has come by then is taken all the same. spin_ns: how long to look for the next bytes without sleeping. No byte
+    is written elsewhere than into the buffer and the rows of `layers`, whatever comes.
+    """
+    scratch = state[SCRATCH:]
+    while True:
+        there = state[END] - state[START]
+        if state[LEFT] > 0:
+            entry = layers[state[LAYER]]
+            to = _U(entry[ADDRESS]) + _U(entry[HAVE])
+            if there > 0:
+                some = min(there, state[LEFT])
+                copy_row(to, _U(buffer.ctypes.data) + _U(state[START]), _U(some))
+                state[START] += some
+            elif state[LEFT] >= buffer.size // 2:
+                some = receive_some(fd, to, state[LEFT], until, spin_ns, scratch)
+                if some <= 0:
+                    return LOST if some == ENDED else LATER
+                state[CAME] += some
+            else:
+                got = _more(fd, buffer, state, until, spin_ns)
+                if got != 1:
+                    return int(got)
+                continue
+            entry[HAVE] += some
+            state[LEFT] -= some
+            if state[LEFT] == 0 and entry[HAVE] == entry[BYTES]:
+                return int(state[LAYER])
+            if there == 0 and now(scratch) >= until:
+                return LATER
+            continue
+        if there < _HEADER:
+            got = _more(fd, buffer, state, until, spin_ns)
+            if got != 1:
+                return int(got)
+            if state[END] - state[START] < _HEADER and now(scratch) >= until:
+                return LATER
+            continue
+        at = state[START]
+        head = _word(buffer, at)
+        kind, which = head & _U(0xFFFFFFFF), np.int64(head >> _U(32))
+        first, nbytes = _word(buffer, at + 16), _word(buffer, at + 24)
+        if _word(buffer, at + 8) != number:
+            return ODD
+        if kind == _U(frames.END) and nbytes == _U(_END_BYTES - _HEADER):
+            for place in range(layers.shape[0]):
+                if layers[place, HAVE] != layers[place, BYTES]:
+                    return ODD
+            if there < _END_BYTES:
+                got = _more(fd, buffer, state, until, spin_ns)
+                if got != 1:
+                    return int(got)
+                if state[END] - state[START] < _END_BYTES and now(scratch) >= until:
+                    return LATER
+                continue
+            return ANSWERED
+        if kind != _U(frames.ROWS):
+            return ODD
+        found = np.int64(-1)
+        for place in range(layers.shape[0]):
+            if layers[place, NUMBER] == which:
+                found = np.int64(place)
+        if found < 0:
+            return ODD
+        entry = layers[found]
+        rows, part = entry[HAVE] // entry[ROW_BYTES], entry[HAVE] % entry[ROW_BYTES]
+        if part or first != _U(rows) or nbytes == _U(0) or nbytes > _U(entry[BYTES] - entry[HAVE]):
+            return ODD
+        state[START] = at + _HEADER
+        state[LAYER], state[LEFT] = found, np.int64(nbytes)
