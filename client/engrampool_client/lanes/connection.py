@@ -20,9 +20,9 @@ from engrampool_proto.v1 import pool_pb2
 
 # A server that is well sends some of its answer within so long. Where nothing came, the connection may be one that was
 # forgotten on the way without a word; gRPC, which asks for signs of life, finds out.
-SILENCE_S = 2.0
+_SILENCE_S = 2.0
 # Answers up to half this size are read whole into memory of ours, and copied from there.
-SCRATCH_BYTES = 256 << 10
+_SCRATCH_BYTES = 256 << 10
 # Requests up to this size fit into what the system buffers for a connection.
 _MAY_BLOCK_BYTES = 64 << 10
 _TIMEVAL = struct.Struct("@ll")
@@ -61,7 +61,7 @@ class Connection:
         self._handles: dict[tuple[str, str, tuple[int, ...]], int] = {}
         self.turn = 0  # counts lookups, so that one that is over cannot be given up; -1 once one was
         # What is received and not where it belongs yet; the same as an array.
-        self.memory = np.empty(SCRATCH_BYTES, np.uint8)
+        self.memory = np.empty(_SCRATCH_BYTES, np.uint8)
         self._scratch = self.memory.data
         self._start = self._end = 0  # what was received into it, and not looked at yet
         self._poll = select.poll()
@@ -75,7 +75,7 @@ class Connection:
             deadline = time.monotonic() + OPEN_TIMEOUT_S
             self._allow(deadline)
             self._socket.sendall(frames.frame(frames.HELLO, way_in.ticket))
-            kind, _, _, nbytes = self._header(deadline, SCRATCH_BYTES)
+            kind, _, _, nbytes = self._header(deadline, _SCRATCH_BYTES)
             if (kind, nbytes) != (frames.READY, 0):
                 raise ProtocolError(f"{target}: the direct lane answered a hello with a frame of kind {kind}")
             self.heard_at = time.monotonic()
@@ -183,6 +183,10 @@ class Connection:
         self.quick = time.perf_counter() - begin < 2 * spin_s
         return True
 
+    def silent(self, since: float) -> bool:
+        """Whether it is too long that nothing has come since then, by time.monotonic."""
+        return time.monotonic() - since >= _SILENCE_S
+
     def promises(self) -> bool:
         """Of a connection that can be read: whether the answer that begins is no refusal, nor is this the end."""
         try:
@@ -227,8 +231,8 @@ class Connection:
 
         Gives how many bytes to ask the system for while the next frame is not known.
         """
-        if exchange.answer_bytes <= SCRATCH_BYTES // 2:
-            return SCRATCH_BYTES  # it is short: a step that is given up meanwhile does not wait for it
+        if exchange.answer_bytes <= _SCRATCH_BYTES // 2:
+            return _SCRATCH_BYTES  # it is short: a step that is given up meanwhile does not wait for it
         turn = self.turn
         exchange.delivery.on_cancel(lambda: self.give_up(turn))
         return _HEADER_BYTES  # and not a byte of what belongs elsewhere
@@ -272,7 +276,7 @@ class Connection:
         Raises ProtocolError, another PoolError where the server refuses all that follows, OSError.
         """
         self._start, self._end = start, end
-        deadline = time.monotonic() + SILENCE_S
+        deadline = time.monotonic() + _SILENCE_S
         kind, _, _, nbytes = self._header(deadline, _HEADER_BYTES)
         times = None
         if kind == frames.END and nbytes == frames.TIMES.size:
@@ -346,7 +350,7 @@ class Connection:
         landing = exchange.landing
         place = landing.destination(layer, first, nbytes)
         if short:  # nobody waits for the network with the caller's memory in hand, unless he can be told to leave it
-            self._have(nbytes, deadline, SCRATCH_BYTES)
+            self._have(nbytes, deadline, _SCRATCH_BYTES)
         if landing.owned:
             self._rest_of_rows(place, deadline)
         else:
@@ -396,11 +400,11 @@ class Connection:
         kept = self._end - self._start
         if kept == 0:
             self._start = self._end = 0
-        elif self._start > SCRATCH_BYTES // 2:
+        elif self._start > _SCRATCH_BYTES // 2:
             self._scratch[:kept] = bytes(self._scratch[self._start : self._end])
             self._start, self._end = 0, kept
         while self._end - self._start < nbytes:
-            stop = min(self._start + max(nbytes, at_once), SCRATCH_BYTES)
+            stop = min(self._start + max(nbytes, at_once), _SCRATCH_BYTES)
             self._end += self._received([self._scratch[self._end : stop]], deadline)
             if self._end - self._start < nbytes:
                 self._allow(deadline)  # however little comes, and however often
@@ -425,10 +429,10 @@ class Connection:
             try:
                 count = self._socket.recvmsg_into(places, 0, flags)[0]
             except BlockingIOError as error:  # time is up, as the system counts it
-                silent = self._limit_s >= SILENCE_S
+                silent = self._limit_s >= _SILENCE_S
                 self._allow(deadline)
                 if silent:
-                    text = f"{self._target} sent nothing for {SILENCE_S:g} s"
+                    text = f"{self._target} sent nothing for {_SILENCE_S:g} s"
                     raise SilentError(text) from error
                 continue
             if not count:
@@ -443,11 +447,11 @@ class Connection:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
-        wait = min(remaining, SILENCE_S)
+        wait = min(remaining, _SILENCE_S)
         # By the system's own clock a wait takes one call; Python's timeouts take two. To set it takes another, so what
         # was set is left where it is near enough: nothing is settled later than a few milliseconds.
         if not wait <= self._limit_s <= wait + 0.005:
-            self._limit_s = min(1.05 * remaining, remaining + 0.005, SILENCE_S)
+            self._limit_s = min(1.05 * remaining, remaining + 0.005, _SILENCE_S)
             seconds, rest = divmod(max(1, round(self._limit_s * 1e6)), 1_000_000)
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, rest))

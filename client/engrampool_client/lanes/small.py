@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from engrampool_client.errors import DeadlineError, PoolError, ProtocolError
-from engrampool_client.lanes.connection import SCRATCH_BYTES, SILENCE_S, Connection
+from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.sent import Came
@@ -46,7 +46,7 @@ class SmallRequest:
         self._state = np.zeros(receive.STATE_WORDS, np.int64)
         # An answer of one frame a layer, as servers send it.
         self._whole = self._nbytes + len(layers) * frames.HEADER.size + frames.HEADER.size + frames.TIMES.size
-        self.small = self._whole <= SCRATCH_BYTES // 2
+        self.small = self._whole <= connection.memory.size // 2
         self._came, self._heard_at = 0, connection.asked_at
         self._silent, self._turn = False, connection.turn
 
@@ -82,10 +82,9 @@ class SmallRequest:
     def _why(self, got: int) -> Came:
         state, connection = self._state, self._connection
         if got == receive.LATER:
-            now = time.monotonic()
             if state[receive.CAME] > self._came:
-                self._came, self._heard_at = int(state[receive.CAME]), now
-            self._silent = now - self._heard_at >= SILENCE_S
+                self._came, self._heard_at = int(state[receive.CAME]), time.monotonic()
+            self._silent = connection.silent(self._heard_at)
             return Came.NOTHING if self._silent else Came.LATER
         if got == receive.LOST:
             return Came.NOTHING
