@@ -167,7 +167,7 @@ def by_hand(address: str) -> None:
 
             def run(ahead=ahead, connection=connection, handle=handle, copy=copy) -> bytes:
                 ids = [wire.little(of_layer) for of_layer in others.values()]
-                counts, number = [of_layer.size for of_layer in others.values()], connection._number + ahead
+                counts, number = [of_layer.size for of_layer in others.values()], connection.number + ahead
                 start = frames.lookup_start(handle, number % 2**64, 0, counts, sum(map(len, ids)))
                 os.writev(copy, [start, *ids])
                 return b"good"
