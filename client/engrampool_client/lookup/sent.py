@@ -180,6 +180,7 @@ class Sent:
         over, interrupt = False, None
         while not over:
             try:
+                self._delivery.written()
                 with self._lock:
                     if self._holder == me:
                         self._holder = 0
