@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from direct_callers import Caller, way_in
+from direct_callers import Caller, be_patient, way_in
 from engrampool_server.answer import grpc_server as server_module
 from engrampool_server.answer import peers
 from engrampool_server.answer.lookups import Lookups
@@ -145,7 +145,8 @@ def test_a_caller_that_answers_no_ping_while_a_call_is_under_way_is_cut_off(pack
         read_to_its_end(made)
 
 
-def test_the_system_looks_after_callers_of_the_direct_lane(packed):
+def test_the_system_looks_after_callers_of_the_direct_lane(packed, monkeypatch):
+    be_patient(monkeypatch)
     with running(packed) as run, Caller(way_in(run)).hello() as caller, other_end(caller.socket) as taken:
         assert taken.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60

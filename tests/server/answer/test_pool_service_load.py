@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
-from direct_callers import caller
+from direct_callers import be_patient, caller
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.hashing import TokenBatch
 from engrampool_server.answer import pool_service
@@ -80,6 +80,7 @@ def narrow(packed: Path, gate: GatherGate) -> Iterator[tuple[Running, RawPool]]:
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is given up, however long a machine that is busy lets a caller stand still."""
+    be_patient(monkeypatch)
     monkeypatch.setattr(pool_service, "PATIENCE_S", 600.0)
 
 
