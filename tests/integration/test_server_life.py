@@ -91,9 +91,12 @@ def health_of(address: str, service: str = "") -> int:
 
 
 def events(server: ServerProcess) -> list[str]:
-    """Names of the events logged, except for those of single workers; to be asked once the server has ended."""
+    """Names of the events logged; to be asked once the server has ended.
+
+    Except for those of single workers, and of how far loading came, as it says where that takes its time.
+    """
     server.wait_ended(LIMIT_S)
-    return [line["event"] for line in server.said() if line["event"] != "worker-ready"]
+    return [line["event"] for line in server.said() if line["event"] not in ("worker-ready", "loading")]
 
 
 def all_lines_are_json(server: ServerProcess) -> bool:
