@@ -24,6 +24,8 @@ from engrampool_proto.synthetic import synthetic_rows
 TOKENS = np.arange(3000, dtype=np.int32) * 40
 FEW = TOKENS[:4]
 BEGUN = b"begun "
+# However long this machine stands still.
+PATIENCE = {"timeout_s": 60.0, "connect_timeout_s": 60.0}
 LANES = {
     "grpc": {"direct": "off", "attach": "off"},
     "direct": {"attach": "off", "cache_bytes": 1 << 20},
@@ -77,7 +79,7 @@ def told(packed: str) -> None:
 def told_by(address: str, settings: dict[str, Any]) -> None:
     from server_fixtures import GatherGate
 
-    with pytest.MonkeyPatch.context() as monkeypatch, Client(address, timeout_s=60.0, **settings) as client:
+    with pytest.MonkeyPatch.context() as monkeypatch, Client(address, **PATIENCE, **settings) as client:
         gate = GatherGate(monkeypatch)
         there = client.prefetch(FEW)
         there.wait()
@@ -122,7 +124,7 @@ def orphan(packed: str) -> None:
 
     with pytest.MonkeyPatch.context() as monkeypatch, running(Path(packed)) as server:
         gate = GatherGate(monkeypatch)
-        client = Client(server.address, attach="off", timeout_s=60.0)
+        client = Client(server.address, attach="off", **PATIENCE)
         step = client.prefetch(TOKENS)
         gate.wait_begun(1)
         wanted = expected(client.spec, TOKENS)[14]
@@ -140,11 +142,11 @@ def orphan(packed: str) -> None:
 
 def own(address: str) -> None:
     """A child has a client of its own, and ends as processes do."""
-    with Client(address, attach="off") as client:
+    with Client(address, attach="off", **PATIENCE) as client:
         assert client.direct
 
         def run() -> bytes:
-            with Client(address, attach="off") as own:
+            with Client(address, attach="off", **PATIENCE) as own:
                 return b"good" if np.array_equal(own.lookup(FEW)[1], expected(own.spec, FEW)[1]) else b"wrong rows"
 
         assert child(run) == b"good"
@@ -153,7 +155,7 @@ def own(address: str) -> None:
 
 def by_hand(address: str) -> None:
     """A child asks on its parent's connection, past all that keeps it from that: no row of its own is the parent's."""
-    with Client(address, attach="off") as client:
+    with Client(address, attach="off", **PATIENCE) as client:
         spec = client.spec
         good, others = expected(spec, FEW), spec.hash(TokenBatch.of(TOKENS[4:8]))
         native = client._shards.sets[0].replicas[0]._native
@@ -186,7 +188,7 @@ def garbage(address: str) -> None:
             told.append(os.getpid())
 
     told: list[int] = []
-    with Client(address, attach="off"):
+    with Client(address, attach="off", **PATIENCE):
         for collects in (True, False):
             (gc.enable if collects else gc.disable)()
             loud = Loud()
@@ -210,7 +212,7 @@ def garbage(address: str) -> None:
 
 def recording(address: str, path: str) -> None:
     """A recording is the parent's alone: two lookups of FEW are in it, whatever children do between them."""
-    with Client(address, attach="off", record=path) as client:
+    with Client(address, attach="off", record=path, **PATIENCE) as client:
         client.lookup(FEW)
 
         def run() -> bytes:

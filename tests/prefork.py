@@ -169,6 +169,8 @@ def _comparable(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in ("PYTEST_CURRENT_TEST", "RAY_CLIENT_MODE")}
 
 
+# For whatever tests start, in either way: a worker that stands still on a machine that is busy is not taken to hang.
+os.environ["ENGRAMPOOL_WORKER_TIMEOUT_S"] = "600"
 # The one of this process of tests.
 PREFORK = Prefork()
 

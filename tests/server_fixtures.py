@@ -60,6 +60,8 @@ SPEC = ModelSpec(
 )
 # After so long something hangs. Whatever has to be over before is held to that by other means.
 LIMIT_S = 60.0
+# Of a client: whether lookups are answered is not a matter of how soon this machine goes on, or starts a process.
+PATIENCE = {"timeout_s": LIMIT_S, "retry_s": LIMIT_S, "connect_timeout_s": LIMIT_S}
 IS_CI = os.environ.get("CI") == "true"
 
 
