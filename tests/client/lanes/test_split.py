@@ -13,6 +13,7 @@ import sweep
 from engrampool_client.errors import DeadlineError, StepCancelledError
 from engrampool_client.lanes import split
 from engrampool_client.lanes.split import SideBySide
+from engrampool_client.lookup import workers
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.workers import Workers
 
@@ -20,7 +21,9 @@ LIMIT_S = 30
 
 
 @pytest.fixture
-def threads():
+def threads(monkeypatch):
+    for module in (split, workers):  # no part is left as its thread stands still for a moment
+        monkeypatch.setattr(module, "HELD_S", LIMIT_S)
     threads = Workers(1, "test")
     yield threads
     threads.close()
