@@ -9,13 +9,14 @@ import gc
 import os
 import signal
 import sys
-from pathlib import Path
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engrampool_client import AsyncClient, Client, ForkedError, ProtocolError
+from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
@@ -67,24 +68,24 @@ def forked(run) -> tuple[bytes, int]:
     return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def until_asking(client: Client, count: int) -> None:
+    """Wait until so many steps have a place."""
+    while client.status()["steps"]["asking"] != count:
+        time.sleep(0.005)
+
+
 def told(packed: str) -> None:
     """A child is told that the client is its parent's, and takes nothing from it, whatever lane lookups go by."""
-    from server_fixtures import running  # only here, as that takes seconds to import
-
-    with running(Path(packed)) as server:
+    with serve_process(packed, workers=1) as server:
         for settings in LANES.values():
-            told_by(server.address, settings)
+            told_by(server, settings)
 
 
-def told_by(address: str, settings: dict[str, Any]) -> None:
-    from server_fixtures import GatherGate
-
-    with pytest.MonkeyPatch.context() as monkeypatch, Client(address, **PATIENCE, **settings) as client:
-        gate = GatherGate(monkeypatch)
+def told_by(server: ServerProcess, settings: dict[str, Any]) -> None:
+    with Client(server.address, **PATIENCE, **settings) as client:
         there = client.prefetch(FEW)
         there.wait()
-        step = client.prefetch(TOKENS)
-        gate.wait_begun(1)
+        until_asking(client, 0)
 
         def run() -> bytes:
             asks = [
@@ -111,8 +112,10 @@ def told_by(address: str, settings: dict[str, Any]) -> None:
             client.close()
             return b"good" if good else repr(refused).encode()
 
-        assert child(run) == b"good"
-        gate.open.set()
+        with server.frozen():
+            step = client.prefetch(TOKENS)
+            until_asking(client, 1)
+            assert child(run) == b"good"
         assert np.array_equal(step.rows(14), expected(client.spec, TOKENS)[14])
         assert client.stats.retries == 0
         assert np.array_equal(client.lookup(FEW)[1], expected(client.spec, FEW)[1])
@@ -120,33 +123,30 @@ def told_by(address: str, settings: dict[str, Any]) -> None:
 
 def orphan(packed: str) -> None:
     """A child is told so, too, by a step whose client nobody refers to any more."""
-    from server_fixtures import GatherGate, running
-
-    with pytest.MonkeyPatch.context() as monkeypatch, running(Path(packed)) as server:
-        gate = GatherGate(monkeypatch)
+    with serve_process(packed, workers=1) as server:
         client = Client(server.address, attach="off", **PATIENCE)
-        step = client.prefetch(TOKENS)
-        gate.wait_begun(1)
         wanted = expected(client.spec, TOKENS)[14]
-        del client
+        with server.frozen():
+            step = client.prefetch(TOKENS)
+            until_asking(client, 1)
+            del client
 
-        def run() -> bytes:
-            with pytest.raises(ForkedError):
-                step.rows(14)
-            return b"good"
+            def run() -> bytes:
+                with pytest.raises(ForkedError):
+                    step.rows(14)
+                return b"good"
 
-        assert child(run) == b"good"
-        gate.open.set()
+            assert child(run) == b"good"
         assert np.array_equal(step.rows(14), wanted)
 
 
 def own(address: str) -> None:
     """A child has a client of its own, and ends as processes do."""
-    with Client(address, attach="off", **PATIENCE) as client:
+    with Client(address, attach="off") as client:
         assert client.direct
 
         def run() -> bytes:
-            with Client(address, attach="off", **PATIENCE) as own:
+            with Client(address, attach="off") as own:
                 return b"good" if np.array_equal(own.lookup(FEW)[1], expected(own.spec, FEW)[1]) else b"wrong rows"
 
         assert child(run) == b"good"
@@ -155,7 +155,7 @@ def own(address: str) -> None:
 
 def by_hand(address: str) -> None:
     """A child asks on its parent's connection, past all that keeps it from that: no row of its own is the parent's."""
-    with Client(address, attach="off", **PATIENCE) as client:
+    with Client(address, attach="off") as client:
         spec = client.spec
         good, others = expected(spec, FEW), spec.hash(TokenBatch.of(TOKENS[4:8]))
         native = client._shards.sets[0].replicas[0]._native
@@ -188,7 +188,7 @@ def garbage(address: str) -> None:
             told.append(os.getpid())
 
     told: list[int] = []
-    with Client(address, attach="off", **PATIENCE):
+    with Client(address, attach="off"):
         for collects in (True, False):
             (gc.enable if collects else gc.disable)()
             loud = Loud()
@@ -212,7 +212,7 @@ def garbage(address: str) -> None:
 
 def recording(address: str, path: str) -> None:
     """A recording is the parent's alone: two lookups of FEW are in it, whatever children do between them."""
-    with Client(address, attach="off", record=path, **PATIENCE) as client:
+    with Client(address, attach="off", record=path) as client:
         client.lookup(FEW)
 
         def run() -> bytes:

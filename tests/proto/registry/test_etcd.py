@@ -204,7 +204,7 @@ def test_another_server_listens():
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            registry = Registry(f"etcd://127.0.0.1:{server.server_port}")
+            registry = Registry(f"etcd://127.0.0.1:{server.server_port}", timeout_s=LIMIT_S)
             while bodies:
                 with pytest.raises(RegistryError, match="answers otherwise than etcd"):
                     registry.read()
@@ -212,7 +212,7 @@ def test_another_server_listens():
             # As an etcd that stops tells who watches.
             bodies.append(b'{"error": {"grpc_code": 14, "http_code": 503}}')
             with pytest.raises(RegistryError, match="broke the connection off"):
-                EtcdClient(registry.url, 2.0).watch()
+                EtcdClient(registry.url, LIMIT_S).watch()
         finally:
             server.shutdown()
             thread.join()
@@ -731,7 +731,7 @@ def test_a_name_that_is_no_host_is_said_to_be_none():
 def test_a_port_that_is_not_etcds_for_clients_is_said_to_be_none(etcd):
     def read(port: int) -> None:
         with pytest.raises(RegistryError, match=f"127.0.0.1:{port} is no etcd, or not its port for clients: it "):
-            Registry(f"etcd://127.0.0.1:{port}").read()
+            Registry(f"etcd://127.0.0.1:{port}", timeout_s=LIMIT_S).read()
 
     read(int(etcd.peers.rpartition(":")[2]))
     # One that speaks another protocol, as ours does.
