@@ -1,7 +1,6 @@
 """Answers received by compiled loops: bit by bit, whatever comes, and not a byte elsewhere than where rows belong."""
 
 import socket
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -87,7 +86,7 @@ def model(sent: bytes, layers: Sequence[tuple[int, int, int]]) -> tuple[list[int
 
 @st.composite
 def answers(draw: st.DrawFn) -> list[tuple[int, int, int]]:
-    """An answer in frames of any size, the layers in any order, each layer's rows as they follow: place, start, stop."""
+    """Frames of any size, the layers in any order, each layer's rows as they follow: (place, start, stop) of each."""
     left = []
     for place, (_, count, _) in enumerate(LAYERS):
         bounds = sorted({0, count} | draw(st.sets(st.integers(1, count - 1), max_size=4)))
@@ -217,7 +216,7 @@ def test_an_end_too_early_and_rows_of_a_layer_that_is_whole_are_odd(odd):
 
 
 @given(st.binary(max_size=300), st.sets(st.integers(1, 300), max_size=3))
-@example(struct.pack("<IIQQQ", frames.ROWS, 2**32 - 1, NUMBER, 2**64 - 1, 2**64 - 1), set())
+@example(frames.HEADER.pack(frames.ROWS, 2**32 - 1, NUMBER, 2**64 - 1, 2**64 - 1), set())
 def test_bytes_that_are_no_frames_write_nothing(sent, splits):
     with receiving() as made:
         said, _ = model(sent, LAYERS)
@@ -225,15 +224,29 @@ def test_bytes_that_are_no_frames_write_nothing(sent, splits):
         assert all((rows == FILL).all() for rows in made.rows)
 
 
+def is_over(came: bytes, nbytes: int) -> bool:
+    """Whether a frame is among it that is neither one of rows nor the end where that belongs."""
+    at = 0
+    while at != nbytes - len(END) and len(came) - at >= frames.HEADER.size:
+        kind, _, _, _, body = frames.HEADER.unpack_from(came, at)
+        if kind != frames.ROWS or body > nbytes:
+            return True
+        at += frames.HEADER.size + body
+    return False
+
+
 @given(
-    nbytes=st.sampled_from([1, 31, 32, 100, BUFFER]),
-    sent=st.binary(max_size=200),
-    more=st.integers(0, BUFFER),
+    nbytes=st.sampled_from([1, 31, 32, 100, 2 * 32 + 60 + 20 + 56, BUFFER]),
+    sent=st.lists(st.sampled_from([(frames.ROWS, 20), (frames.ROWS, 60), (frames.END, 24), (frames.REFUSED, 40)])),
     splits=st.sets(st.integers(1, 5000), max_size=6),
     ends=st.booleans(),
 )
-def test_so_many_bytes_are_received_into_the_buffer(nbytes, sent, more, splits, ends):
-    sent = struct.pack("<I", frames.ROWS) + sent + bytes(more)
+@example(BUFFER, [(frames.ROWS, 2**63)], set(), False)
+@example(BUFFER, [(frames.ROWS, 2**64 - 32)], set(), False)
+@example(140 + 56, [(frames.ROWS, 60), (frames.ROWS, 20), (frames.END, 24)], {60, 190}, False)
+def test_so_many_bytes_are_received_into_the_buffer_unless_fewer_may_come(nbytes, sent, splits, ends):
+    """Frames of these kinds and sizes come, of whatever request."""
+    sent = b"".join(frames.HEADER.pack(kind, 2, 1, 0, body) + bytes(min(body, 100)) for kind, body in sent)
     with receiving() as made:
 
         def fill() -> int:
@@ -242,6 +255,7 @@ def test_so_many_bytes_are_received_into_the_buffer(nbytes, sent, more, splits, 
             return got
 
         bounds = sorted({0, len(sent)} | {split for split in splits if split < len(sent)})
+        over = False
         for start, stop in pairwise(bounds):
             made.theirs.sendall(sent[start:stop])
             got = fill()
@@ -249,10 +263,11 @@ def test_so_many_bytes_are_received_into_the_buffer(nbytes, sent, more, splits, 
             assert came == made.state[receive.END] <= min(stop, BUFFER)
             assert made.buffer[:came].tobytes() == sent[:came]
             assert (made.buffer[came:] == FILL).all()
-            assert got == (1 if came >= nbytes else receive.LATER)
-        if ends:
+            over = came >= nbytes or is_over(sent[:came], nbytes)
+            assert got == (1 if over else receive.LATER)
+            if over:
+                break
+        if ends and not over:
             made.theirs.close()
-            while (got := fill()) == receive.LATER:
-                continue
-            assert got == (1 if len(sent) >= nbytes else receive.LOST)
+            assert fill() == receive.LOST
         assert all((rows == FILL).all() for rows in made.rows)
