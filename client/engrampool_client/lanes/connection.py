@@ -270,16 +270,17 @@ class Connection:
                 self.turn = -1
                 self.shut()
 
-    def end(self, start: int, end: int) -> wire.ServerTimes | None:
+    def end(self, start: int, end: int, whole: bool) -> wire.ServerTimes | None:
         """Take in the frame at `start` of what was received up to `end`, the answer's last; None if it is a refusal.
 
-        Raises ProtocolError, another PoolError where the server refuses all that follows, OSError.
+        whole: whether all rows came before it. Raises ProtocolError, another PoolError where the server refuses all
+        that follows, OSError.
         """
         self._start, self._end = start, end
         deadline = time.monotonic() + _SILENCE_S
         kind, _, _, nbytes = self._header(deadline, _HEADER_BYTES)
         times = None
-        if kind == frames.END and nbytes == frames.TIMES.size:
+        if kind == frames.END and nbytes == frames.TIMES.size and whole:
             times = wire.ServerTimes(*frames.TIMES.unpack(self._body(nbytes, deadline)))
         elif kind == frames.REFUSED:
             self._body(nbytes, deadline)

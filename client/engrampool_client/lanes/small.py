@@ -46,21 +46,23 @@ class SmallRequest:
         self._state = np.zeros(receive.STATE_WORDS, np.int64)
         # An answer of one frame a layer, as servers send it.
         self._whole = self._nbytes + len(layers) * frames.HEADER.size + frames.HEADER.size + frames.TIMES.size
-        self.small = self._whole <= connection.memory.size // 2
+        self._waits = self.small = self._whole <= connection.memory.size // 2
         self._came, self._heard_at = 0, connection.asked_at
         self._silent, self._turn = False, connection.turn
 
     def ready(self, until: float, spin_s: float) -> Came | None:
         """Wait for a small answer; None if `take` is to follow. until: by time.monotonic."""
         state = self._state
-        if not self.small or state[receive.CAME] >= self._whole:
+        if not self._waits:
             return None
         connection, begin = self._connection, time.perf_counter()
-        spin_s = spin_s if connection.quick else 0.0
-        until_ns, spin_ns = int(until * _SECOND_NS), int(spin_s * _SECOND_NS)
+        until_ns, spin_ns = int(until * _SECOND_NS), int(spin_s * _SECOND_NS) if connection.quick else 0
         got = receive.fill(connection.fileno(), connection.memory, state, self._whole, until_ns, spin_ns)
         connection.quick = time.perf_counter() - begin < 2 * spin_s
-        return None if got == 1 else self._why(got)
+        if got != 1:
+            return self._why(got)
+        self._waits = False
+        return None
 
     def take(self, until: float, spin_s: float) -> "int | Came":
         """Have rows come where they belong until a layer is whole, and give its place; or what else there is to say.
@@ -89,7 +91,7 @@ class SmallRequest:
         if got == receive.LOST:
             return Came.NOTHING
         try:
-            self.times = connection.end(int(state[receive.START]), int(state[receive.END]))
+            self.times = connection.end(int(state[receive.START]), int(state[receive.END]), got == receive.ANSWERED)
         except ProtocolError:
             raise
         except (PoolError, OSError):
@@ -125,7 +127,7 @@ class SmallRequest:
             self._layers[place, receive.ADDRESS] = rows.__array_interface__["data"][0]
         came: int | Came = Came.LATER
         try:
-            while time.monotonic() < until and not (came is Came.ALL or came is Came.NOTHING):
+            while self._connection.answering and came is not Came.NOTHING and time.monotonic() < until:
                 came = self.take(until, 0.0)
         except PoolError:
             pass

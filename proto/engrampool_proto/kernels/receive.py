@@ -62,9 +62,11 @@ def _more(fd: Any, buffer: Any, state: Any, until: Any, spin_ns: Any) -> Any:
 def fill(fd: Any, buffer: Any, state: Any, nbytes: Any, until: Any, spin_ns: Any) -> int:
     """Receive until so many bytes lie in the buffer, from its beginning on, and write nothing elsewhere.
 
-    Gives 1, LATER or LOST. Only before `take`. nbytes: no more than the buffer has.
+    Gives 1, LATER or LOST; 1 also where frames of rows are followed by another one than the end that belongs there, as
+    no more may come. Only before `take`. nbytes: of the answer, no more than the buffer has.
     """
-    scratch = state[SCRATCH:]
+    scratch, last = state[SCRATCH:], nbytes - _END_BYTES
+    frame = np.int64(0)  # where the first one is that was not looked at
     while state[END] < nbytes:
         at = _U(buffer.ctypes.data) + _U(state[END])
         got = receive_some(fd, at, buffer.size - state[END], until, spin_ns, scratch)
@@ -72,6 +74,11 @@ def fill(fd: Any, buffer: Any, state: Any, nbytes: Any, until: Any, spin_ns: Any
             return LOST if got == ENDED else LATER
         state[END] += got
         state[CAME] += got
+        while frame != last and frame + _HEADER <= state[END]:
+            body = _word(buffer, frame + 24)
+            if _word(buffer, frame) & _U(0xFFFFFFFF) != _U(frames.ROWS) or body > _U(nbytes):
+                return 1
+            frame += _HEADER + np.int64(body)
         if state[END] < nbytes and now(scratch) >= until:  # however little comes, and however often
             return LATER
     return 1
