@@ -3,6 +3,9 @@
 That process is this file as a program. A message tells it of each fork the arguments, the directory and the network,
 and has the standard streams with it, and a pipe for the fork's process id and, at last, its exit code. A fork goes on
 as the program itself: nothing is left to it of the tests, or of what tests set up in their own process.
+
+A test may change a server by a sitecustomize.py, which a fork runs before the program. It comes after the imports then:
+what a module imported by name from another one stays as it was.
 """
 
 import atexit
@@ -113,11 +116,13 @@ class Prefork:
         finally:
             os.close(writer)
 
-    def run(self, command: Sequence[str], timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, command: Sequence[str], timeout: float = 300, environ: Mapping[str, str] = os.environ
+    ) -> "subprocess.CompletedProcess[str]":
         """As subprocess.run, with its output captured as text."""
-        request = self._request(command, os.environ)
+        request = self._request(command, environ)
         if request is None:
-            return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+            return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environ)
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             fork = Fork(self._fork(request, (0, stdout.fileno(), stderr.fileno())), None)
             try:
@@ -135,9 +140,22 @@ class Prefork:
         network, words = "", tuple(command)
         if words[0] == _IN_NETWORK[0] and words[1].startswith(_IN_NETWORK[1]):
             network, words = words[1].removeprefix(_IN_NETWORK[1]), words[2:]
-        if not self.is_on or words[: len(_PROGRAM)] != _PROGRAM or _comparable(environ) != self._environ:
+        changed = self._changed(_comparable(environ))
+        if not self.is_on or words[: len(_PROGRAM)] != _PROGRAM or changed is None:
             return None
-        return json.dumps([words[len(_PROGRAM) :], str(Path.cwd()), network]).encode()
+        return json.dumps([words[len(_PROGRAM) :], str(Path.cwd()), network, changed]).encode()
+
+    def _changed(self, environ: Mapping[str, str]) -> dict[str, str] | None:
+        """Variables that a fork is to have otherwise; None where that would come too late for it."""
+        changed = {name: value for name, value in environ.items() if self._environ.get(name) != value}
+        known = all(name == "PYTHONPATH" or name.startswith("TEST_") for name in changed)
+        if not known or self._environ.keys() - environ.keys():
+            return None
+        if "PYTHONPATH" in changed:
+            first, _, others = changed["PYTHONPATH"].partition(os.pathsep)
+            if others != self._environ.get("PYTHONPATH", "") or not Path(first, "sitecustomize.py").is_file():
+                return None
+        return changed
 
     def _fork(self, request: bytes, streams: Sequence[int]) -> int:
         """Ask for a fork with these standard streams. Gives the pipe that tells of it."""
@@ -210,7 +228,7 @@ def _tell(status: int, number: int) -> None:
 
 
 def _become(request: Any, streams: Sequence[int]) -> list[str]:
-    words, directory, network = request
+    words, directory, network, changed = request
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
@@ -220,6 +238,11 @@ def _become(request: Any, streams: Sequence[int]) -> list[str]:
         with Path(network).open() as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
+    os.environ |= changed
+    if "PYTHONPATH" in changed:
+        sys.path.insert(0, changed["PYTHONPATH"].partition(os.pathsep)[0])
+        sys.modules.pop("sitecustomize", None)  # some systems have one
+        importlib.import_module("sitecustomize")
     return words
 
 
