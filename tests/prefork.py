@@ -148,7 +148,7 @@ class Prefork:
     def _changed(self, environ: Mapping[str, str]) -> dict[str, str] | None:
         """Variables that a fork is to have otherwise; None where that would come too late for it."""
         changed = {name: value for name, value in environ.items() if self._environ.get(name) != value}
-        known = all(name == "PYTHONPATH" or name.startswith("TEST_") for name in changed)
+        known = all(name == "PYTHONPATH" or name.startswith(("TEST_", "AWS_")) for name in changed)
         if not known or self._environ.keys() - environ.keys():
             return None
         if "PYTHONPATH" in changed:
