@@ -1,5 +1,7 @@
 """The program `engrampool` as a fork of a process that has imported it: most of what its start costs is its imports.
 
+Or a script that uses our packages, by its path.
+
 That process is this file as a program. A message tells it of each fork the arguments, the directory and the network,
 and has the standard streams with it, and a pipe for the fork's process id and, at last, its exit code. A fork goes on
 as the program itself: nothing is left to it of the tests, or of what tests set up in their own process.
@@ -30,7 +32,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_PROGRAM = (sys.executable, "-m", "engrampool_proto")
+_MODULE = "engrampool_proto"
+_PROGRAM = (sys.executable, "-m", _MODULE)
 # What it imports, some of it not before it is needed.
 _IMPORTS = (
     "engrampool_proto.cli",
@@ -44,6 +47,9 @@ _IMPORTS = (
     "engrampool_server.files.verify",
     "etcd3gw.client",
     "tokenizers",
+    "engrampool_client.client",
+    "engrampool_client.commands",
+    "engrampool_client.compute.compiled",
 )
 _IN_NETWORK = ("nsenter", "--net=")
 _CLONE_NEWNET = 0x40000000
@@ -141,9 +147,10 @@ class Prefork:
         if words[0] == _IN_NETWORK[0] and words[1].startswith(_IN_NETWORK[1]):
             network, words = words[1].removeprefix(_IN_NETWORK[1]), words[2:]
         changed = self._changed(_comparable(environ))
-        if not self.is_on or words[: len(_PROGRAM)] != _PROGRAM or changed is None:
+        is_script = words[0] == sys.executable and words[1].endswith(".py")
+        if not self.is_on or not (is_script or words[: len(_PROGRAM)] == _PROGRAM) or changed is None:
             return None
-        return json.dumps([words[len(_PROGRAM) :], str(Path.cwd()), network, changed]).encode()
+        return json.dumps([words[1 if is_script else 2 :], str(Path.cwd()), network, changed]).encode()
 
     def _changed(self, environ: Mapping[str, str]) -> dict[str, str] | None:
         """Variables that a fork is to have otherwise; None where that would come too late for it."""
@@ -255,10 +262,14 @@ def main() -> None:
     gc.freeze()
     words = _fork_until_end(requests)
     if words is not None:
+        sys.argv = words
+        if words[0] != _MODULE:
+            sys.path.insert(0, str(Path(words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+            return
         sys.path.insert(0, str(Path.cwd()))  # as -m does
-        sys.argv = ["", *words]
         try:
-            runpy.run_module("engrampool_proto", run_name="__main__", alter_sys=True)
+            runpy.run_module(_MODULE, run_name="__main__", alter_sys=True)
         except SystemExit as ended:
             # As the interpreter does, but for freeing one module after the other, which takes a third of a start.
             atexit._run_exitfuncs()
