@@ -91,7 +91,7 @@ class Asker:
                     again = client.lookup(tokens)
                     assert all(np.array_equal(again[layer], first[layer]) for layer in SPEC.layers)
                     self.answers += 1
-                    self._stop.wait(0.005)  # others need the processor, too
+                    self._stop.wait(0.02)  # others need the processor, too
         except BaseException as error:
             self.error = error
 

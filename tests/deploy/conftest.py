@@ -1,5 +1,6 @@
 """A small packed model, a real server that holds it, and lookups of every kind that the dashboard shows."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -109,8 +110,11 @@ HEALTH = Path(__file__).parents[2] / "deploy/healthcheck.py"
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Iterator[Containers]:
     """Where containers can be started."""
+    base = tmp_path_factory.getbasetemp()
+    # Processes that share the tests have folders of their own in one of the run.
+    packages = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packages"
     try:
-        with containers(tmp_path_factory.mktemp("containers")) as made:
+        with containers(tmp_path_factory.mktemp("containers"), packages) as made:
             yield made
     except NotPermittedError as error:
         lacking(f"no containers of namespaces: {error}")

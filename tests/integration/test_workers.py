@@ -28,6 +28,7 @@ from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec, TableSpec
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.files.table_writer import write_tables
+from prefork import PREFORK
 from server_fixtures import (
     LIMIT_S,
     PATIENCE,
@@ -438,9 +439,7 @@ def test_a_start_whose_workers_end_fails_with_one_line(packed, crashing):
     environ, flag = crashing
     flag.touch()
     command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--listen=127.0.0.1:0"]
-    done = subprocess.run(
-        [*command, "--metrics=127.0.0.1:0"], env={**os.environ, **environ}, capture_output=True, text=True, timeout=300
-    )
+    done = PREFORK.run([*command, "--metrics=127.0.0.1:0"], environ={**os.environ, **environ})
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert re.fullmatch(r"engrampool: worker \d+ ended before it was ready: exit code 3", last)

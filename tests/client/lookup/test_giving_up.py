@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from engrampool_client.lookup.plan import EntriesPlan
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from forks import FEW, TOKENS, expected
+from prefork import PREFORK
 from server_fixtures import LIMIT_S, GatherGate, at_work, direct_of, eventually, running
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -299,14 +299,7 @@ def test_a_client_may_be_closed_in_callbacks_and_beside_them(server, lane, kept)
 
 def run_forks(*arguments: object) -> None:
     """Run a scenario of forks.py in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, forks.__file__, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = PREFORK.run([sys.executable, forks.__file__, *map(str, arguments)], timeout=150)
     assert done.stdout == "good\n", done.stderr
 
 
