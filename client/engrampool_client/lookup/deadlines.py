@@ -104,7 +104,13 @@ class Deadlines:
             while due:
                 self._expire(due.pop())
             while alone:
-                alone.pop().attend()
+                self._attend(alone.pop())
+
+    def _attend(self, delivery: Delivery) -> None:
+        try:
+            delivery.attend()
+        except Exception:  # it has its deadline
+            _log.exception("a lookup that nobody waits for could not be attended to")
 
     def _expire(self, delivery: Delivery) -> None:
         if delivery in self._open:

@@ -130,9 +130,7 @@ class Sent:
         delivery = self._delivery
         while not (self._ended or delivery.given_up or enough()):
             now = time.monotonic()
-            if now >= until:
-                return
-            came = self._come(min(until, now + _SLICE_S))
+            came = self._come(min(until, now + _SLICE_S))  # what is there is taken, even if there is no time to wait
             if isinstance(came, int):
                 layer, rows = self._rows[came]
                 delivery.arrived({layer: rows})
@@ -140,10 +138,14 @@ class Sent:
                 whole = len(delivery.rows) == len(delivery.layers)
                 came = self._come(0.0) if whole and not self._ended else Came.LATER
             if came is Came.ALL:
+                # One that came before, as this thread was interrupted, was not handed over yet.
+                delivery.arrived({layer: rows for layer, rows in self._rows if layer not in delivery.rows})
                 delivery.end(None, self._request.times)
                 return
             if came is Came.NOTHING:
                 self._pass_on()
+                return
+            if now >= until:
                 return
 
     def _come(self, until: float) -> int | Came:
@@ -162,12 +164,12 @@ class Sent:
     def _pass_on(self) -> None:
         """Have what is missing come by other ways, unless nobody wants it."""
         delivery = self._delivery
-        with self._lock:
-            if self._ended or delivery.given_up:
-                return
-            self._ended = True
-            self._ends[0] = _nothing  # what it is to let go of goes on being used
         try:
+            with self._lock:
+                if self._ended or delivery.given_up:
+                    return
+                self._ended = True
+                self._ends[0] = _nothing  # what it is to let go of goes on being used
             delivery.receiver = None
             self._again()
         except BaseException as error:

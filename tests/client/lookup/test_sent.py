@@ -214,6 +214,23 @@ def test_who_is_told_or_looks_need_not_wait(client, look):
     at_rest(client)
 
 
+@pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
+def test_who_asks_again_and_again_without_waiting_gets_the_rows(client, monkeypatch, tokens):
+    monkeypatch.setattr("engrampool_client.lookup.sent._ALONE_S", 600.0)
+    step, found = client.prefetch(tokens, timeout_s=600.0), {}
+
+    def came(layer: int) -> bool:
+        with suppress(DeadlineError):
+            found[layer] = step.rows(layer, 0.0)
+        return layer in found
+
+    for layer in (1, 14):
+        eventually(partial(came, layer), "its rows")
+    wanted = expected(client.spec, tokens)
+    assert all(np.array_equal(found[layer], wanted[layer]) for layer in found)
+    assert at_work(client) == (0, 0, 0)  # no thread of the client's did it
+
+
 def test_a_server_that_is_frozen_for_long_is_asked_over_another_connection(client, silent):
     with silent.frozen():
         step, found = client.prefetch(FEW, timeout_s=LIMIT_S), []
@@ -290,6 +307,9 @@ def test_ctrl_c_at_any_line_of_prefetch_and_rows_leaves_nothing_behind(client, f
             step = client.prefetch(FEW)
             step.rows(1)
             step.rows(14)
+        if step is not None:  # who is interrupted as he waits may wait again
+            with suppress(StepCancelledError):
+                assert right(client, step), interrupt.where
         del step
         gc.collect()
         eventually(lambda: at_work(client) == (0, 0, 0) and not client.stats.pending_bytes, f"after {interrupt.where}")
