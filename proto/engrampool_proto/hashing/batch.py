@@ -11,7 +11,7 @@ from engrampool_proto.errors import BatchError
 Int32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 _INT32, _BOOL = np.dtype(np.int32), np.dtype(np.bool_)
-_PLAIN = (1, 1, 2, None, None)  # dimensions, and no flags
+_NDIM = (1, 1, 2)  # of tokens, boundaries and look-back
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,9 @@ class TokenBatch:
         for array in (tokens, bounds, lookback):
             if type(array) is not np.ndarray or array.dtype is not _INT32:
                 return False
-        if (tokens.ndim, bounds.ndim, lookback.ndim, self.dead, self.lookback_dead) != _PLAIN:
+        if self.dead is not None or self.lookback_dead is not None:
+            return False
+        if (tokens.ndim, bounds.ndim, lookback.ndim) != _NDIM:
             return False
         count = bounds.size
         if not count or len(lookback) != count - 1 or bounds.item(0) or bounds.item(-1) != tokens.size:
