@@ -10,12 +10,12 @@ from typing import Any, Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import choose
 from engrampool_client.config import ClientConfig, ClientSettings, bounded_s
 from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import BatchError, PoolError, StepCancelledError
-from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.landing import Out, by_layer, check_outs, zeros
 from engrampool_client.lookup.layout import Layout

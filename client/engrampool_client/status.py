@@ -6,9 +6,9 @@ No server is asked, and no lock is taken: what is read at once may be a moment a
 from math import isfinite
 from typing import TypedDict
 
+from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import Form
 from engrampool_client.config import ClientConfig, Hashing, OnFailure
-from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.workers import Workers
 from engrampool_client.pool.endpoint import Endpoint, Lane
 from engrampool_client.pool.follower import VersionFollower

@@ -7,12 +7,11 @@ import struct
 import threading
 import time
 from contextlib import nullcontext
-from functools import lru_cache
 
-import grpc
 import numpy as np
 
-from engrampool_client.errors import PoolError, ProtocolError, from_status
+from engrampool_client.errors import ProtocolError
+from engrampool_client.lanes.answers import RefusalError, answer_layout, refusal_of
 from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, dial
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
@@ -27,23 +26,12 @@ _SCRATCH_BYTES = 256 << 10
 _MAY_BLOCK_BYTES = 64 << 10
 _TIMEVAL = struct.Struct("@ll")
 _HEADER_BYTES = frames.HEADER.size
-# Where the number is in a header: all of a small answer's headers but this is known before the request.
-_NUMBER_AT, _NUMBER_END = 8, 16
 # How a refusal begins.
 _REFUSED = frames.frame(frames.REFUSED)[:4]
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class SilentError(ConnectionError):
     """For too long nothing came, though the lookup has more time."""
-
-
-class RefusalError(Exception):
-    """The server refused the request; the connection is as good as before."""
-
-    def __init__(self, error: PoolError) -> None:
-        super().__init__()
-        self.error = error
 
 
 class Connection:
@@ -217,7 +205,7 @@ class Connection:
             elif kind == frames.END and nbytes == frames.TIMES.size:
                 break
             elif kind == frames.REFUSED:
-                refusal = _refusal(self._body(nbytes, deadline), self._target)
+                refusal = refusal_of(self._body(nbytes, deadline), self._target)
                 self._over()
                 raise RefusalError(refusal)
             else:
@@ -240,7 +228,7 @@ class Connection:
     def _all_at_once(self, exchange: Exchange) -> bool:
         """Take a small answer in, if it came as such answers do: whole, in one frame a layer. Else nothing is taken."""
         landing = exchange.landing
-        runs, end, end_at, nbytes = _answer_layout(landing.missing())
+        runs, end, end_at, nbytes = answer_layout(landing.missing())
         if (self._start, self._end) != (0, nbytes):
             return False
         scratch, number = self._scratch, self.number.to_bytes(8, "little")
@@ -382,7 +370,7 @@ class Connection:
         self._start += _HEADER_BYTES
         if number != self.number:
             if kind == frames.REFUSED and not number:
-                raise _refusal(self._body(nbytes, deadline), self._target)
+                raise refusal_of(self._body(nbytes, deadline), self._target)
             raise ProtocolError(f"{self._target}: a frame of kind {kind} answers another request")
         return kind, layer, first, nbytes
 
@@ -457,34 +445,3 @@ class Connection:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, rest))
         return remaining
-
-
-@lru_cache(maxsize=256)  # decode asks for the same few shapes over and over
-def _answer_layout(
-    runs: tuple[tuple[int, int], ...],
-) -> tuple[tuple[tuple[int, tuple[bytes, bytes], int, int, int], ...], tuple[bytes, bytes], int, int]:
-    """Where all is in an answer of one frame a run, for the (layer, bytes) of each.
-
-    Gives (layer, header, where that is, where the rows are, where they end) of each run; the header of the answer's
-    last frame, and where that begins and ends. Of a header there is what comes before the number, and what after it.
-    """
-    found, at = [], 0
-    for layer, nbytes in runs:
-        rows_at = at + _HEADER_BYTES
-        found.append((layer, _around_number(frames.rows_start(0, layer, 0, nbytes)), at, rows_at, rows_at + nbytes))
-        at = rows_at + nbytes
-    end = frames.end(0, wire.ServerTimes(0, 0, 0))
-    return tuple(found), _around_number(end), at, at + len(end)
-
-
-def _around_number(start: bytes) -> tuple[bytes, bytes]:
-    return start[:_NUMBER_AT], start[_NUMBER_END:_HEADER_BYTES]
-
-
-def _refusal(body: bytes, target: str) -> PoolError:
-    try:
-        refusal = pool_pb2.Refusal.FromString(body)
-    except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
-        raise ProtocolError(f"{target}: a refusal cannot be read: {error}") from error
-    code = _CODES.get(refusal.code, grpc.StatusCode.UNKNOWN)
-    return from_status(code, refusal.reason or None, refusal.text, target)

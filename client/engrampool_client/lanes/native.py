@@ -12,7 +12,8 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from engrampool_client.errors import DeadlineError, PoolError, StepCancelledError
-from engrampool_client.lanes.connection import Connection, RefusalError, SilentError
+from engrampool_client.lanes.answers import RefusalError
+from engrampool_client.lanes.connection import Connection, SilentError
 from engrampool_client.lanes.dial import OPEN_TIMEOUT_S
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto.errors import WireError

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import NUMPY, Form
 from engrampool_client.config import Hashing
-from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import CallersLanding, Landing, Out, hand_over

@@ -1,18 +1,17 @@
 """Lookups at work: begun as steps, planned by the version that is current, asked for, handed over, kept for later."""
 
-import gc
 import math
 import os
 import threading
 import time
-import weakref
 from contextlib import suppress
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client import forks
 from engrampool_client.config import ClientConfig, bounded_s, check_positive
 from engrampool_client.errors import (
     EngrampoolError,
@@ -245,7 +244,7 @@ class Lookups(Generic[V]):
     def open(self, spec: ModelSpec, stats: Stats, recorder: Recorder | None) -> None:
         """Be ready for lookups of that model. recorder: writes down what is asked for."""
         self._spec, self._stats, self._recorder = spec, stats, recorder
-        _open.add(self)
+        forks.watch(self)
 
     def begin(
         self,
@@ -293,10 +292,7 @@ class Lookups(Generic[V]):
                 except KeyboardInterrupt:  # once more: it must be over first
                     continue
             raise
-        rows = {}
-        for layer in step.layers:
-            rows[layer] = step.rows(layer)
-        return rows
+        return {layer: step.rows(layer) for layer in step.layers}
 
     def hint(self, batch: TokenBatch, candidates: npt.ArrayLike, chain: bool) -> bool:
         """As `Step.hint`."""
@@ -356,8 +352,7 @@ class Lookups(Generic[V]):
 
     def _step(self, query: Query, out: Out | None, timeout_s: float | None, waits: bool = False) -> Step:
         """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
-        if self.forked is not None:
-            raise self.forked
+        self.check_process()
         shapes = query.shapes(self._versions.current.planner.layout)
         if out is not None:
             check_outs(self._spec, out, shapes)
@@ -457,42 +452,3 @@ def _seconds(timeout_s: float) -> float:
     """Until a step's deadline. Raises ValueError for what is no time to wait."""
     check_positive("timeout_s", timeout_s)
     return bounded_s(timeout_s)
-
-
-# Those of this process, which a child of it must not use. Steps refer to them, and so they are here as long as any is.
-_open: "weakref.WeakSet[Lookups[Any]]" = weakref.WeakSet()
-
-
-# Forks under way, and whether garbage was collected before the first of them.
-_forking, _collects = 0, False
-
-
-def _before_fork() -> None:
-    """Collect no garbage until the child is told apart: gRPC's objects, if freed there, can end it, or have it hang."""
-    global _forking, _collects
-    if not _forking:
-        _collects = gc.isenabled()
-    _forking += 1
-    if _open:
-        gc.disable()
-
-
-def _after_fork_in_parent() -> None:
-    global _forking
-    _forking -= 1
-    if not _forking and _collects:
-        gc.enable()
-
-
-def _after_fork_in_child() -> None:
-    global _forking
-    _forking = 0
-    for lookups in list(_open):
-        lookups.leave_to_parent()
-    if _open:
-        gc.freeze()  # the parent's garbage is not the child's to collect
-    if _collects:
-        gc.enable()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -3,9 +3,9 @@
 import threading
 from pathlib import Path
 
+from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import Form
 from engrampool_client.config import ClientConfig, columns
-from engrampool_client.lookup.cache import HotRows
 from engrampool_client.lookup.layout import Layout
 from engrampool_client.lookup.plan import Planner
 from engrampool_client.lookup.served import ServedModel

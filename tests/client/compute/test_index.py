@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.compiled import CompiledIndex
 from engrampool_client.compute.forms import choose
 from engrampool_client.compute.index import WAYS, Index
-from engrampool_client.lookup.cache import HotRows
 
 # Few enough that tiny caches are asked for the same key again, with the values that an empty slot might be taken for.
 KEYS = st.sampled_from([0, -1, 1, 2**63 - 1, -(2**63), 255, *range(100, 160)])

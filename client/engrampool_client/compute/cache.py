@@ -20,10 +20,10 @@ import numpy.typing as npt
 import xxhash
 
 from engrampool_client import private_files
+from engrampool_client.compute.file_rows import FileRows, sums_of
 from engrampool_client.compute.forms import NUMPY, Form
 from engrampool_client.compute.index import NOBODY, WAYS, Groups, Index, Keys
 from engrampool_client.errors import CacheFileError
-from engrampool_client.lookup.file_rows import FileRows, sums_of
 from engrampool_proto.spec import canonical_json
 
 Bytes = npt.NDArray[np.uint8]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import CacheFileError
-from engrampool_client.lookup.cache import HotRows
+from engrampool_client.compute.cache import HotRows
 
 ENTRY = 24
 SET_BYTES = 8 * (ENTRY + 16)
