@@ -170,7 +170,7 @@ class Delivery:
 
     def attend(self) -> None:
         """Have the rows come though nobody may wait for them."""
-        if (receiver := self.receiver) is not None:
+        if (receiver := self.receiver) is not None and not self._done:
             receiver.hand_over()
 
     # --- for those who bring rows

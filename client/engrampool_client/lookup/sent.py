@@ -203,7 +203,10 @@ class Sent:
             except KeyboardInterrupt as error:  # once more: others wait for the claim
                 interrupt = error
         if interrupt is not None:
-            raise interrupt
+            try:
+                raise interrupt
+            finally:
+                interrupt = None  # or what it refers to, a step's caller say, would wait for garbage collection
 
     def _end(self) -> None:
         while self._ends:
