@@ -27,7 +27,7 @@ import numpy as np
 import peers
 import processes
 import report
-from workload import KINDS, ROW_BYTES, Batch, Rows, Workload
+from workload import KINDS, POOL_TOKENS, ROW_BYTES, Batch, Rows, Workload
 
 TOKENS = (64, 1024)
 RAW = ("raw-socket", "raw")
@@ -194,7 +194,7 @@ def main() -> None:
         ask(json.loads(options.ask))
         return
     print(f"{report.machine()}\n", flush=True)
-    workload = Workload.make(options.data, options.vocab_size)
+    workload = Workload.make(options.data, options.vocab_size, options.pool_tokens)
     records: list[dict[str, Any]] = []
     print("| system | workers | clients | tokens | GB/s | / raw socket | p50 ms | p99 ms | server CPU s/GB | client |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -238,6 +238,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=listed(int), default=list(TOKENS), help="of a lookup, comma-separated")
     parser.add_argument("--systems", type=listed(str), default=[*RAW, *SYSTEMS], help="comma-separated names")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
+    parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help=argparse.SUPPRESS)
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data = options.data.resolve()  # children run in another directory

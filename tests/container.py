@@ -6,6 +6,7 @@ namespace.
 """
 
 import contextlib
+import fcntl
 import os
 import shlex
 import shutil
@@ -124,15 +125,15 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
 @contextmanager
-def containers(directory: Path) -> Iterator[Containers]:
-    """A place for containers, with kernels compiled ahead for this processor. Raises NotPermittedError."""
+def containers(directory: Path, packages: Path) -> Iterator[Containers]:
+    """A place for containers. Raises NotPermittedError.
+
+    packages: where our packages are, with kernels compiled ahead for this processor. Whoever is the first makes it.
+    """
     programs = ("ip", "mount", "nsenter", "prlimit", "setpriv", "unshare")
     missing = [name for name in programs if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         raise NotPermittedError(f"{', '.join(missing)} not installed" if missing else "needs root")
-    packages = directory / "packages"
-    for name in ("proto", "server", "client"):
-        shutil.copytree(ROOT / name, packages / name, ignore=shutil.ignore_patterns("__pycache__", "compiled"))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(_HOLD, **pipes) as holder, contextlib.ExitStack() as stack:
         stack.callback(holder.stdin.close)
@@ -147,9 +148,23 @@ def containers(directory: Path) -> Iterator[Containers]:
         )
         if done.returncode:
             raise NotPermittedError(done.stderr.strip())
-        # And bytecode, as pip makes it: none can be written in a container.
+        _make(packages)
+        yield place
+
+
+def _make(packages: Path) -> None:
+    """Copy our packages, with compiled kernels, and bytecode as pip makes it: none can be written in a container."""
+    with packages.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of tests compiles, others wait for it
+        if packages.exists():
+            return
+        unfinished = packages.with_suffix(".unfinished")
+        for name in ("proto", "server", "client"):
+            shutil.copytree(ROOT / name, unfinished / name, ignore=shutil.ignore_patterns("__pycache__", "compiled"))
         code = "import compileall, sys; from engrampool_proto.kernels import jit; "
         code += "jit.compile_ahead(jit.level()); sys.exit(not compileall.compile_dir(sys.argv[1], quiet=1))"
-        done = place.run("-c", code, str(packages))
+        environ = {**os.environ, "PYTHONPATH": str(unfinished / "proto")}
+        command = [sys.executable, "-c", code, str(unfinished)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        yield place
+        unfinished.rename(packages)

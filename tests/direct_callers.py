@@ -8,11 +8,23 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
+from engrampool_server.answer.lane import answers, connection
+from engrampool_server.answer.lane.admission import Tickets
 from server_fixtures import LIMIT_S, Running
+
+
+def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut nobody off, and let no ticket grow old, however long a machine that is busy lets a caller stand still."""
+    monkeypatch.setattr(connection, "HELLO_S", 600.0)
+    for module in (connection, answers):
+        monkeypatch.setattr(module, "PATIENCE_S", 600.0)
+    issue = Tickets.issue
+    monkeypatch.setattr(Tickets, "issue", lambda tickets, _, peer: issue(tickets, 600.0, peer))
 
 
 def way_in(server: Running) -> pool_pb2.OpenDirectResponse:
@@ -90,6 +102,10 @@ class Caller:
     def peeks(self) -> bool:
         """Wait for the next byte, and leave it there; whether there is one."""
         return bool(self.socket.recv(1, socket.MSG_PEEK))
+
+    def is_refused(self) -> bool:
+        """Wait for the next frame, and leave it there; whether it is a refusal."""
+        return self.socket.recv(4, socket.MSG_PEEK | socket.MSG_WAITALL) == frames.REFUSED.to_bytes(4, "little")
 
     def ended(self) -> bool:
         try:

@@ -9,13 +9,14 @@ import gc
 import os
 import signal
 import sys
-from pathlib import Path
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engrampool_client import AsyncClient, Client, ForkedError, ProtocolError
+from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
@@ -24,6 +25,8 @@ from engrampool_proto.synthetic import synthetic_rows
 TOKENS = np.arange(3000, dtype=np.int32) * 40
 FEW = TOKENS[:4]
 BEGUN = b"begun "
+# However long this machine stands still.
+PATIENCE = {"timeout_s": 60.0, "connect_timeout_s": 60.0}
 LANES = {
     "grpc": {"direct": "off", "attach": "off"},
     "direct": {"attach": "off", "cache_bytes": 1 << 20},
@@ -65,24 +68,24 @@ def forked(run) -> tuple[bytes, int]:
     return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def until_asking(client: Client, count: int) -> None:
+    """Wait until so many steps have a place."""
+    while client.status()["steps"]["asking"] != count:
+        time.sleep(0.005)
+
+
 def told(packed: str) -> None:
     """A child is told that the client is its parent's, and takes nothing from it, whatever lane lookups go by."""
-    from server_fixtures import running  # only here, as that takes seconds to import
-
-    with running(Path(packed)) as server:
+    with serve_process(packed, workers=1) as server:
         for settings in LANES.values():
-            told_by(server.address, settings)
+            told_by(server, settings)
 
 
-def told_by(address: str, settings: dict[str, Any]) -> None:
-    from server_fixtures import GatherGate
-
-    with pytest.MonkeyPatch.context() as monkeypatch, Client(address, timeout_s=60.0, **settings) as client:
-        gate = GatherGate(monkeypatch)
+def told_by(server: ServerProcess, settings: dict[str, Any]) -> None:
+    with Client(server.address, **PATIENCE, **settings) as client:
         there = client.prefetch(FEW)
         there.wait()
-        step = client.prefetch(TOKENS)
-        gate.wait_begun(1)
+        until_asking(client, 0)
 
         def run() -> bytes:
             asks = [
@@ -109,8 +112,10 @@ def told_by(address: str, settings: dict[str, Any]) -> None:
             client.close()
             return b"good" if good else repr(refused).encode()
 
-        assert child(run) == b"good"
-        gate.open.set()
+        with server.frozen():
+            step = client.prefetch(TOKENS)
+            until_asking(client, 1)
+            assert child(run) == b"good"
         assert np.array_equal(step.rows(14), expected(client.spec, TOKENS)[14])
         assert client.stats.retries == 0
         assert np.array_equal(client.lookup(FEW)[1], expected(client.spec, FEW)[1])
@@ -118,23 +123,20 @@ def told_by(address: str, settings: dict[str, Any]) -> None:
 
 def orphan(packed: str) -> None:
     """A child is told so, too, by a step whose client nobody refers to any more."""
-    from server_fixtures import GatherGate, running
-
-    with pytest.MonkeyPatch.context() as monkeypatch, running(Path(packed)) as server:
-        gate = GatherGate(monkeypatch)
-        client = Client(server.address, attach="off", timeout_s=60.0)
-        step = client.prefetch(TOKENS)
-        gate.wait_begun(1)
+    with serve_process(packed, workers=1) as server:
+        client = Client(server.address, attach="off", **PATIENCE)
         wanted = expected(client.spec, TOKENS)[14]
-        del client
+        with server.frozen():
+            step = client.prefetch(TOKENS)
+            until_asking(client, 1)
+            del client
 
-        def run() -> bytes:
-            with pytest.raises(ForkedError):
-                step.rows(14)
-            return b"good"
+            def run() -> bytes:
+                with pytest.raises(ForkedError):
+                    step.rows(14)
+                return b"good"
 
-        assert child(run) == b"good"
-        gate.open.set()
+            assert child(run) == b"good"
         assert np.array_equal(step.rows(14), wanted)
 
 

@@ -13,7 +13,7 @@ from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.registry.etcd import Member, Published, Registry
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.files.patches.patch_files import PatchFiles, open_any
-from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, expected, rows_of
+from server_fixtures import LIMIT_S, PATIENCE, SPEC, RawPool, eventually, expected, rows_of
 
 IDS = np.arange(6500)
 
@@ -85,15 +85,13 @@ class Asker:
     def _ask(self, address: str) -> None:
         tokens = np.arange(300, dtype=np.int32)
         try:
-            # A minute: that lookups go on is not a matter of how soon this machine starts a process.
-            patient = {"timeout_s": LIMIT_S, "retry_s": LIMIT_S, "connect_timeout_s": LIMIT_S}
-            with Client(address, cache_bytes=0, attach="off", **patient) as client:
+            with Client(address, cache_bytes=0, attach="off", **PATIENCE) as client:
                 first = client.lookup(tokens)
                 while not self._stop.is_set():
                     again = client.lookup(tokens)
                     assert all(np.array_equal(again[layer], first[layer]) for layer in SPEC.layers)
                     self.answers += 1
-                    self._stop.wait(0.005)  # others need the processor, too
+                    self._stop.wait(0.02)  # others need the processor, too
         except BaseException as error:
             self.error = error
 

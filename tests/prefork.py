@@ -1,8 +1,13 @@
 """The program `engrampool` as a fork of a process that has imported it: most of what its start costs is its imports.
 
+Or a script that uses our packages, by its path.
+
 That process is this file as a program. A message tells it of each fork the arguments, the directory and the network,
 and has the standard streams with it, and a pipe for the fork's process id and, at last, its exit code. A fork goes on
 as the program itself: nothing is left to it of the tests, or of what tests set up in their own process.
+
+A test may change a server by a sitecustomize.py, which a fork runs before the program. It comes after the imports then:
+what a module imported by name from another one stays as it was.
 """
 
 import atexit
@@ -27,7 +32,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_PROGRAM = (sys.executable, "-m", "engrampool_proto")
+_MODULE = "engrampool_proto"
+_PROGRAM = (sys.executable, "-m", _MODULE)
 # What it imports, some of it not before it is needed.
 _IMPORTS = (
     "engrampool_proto.cli",
@@ -41,6 +47,9 @@ _IMPORTS = (
     "engrampool_server.files.verify",
     "etcd3gw.client",
     "tokenizers",
+    "engrampool_client.client",
+    "engrampool_client.commands",
+    "engrampool_client.compute.compiled",
 )
 _IN_NETWORK = ("nsenter", "--net=")
 _CLONE_NEWNET = 0x40000000
@@ -113,11 +122,13 @@ class Prefork:
         finally:
             os.close(writer)
 
-    def run(self, command: Sequence[str], timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, command: Sequence[str], timeout: float = 300, environ: Mapping[str, str] = os.environ
+    ) -> "subprocess.CompletedProcess[str]":
         """As subprocess.run, with its output captured as text."""
-        request = self._request(command, os.environ)
+        request = self._request(command, environ)
         if request is None:
-            return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+            return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environ)
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             fork = Fork(self._fork(request, (0, stdout.fileno(), stderr.fileno())), None)
             try:
@@ -135,9 +146,23 @@ class Prefork:
         network, words = "", tuple(command)
         if words[0] == _IN_NETWORK[0] and words[1].startswith(_IN_NETWORK[1]):
             network, words = words[1].removeprefix(_IN_NETWORK[1]), words[2:]
-        if not self.is_on or words[: len(_PROGRAM)] != _PROGRAM or _comparable(environ) != self._environ:
+        changed = self._changed(_comparable(environ))
+        is_script = words[0] == sys.executable and words[1].endswith(".py")
+        if not self.is_on or not (is_script or words[: len(_PROGRAM)] == _PROGRAM) or changed is None:
             return None
-        return json.dumps([words[len(_PROGRAM) :], str(Path.cwd()), network]).encode()
+        return json.dumps([words[1 if is_script else 2 :], str(Path.cwd()), network, changed]).encode()
+
+    def _changed(self, environ: Mapping[str, str]) -> dict[str, str] | None:
+        """Variables that a fork is to have otherwise; None where that would come too late for it."""
+        changed = {name: value for name, value in environ.items() if self._environ.get(name) != value}
+        known = all(name == "PYTHONPATH" or name.startswith(("TEST_", "AWS_")) for name in changed)
+        if not known or self._environ.keys() - environ.keys():
+            return None
+        if "PYTHONPATH" in changed:
+            first, _, others = changed["PYTHONPATH"].partition(os.pathsep)
+            if others != self._environ.get("PYTHONPATH", "") or not Path(first, "sitecustomize.py").is_file():
+                return None
+        return changed
 
     def _fork(self, request: bytes, streams: Sequence[int]) -> int:
         """Ask for a fork with these standard streams. Gives the pipe that tells of it."""
@@ -169,6 +194,8 @@ def _comparable(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in ("PYTEST_CURRENT_TEST", "RAY_CLIENT_MODE")}
 
 
+# For whatever tests start, in either way: a worker that stands still on a machine that is busy is not taken to hang.
+os.environ["ENGRAMPOOL_WORKER_TIMEOUT_S"] = "600"
 # The one of this process of tests.
 PREFORK = Prefork()
 
@@ -210,7 +237,7 @@ def _tell(status: int, number: int) -> None:
 
 
 def _become(request: Any, streams: Sequence[int]) -> list[str]:
-    words, directory, network = request
+    words, directory, network, changed = request
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
@@ -220,6 +247,11 @@ def _become(request: Any, streams: Sequence[int]) -> list[str]:
         with Path(network).open() as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
+    os.environ |= changed
+    if "PYTHONPATH" in changed:
+        sys.path.insert(0, changed["PYTHONPATH"].partition(os.pathsep)[0])
+        sys.modules.pop("sitecustomize", None)  # some systems have one
+        importlib.import_module("sitecustomize")
     return words
 
 
@@ -232,10 +264,14 @@ def main() -> None:
     gc.freeze()
     words = _fork_until_end(requests)
     if words is not None:
+        sys.argv = words
+        if words[0] != _MODULE:
+            sys.path.insert(0, str(Path(words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+            return
         sys.path.insert(0, str(Path.cwd()))  # as -m does
-        sys.argv = ["", *words]
         try:
-            runpy.run_module("engrampool_proto", run_name="__main__", alter_sys=True)
+            runpy.run_module(_MODULE, run_name="__main__", alter_sys=True)
         except SystemExit as ended:
             # As the interpreter does, but for freeing one module after the other, which takes a third of a start.
             atexit._run_exitfuncs()

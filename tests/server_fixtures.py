@@ -60,6 +60,8 @@ SPEC = ModelSpec(
 )
 # After so long something hangs. Whatever has to be over before is held to that by other means.
 LIMIT_S = 60.0
+# Of a client: whether lookups are answered is not a matter of how soon this machine goes on, or starts a process.
+PATIENCE = {"timeout_s": LIMIT_S, "retry_s": LIMIT_S, "connect_timeout_s": LIMIT_S}
 IS_CI = os.environ.get("CI") == "true"
 
 
@@ -265,14 +267,15 @@ def _key(name: str, labels: Mapping[str, str]) -> str:
 
 
 def eventually(condition: Callable[[], Any], what: str = "") -> Any:
-    """The first true value of `condition`, asked again and again."""
-    end = time.monotonic() + LIMIT_S
+    """The first true value of `condition`, asked again and again: less often with time, as many a question is dear."""
+    end, pause_s = time.monotonic() + LIMIT_S, 0.004
     while True:
         value = condition()
         if value:
             return value
         assert time.monotonic() < end, f"never so: {what or condition}"
-        time.sleep(0.005)
+        time.sleep(pause_s)
+        pause_s = min(1.2 * pause_s, 0.03)
 
 
 def used(client: Any) -> list[str]:

@@ -219,6 +219,9 @@ class Line:
             server = socket.create_connection(self._to)
             with self._lock:
                 self._open |= {client, server}
+                if self.is_down:  # since that was asked
+                    with suppress(OSError):
+                        client.shutdown(socket.SHUT_RDWR)
             for target in (self._up, self._down):
                 self._threads.append(threading.Thread(target=target, args=(client, server)))
                 self._threads[-1].start()

@@ -5,29 +5,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 DECODE = Path(__file__).parents[2] / "bench" / "decode.py"
 SYSTEMS = ["grpc", "direct", "attached", "raw", "raw-spin", "take"]
+PREFILL = 513  # the smallest
 PARTS = ("prefetch_", "first_layer_", "")
 
 
 def run(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    fixed = ["--vocab-size=500", "--pool-tokens=64", "--rounds=1", "--seconds=0.02", "--data=data", "--json=found.json"]
+    fixed = [
+        "--vocab-size=500",
+        "--pool-tokens=64",
+        "--rounds=1",
+        "--seconds=0.001",
+        "--data=data",
+        "--json=found.json",
+    ]
     command = [sys.executable, str(DECODE), *fixed, *words]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("bench-data")
-
-
 def test_every_system_is_measured(data):
-    done = run(data, "--tokens=1,1024", "--pauses-ms=1")
+    done = run(data, f"--tokens=1,{PREFILL}", "--pauses-ms=1")
     assert done.returncode == 0, done.stderr
     records = json.loads((data / "found.json").read_text())
-    ways = [(tokens, 1, thread) for tokens in (1, 1024) for thread in ("idle", "busy")]
+    ways = [(tokens, 1, thread) for tokens in (1, PREFILL) for thread in ("idle", "busy")]
     cases = [(record["tokens"], record["pause_ms"], record["thread"], record["system"]) for record in records]
     assert cases == [(*way, system) for way in ways for system in SYSTEMS]
     for record in records:

@@ -9,13 +9,20 @@ from pathlib import Path
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-def test_clients_side_by_side_are_measured(tmp_path):
-    words = ["--vocab-size=500", "--data=data", "--json=found.json", "--seconds=0.02", "--tokens=1"]
+def test_clients_side_by_side_are_measured(data):
+    words = [
+        "--vocab-size=500",
+        "--pool-tokens=64",
+        "--data=data",
+        "--json=found.json",
+        "--seconds=0.001",
+        "--tokens=1",
+    ]
     words += ["--systems=raw-socket,engrampool-direct", "--workers=1", "--clients=2"]
     command = [sys.executable, str(BENCH / "many_cores.py"), *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=data, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    records = json.loads((tmp_path / "found.json").read_text())
+    records = json.loads((data / "found.json").read_text())
     asked = [record for record in records if record["system"] != "gather"]
     assert [(r["system"], r["workers"], r["clients"]) for r in asked] == [
         ("raw-socket", None, 2),

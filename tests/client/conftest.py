@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from engrampool_client.config import ClientConfig
 from engrampool_client.lanes.grpc import _OPTIONS
 from engrampool_proto.builders import blueprint
 from engrampool_proto.spec import ModelSpec
 from server_fixtures import LIMIT_S, serve_thread
 from small_model import CONFIG, small_spec, write_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def time_enough() -> Iterator[None]:
+    """For lookups, and for connecting, where a test names no time: no machine stands still for so long."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("timeout_s", "connect_timeout_s"):
+            patch.setitem(ClientConfig.__init__.__kwdefaults__, name, 2 * LIMIT_S)
+        yield
 
 
 @pytest.fixture(scope="module")

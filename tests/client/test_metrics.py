@@ -107,7 +107,9 @@ def test_failures_hints_and_masked_tokens_are_counted(packed, spec, registry):
     with serve_thread(packed) as address:
         client = Client(address, **failing, cache_bytes=1 << 20, max_steps=1)
         register(client, registry=registry)
-        assert client.prefetch(np.arange(5, dtype=np.int32)).hint([[7, 8]])
+        step = client.prefetch(np.arange(5, dtype=np.int32))
+        step.wait()  # else the hint may have to give its place to it
+        assert step.hint([[7, 8]])
         eventually(lambda: not client.stats.pending_hint_bytes, "the hint has ended")
         client.prefetch(np.arange(50, 55, dtype=np.int32)).wait()
         assert hinted() == {"asked": 2 * 2 * ROW, "dropped": 0, "failed": 0, "used": 0, "wasted": 0}

@@ -1,5 +1,6 @@
 """A small packed model, a real server that holds it, and lookups of every kind that the dashboard shows."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from engrampool_proto.builders import blueprint
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.files.table_writer import write_tables
-from server_fixtures import expected, lacking, pack, version_of
+from server_fixtures import PATIENCE, expected, lacking, pack, version_of
 
 # Qwen's family needs no tokenizer. Two layers, so that a sum by layer has something to tell apart.
 CONFIG = {
@@ -52,8 +53,8 @@ def round_of_lookups(server) -> Iterator[Callable[[], None]]:
     """Each call answers a small lookup and a streamed one, and one over the direct lane, and has one refused."""
     few, many = np.arange(4, dtype=np.int32), np.arange(2000, dtype=np.int32) % 1000
     with (
-        Client(server.address, direct="off") as client,
-        Client(server.address) as direct,
+        Client(server.address, direct="off", **PATIENCE) as client,
+        Client(server.address, **PATIENCE) as direct,
         grpc.insecure_channel(server.address) as channel,
     ):
         stub = pool_pb2_grpc.PoolStub(channel)
@@ -109,8 +110,11 @@ HEALTH = Path(__file__).parents[2] / "deploy/healthcheck.py"
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Iterator[Containers]:
     """Where containers can be started."""
+    base = tmp_path_factory.getbasetemp()
+    # Processes that share the tests have folders of their own in one of the run.
+    packages = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packages"
     try:
-        with containers(tmp_path_factory.mktemp("containers")) as made:
+        with containers(tmp_path_factory.mktemp("containers"), packages) as made:
             yield made
     except NotPermittedError as error:
         lacking(f"no containers of namespaces: {error}")

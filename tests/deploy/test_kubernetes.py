@@ -33,7 +33,7 @@ from engrampool_server.files.sources import Url
 from engrampool_server.machine import Machine, Room
 from engrampool_server.memory.preflight import Need, check
 from engrampool_server.processes import children, supervisor
-from server_fixtures import serve_thread
+from server_fixtures import PATIENCE, serve_thread
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
@@ -608,7 +608,7 @@ def test_the_pods_of_a_set_hold_the_model_together(packed):
             del settings["models"]
             addresses.append(stack.enter_context(serve_thread(packed, **settings)))
         expected = stack.enter_context(serve_thread(packed))
-        rows = [stack.enter_context(Client(target)).lookup(tokens) for target in (addresses, expected)]
+        rows = [stack.enter_context(Client(target, **PATIENCE)).lookup(tokens) for target in (addresses, expected)]
         assert rows[0].keys() == rows[1].keys()
         for layer in rows[0]:
             np.testing.assert_array_equal(rows[0][layer], rows[1][layer])

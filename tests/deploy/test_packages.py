@@ -4,15 +4,19 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from server_fixtures import lacking
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_source_archive_holds_every_file_of_the_repository(tmp_path: Path):
-    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install -e '.[dev]'")
+    if find_spec("hatchling") is None:
+        lacking("hatchling is not installed: pip install -e '.[dev]'")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("no git checkout, nothing to compare with: run in a clone")

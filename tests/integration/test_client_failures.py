@@ -13,7 +13,7 @@ from engrampool_client.testing import serve_process
 from engrampool_proto.builders import blueprint
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import LIMIT_S, eventually, lasting_address
+from server_fixtures import LIMIT_S, PATIENCE, eventually, lasting_address
 from small_model import CONFIG, TOKENIZER, small_spec, write_model
 
 TOKENS = np.arange(6000, dtype=np.int32)
@@ -31,7 +31,10 @@ def packed(tmp_path_factory, spec):
 
 def test_a_killed_server_fails_steps_at_once_and_comes_back(packed, spec):
     listen = lasting_address()  # the second server takes it over
-    with serve_process(packed, listen=listen) as first, Client(listen, timeout_s=60) as client:
+    with (
+        serve_process(packed, listen=listen) as first,
+        Client(listen, timeout_s=LIMIT_S, connect_timeout_s=LIMIT_S) as client,
+    ):
         steps = [client.prefetch(TOKENS) for _ in range(8)]  # twice as many as are worked on at once
         steps[0].rows(1)
         # Stopped first: however late this is, one step is asked for that nothing of is on its way already.
@@ -63,7 +66,7 @@ def test_a_killed_server_fails_steps_at_once_and_comes_back(packed, spec):
 
 
 def test_a_frozen_server_costs_the_deadline_and_no_more(packed):
-    with serve_process(packed) as server, Client(server.address, timeout_s=0.5) as client:
+    with serve_process(packed) as server, Client(server.address, timeout_s=0.5, connect_timeout_s=LIMIT_S) as client:
         with server.frozen():
             step = client.prefetch([1, 2, 3])
             with pytest.raises(PoolError, match="DEADLINE_EXCEEDED"):
@@ -75,7 +78,7 @@ def test_another_version_on_the_same_address_is_not_mixed_in(tmp_path, packed):
     changed = blueprint({**CONFIG, "engram_pad_token_id": 3}, TOKENIZER).spec
     other = write_model(tmp_path / "other", changed)
     with serve_process(packed, listen=lasting_address()) as first:
-        client = Client(first.address, timeout_s=LIMIT_S)
+        client = Client(first.address, timeout_s=LIMIT_S, connect_timeout_s=LIMIT_S)
     with client, serve_process(other, listen=first.address):
         with pytest.raises((UnknownVersionError, UnavailableError)) as caught:
             client.lookup([1])
@@ -111,8 +114,7 @@ def test_killed_workers_fail_no_lookup(packed, spec, lane):
 
     with ExitStack() as stack:
         server = stack.enter_context(serve_process(packed, workers=2))
-        # A minute: that lookups go on here is not a matter of how soon this machine starts a process.
-        clients = [stack.enter_context(Client(server.address, timeout_s=60, retry_s=60, direct=lane)) for _ in counts]
+        clients = [stack.enter_context(Client(server.address, **PATIENCE, direct=lane)) for _ in counts]
         threads = [threading.Thread(target=look_up, args=one) for one in enumerate(clients)]
         for thread in threads:
             thread.start()

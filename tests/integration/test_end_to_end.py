@@ -15,6 +15,7 @@ from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_server.files.table_files import PackedModel
 from prefork import PREFORK
+from server_fixtures import PATIENCE
 from small_model import TOKENIZER
 
 WINDOWS = 30_000
@@ -58,7 +59,7 @@ def test_every_row_is_the_checkpoints_own(checkpoint, address):
     assert values[1].shape[1] == 256
     assert scales[14].shape[1] == 8
     random = np.random.default_rng(2026)
-    with Client(address, timeout_s=120) as pool:
+    with Client(address, **PATIENCE) as pool:
         layout = pool.spec.table(1).row_format
         for start in range(0, WINDOWS, BATCH):
             # Each request is one token with the three before it; some windows begin their sequence.
@@ -76,7 +77,7 @@ def test_every_row_is_the_checkpoints_own(checkpoint, address):
 
 def test_rows_read_as_numbers(address):
     """What a consumer does with a row: float8 values times one power of two for every 32 of them."""
-    with Client(address) as pool:
+    with Client(address, **PATIENCE) as pool:
         row = pool.lookup_rows({14: np.array([123])})[14][0]
     values = row[:256].view(ml_dtypes.float8_e4m3fn).astype(np.float32).reshape(8, 32)
     scales = row[256:].view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
@@ -99,7 +100,7 @@ def test_every_family_is_packed_and_served(like, size, tmp_path):
     engrampool("synth", *how, "--checkpoint-out", "--out", checkpoint)
     engrampool("synth", *how, "--out", direct)
     engrampool("pack", "--checkpoint", checkpoint, "--out", packed, "--quiet")
-    with serve_process(packed) as server, Client(server.address) as pool, PackedModel.open(direct) as same:
+    with serve_process(packed) as server, Client(server.address, **PATIENCE) as pool, PackedModel.open(direct) as same:
         assert (same.spec, same.version) == (pool.spec, pool.version)  # one version: the same bytes, by digest
         tokens = np.random.default_rng(1).integers(0, pool.spec.vocab_size, 64).astype(np.int32)
         ids = pool.spec.hash(TokenBatch.of(tokens))

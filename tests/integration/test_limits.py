@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from server_fixtures import LIMIT_S, RawPool, eventually, expected, pack, rows_of, version_of
+from server_fixtures import LIMIT_S, RawPool, eventually, expected, lacking, pack, rows_of, version_of
 
 SERVE = [sys.executable, "-m", "engrampool_proto", "serve", "--listen=127.0.0.1:0", "--metrics=off", "--workers=1"]
 
@@ -93,7 +93,7 @@ def powerless() -> list[str]:
     if os.geteuid() != 0:
         return []
     if shutil.which("setpriv") is None:
-        pytest.skip("no program `setpriv` (util-linux): install it, or run as another user than root")
+        lacking("no program `setpriv` (util-linux): install it, or run as another user than root")
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
 

@@ -1,5 +1,6 @@
 """Forks of the prepared process are what the program is that is started."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,24 @@ def test_a_command_says_the_same_and_ends_alike(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fork, program = PREFORK.run([*PROGRAM, *words]), subprocess.run([*PROGRAM, *words], capture_output=True, text=True)
     assert (fork.returncode, fork.stdout, fork.stderr) == (program.returncode, program.stdout, program.stderr)
+
+
+def test_what_a_sitecustomize_does_is_done_first_in_either(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("""
+import os
+from engrampool_server.files import table_files
+def fail(directory):
+    raise FileNotFoundError(f"{directory}: {os.environ['TEST_WORD']}")
+table_files.PackedModel.open = staticmethod(fail)
+""")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": path, "TEST_WORD": "so it was said"}
+    words = [*PROGRAM, "inspect", "absent"]
+    fork = PREFORK.run(words, environ=environ)
+    program = subprocess.run(words, env=environ, capture_output=True, text=True)
+    assert "so it was said" in fork.stderr
+    assert (fork.returncode, fork.stdout, fork.stderr) == (program.returncode, program.stdout, program.stderr)
+    assert "so it was said" not in PREFORK.run(words).stderr
 
 
 def test_a_server_has_the_files_and_the_life_of_one_that_is_started(packed, monkeypatch):

@@ -18,7 +18,7 @@ from engrampool_server.files.raw_model import RawModel
 from engrampool_server.files.table_files import PackedModel
 from prefork import PREFORK
 from published import Published
-from server_fixtures import serve_thread
+from server_fixtures import PATIENCE, serve_thread
 
 FORMS: dict[str, Callable[[], Published]] = {
     "deepseek-v4.1": published.deepseek_v41,
@@ -63,7 +63,7 @@ def some_tokens(checkpoint: Published) -> list[int]:
 
 def compare(checkpoint: Published, address: str, **settings) -> None:
     tokens = some_tokens(checkpoint)
-    with Client(address, **settings) as client:
+    with Client(address, **PATIENCE, **settings) as client:
         found = client.lookup(np.array(tokens, np.int32))
         wanted = expected(checkpoint, tokens)
         assert found.keys() == wanted.keys()

@@ -1,9 +1,9 @@
 """What the README promises is run as written."""
 
 import re
-import subprocess
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,38 +31,48 @@ def address(packed) -> Iterator[str]:
 
 
 # Else a machine that is busy for a second would have lookups go over gRPC, and that be printed.
-PATIENT = "from engrampool_client.lanes import dial; dial.OPEN_TIMEOUT_S = 60.0\n"
+PATIENT = """
+from engrampool_client.lanes import connection, dial, native
+connection.OPEN_TIMEOUT_S = dial.OPEN_TIMEOUT_S = native.OPEN_TIMEOUT_S = 60.0
+"""
 
 
-def run(example: str, address: str) -> str:
-    """What it prints. Only the port differs: a fixed one may be taken."""
-    assert "127.0.0.1:50051" in example
-    command = [sys.executable, "-c", PATIENT + example.replace("127.0.0.1:50051", address)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+@pytest.fixture
+def run(address, tmp_path) -> Callable[[str], str]:
+    """Runs an example, and gives what it prints. Only the port differs: a fixed one may be taken."""
+
+    def run(example: str) -> str:
+        assert "127.0.0.1:50051" in example
+        script = tmp_path / "example.py"
+        script.write_text(PATIENT + example.replace("127.0.0.1:50051", address))
+        done = PREFORK.run([sys.executable, str(script)])
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    return run
 
 
-def test_the_client_examples_run_as_written(address):
+def test_the_client_examples_run_as_written(run):
     blocking, asynchronous = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     said = r"\(4, 24, 264\) layer 1 waited \d+\.\d\d ms, the server took ServerTimes\("
-    assert re.match(said, run(blocking, address))
-    assert run(asynchronous, address) == "(4, 24, 264) direct\n"
+    assert re.match(said, run(blocking))
+    assert run(asynchronous) == "(4, 24, 264) direct\n"
 
 
-def test_the_client_pages_examples_run_as_written(address):
+def test_the_client_pages_examples_run_as_written(run):
     page = (ROOT / "docs" / "CLIENT.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert "ServerTimes(" in run(examples[0], address)
+    assert "ServerTimes(" in run(examples[0])
     (asynchronous,) = (example for example in examples if "asyncio.run" in example)
-    run(asynchronous, address)
+    run(asynchronous)
 
 
-def test_the_steps_succeed_in_their_order(tmp_path):
+def test_the_steps_succeed_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     steps = README[README.index("## Step by step") : README.index("**Try it with your model's clock**")]
     lines = [line for block in re.findall(r"```sh\n(.*?)```", steps, re.DOTALL) for line in block.splitlines()]
     lines = [line for line in lines if not re.match(r"python3.11 -m venv|pip install", line)]
-    program = {"engrampool": f"{sys.executable} -m engrampool_proto", "python": sys.executable}
+    program = {"engrampool": [sys.executable, "-m", "engrampool_proto"], "python": [sys.executable]}
     with ExitStack() as running:
         address = ""
         for line in lines:
@@ -72,8 +82,9 @@ def test_the_steps_succeed_in_their_order(tmp_path):
                 model = tmp_path / re.search(r"--model (\S+)", rest)[1]
                 address = running.enter_context(serve_process(model)).address
                 continue
-            command = f"{program[name]} {rest.replace('127.0.0.1:50051', address)}"
-            done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+            # As a shell reads it: there is no more to these lines than quotes and comments.
+            words = shlex.split(rest.replace("127.0.0.1:50051", address), comments=True)
+            done = PREFORK.run([*program[name], *words])
             assert (done.returncode, done.stderr) == (0, ""), line
     with np.load(tmp_path / "rows.npz") as rows, np.load(tmp_path / "ids.npz") as ids:
         assert {name: rows[name].shape for name in rows} == dict.fromkeys(("layer_1", "layer_14"), (4, 24, 264))

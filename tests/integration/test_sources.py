@@ -9,6 +9,7 @@ from engrampool_client import Client
 from engrampool_client.testing import ServerStartError, serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from server_fixtures import PATIENCE
 from small_model import small_spec, write_model
 from stores import http_files, s3_server
 
@@ -26,7 +27,7 @@ def packed(tmp_path_factory, spec):
 
 
 def assert_serves(server, spec) -> None:
-    with Client(server.address) as client:
+    with Client(server.address, **PATIENCE) as client:
         rows = client.lookup(TOKENS)
     ids = spec.hash(TokenBatch.of(TOKENS))
     assert all(np.array_equal(rows[n], synthetic_rows(spec.table(n), ids[n])) for n in (1, 14))

@@ -15,7 +15,18 @@ import pytest
 from engrampool_client import Client
 from engrampool_client.testing import ServerStartError, serve_process
 from engrampool_server.config import ConfigError, ServerConfig
-from server_fixtures import LIMIT_S, RawPool, eventually, expected, pack, rows_of, running, scrape, version_of
+from server_fixtures import (
+    LIMIT_S,
+    PATIENCE,
+    RawPool,
+    eventually,
+    expected,
+    pack,
+    rows_of,
+    running,
+    scrape,
+    version_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,7 @@ def test_clients_reach_a_server_by_a_unix_socket(packed, tmp_path, direct):
     path = tmp_path / "pool.sock"
     with serve_process(packed, listen=f"unix:{path}", direct=direct, workers=2) as server:
         assert server.address == f"unix:{path}"
-        with Client(server.address, "small") as client:
+        with Client(server.address, "small", **PATIENCE) as client:
 
             def counted() -> float | None:
                 rows = client.lookup(np.array([1, 2, 3, 4], np.int32))
@@ -180,7 +191,7 @@ def test_servers_of_similar_names_leave_each_other_alone(packed, tmp_path):
             with serve_process(packed, listen=f"unix:{tmp_path / name}", workers=1) as second:
                 ask(second.address, packed)
         ask(first.address, packed)
-        with Client(first.address, "small") as client:
+        with Client(first.address, "small", **PATIENCE) as client:
             assert set(client.lookup(np.array([1, 2, 3, 4], np.int32))) == {2, 9}
         assert (tmp_path / "pool.sock.99.direct").is_socket()
     assert list(tmp_path.iterdir()) == []

@@ -28,8 +28,10 @@ from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec, TableSpec
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.files.table_writer import write_tables
+from prefork import PREFORK
 from server_fixtures import (
     LIMIT_S,
+    PATIENCE,
     SPEC,
     WIDE,
     RawPool,
@@ -174,10 +176,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-# Of a client: that lookups go on is not a matter of how soon this machine starts a process.
-PATIENCE = {"timeout_s": LIMIT_S, "retry_s": LIMIT_S, "connect_timeout_s": LIMIT_S}
-
-
 # --- one server
 
 
@@ -274,11 +272,18 @@ def test_tables_are_in_memory_once_however_many_workers(large, shared):
 # --- workers that end
 
 
+# A connection may come long after its ticket, and say hello long after that.
+LATE = """
+from engrampool_server.answer.lane import connection, direct
+connection.HELLO_S = direct._TICKET_VALID_S = 600.0
+"""
+
+
 def test_any_worker_takes_a_connection_of_the_direct_lane_whoever_gave_the_ticket(packed, tmp_path):
-    path = tmp_path / "lane"
+    path, environ = tmp_path / "lane", environment(tmp_path, LATE)
     with (
         # Whoever is stopped is left in peace.
-        serve_process(packed, workers=3, direct=f"unix:{path}", worker_timeout_s=600) as server,
+        serve_process(packed, environ=environ, workers=3, direct=f"unix:{path}", worker_timeout_s=600) as server,
         grpc.insecure_channel(server.address) as channel,
         ExitStack() as stack,
     ):
@@ -343,6 +348,7 @@ def test_a_killed_worker_is_replaced_while_others_answer(packed, tmp_path):
         assert count(server, "loaded") == 1
         # No counter went back, and none lost what the dead one had counted.
         wait_counted(server, before[ROWS] + (1 + 16) * 3)
+        eventually(lambda: scrape(server.metrics_address)["engrampool_workers"] == 2, "both are counted")
         after = scrape(server.metrics_address)
         assert after[RESTARTS.format("died")] == 1
         assert after[RESTARTS.format("hung")] == 0
@@ -433,9 +439,7 @@ def test_a_start_whose_workers_end_fails_with_one_line(packed, crashing):
     environ, flag = crashing
     flag.touch()
     command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--listen=127.0.0.1:0"]
-    done = subprocess.run(
-        [*command, "--metrics=127.0.0.1:0"], env={**os.environ, **environ}, capture_output=True, text=True, timeout=300
-    )
+    done = PREFORK.run([*command, "--metrics=127.0.0.1:0"], environ={**os.environ, **environ})
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert re.fullmatch(r"engrampool: worker \d+ ended before it was ready: exit code 3", last)
@@ -637,11 +641,12 @@ def test_a_second_signal_ends_the_drain(packed):
             list(call)
 
 
-def test_a_signal_of_a_terminal_reaches_all_processes_and_drains_them(packed):
+def test_a_signal_of_a_terminal_reaches_all_processes_and_drains_them(packed, tmp_path):
     """Ctrl-C goes to the whole group of processes, as does the end of a terminal."""
     command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--workers=2"]
-    command += ["--listen=127.0.0.1:0", "--metrics=off", "--drain-s=60"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command += ["--listen=127.0.0.1:0", "--metrics=off", "--drain-s=600"]
+    environ = {**os.environ, **environment(tmp_path, PATIENT)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environ)
     server = ServerProcess(process)
     reader = threading.Thread(target=server._read)
     reader.start()

@@ -84,12 +84,14 @@ def test_it_waits_for_a_server_that_was_just_killed(monkeypatch, held):
     monkeypatch.setattr(ports, "PATIENCE_S", 30)
     command = (
         "import socket, sys\n"
-        "taken = socket.create_server(('127.0.0.1', 0))\n"
-        "print(taken.getsockname()[1], flush=True)\n"
+        "taken = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
+        "print(flush=True)\n"
         "sys.stdin.read()"  # until the other end is closed
     )
-    with subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        address = f"127.0.0.1:{int(other.stdout.readline())}"
+    address = lasting_address()  # nobody else's in between
+    started = [sys.executable, "-c", command, address.split(":")[1]]
+    with subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"\n"
         asked = []
 
         def sleep(seconds: float) -> None:

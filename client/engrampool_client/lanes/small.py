@@ -38,14 +38,12 @@ class SmallRequest:
         self.times: wire.ServerTimes | None = None
         self._lane, self._connection, self._answered, self._late = lane, connection, answered, late
         self._rows = list(rows.values())  # they live as long as this does
-        layers, self._nbytes = [], 0
-        for layer, array in rows.items():
-            layers.append((layer, array.__array_interface__["data"][0], array.nbytes, array.shape[1], 0))
-            self._nbytes += array.nbytes
-        self._layers = np.array(layers, np.int64)
+        self._layers, self._nbytes = np.empty((len(rows), receive.ENTRY_WORDS), np.int64), 0
+        for place, layer in enumerate(rows):
+            self._nbytes += receive.lay(self._layers, place, layer, self._rows[place])
         self._state = np.zeros(receive.STATE_WORDS, np.int64)
         # An answer of one frame a layer, as servers send it.
-        self._whole = self._nbytes + len(layers) * frames.HEADER.size + frames.HEADER.size + frames.TIMES.size
+        self._whole = self._nbytes + len(rows) * frames.HEADER.size + frames.HEADER.size + frames.TIMES.size
         self._waits = self.small = self._whole <= connection.memory.size // 2
         self._came, self._heard_at = 0, connection.asked_at
         self._silent, self._turn = False, connection.turn

@@ -8,6 +8,8 @@ from math import inf
 from engrampool_client.errors import EngrampoolError
 from engrampool_client.lookup.delivery import Delivery
 
+# Once lookups are attended to, the thread looks so often, for so long: to be woken by each of them costs it more.
+_LOOKS_EACH_S, _LOOKS_ON_S = 0.04, 1.0
 _log = logging.getLogger("engrampool")
 
 
@@ -25,7 +27,7 @@ class Deadlines:
         # Taken by itself: see delivery.py.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._wakes_at = inf
+        self._wakes_at, self._looks_until = inf, -inf
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -47,6 +49,7 @@ class Deadlines:
 
     def look_by(self, when: float) -> None:
         """Look then at what is watched, by time.monotonic."""
+        self._looks_until = when + _LOOKS_ON_S
         if when < self._wakes_at:
             with self._lock:
                 self._changed.notify_all()
@@ -91,6 +94,8 @@ class Deadlines:
                     self._wakes_at = min(
                         (min(one.deadline, _attend_at(one)) for one, passed in known if not passed), default=inf
                     )
+                    if now < self._looks_until:
+                        self._wakes_at = min(self._wakes_at, now + _LOOKS_EACH_S)
                     limit_s = self._wakes_at - now
                     del known, due, alone  # they hold on to whole lookups
                     self._changed.wait(limit_s if limit_s < threading.TIMEOUT_MAX else None)
@@ -99,7 +104,13 @@ class Deadlines:
             while due:
                 self._expire(due.pop())
             while alone:
-                alone.pop().attend()
+                self._attend(alone.pop())
+
+    def _attend(self, delivery: Delivery) -> None:
+        try:
+            delivery.attend()
+        except Exception:  # it has its deadline
+            _log.exception("a lookup that nobody waits for could not be attended to")
 
     def _expire(self, delivery: Delivery) -> None:
         if delivery in self._open:

@@ -194,6 +194,10 @@ class Delivery:
             self._writers.append(threading.get_ident())
 
     def __exit__(self, *_: object) -> None:
+        self.written()
+
+    def written(self) -> None:
+        """This thread is not writing any more, even if it was interrupted before it could say so."""
         thread = threading.get_ident()
         with self._lock:
             if thread in self._writers:

@@ -14,6 +14,7 @@ from engrampool_client.lookup.delivery import Blank, Delivery, Rows, Valid
 from engrampool_proto.errors import BatchError
 from engrampool_proto.spec import ModelSpec, TableSpec
 
+_UINT8 = np.dtype(np.uint8)
 # By layer: an array for its rows, or one for each of some segments of them.
 Out = Mapping[int, Rows | Mapping[str, Rows]]
 
@@ -202,7 +203,7 @@ class PartLanding(Landing):
 
 def by_layer(name: str, given: Any) -> Mapping[int, Any]:
     """What is given by layer. Raises BatchError for what is no mapping."""
-    if not isinstance(given, Mapping):
+    if not isinstance(given, dict | Mapping):
         raise BatchError(f"{name} must be a dict of arrays by layer; it is {type(given).__name__}")
     return given
 
@@ -211,32 +212,40 @@ def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int,
     """Raise BatchError for arrays that the rows of `shapes` cannot be written into, or that share memory."""
     if out is None:
         return
-    arrays: list[tuple[int, int, str]] = []  # first and last byte, and whose
+    arrays: list[tuple[str, Rows]] = []
     for layer, given in by_layer("out", out).items():
         if layer not in shapes:
             raise BatchError(f"out has an array for layer {layer}, which is not asked for; {list(shapes)} are")
         shape = shapes[layer]
-        if isinstance(given, Mapping):
-            row_format = spec.table(layer).row_format
-            for name, array in given.items():
-                cut = row_format.slice_of(name)
-                arrays += _check_out(f"{name} of layer {layer}", array, (*shape[:-1], cut.stop - cut.start))
-        else:
-            arrays += _check_out(f"layer {layer}", given, shape)
-    for (_, last, one), (first, _, other) in pairwise(sorted(arrays)):
+        if isinstance(given, np.ndarray) or not isinstance(given, Mapping):
+            arrays.append(_check_out(f"layer {layer}", given, shape))
+            continue
+        row_format = spec.table(layer).row_format
+        for name, array in given.items():
+            cut = row_format.slice_of(name)
+            arrays.append(_check_out(f"{name} of layer {layer}", array, (*shape[:-1], cut.stop - cut.start)))
+    # Arrays whose memory is their own share none; to ask each where it lies takes longer.
+    if len({id(array) for _, array in arrays if array.base is None}) == len(arrays):
+        return
+    lying = []
+    for what, array in arrays:
+        if array.nbytes:
+            first = array.__array_interface__["data"][0]
+            lying.append((first, first + array.nbytes - 1, what))
+    for (_, last, one), (first, _, other) in pairwise(sorted(lying)):
         if first <= last:
             raise BatchError(f"out of {one} and out of {other} share memory; give each an array of its own")
 
 
-def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> list[tuple[int, int, str]]:
-    """Where it lies, unless it is empty. Raises BatchError."""
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shape:
+def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> tuple[str, Rows]:
+    """The two. Raises BatchError."""
+    if not isinstance(array, np.ndarray) or array.dtype != _UINT8 or array.shape != shape:
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
         raise BatchError(f"out of {what} must be a uint8 array {list(shape)}; it is {found}")
-    if not array.flags.c_contiguous or not array.flags.writeable:
+    flags = array.flags
+    if not flags.c_contiguous or not flags.writeable:
         raise BatchError(f"out of {what} must be C-contiguous and writable")
-    first = array.__array_interface__["data"][0]
-    return [(first, first + array.nbytes - 1, what)] if array.nbytes else []
+    return what, array
 
 
 def hand_over(table: TableSpec, rows: Rows, out: Rows | Mapping[str, Rows] | None) -> Rows:

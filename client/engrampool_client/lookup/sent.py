@@ -136,10 +136,8 @@ class Sent:
         delivery = self._delivery
         while not (self._ended or delivery.given_up or enough()):
             now = time.monotonic()
-            # Whoever has no time to wait, as he asks again and again, takes what is there.
+            # What is there is taken, even if there is no time to wait.
             came = self._come(min(until, now + _SLICE_S) if now < until else 0.0)
-            if came is Came.LATER and now >= until:
-                return
             if isinstance(came, int):
                 layer, rows = self._rows[came]
                 delivery.arrived({layer: rows})
@@ -147,12 +145,14 @@ class Sent:
                 whole = len(delivery.rows) == len(delivery.layers)
                 came = self._come(0.0) if whole and not self._ended else Came.LATER
             if came is Came.ALL:
-                # Whoever was interrupted as a layer came may not have handed it over.
+                # One that came before, as this thread was interrupted, was not handed over yet.
                 delivery.arrived({layer: rows for layer, rows in self._rows if layer not in delivery.rows})
                 delivery.end(None, self._request.times)
                 return
             if came is Came.NOTHING:
                 self._pass_on()
+                return
+            if now >= until:
                 return
 
     def _come(self, until: float) -> int | Came:
@@ -192,6 +192,7 @@ class Sent:
         over, interrupt = False, None
         while not over:
             try:
+                self._delivery.written()
                 with self._lock:
                     if self._holder == me:
                         self._holder = 0

@@ -10,6 +10,8 @@ from engrampool_proto.errors import BatchError
 
 Int32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
+_INT32, _BOOL = np.dtype(np.int32), np.dtype(np.bool_)
+_PLAIN = (1, 1, 2, None, None)  # dimensions, and no flags
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,23 @@ class TokenBatch:
     lookback_dead: BoolArray | None = None
 
     def __post_init__(self) -> None:
+        if not self._is_plain():
+            self._check()
+
+    def _is_plain(self) -> bool:
+        """Whether it is as it should be, and all tokens take part. Found out in few steps."""
+        tokens, bounds, lookback = self.tokens, self.query_start_loc, self.lookback
+        for array in (tokens, bounds, lookback):
+            if type(array) is not np.ndarray or array.dtype is not _INT32:
+                return False
+        if (tokens.ndim, bounds.ndim, lookback.ndim, self.dead, self.lookback_dead) != _PLAIN:
+            return False
+        count = bounds.size
+        if not count or len(lookback) != count - 1 or bounds.item(0) or bounds.item(-1) != tokens.size:
+            return False
+        return bool(np.logical_and.reduce(bounds[1:] >= bounds[:-1]))
+
+    def _check(self) -> None:
         _check("tokens", self.tokens, np.int32, (None,))
         length = len(self.tokens)
         bounds = self.query_start_loc
@@ -177,9 +196,9 @@ def exactly(name: str, values: Any, dtype: type[np.int32] | type[np.bool_]) -> n
     A bool is made of bools, and of 0 and 1. Raises BatchError for what is no integer, and for values that `dtype` does
     not hold, naming the first.
     """
-    if type(values) is np.ndarray and values.dtype == dtype:
+    wanted = _INT32 if dtype is np.int32 else _BOOL
+    if type(values) is np.ndarray and values.dtype is wanted:
         return values.copy()
-    wanted = np.dtype(dtype)
     try:
         found = np.asarray(values)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: torch's

@@ -34,6 +34,15 @@ _END_BYTES = _HEADER + frames.TIMES.size
 _U = np.uint64
 
 
+@kernel(types.int64(types.int64[:, ::1], types.int64, types.int64, types.uint8[:, ::1]))
+def lay(layers: Any, place: Any, layer: Any, rows: Any) -> int:
+    """Write an entry of `layers`, of which nothing is there yet; gives the bytes of its rows, uint8 [N, row_bytes]."""
+    entry = layers[place]
+    entry[NUMBER], entry[ADDRESS], entry[HAVE] = layer, np.int64(rows.ctypes.data), 0
+    entry[BYTES], entry[ROW_BYTES] = rows.size, rows.shape[1]
+    return int(rows.size)
+
+
 @njit  # type: ignore[untyped-decorator]
 def _word(buffer: Any, at: Any) -> Any:
     value = _U(0)

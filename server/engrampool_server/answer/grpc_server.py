@@ -15,7 +15,8 @@ from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.ports import ListenError
-from engrampool_server.telemetry.metrics import FLUSH_S, CallMetrics
+from engrampool_server.telemetry.calls import CallMetrics
+from engrampool_server.telemetry.metrics import FLUSH_S
 
 # Ids are at most 8 bytes; the rest of a request is small beside them.
 _REQUEST_MARGIN_BYTES = 1 << 20

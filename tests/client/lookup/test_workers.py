@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from engrampool_client.errors import StepCancelledError
+from engrampool_client.lookup import workers as module
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.workers import Job, Workers
 from server_fixtures import eventually
@@ -31,6 +32,12 @@ class Gate:
         self.job = job_of(self, **settings)
         assert workers.submit(self.job)
         return self
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch) -> None:
+    """Closing leaves no thread behind that only stands still for a moment."""
+    monkeypatch.setattr(module, "HELD_S", LIMIT_S)
 
 
 @pytest.fixture
@@ -101,7 +108,7 @@ def test_planning_waits_for_no_place():
 
 
 def test_a_job_that_is_given_up_leaves_its_place_at_once_and_only_so_many_threads_are_held(monkeypatch):
-    monkeypatch.setattr("engrampool_client.lookup.workers._MOST_HELD", 1)
+    monkeypatch.setattr(module, "_MOST_HELD", 1)
     workers = Workers(1, "test")
     stuck = [busy(workers)]
     second = Gate().submit(workers)

@@ -48,7 +48,9 @@ def probe() -> Probe:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    """Nobody waits between two probes."""
+    """Nobody waits between two probes, and no probe is left as its thread stands still for a moment."""
+    monkeypatch.setattr(breaker, "_STUCK_S", 1000.0)
+    monkeypatch.setattr(breaker, "_CLOSE_S", LIMIT_S)
     monkeypatch.setattr(breaker, "_FIRST_PROBE_S", 1e-4)
     monkeypatch.setattr(breaker, "_LONGEST_PROBE_S", 2e-4)
 
@@ -224,6 +226,7 @@ def test_closing_ends_the_probing(probe):
     assert probe.asked.acquire(timeout=LIMIT_S)
     closer = threading.Thread(target=one.close)
     closer.start()
+    assert one._closing.wait(LIMIT_S)  # else it might be probed once more
     probe.say(BROKEN)
     closer.join(LIMIT_S)
     assert not closer.is_alive()

@@ -307,6 +307,7 @@ def test_all_that_are_away_are_looked_at_at_once(server, monkeypatch):
 @pytest.mark.parametrize("where", ["name", "describe", "open"])
 def test_what_a_look_meets_is_logged_and_the_look_goes_on(packed, server, where, monkeypatch, caplog):
     monkeypatch.setattr("engrampool_client.pool.shards._LOOK_S", 0.01)
+    monkeypatch.setattr("engrampool_client.pool.shards._LOOK_TIMEOUT_S", LIMIT_S)  # no look meets anything else
     known, faults = [server], []
 
     def fault(name: str) -> None:
@@ -424,6 +425,7 @@ def test_a_name_that_is_looked_up_for_ever_holds_up_nobody(packed, server, monke
     with serve_thread(packed) as first, Client([first, listen, "dns:///pool:1"], attach="off") as client:
         with serve_thread(packed, listen=listen):
             eventually(lambda: listen in used(client), "who comes back is found")
+        eventually(lambda: len(asked) >= 2, "the name is looked up, too")
         assert len(asked) == 2  # once by each client
         answered.set()
         eventually(lambda: server in used(client), "and the name's, once it is looked up")

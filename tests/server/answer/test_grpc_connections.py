@@ -10,13 +10,15 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from direct_callers import Caller, way_in
+from direct_callers import Caller, be_patient, way_in
 from engrampool_server.answer import grpc_server as server_module
 from engrampool_server.answer import peers
+from engrampool_server.answer.lookups import Lookups
 from server_fixtures import LIMIT_S, RawPool, Running, eventually, expected, pack, rows_of, running, version_of
 
 MIB = 1 << 20
@@ -92,12 +94,19 @@ def test_a_request_that_does_not_end_ends_with_its_connection(server, packed):
         read_to_its_end(made)
 
 
-def test_an_answer_that_is_not_read_is_counted_until_its_connection_ends(server, packed):
+def test_an_answer_that_is_not_read_is_counted_until_its_connection_ends(server, packed, monkeypatch):
+    counted, reserve = [], Lookups.reserve
+
+    def seen(*about: Any) -> None:
+        reserve(*about)
+        counted.append(server.scrape()["engrampool_in_flight_bytes"])  # before the connection can have grown old
+
+    monkeypatch.setattr(Lookups, "reserve", seen)
     with RawPool("127.0.0.1:1", version_of(packed)) as unused:
         request = unused.by_ids((2, np.arange(4000)))
     with call(server.address) as made:
         made.sendall(frame(DATA, END_STREAM, 1, message(request)))
-        eventually(lambda: server.scrape()["engrampool_in_flight_bytes"] == 4000 * 264, "it is counted")
+        eventually(lambda: counted == [4000 * 264], "it is counted")
         eventually(lambda: server.scrape()["engrampool_in_flight_bytes"] == 0, "it is given back")
         read_to_its_end(made)
 
@@ -136,7 +145,8 @@ def test_a_caller_that_answers_no_ping_while_a_call_is_under_way_is_cut_off(pack
         read_to_its_end(made)
 
 
-def test_the_system_looks_after_callers_of_the_direct_lane(packed):
+def test_the_system_looks_after_callers_of_the_direct_lane(packed, monkeypatch):
+    be_patient(monkeypatch)
     with running(packed) as run, Caller(way_in(run)).hello() as caller, other_end(caller.socket) as taken:
         assert taken.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60

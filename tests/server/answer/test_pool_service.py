@@ -18,6 +18,7 @@ from engrampool_proto import wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.v1 import pool_pb2
+from engrampool_server.answer import pool_service
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.memory.table_loader import load
 from server_fixtures import (
@@ -177,7 +178,8 @@ def test_a_table_without_ids_gets_one_empty_entry(pool):
     assert list(mixed.items()) == [(2, b""), (9, expected(9, [5]))]
 
 
-def test_a_stream_cancelled_in_the_middle_frees_its_bytes_and_is_counted(packed):
+def test_a_stream_cancelled_in_the_middle_frees_its_bytes_and_is_counted(packed, monkeypatch):
+    monkeypatch.setattr(pool_service, "PATIENCE_S", 600.0)  # nobody is given up by a machine that is busy
     with running(packed) as run, RawPool(run.address, version_of(packed)) as pool:
         request = pool.by_ids((2, np.tile(np.arange(6500), 40)))
         call = pool.stream(request)  # 65 MiB, more than any window

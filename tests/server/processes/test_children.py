@@ -54,7 +54,7 @@ print(json.dumps(happened))
 """
 
 
-def live(scenario: str, timeout_s: float = 10) -> tuple[list[list[object]], list[dict]]:
+def live(scenario: str, timeout_s: float = 600) -> tuple[list[list[object]], list[dict]]:
     """What happened to the children, which may be silent for timeout_s, and what was logged."""
     command = [sys.executable, "-c", PARENT, scenario, str(timeout_s)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
@@ -93,6 +93,7 @@ def test_a_child_that_babbles_counts_as_silent_and_is_told_of_once():
     happened, logged = live(
         """
 def babble(reporter):
+    os.write(reporter.report, b"babble\\n")  # however long it stands still after that
     reporter.ready()
     while True:
         try:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -259,9 +260,10 @@ def test_a_server_whose_terminal_takes_no_more_obeys_sigterm_and_counts(packed, 
     with subprocess.Popen(command, stderr=writer, env={**os.environ, "PYTHONPATH": search}) as process:
         try:
             said = b""
-            while b'"serving"' not in said:
+            # A terminal gives a line in pieces, as they come.
+            while not (serving := re.search(rb'^.*"serving".*\n', said, re.MULTILINE)):
                 said += os.read(reader, 65536)
-            metrics = json.loads(said.splitlines()[-1])["metrics"]
+            metrics = json.loads(serving[0])["metrics"]
             os.set_blocking(writer, False)
             for size in (4096, 1):
                 with suppress(BlockingIOError):

@@ -49,7 +49,7 @@ def test_a_ticket_is_good_once_for_threads_that_come_at_one_time(tickets, monkey
     go_on.set()
     for thread in threads:
         thread.join(LIMIT_S)
-    assert came == [True, False]
+    assert sorted(came) == [False, True]  # whichever comes to say so first
 
 
 def test_what_was_never_issued_is_no_ticket(tickets):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from direct_callers import Caller, caller, lookup_frame, way_in
+from direct_callers import Caller, be_patient, caller, lookup_frame, way_in
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
@@ -55,6 +55,7 @@ def pool(server: Running, packed: Path) -> Iterator[RawPool]:
 @pytest.fixture(autouse=True, params=[False, True], ids=["message", "handle"])
 def by_handle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether callers ask for rows by handles, which a loop without Python answers, or by messages."""
+    be_patient(monkeypatch)
     monkeypatch.setattr(Caller, "by_handle", request.param)
 
 
@@ -238,6 +239,7 @@ def test_frames_out_of_place_end_the_connection(server, sent, reason):
         assert lane.ended()
 
 
+@pytest.mark.usefixtures("nothing_left")
 @settings(max_examples=40)
 @given(sent=st.binary(min_size=12, max_size=80))
 def test_garbage_ends_in_a_refusal_or_in_silence(server, sent):

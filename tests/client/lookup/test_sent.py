@@ -1,0 +1,320 @@
+"""A small step is sent, and received, in threads of the caller's: by whom, and what ends it if nobody receives."""
+
+import gc
+import itertools
+import linecache
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+import pytest
+
+from engrampool_client import Client, DeadlineError, ForkedError, PoolError, StepCancelledError
+from engrampool_client.lookup.step import Step
+from engrampool_client.testing import ServerProcess, serve_process
+from forks import FEW, child, expected
+from server_fixtures import LIMIT_S, at_work, eventually
+
+# Their rows are more than fits into the client's own memory for small answers.
+MANY = np.arange(64, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def silent(packed) -> Iterator[ServerProcess]:
+    """A server that answers nothing while it is frozen."""
+    with serve_process(packed, workers=1) as server:
+        yield server
+
+
+@pytest.fixture
+def client(silent) -> Iterator[Client]:
+    with Client(silent.address, attach="off", max_steps=2) as client:
+        client.prefetch(FEW).wait()  # from here on there is a thread for deadlines
+        eventually(lambda: client.direct, "the lane is there")
+        yield client
+
+
+def right(client: Client, step: Step, tokens=FEW) -> bool:
+    wanted = expected(client.spec, tokens)
+    return all(np.array_equal(step.rows(layer), wanted[layer]) for layer in step.layers)
+
+
+def at_rest(client: Client) -> None:
+    """Nothing is left of any step: no place, no bytes, no use of a version, and lookups go on."""
+    eventually(lambda: at_work(client) == (0, 0, 0) and not client.stats.pending_bytes, "nothing is left")
+    eventually(lambda: client._versions.current.uses == 0, "the version was left")
+    eventually(lambda: right(client, client.prefetch(FEW)) and client.direct, "the lane is there")
+
+
+class Threads:
+    """Which threads ran a line of Python within it, beside this one, and which were started."""
+
+    def __enter__(self) -> "Threads":
+        self.ran: set[str] = set()
+        self._before = set(threading.enumerate())
+        self._me = threading.get_ident()
+        self._frames = self._seen()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.started = {thread.name for thread in set(threading.enumerate()) - self._before}
+        after = self._seen()
+        self.ran = {name for name, at in after.items() if self._frames.get(name) != at}
+
+    def _seen(self) -> dict[str, tuple[int, int]]:
+        """Where each other thread of the client's is: those that sleep stay in the same call."""
+        frames = sys._current_frames()
+        named = {thread.ident: thread.name for thread in threading.enumerate()}
+        return {
+            named[ident]: (id(frame), frame.f_lasti)
+            for ident, frame in frames.items()
+            if ident != self._me and named.get(ident, "").startswith("engrampool")
+        }
+
+
+# --- with a server
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_between_prefetch_and_the_last_rows_no_other_thread_runs(client, tokens):
+    asked, alone = np.arange(tokens, dtype=np.int32), False
+    for _ in range(100):  # the thread for deadlines wakes now and then, for reasons of its own
+        eventually(lambda: client.direct and at_work(client) == (0, 0, 0), "nobody is at work")
+        with Threads() as seen:
+            step = client.prefetch(asked)
+            rows = {layer: step.rows(layer) for layer in step.layers}
+        assert {*seen.started, *seen.ran} <= {"engrampool-deadlines"}
+        alone = alone or not (seen.started or seen.ran)
+        step.wait()
+        assert at_work(client) == (0, 0, 0)
+        wanted = expected(client.spec, asked)
+        assert all(np.array_equal(rows[layer], wanted[layer]) for layer in rows)
+        assert step.times is not None
+        assert 0 < step.arrived_s[1] <= step.arrived_s[14] == step.elapsed_s
+        if alone:
+            break
+    assert alone
+    assert client.stats.steps["ok"] == client.stats.begun
+
+
+def test_two_threads_wait_for_two_layers_of_one_step(client, silent):
+    with silent.frozen():
+        step, found = client.prefetch(FEW, timeout_s=LIMIT_S), {}
+        threads = [
+            threading.Thread(target=lambda layer=layer: found.update({layer: step.rows(layer)})) for layer in (14, 1)
+        ]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: not step.delivery.receiver.free, "one of them receives")
+    for thread in threads:
+        thread.join(LIMIT_S)
+    wanted = expected(client.spec, FEW)
+    assert all(np.array_equal(found[layer], wanted[layer]) for layer in (1, 14))
+    at_rest(client)
+
+
+def test_a_layer_waits_for_no_later_ones_rows(client, monkeypatch):
+    monkeypatch.setattr("engrampool_client.lookup.sent._ALONE_S", 600.0)
+    for out in (None, {layer: np.zeros((64, 24, 264), np.uint8) for layer in (1, 14)}):
+        step = client.prefetch(MANY, out=out)
+        rows = step.rows(1)
+        assert list(step.delivery.rows) == [1]
+        assert not step.delivery.ended
+        assert right(client, step, MANY)
+        assert step.times is not None
+        assert out is None or rows is out[1]
+    step = client.prefetch(MANY, timeout_s=600.0)
+    step.rows(1)
+    step.cancel()
+    with pytest.raises(StepCancelledError):
+        step.rows(14)
+    at_rest(client)
+
+
+def test_a_wait_that_is_timed_settles_nothing_and_the_rows_come(client, silent):
+    with silent.frozen():
+        step = client.prefetch(FEW, timeout_s=LIMIT_S)
+        begin = time.monotonic()
+        for wait in (partial(step.rows, 1, 0.02), partial(step.wait, 0.02)):
+            with pytest.raises(DeadlineError, match=r"within 0\.02 s"):
+                wait()
+        assert time.monotonic() - begin < 1.0
+        assert not step.done()
+    assert right(client, step)
+    at_rest(client)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["nobody waits", "somebody waits"])
+@pytest.mark.parametrize("way", ["deadline", "cancelled", "dropped", "closed"])
+def test_a_step_ends_whether_or_not_somebody_waits(silent, way, waits):
+    client = Client(silent.address, attach="off", max_steps=1)
+    with client:
+        client.prefetch(FEW).wait()
+        eventually(lambda: client.direct, "the lane is there")
+        with silent.frozen():
+            step = client.prefetch(FEW, timeout_s=0.3 if way == "deadline" else 600.0)
+            assert step.delivery.receiver is not None
+            failures: list[BaseException] = []
+            delivery = step.delivery
+
+            def wait(wait_for=delivery.wait_for, condition=lambda: delivery.settled(1)) -> None:
+                wait_for(condition, None)
+                failures.append(delivery.error)
+
+            waiter = threading.Thread(target=wait)
+            if waits:
+                waiter.start()
+                eventually(lambda: not delivery.receiver.free, "it receives")
+            begin = time.monotonic()
+            if way == "cancelled":
+                step.cancel()
+            elif way == "closed":
+                client.close()
+            elif way == "dropped":
+                del step
+                gc.collect()
+            else:
+                eventually(lambda: delivery.ended, "its deadline")
+            assert delivery.ended
+            if waits:
+                waiter.join(LIMIT_S)
+                assert isinstance(failures[0], DeadlineError if way == "deadline" else StepCancelledError)
+            assert time.monotonic() - begin < 5.0
+            eventually(lambda: at_work(client) == (0, 0, 0), "the place is free")
+            assert (client.stats.pending_bytes, client.stats.in_flight) == (0, 0)
+            eventually(lambda: client._versions.current.uses == 0, "the version was left")
+        if way != "closed":
+            at_rest(client)
+
+
+def test_a_step_that_nobody_waits_for_is_received_before_its_server_waits_long(client, monkeypatch):
+    monkeypatch.setattr("engrampool_client.lookup.sent._ALONE_S", 0.05)
+    step = client.prefetch(FEW, timeout_s=600.0)
+    eventually(lambda: len(step.delivery.rows) == 2, "a thread receives it")
+    assert right(client, step)
+
+
+@pytest.mark.parametrize("look", ["callback", "done", "amended"])
+def test_who_is_told_or_looks_need_not_wait(client, look):
+    step, told = client.prefetch(FEW, timeout_s=600.0), []
+    if look == "callback":
+        step.add_callback(lambda _, layer: told.append(layer))
+        eventually(lambda: len(told) == 2, "told")
+        assert told == [1, 14]
+    elif look == "done":
+        eventually(step.done, "done")
+        step.add_callback(lambda _, layer: told.append(layer))
+        assert told == [1, 14]
+    else:
+        assert right(client, client.amend(step, FEW + 1), FEW + 1)
+    at_rest(client)
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
+def test_who_asks_again_and_again_without_waiting_gets_the_rows(client, monkeypatch, tokens):
+    monkeypatch.setattr("engrampool_client.lookup.sent._ALONE_S", 600.0)
+    step, found = client.prefetch(tokens, timeout_s=600.0), {}
+
+    def came(layer: int) -> bool:
+        with suppress(DeadlineError):
+            found[layer] = step.rows(layer, 0.0)
+        return layer in found
+
+    for layer in (1, 14):
+        eventually(partial(came, layer), "its rows")
+    wanted = expected(client.spec, tokens)
+    assert all(np.array_equal(found[layer], wanted[layer]) for layer in found)
+    assert at_work(client) == (0, 0, 0)  # no thread of the client's did it
+
+
+def test_a_server_that_is_frozen_for_long_is_asked_over_another_connection(client, silent):
+    with silent.frozen():
+        step, found = client.prefetch(FEW, timeout_s=LIMIT_S), []
+        waiter = threading.Thread(target=lambda: found.append(step.rows(14)))
+        waiter.start()
+        # It was silent for too long: another thread goes on, over gRPC.
+        eventually(lambda: step.delivery.receiver is None, "handed over")
+    waiter.join(LIMIT_S)
+    assert np.array_equal(found[0], expected(client.spec, FEW)[14])
+    at_rest(client)
+
+
+def test_what_cannot_be_is_said_by_rows(client):
+    step = client.prefetch(np.array([10**7], np.int32))
+    with pytest.raises(PoolError.__base__, match=r"tokens\[0\] is 10000000"):
+        step.rows(1)
+    at_rest(client)
+
+
+def test_a_child_of_a_fork_takes_nothing_of_a_step_that_was_sent(client):
+    step = client.prefetch(FEW)
+
+    def run() -> bytes:
+        with pytest.raises(ForkedError):
+            step.rows(1)
+        return b"good" if step.done() else b"not done"
+
+    assert child(run) == b"good"
+    assert right(client, step)
+    assert client.stats.retries == 0
+    at_rest(client)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th line that this thread runs in the client's rooms, once.
+
+    Not where a `with` begins, or ends: there it would come before a lock is let go of, which Ctrl-C cannot.
+    """
+
+    ROOMS = ("/client.py", "/run.py", "/sent.py", "/step.py", "/delivery.py", "/workers.py", "/shards.py", "/native.py")
+
+    def __init__(self, at: int) -> None:
+        self.left, self.raised, self.where = at, False, ""
+
+    def __enter__(self) -> "Interrupt":
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame, event, arg):
+        name = frame.f_code.co_filename
+        return self._line if "/engrampool_client/" in name and name.endswith(self.ROOMS) else None
+
+    def _line(self, frame, event, arg):
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not self.raised and not line.lstrip().startswith("with "):
+            self.left -= 1
+            if self.left < 0:
+                self.raised, self.where = True, f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self._line
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_ctrl_c_at_any_line_of_prefetch_and_rows_leaves_nothing_behind(client, first, request):
+    gc.collect()  # or a step that an earlier test left is what is interrupted
+    gc.freeze()  # to collect garbage takes long with all the rest
+    request.addfinalizer(gc.unfreeze)
+    for at in itertools.count(first, 5):
+        interrupt, step = Interrupt(at), None
+        with suppress(KeyboardInterrupt), interrupt:
+            step = client.prefetch(FEW)
+            step.rows(1)
+            step.rows(14)
+        if step is not None:  # who is interrupted as he waits may wait again
+            with suppress(StepCancelledError):
+                assert right(client, step), interrupt.where
+        del step
+        gc.collect()
+        eventually(lambda: at_work(client) == (0, 0, 0) and not client.stats.pending_bytes, f"after {interrupt.where}")
+        # A connection that was lost is replaced when one is wanted.
+        eventually(lambda: client.lookup(FEW) and client.direct, f"after {interrupt.where}")
+        assert client.stats.in_flight == 0, interrupt.where
+        if not interrupt.raised:
+            break
