@@ -42,7 +42,8 @@ class NativeLane:
         silent: Callable[[], None] = lambda: None,
     ) -> None:
         self._open_direct, self._target, self._most, self.silent = open_direct, target, most, silent
-        self._lock = threading.Lock()
+        # A step that is given up takes it, in whatever the thread is doing: garbage collection does that, too.
+        self._lock = threading.RLock()
         self._idle: list[Connection] = []
         # Weakly: one that is lost, as Ctrl-C can come between any two lines, is closed and makes room for another.
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()

@@ -125,4 +125,4 @@ class Deadlines:
 
 def _attend_at(delivery: Delivery) -> float:
     receiver = delivery.receiver
-    return inf if receiver is None else receiver.attend_at
+    return inf if receiver is None or delivery.ended else receiver.attend_at

@@ -47,6 +47,9 @@ class Receiver(Protocol):
     def end(self) -> None:
         """The lookup has ended, and nobody is writing. Once more does no harm."""
 
+    def forked(self) -> None:
+        """In the child of a fork: let go without a word, and wait for nobody."""
+
 
 class Delivery:
     """The rows of one lookup on their way to the caller. Thread-safe.
@@ -167,7 +170,7 @@ class Delivery:
 
     def attend(self) -> None:
         """Have the rows come though nobody may wait for them."""
-        if (receiver := self.receiver) is not None:
+        if (receiver := self.receiver) is not None and not self._done:
             receiver.hand_over()
 
     # --- for those who bring rows
@@ -300,7 +303,9 @@ class Delivery:
     def forked(self, error: EngrampoolError) -> None:
         """In the child of a fork, where nobody else is: settle it without a word to those of the parent."""
         self._lock, self._changed = threading.RLock(), None  # the old one may be another thread's for ever
-        self.receiver = None
+        if self.receiver is not None:
+            self.receiver.forked()
+            self.receiver = None
         if self._done:
             return
         if len(self.rows) == len(self.layers):

@@ -389,17 +389,17 @@ class Lookups(Generic[V]):
             return False
         if small is None:
             return False
-        by = self._versions.enter()
+        by, sent = self._versions.enter(), None
         try:
             request = by.shards.send(small, delivery.deadline) if by is version else None
             if request is None:
                 return False
             again, left = partial(self._send_again, delivery, query, out, by), partial(self._versions.leave, by)
             sent = Sent(delivery, request, small.given, self.workers, self._config.spin_s, again, left)
-            delivery.receiver = sent
         finally:
-            if delivery.receiver is None:
+            if sent is None:  # else it leaves it, which may be as soon as others know of it
                 self._versions.leave(by)
+        delivery.receiver = sent
         delivery.on_cancel(sent.give_up)
         if delivery.ended:
             sent.end()
@@ -414,14 +414,14 @@ class Lookups(Generic[V]):
         lookup = Lookup(delivery, query, out, self._versions, self._stats, self._closing, by=by)
         try:
             self._submit(Job(delivery, lookup.plan, lookup.ask))
-        except BaseException:
+        except PoolError:  # else it may have been taken on, and leaves it itself
             self._versions.leave(by)
             raise
 
     def _ended(self, delivery: Delivery) -> None:
         if (receiver := delivery.receiver) is not None:
+            receiver.end()  # first: whoever is interrupted here is followed by another
             delivery.receiver = None
-            receiver.end()
         masked = None
         if delivery.error is not None:
             valids = list(delivery.valid.items())

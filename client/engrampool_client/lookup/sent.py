@@ -91,14 +91,15 @@ class Sent:
     def receive(self, enough: Callable[[], bool], until: float) -> None:
         """Receive in this thread until `enough`, or `until` (time.monotonic), unless another one does."""
         me = threading.get_ident()
-        with self._lock:
-            if self._ended or self._holder not in (0, me):  # me: in a callback, say
-                return
-            again, self._holder = self._holder == me, me
+        again = self._holder == me  # in a callback, say
         try:
+            with self._lock:
+                if self._ended or self._holder not in (0, me):
+                    return
+                self._holder = me
             self._receive(enough, until)
         finally:
-            if not again:
+            if not again and self._holder == me:
                 self._release(me)
 
     def hand_over(self) -> None:
@@ -126,11 +127,17 @@ class Sent:
         if free:
             self._end()
 
+    def forked(self) -> None:
+        """In the child of a fork, where this thread may receive: let go without a word, and wait for nobody."""
+        self._lock = threading.RLock()  # the old one may be another thread's for ever
+        self._ended, self._ends = True, []
+
     def _receive(self, enough: Callable[[], bool], until: float) -> None:
         delivery = self._delivery
         while not (self._ended or delivery.given_up or enough()):
             now = time.monotonic()
-            came = self._come(min(until, now + _SLICE_S))  # what is there is taken, even if there is no time to wait
+            # What is there is taken, even if there is no time to wait.
+            came = self._come(min(until, now + _SLICE_S) if now < until else 0.0)
             if isinstance(came, int):
                 layer, rows = self._rows[came]
                 delivery.arrived({layer: rows})
@@ -162,8 +169,11 @@ class Sent:
             return Came.LATER
 
     def _pass_on(self) -> None:
-        """Have what is missing come by other ways, unless nobody wants it."""
+        """Have what is missing come by other ways, unless nothing is, or nobody wants it."""
         delivery = self._delivery
+        if len(delivery.rows) == len(delivery.layers):
+            delivery.end(None)
+            return
         try:
             with self._lock:
                 if self._ended or delivery.given_up:
@@ -194,7 +204,10 @@ class Sent:
             except KeyboardInterrupt as error:  # once more: others wait for the claim
                 interrupt = error
         if interrupt is not None:
-            raise interrupt
+            try:
+                raise interrupt
+            finally:
+                interrupt = None  # or what it refers to, a step's caller say, would wait for garbage collection
 
     def _end(self) -> None:
         while self._ends:
@@ -209,15 +222,18 @@ class Sent:
         request, error = self._request, self._delivery.error
         if request.small and isinstance(error, StepCancelledError):
             over = partial(request.pass_over, time.monotonic() + _PASS_OVER_S)
+            nobodys = Delivery(self._delivery.layers)
+            nobodys.end(error)  # it takes no place from lookups that somebody waits for
             try:
-                if self._workers.submit(Job(Delivery(self._delivery.layers), _planned, over)):
+                if self._workers.submit(Job(nobodys, _planned, over)):
                     return
             except RuntimeError:  # the system gives no thread
                 pass
         request.let_go(error)
 
     def _wait(self) -> None:
-        self._delivery.wait_for(lambda: self._delivery.ended, None)
+        """As a caller, until this has ended: what comes by other ways may need the place that this thread has."""
+        self._delivery.wait_for(lambda: self._ended or self._delivery.ended, None)
 
 
 def _planned() -> bool:

@@ -44,7 +44,8 @@ class Breaker:
     ) -> None:
         self._retry_s, self._failures, self._probe, self._opened = retry_s, failures, probe, opened
         self._target = target
-        self._lock = threading.Lock()
+        # Whoever gives a step up may take it, in whatever the thread is doing: garbage collection does that, too.
+        self._lock = threading.RLock()
         self._failing_since: float | None = None
         self._failed, self._vouched_until = 0, 0.0
         self._closing = threading.Event()

@@ -20,6 +20,7 @@ from engrampool_client.lanes import connection as lane
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lanes.small import SmallRequest
 from engrampool_client.lookup.sent import Came
+from engrampool_client.pool.breaker import Breaker
 from engrampool_proto import frames
 from engrampool_proto.v1 import pool_pb2
 from server_fixtures import LIMIT_S
@@ -479,3 +480,20 @@ def test_an_answer_that_was_taken_in_is_not_waited_for_again():
             assert asking.given_back
             said.over.set()
             serves_the_next(asking)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_garbage_that_is_collected_within_the_lanes_own_work_may_be_a_step(silent):
+    with asked(LONG) as (asking, _):
+        breaker = Breaker(1.0, 0, lambda: None, lambda: None, "a server")
+        asking.lane.silent, asking.request._silent = breaker.doubt, silent
+
+        def collected() -> None:
+            with asking.lane._lock, breaker._lock:
+                asking.request.let_go(StepCancelledError("nobody refers to the step any more"))
+
+        collecting = threading.Thread(target=collected, daemon=True)
+        collecting.start()
+        collecting.join(LIMIT_S / 4)
+        assert not collecting.is_alive()
+        breaker.close()
