@@ -279,8 +279,7 @@ class Lookups(Generic[V]):
         try:
             if self._closing.is_set():
                 raise PoolError("the client is closed")
-            lookup = Lookup(step.delivery, query, out, self._versions, self._stats, self._closing)
-            lookup.run(self._config.spin_s)
+            self._lookup(step.delivery, query, out).run(self._config.spin_s)
         except BaseException as error:
             over = False
             while not over:
@@ -371,8 +370,7 @@ class Lookups(Generic[V]):
         try:
             self._deadlines.watch(delivery, wake=not waits)
         except RuntimeError as failure:
-            error = PoolError(f"the system gives the client no thread: {failure}")
-            delivery.end(error)
+            delivery.end(error := PoolError(f"the system gives the client no thread: {failure}"))
             raise error from failure
         if self._recorder is not None:
             query.record(self._recorder)
@@ -383,10 +381,9 @@ class Lookups(Generic[V]):
         version = self._versions.current
         if not version.shards.sends or self._closing.is_set():
             return False
-        try:
+        small = None
+        with suppress(EngrampoolError):  # which is how the step ends, as if it were found out later
             small = version.planner.small(query, out)
-        except EngrampoolError:  # which is how the step ends, as if it were found out later
-            return False
         if small is None:
             return False
         by, sent = self._versions.enter(), None
@@ -424,8 +421,7 @@ class Lookups(Generic[V]):
             delivery.receiver = None
         masked = None
         if delivery.error is not None:
-            valids = list(delivery.valid.items())
-            masked = {layer: int(valid.size - np.count_nonzero(valid)) for layer, valid in valids}
+            masked = {layer: int(np.count_nonzero(~valid)) for layer, valid in list(delivery.valid.items())}
         complete = len(delivery.rows) == len(delivery.layers)
         self._stats.ended(delivery, delivery.error, complete, masked)
         self._deadlines.forget(delivery)
