@@ -32,8 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from corpus import MAX_TOKENS, Corpus
-from engrampool_client.compute.forms import NUMPY, Form, choose
 from engrampool_client.compute.cache import HotRows
+from engrampool_client.compute.forms import NUMPY, Form, choose
 from engrampool_proto.builders.deepseek import DEEPSEEK_V41
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
