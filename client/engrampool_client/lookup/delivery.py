@@ -396,14 +396,21 @@ class Delivery:
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         # Beyond what the system can count, a wait has no end.
-        with self._lock:
-            self._waiting += 1
-            if self._changed is None:
-                self._changed = threading.Condition(self._lock)
-            try:
-                return self._changed.wait_for(condition, seconds if seconds < threading.TIMEOUT_MAX else None)
-            finally:
-                self._waiting -= 1
+        limit_s = seconds if seconds < threading.TIMEOUT_MAX else None
+        try:
+            with self._lock:
+                self._waiting += 1
+                if self._changed is None:
+                    self._changed = threading.Condition(self._lock)
+                try:
+                    return self._changed.wait_for(condition, limit_s)
+                finally:
+                    self._waiting -= 1
+        except RuntimeError as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            # It came while the condition had let go of the lock, so that `with` found it free.
+            raise error.__context__ from None
 
 
 def _may_be_masked(error: EngrampoolError | None) -> bool:

@@ -331,6 +331,23 @@ def test_valid_has_the_tokens_of_any_shape():
         assert step.valid(1).shape == tokens
 
 
+def test_ctrl_c_that_comes_as_a_wait_lets_go_of_its_lock_is_raised_as_such():
+    step, delivery = step_of()
+    assert not delivery.wait_for(lambda: False, 0.0)  # which makes the condition
+    let_go = delivery._changed._release_save
+
+    def interrupted():
+        let_go()
+        raise KeyboardInterrupt
+
+    delivery._changed._release_save = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        step.rows(1, LIMIT_S)
+    delivery._changed._release_save = let_go
+    delivery.arrived(ROWS)
+    assert step.rows(1) is ROWS[1]
+
+
 class _Interrupt:
     """Raises KeyboardInterrupt at the n-th line that this thread runs in delivery.py or stats.py, once."""
 
