@@ -138,11 +138,13 @@ class Delivery:
         if self.receiver is None:
             return self._wait(condition, limit_s)
         until = time.monotonic() + limit_s
-        while (receiver := self.receiver) is not None and not condition():
+        while (receiver := self.receiver) is not None:
             receiver.receive(condition, until)
+            if condition():
+                return True
             left_s = until - time.monotonic()
             if left_s <= 0:
-                break
+                return False
             self._wait(partial(self._may_come, condition, receiver), left_s)
         return self._wait(condition, until - time.monotonic())
 
