@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from math import inf
 
 from engrampool_client.errors import DeadlineError, PoolError, StepCancelledError
 from engrampool_client.lanes.answers import RefusalError
@@ -23,6 +24,8 @@ from engrampool_proto.v1 import pool_pb2
 _STUCK_S = 10.0
 # Between tries after one that failed.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+# A server that is well has begun to answer by then. Deadlines may be so short that it could not.
+_TIME_ENOUGH_S = 0.1
 _log = logging.getLogger("engrampool")
 
 
@@ -50,6 +53,7 @@ class NativeLane:
         self._opening = self._closed = False
         self._opening_since = 0.0
         self._not_before, self._pause_s = 0.0, _FIRST_PAUSE_S
+        self._unanswered_s = 0.0  # what connections that never answered were given, since one last did
         self._opener: threading.Thread | None = None
         self.opened, self.reason = 0, ""
         self._connect()  # here and now, so that the first lookup finds a connection
@@ -120,7 +124,7 @@ class NativeLane:
 
     def answered(self, connection: Connection) -> None:
         """One has answered as it should: the lane is well."""
-        self._pause_s = _FIRST_PAUSE_S
+        self._pause_s, self._unanswered_s = _FIRST_PAUSE_S, 0.0
         self._idle.append(connection)
         if self._closed:
             self._drop_idle()
@@ -159,13 +163,17 @@ class NativeLane:
             except IndexError:
                 return
 
-    def distrust(self, connection: Connection) -> None:
+    def distrust(self, connection: Connection, waited_s: float = inf) -> None:
         """Drop one that was silent, and of the idle ones those that nothing came on since: they may be lost as well.
 
-        One that never answered anything says that the next one will not either: it has time.
+        Those that never answered anything say that the next one will not either, if they were given time enough all
+        together: it has time. waited_s: how much this one was.
         """
         with self._lock:
             if not connection.answered:
+                self._unanswered_s += waited_s
+            if self._unanswered_s >= _TIME_ENOUGH_S:
+                self._unanswered_s = 0.0
                 self._not_before = time.monotonic() + self._pause_s
                 self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
                 self.reason = (
@@ -259,7 +267,7 @@ class NativeRequest:
                 lane.put_back(connection)
             raise
         except TimeoutError as error:
-            lane.distrust(connection)
+            lane.distrust(connection, connection.waited_s)
             raise DeadlineError(f"{lane.target}: no answer in time (DEADLINE_EXCEEDED)") from error
         except OSError as error:
             lane.lost(connection, error, exchange.delivery.given_up)

@@ -110,7 +110,7 @@ class SmallRequest:
             lane.answered(connection)
             return
         if isinstance(error, DeadlineError) and not connection.promises():
-            lane.distrust(connection)
+            lane.distrust(connection, connection.waited_s)
             self._late(error)
         elif self._silent:
             lane.distrust(connection)

@@ -516,6 +516,33 @@ def silent(*_: object, **__: object) -> None:
     raise lane.SilentError("nothing came")
 
 
+def test_deadlines_that_were_too_short_to_be_kept_do_not_end_the_use_of_the_lane(packed, monkeypatch):
+    """Else a client whose deadlines only the lane can keep would miss them all, after one that was missed."""
+    monkeypatch.setattr(native, "_FIRST_PAUSE_S", 100.0)
+    monkeypatch.setattr(native, "_TIME_ENOUGH_S", LIMIT_S)
+    with running(packed) as run, Client(run.address, attach="off") as client:
+        (endpoint,) = client._shards.sets[0].replicas
+        made = endpoint._native
+
+        def miss_one() -> None:
+            eventually(lambda: made._idle, "a connection was opened")
+            with pytest.raises(DeadlineError):
+                client.lookup_rows({2: np.array([1])})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lane.Connection, "receive", late)
+            for _ in range(3):  # on connections that never answered
+                miss_one()
+            monkeypatch.setattr(native, "_TIME_ENOUGH_S", 0.0)
+            miss_one()
+        assert "does not answer" in endpoint.why_not_direct
+        assert not made._idle
+
+
+def late(*_: object, **__: object) -> None:
+    raise TimeoutError
+
+
 def test_a_connection_that_was_just_opened_is_not_distrusted_with_one_that_is_older(packed):
     with running(packed) as run, Client(run.address, attach="off") as client:
         made = client._shards.sets[0].replicas[0]._native
