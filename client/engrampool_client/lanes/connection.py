@@ -171,11 +171,6 @@ class Connection:
         self.quick = time.perf_counter() - begin < 2 * spin_s
         return True
 
-    @property
-    def waited_s(self) -> float:
-        """How long ago the last request was."""
-        return time.monotonic() - self.asked_at
-
     def silent(self, since: float) -> bool:
         """Whether it is too long that nothing has come since then, by time.monotonic."""
         return time.monotonic() - since >= _SILENCE_S

@@ -267,7 +267,7 @@ class NativeRequest:
                 lane.put_back(connection)
             raise
         except TimeoutError as error:
-            lane.distrust(connection, connection.waited_s)
+            lane.distrust(connection, time.monotonic() - connection.asked_at)
             raise DeadlineError(f"{lane.target}: no answer in time (DEADLINE_EXCEEDED)") from error
         except OSError as error:
             lane.lost(connection, error, exchange.delivery.given_up)

@@ -110,7 +110,7 @@ class SmallRequest:
             lane.answered(connection)
             return
         if isinstance(error, DeadlineError) and not connection.promises():
-            lane.distrust(connection, connection.waited_s)
+            lane.distrust(connection, time.monotonic() - connection.asked_at)
             self._late(error)
         elif self._silent:
             lane.distrust(connection)
