@@ -1,6 +1,5 @@
 """The client, for engines that run their steps in threads; aio.py has the same for asyncio."""
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from engrampool_client.config import ClientConfig, ClientSettings, bounded_s
 from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import BatchError, PoolError, StepCancelledError
+from engrampool_client.event import Event
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.landing import Out, by_layer, check_outs, zeros
 from engrampool_client.lookup.layout import Layout
@@ -60,7 +60,7 @@ class Client:
             pin_malloc()
         servers = Servers(list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target])
         self.target = servers.text
-        self._closing = threading.Event()
+        self._closing = Event()
         self._versions = VersionFollower(servers, config)
         self._lookups = Lookups(config, self._versions, self._closing)
         self._recorder: Recorder | None = None

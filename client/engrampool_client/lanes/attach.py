@@ -31,6 +31,7 @@ from engrampool_client.errors import (
     SpecError,
     UnavailableError,
 )
+from engrampool_client.event import Event
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.served import ServedModel
@@ -149,7 +150,7 @@ class AttachLane:
         self.form, self.threads, self.ways = form, threads, ways
         # Replaced as a whole, and read once by whoever needs it: a gather keeps the memory that it reads.
         self._lease: _Lease | None = None
-        self._closed = threading.Event()
+        self._closed = Event()
         self.reason = ""
         self._interval_s, self._pause_s = 0.0, _FIRST_PAUSE_S
         self._touching: Iterator[bool] = iter(())

@@ -16,6 +16,7 @@ from engrampool_client.errors import (
     from_rpc,
     is_no_grpc,
 )
+from engrampool_client.event import Event
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.served import DESCRIBE
 from engrampool_proto.v1 import pool_pb2
@@ -101,7 +102,7 @@ class GrpcLane:
         Raises UnavailableError after `timeout_s`, which says why the last try failed; and other PoolErrors at once.
         """
         deadline = time.monotonic() + timeout_s
-        pause = threading.Event()
+        pause = Event()
         last: PoolError | None = None
         while True:
             remaining_s = max(0.0, deadline - time.monotonic())

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, RejectedError, StepCancelledError
+from engrampool_client.event import wait_for
 from engrampool_proto.errors import BatchError
 from engrampool_proto.wire import ServerTimes
 
@@ -397,22 +398,16 @@ class Delivery:
                 _telling.depth -= 1
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
-        # Beyond what the system can count, a wait has no end.
-        limit_s = seconds if seconds < threading.TIMEOUT_MAX else None
+        with self._lock:
+            self._waiting += 1
+            if self._changed is None:
+                self._changed = threading.Condition(self._lock)
         try:
-            with self._lock:
-                self._waiting += 1
-                if self._changed is None:
-                    self._changed = threading.Condition(self._lock)
-                try:
-                    return self._changed.wait_for(condition, limit_s)
-                finally:
-                    self._waiting -= 1
-        except RuntimeError as error:
-            if not isinstance(error.__context__, KeyboardInterrupt):
-                raise
-            # It came while the condition had let go of the lock, so that `with` found it free.
-            raise error.__context__ from None
+            # Beyond what the system can count, a wait has no end.
+            limit_s = seconds if seconds < threading.TIMEOUT_MAX else None
+            return wait_for(self._changed, self._lock, condition, limit_s)
+        finally:
+            self._waiting -= 1
 
 
 def _may_be_masked(error: EngrampoolError | None) -> bool:

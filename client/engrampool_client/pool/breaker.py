@@ -7,6 +7,7 @@ from collections.abc import Callable
 from math import inf
 
 from engrampool_client.errors import DeadlineError, EngrampoolError, UnavailableError
+from engrampool_client.event import Event
 
 # Pauses between the tries of a lookup whose connection broke.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.2
@@ -48,7 +49,7 @@ class Breaker:
         self._lock = threading.RLock()
         self._failing_since: float | None = None
         self._failed, self._vouched_until = 0, 0.0
-        self._closing = threading.Event()
+        self._closing = Event()
         self._prober: threading.Thread | None = None
         self._probing, self._said = False, ""
         self._ends_by = inf  # when the probe that is under way should have ended

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 from engrampool_client.errors import PoolError, UnavailableError, UnknownModelError, UnknownVersionError
+from engrampool_client.event import Event
 from engrampool_proto.registry.etcd import SCHEME, Registry, RegistryError, State, require_etcd3gw
 
 _DNS, _RAY = "dns:///", "ray:///"
@@ -55,7 +56,7 @@ class Servers:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._turn = 0
-        self._closed = threading.Event()
+        self._closed = Event()
         self._follower: threading.Thread | None = None
 
     @property

@@ -1,11 +1,11 @@
 """One version of a model, as a client has it: its servers, and what is planned and cached by it."""
 
-import threading
 from pathlib import Path
 
 from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import Form
 from engrampool_client.config import ClientConfig, columns
+from engrampool_client.event import Event
 from engrampool_client.lookup.layout import Layout
 from engrampool_client.lookup.plan import Planner
 from engrampool_client.lookup.served import ServedModel
@@ -24,7 +24,7 @@ class Version:
 
     def __init__(self, servers: Servers, config: ClientConfig) -> None:
         self._servers, self._config = servers, config
-        self._closing = threading.Event()
+        self._closing = Event()
         self.shards = Shards(servers, config, self._closing)
         self.uses = 0
 
