@@ -11,8 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-# Three processes share the tests, for two cores, as many of them wait; what one has not begun another may take.
-AT_ONCE ?= --numprocesses 3 --dist worksteal
+# Four processes share the tests, for two cores, as many of them wait; what one has not begun another may take.
+AT_ONCE ?= --numprocesses 4 --dist worksteal
 # They start hundreds of processes, each of which would compile our modules again where bytecode must not be kept.
 test test-quick test-torch test-ray: export PYTHONDONTWRITEBYTECODE :=
 
