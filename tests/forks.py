@@ -5,10 +5,11 @@ signal in `threading._after_fork`, before they came to anything.
 """
 
 import asyncio
+import faulthandler
 import gc
 import os
-import signal
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -41,31 +42,38 @@ def expected(spec, tokens) -> dict[int, np.ndarray]:
 def child(run) -> bytes:
     """What `run` gives in a fork of this process.
 
-    Handlers of forks, gRPC's and Python's own, end a child by a signal now and then, before `run`: once more, then.
+    Handlers of forks, gRPC's and Python's own, end a child by a signal now and then, before `run`, and so do threads
+    that gRPC begins in the child: once more, then.
     """
     for _ in range(10):
-        said, ended = forked(run)
-        # An abort is gRPC's, in threads that it begins in the child.
-        if ended >= 0 or (said and ended != -signal.SIGABRT):
+        said, ended, by_others = forked(run)
+        if not by_others:
             break
     return said.removeprefix(BEGUN) or f"ended with {ended} before it began".encode()
 
 
-def forked(run) -> tuple[bytes, int]:
+def forked(run) -> tuple[bytes, int, bool]:
+    """What `run` gives in a fork, after BEGUN; how that ended; and whether it was ended by what is none of Python's."""
     read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        said = b"failed"
-        os.write(write, BEGUN)
-        try:
-            said = run()
-        finally:
-            os.write(write, said)
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        said = pipe.read()
-    return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with tempfile.TemporaryFile() as trace:
+        pid = os.fork()
+        if not pid:
+            faulthandler.enable(trace.fileno())
+            said = b"failed"
+            os.write(write, BEGUN)
+            try:
+                said = run()
+            finally:
+                os.write(write, said)
+                os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            said = pipe.read()
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        trace.seek(0)
+        text = trace.read()
+    # Of a thread of Python's that is hit by a signal the trace says that it is the current one.
+    return said, ended, ended < 0 and (not said or (bool(text) and b"Current thread" not in text))
 
 
 def until_asking(client: Client, count: int) -> None:

@@ -34,7 +34,7 @@ from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 from engrampool_proto.synthetic import synthetic_rows
-from forks import BEGUN
+from forks import BEGUN, forked
 from small_model import small_spec, write_model
 
 LIMIT_S = 60.0
@@ -263,35 +263,27 @@ class Sweep:
         """In the midst of a lookup: the child gets nobody's rows, and takes nothing from the parent."""
         client = self.random.choice(list(clients.values()))
         step = client.prefetch(np.arange(300, dtype=np.int32), timeout_s=20.0)
-        read, write = os.pipe()
-        pid = os.fork()
-        if not pid:
-            said = b"W"
-            os.write(write, BEGUN)
-            try:
-                refused = 0
-                for ask in (lambda: client.prefetch([1]), lambda: client.lookup([1])):
-                    try:
-                        ask()
-                    except ForkedError:
-                        refused += 1
-                with suppress(EngrampoolError):  # ForkedError, or what it had ended with in the parent
-                    step.wait()
-                good = refused == 2 and step.done()
-                client.close()
-                del step
-                gc.collect()
-                said = b"K" if good else b"R%d" % refused
-            finally:
-                os.write(write, said)
-                os._exit(0)
-        os.close(write)
-        with os.fdopen(read, "rb") as pipe:
-            said = pipe.read()
-        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if (ended < 0 and not said) or (ended == -signal.SIGABRT and said == BEGUN):
+
+        def run() -> bytes:
+            nonlocal step
+            refused = 0
+            for ask in (lambda: client.prefetch([1]), lambda: client.lookup([1])):
+                try:
+                    ask()
+                except ForkedError:
+                    refused += 1
+            with suppress(EngrampoolError):  # ForkedError, or what it had ended with in the parent
+                step.wait()
+            good = refused == 2 and step.done()
+            client.close()
+            del step
+            gc.collect()
+            return b"K" if good else b"R%d" % refused
+
+        said, ended, by_others = forked(run)
+        if by_others:
             # Handlers of forks, gRPC's and Python's own, end a child now and then before any line of it has run, and so
-            # does a check of gRPC's in threads that it begins there: nothing else aborts.
+            # do threads that gRPC begins there.
             self.seen["child ended by gRPC"] += 1
             assert 2 * self.seen["child ended by gRPC"] <= 4 + self.seen["fork"]
         else:
