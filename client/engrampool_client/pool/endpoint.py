@@ -162,7 +162,9 @@ class Endpoint:
     def sends(self) -> bool:
         """Whether `send` may well send, now."""
         native = self._native
-        return self._small is not None and native is not None and native.idle and not self.breaker.is_open
+        if self._small is None or native is None or not native.idle:
+            return False
+        return not self.attached and not self.breaker.is_open
 
     def send(self, small: Small, deadline: float) -> "SmallRequest | None":
         """Have a small request sent on the direct lane, all of it at once; None if that cannot be."""

@@ -318,3 +318,13 @@ def test_ctrl_c_at_any_line_of_prefetch_and_rows_leaves_nothing_behind(client, f
         assert client.stats.in_flight == 0, interrupt.where
         if not interrupt.raised:
             break
+
+
+def test_a_step_that_is_read_from_memory_is_planned_once(packed, tmp_path):
+    # The server is a process of its own: it lets callers of its own user map its tables.
+    with serve_process(packed, workers=1, memory=f"file:{tmp_path}") as server, Client(server.address) as client:
+        eventually(lambda: client.attached, "attached")
+        assert not client._shards.sends
+        assert right(client, client.prefetch(FEW))
+        assert client.stats.bytes["wire"] == 0
+        assert client.stats.bytes["attached"]
