@@ -224,8 +224,9 @@ def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int,
         for name, array in given.items():
             cut = row_format.slice_of(name)
             arrays.append(_check_out(f"{name} of layer {layer}", array, (*shape[:-1], cut.stop - cut.start)))
-    # Arrays whose memory is their own share none; to ask each where it lies takes longer.
-    if len({id(array) for _, array in arrays if array.base is None}) == len(arrays):
+    # Arrays whose memory is their own share none; to ask each where it lies takes longer. No base is not enough: arrays
+    # that others made of an address have none either.
+    if len({id(array) for _, array in arrays if array.flags.owndata}) == len(arrays):
         return
     lying = []
     for what, array in arrays:
