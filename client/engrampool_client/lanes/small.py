@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from engrampool_client.errors import DeadlineError, PoolError, ProtocolError
 from engrampool_client.lanes.connection import Connection
@@ -11,7 +12,7 @@ from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.sent import Came
 from engrampool_proto import frames, wire
-from engrampool_proto.kernels import receive
+from engrampool_proto.kernels import ask, receive
 
 _SECOND_NS = 1_000_000_000
 
@@ -47,6 +48,27 @@ class SmallRequest:
         self._waits = self.small = self._whole <= connection.memory.size // 2
         self._came, self._heard_at = 0, connection.asked_at
         self._silent, self._turn = False, connection.turn
+
+    @staticmethod
+    def send_now(
+        connection: Connection,
+        what: tuple[str, str, tuple[int, ...]],
+        counts: npt.NDArray[np.int64],
+        ids: Rows,
+        left_s: float,
+    ) -> bool:
+        """Ask for rows by ids, as far as the system takes all of it at once; else the connection is of no use any more.
+
+        what: model, version and layers. counts: ids of each layer. ids: as they go into the frame. left_s: until the
+        answer must be there. Raises OSError if the connection broke.
+        """
+        handle = connection.begin(what)
+        if handle is None:
+            return False
+        timeout_us = max(1, int(left_s * 1e6))
+        number: int = ask.send_lookup(connection.fileno(), handle, timeout_us, counts, ids)
+        connection.number = number
+        return number != 0
 
     def ready(self, until: float, spin_s: float) -> Came | None:
         """Wait for a small answer; None if `take` is to follow. until: by time.monotonic."""

@@ -1,59 +1,36 @@
 """A small lookup by row ids, laid out as it is sent, and where its rows go."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from engrampool_client.compute.forms import Hashing
 from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.landing import Out, read_only
-from engrampool_client.lookup.layout import Layout
-from engrampool_client.lookup.query import Query
-from engrampool_client.lookup.served import ServedModel
-from engrampool_proto import frames
-
-# Ids of so many bytes are sent without waiting, on a connection that has nothing else to send; and no more rows than
-# this are left in the system's hands until somebody comes for them.
-_MOST_ID_BYTES, _MOST_BYTES = 48 << 10, 2 << 20
+from engrampool_client.lookup.query import Query, RowQuery, Sizes
+from engrampool_proto.spec import ModelSpec
 
 
-@dataclass(frozen=True)
 class Small:
-    """what: model, version, layers, ascending. counts: ids of each layer. ids: as the frame has them, little-endian.
+    """what, counts, nbytes: as of its sizes. ids: as the frame has them, little-endian, uint8.
 
-    rows: layer -> where its rows belong, uint8 [N, row_bytes]. given: layer and what its caller gets of it. nbytes: of
-    all rows.
+    rows: layer -> where its rows belong, uint8 [N, row_bytes]. given: layer and what its caller gets of it.
     """
 
-    what: tuple[str, str, tuple[int, ...]]
-    counts: list[int]
-    ids: memoryview
-    rows: dict[int, Rows]
-    given: Sequence[tuple[int, Rows]]
-    nbytes: int
+    __slots__ = ("_sizes", "counts", "given", "ids", "nbytes", "rows", "what")
+
+    def __init__(
+        self, sizes: Sizes, ids: npt.NDArray[np.uint8], rows: dict[int, Rows], given: Sequence[tuple[int, Rows]]
+    ) -> None:
+        self._sizes, self.what, self.counts, self.nbytes = sizes, sizes.what, sizes.counts, sizes.nbytes
+        self.ids, self.rows, self.given = ids, rows, given
 
     @classmethod
-    def of(cls, query: Query, out: Out | None, served: ServedModel, layout: Layout, hashing: Hashing) -> "Small | None":
-        """None for a lookup that is not small, or whose rows are written apart. Raises BatchError."""
-        shapes, spec = query.shapes(layout), served.spec
-        at = nbytes = 0
-        places, counts = [], []
-        for layer in query.layers:
-            shape, table = shapes[layer], spec.table(layer)
-            count = math.prod(shape[:-1])
-            places.append((layer, table, at, count))
-            counts.append(count)
-            at += frames.padded(count * np.dtype(table.id_dtype).itemsize)
-            nbytes += count * table.row_bytes
-        if not all(counts) or at > _MOST_ID_BYTES or nbytes > min(_MOST_BYTES, served.max_answer_bytes):
-            return None
-        if sum(counts) > served.max_rows:
-            return None
-        memory, ids, rows, given = np.zeros(at, np.uint8), {}, {}, []
-        for layer, table, begin, count in places:
-            shape, own = shapes[layer], None if out is None else out.get(layer)
+    def of(cls, query: Query, out: Out | None, sizes: Sizes) -> "Small | None":
+        """None where rows are written apart, or for a batch that cannot be. Raises BatchError for such row ids."""
+        rows, given = {}, []
+        for layer, shape in sizes.shapes.items():
+            own = None if out is None else out.get(layer)
             if own is None:
                 own = np.empty(shape, np.uint8)
                 given.append((layer, read_only(own)))
@@ -61,8 +38,11 @@ class Small:
                 given.append((layer, own))
             else:
                 return None
-            rows[layer] = own.reshape(count, table.row_bytes)
-            place = memory[begin : begin + count * np.dtype(table.id_dtype).itemsize]
-            ids[layer] = place.view(table.id_dtype).reshape(shape[:-1])
-        query.put_ids(layout, hashing, ids)
-        return cls((spec.name, served.version, tuple(query.layers)), counts, memory.data, rows, given, nbytes)
+            rows[layer] = own.reshape(-1, shape[-1])
+        ids = np.zeros(sizes.id_bytes, np.uint8)
+        return cls(sizes, ids, rows, given) if query.put_ids(sizes, ids) else None
+
+    def query(self, spec: ModelSpec, layers: Sequence[int]) -> RowQuery:
+        """What some of its layers ask for."""
+        ids = self._sizes.ids(self.ids)
+        return RowQuery(spec, {layer: ids[layer] for layer in layers})

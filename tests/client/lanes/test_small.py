@@ -61,8 +61,8 @@ class Asking:
         taken = made.take()
         assert taken is not None
         self.connection = taken
-        ids = memoryview(bytes(frames.padded(4 * count) * len(LAYERS)))
-        assert taken.send_now(("m", "v", LAYERS), [count] * len(LAYERS), ids, LIMIT_S)
+        ids, counts = np.zeros(frames.padded(4 * count) * len(LAYERS), np.uint8), np.full(len(LAYERS), count)
+        assert SmallRequest.send_now(taken, ("m", "v", LAYERS), counts, ids, LIMIT_S)
         self.request = SmallRequest(made, taken, self.rows.arrays, self.answered.append, self.late.append)
         self.given: list[int] = []
 
