@@ -1,8 +1,9 @@
 """What it brings, and costs, that a server looks for requests without sleeping: python bench/spin.py PACKED_MODEL.
 
-A server for each value of `direct_spin_s`, and a client of each, which makes steps over the direct lane in turn: back to
-back, and with the pauses of decoding between them. Printed are medians over slices, of the time until the first layer's
-rows were there and of its ratio to that without spinning, and the server's processor time over the time that it took.
+A server for each value of `direct_spin_s`, and a client of each, which makes steps over the direct lane in turn: back
+to back, and with the pauses of decoding between them. Printed are medians over slices, of the time until the first
+layer's rows were there and of its ratio to that without spinning, and the server's processor time over the time that it
+took.
 """
 
 import argparse
