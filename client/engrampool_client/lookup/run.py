@@ -27,7 +27,7 @@ from engrampool_client.lookup.delivery import Delivery, Rows, in_callback
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Out, check_outs, zeros
 from engrampool_client.lookup.plan import Plan, Planner
-from engrampool_client.lookup.query import Query, Recorder, Sizes, TokenQuery, candidates_batch
+from engrampool_client.lookup.query import Query, Recorder, RowQuery, Sizes, TokenQuery, candidates_batch
 from engrampool_client.lookup.sent import Request, Sent
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.step import Step
@@ -272,7 +272,7 @@ class Lookups(Generic[V]):
             query.own()
         step = self._step(query, out, timeout_s, sizes)
         if small is not None:
-            if self._send(step.delivery, small, out, version):
+            if self._send(step.delivery, small, sizes, out, version):
                 return step
             query.own()
         lookup = self._lookup(step.delivery, query, out)
@@ -390,14 +390,15 @@ class Lookups(Generic[V]):
             query.record(self._recorder)
         return step
 
-    def _send(self, delivery: Delivery, small: Small, out: Out | None, version: V) -> bool:
+    def _send(self, delivery: Delivery, small: Small, sizes: Sizes, out: Out | None, version: V) -> bool:
         """Have it sent, in this thread, and its rows come in those that wait; whether that could be."""
         by, sent = self._versions.enter(), None
         try:
             request = by.shards.send(small, delivery.deadline) if by is version else None
             if request is None:
                 return False
-            again, left = partial(self._send_again, delivery, small, out, by), partial(self._versions.leave, by)
+            again = partial(self._send_again, delivery, small.ids, sizes, out, by)
+            left = partial(self._versions.leave, by)
             sent = Sent(delivery, request, small.given, self.workers, self._config.spin_s, again, left)
         finally:
             if sent is None:  # else it leaves it, which may be as soon as others know of it
@@ -409,9 +410,10 @@ class Lookups(Generic[V]):
         self._deadlines.look_by(sent.attend_at)
         return True
 
-    def _send_again(self, delivery: Delivery, small: Small, out: Out | None, by: V) -> None:
+    def _send_again(self, delivery: Delivery, ids: Rows, sizes: Sizes, out: Out | None, by: V) -> None:
         """Have a thread of the client ask for what is missing, by whatever way there is. Raises PoolError."""
-        query = small.query(self._spec, [layer for layer in delivery.layers if layer not in delivery.rows])
+        missing = {layer: rows for layer, rows in sizes.ids(ids).items() if layer not in delivery.rows}
+        query = RowQuery(self._spec, missing)
         if delivery.rows:
             out = None if out is None else {layer: given for layer, given in out.items() if layer in query.layers}
         lookup = Lookup(delivery, query, out, self._versions, self._stats, self._closing, by=by)

@@ -1,29 +1,39 @@
 """A small lookup by row ids, laid out as it is sent, and where its rows go."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.landing import Out, read_only
-from engrampool_client.lookup.query import Query, RowQuery, Sizes
-from engrampool_proto.spec import ModelSpec
+from engrampool_client.lookup.query import Query, Sizes
+
+_IN_ORDER: Mapping[int, npt.NDArray[np.int64]] = {}
 
 
 class Small:
-    """what, counts, nbytes: as of its sizes. ids: as the frame has them, little-endian, uint8.
+    """what: model, version, layers, ascending. counts: ids of each layer. ids: as the frame has them, little-endian.
 
-    rows: layer -> where its rows belong, uint8 [N, row_bytes]. given: layer and what its caller gets of it.
+    rows: layer -> where its rows belong, uint8 [N, row_bytes], C-contiguous. given: layer and what its caller gets of
+    it. nbytes: of all rows that are asked for. places: layer -> int64 [count], where each of them belongs among its
+    `rows`; a layer without any has all of its rows come, in order.
     """
 
-    __slots__ = ("_sizes", "counts", "given", "ids", "nbytes", "rows", "what")
+    __slots__ = ("counts", "given", "ids", "nbytes", "places", "rows", "what")
 
     def __init__(
-        self, sizes: Sizes, ids: npt.NDArray[np.uint8], rows: dict[int, Rows], given: Sequence[tuple[int, Rows]]
+        self,
+        what: tuple[str, str, tuple[int, ...]],
+        counts: npt.NDArray[np.int64],
+        ids: npt.NDArray[np.uint8],
+        rows: dict[int, Rows],
+        given: Sequence[tuple[int, Rows]],
+        nbytes: int,
+        places: Mapping[int, npt.NDArray[np.int64]] = _IN_ORDER,
     ) -> None:
-        self._sizes, self.what, self.counts, self.nbytes = sizes, sizes.what, sizes.counts, sizes.nbytes
-        self.ids, self.rows, self.given = ids, rows, given
+        self.what, self.counts, self.ids, self.nbytes = what, counts, ids, nbytes
+        self.rows, self.given, self.places = rows, given, places
 
     @classmethod
     def of(cls, query: Query, out: Out | None, sizes: Sizes) -> "Small | None":
@@ -40,9 +50,6 @@ class Small:
                 return None
             rows[layer] = own.reshape(-1, shape[-1])
         ids = np.zeros(sizes.id_bytes, np.uint8)
-        return cls(sizes, ids, rows, given) if query.put_ids(sizes, ids) else None
-
-    def query(self, spec: ModelSpec, layers: Sequence[int]) -> RowQuery:
-        """What some of its layers ask for."""
-        ids = self._sizes.ids(self.ids)
-        return RowQuery(spec, {layer: ids[layer] for layer in layers})
+        if not query.put_ids(sizes, ids):
+            return None
+        return cls(sizes.what, sizes.counts, ids, rows, given, sizes.nbytes)

@@ -175,8 +175,8 @@ class Endpoint:
         if connection is None:
             return None
         try:
-            if self._small.send_now(connection, small.what, small.counts, small.ids, left_s):
-                return self._small(native, connection, small.rows, self._answered, self.breaker.failed)
+            if self._small.send_now(connection, small, left_s):
+                return self._small(native, connection, small, self._answered, self.breaker.failed)
         except OSError:  # it broke, or takes nothing
             pass
         native.drop(connection)
@@ -305,7 +305,7 @@ class EndpointRequest:
                 others.begin(self._fetch, lane, part, 0.0, patient, early)
             self._fetch(lanes[0], parts[0], self._spin_s, patient, early)
         if len(parts) > 1:
-            self._exchange.times = slowest(parts)
+            self._exchange.times = slowest(part.times for part in parts)
 
     def _fetch(
         self,
