@@ -263,7 +263,7 @@ class Lookups(Generic[V]):
         sizes = version.planner.sizes(query)
         if out is not None:
             check_outs(self._spec, out, sizes.shapes)
-        if instead_of is None and not ahead and version.shards.sends and not self._closing.is_set():
+        if instead_of is None and not ahead and version.shards.sends:
             try:
                 small = version.planner.small(query, out, sizes)
             except EngrampoolError:  # which is how the step ends, as if it were found out later
@@ -392,6 +392,8 @@ class Lookups(Generic[V]):
 
     def _send(self, delivery: Delivery, small: Small, sizes: Sizes, out: Out | None, version: V) -> bool:
         """Have it sent, in this thread, and its rows come in those that wait; whether that could be."""
+        if self._closing.is_set():  # who closes from here on gives it up
+            return False
         by, sent = self._versions.enter(), None
         try:
             request = by.shards.send(small, delivery.deadline) if by is version else None
