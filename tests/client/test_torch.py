@@ -258,7 +258,7 @@ def test_a_buffer_waits_for_the_copies_out_of_it_and_grows():
         def synchronize(self):
             waited.append(self)
 
-    staging = pooled._Staging(pinned=False)
+    staging = pooled.Staging(pinned=False)
     small = staging.arrays({1: (4, 2, 8)})[1]
     copied = Copied()
     staging.copies.append(copied)
