@@ -94,5 +94,7 @@ def _aligned(segment: torch.Tensor, itemsize: int) -> torch.Tensor:
     """The same bytes where a view of elements of `itemsize` bytes is possible; themselves if they are already."""
     if itemsize == 1:
         return segment
+    if not segment.numel():
+        return segment.new_empty(segment.shape)  # numpy's strides of what is empty are zeros
     segment = segment.contiguous()
     return segment.clone() if segment.storage_offset() % itemsize else segment
