@@ -247,10 +247,8 @@ class Copies:
                 return
             for layer in list(self._awaited):
                 self._raise(layer, layer in came)
-            copied = [event for _, event in self._issued.values()]
-            if self._begun > len(copied):  # Ctrl-C came after the begin of one
-                copied.append(self._device.mark())
-            self._staging.copies.extend(event for event in copied if event is not None)
+            if self._begun > len(self._issued) and (copied := self._device.mark()) is not None:
+                self._staging.copies.append(copied)  # Ctrl-C came between the beginning of a copy and its event
             self._issued.clear()
             self.over = True
 
@@ -272,7 +270,10 @@ class Copies:
 
     def _issue(self, layer: int, rows: torch.Tensor) -> None:
         self._begun += 1
-        self._issued[layer] = rows, self._device.copy(self._host[layer], rows)
+        copied = self._device.copy(self._host[layer], rows)
+        if copied is not None:
+            self._staging.copies.append(copied)
+        self._issued[layer] = rows, copied
 
     def _raise(self, layer: int, came: bool) -> None:
         """With the lock. In this order: Ctrl-C may come between any two."""
