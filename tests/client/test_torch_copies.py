@@ -162,16 +162,20 @@ def test_it_is_copied_when_it_asks_if_so_told(driven, later):
 
 
 @pytest.mark.parametrize(("setting", "at_once"), [(None, False), (False, False), (True, True)])
-def test_a_small_step_is_received_by_the_layer_that_waits_unless_told_otherwise(client, spec, later, setting, at_once):
+def test_a_small_step_is_received_by_the_layer_that_waits_unless_told_otherwise(
+    client, spec, later, monkeypatch, setting, at_once
+):
     if not (client.compiled and client.direct):
         pytest.skip("small steps need kernels and the direct lane")
     pool, ids = pooled.EngramPool(client, staging=True, copy_on_arrival=setting), tokens(1, 3)
+    told, add_callback = [], Step.add_callback
+    monkeypatch.setattr(Step, "add_callback", lambda step, callback: told.append(1) or add_callback(step, callback))
     with pool.start(ids) as step:
         assert step.step.delivery.receiver is not None
+        assert at_once == bool(told)  # which has a thread of the client receive
         if at_once:
-            assert later.issued.acquire(timeout=LIMIT_S)
-            assert later.issued.acquire(timeout=LIMIT_S)
-        assert later.rooms == (2 if at_once else 0)
+            for _ in spec.layers:
+                assert later.issued.acquire(timeout=LIMIT_S)
         rows = {layer: step.rows(layer) for layer in spec.layers}
         later.run()
         for layer in spec.layers:
@@ -266,6 +270,25 @@ def test_memory_is_not_written_to_while_a_copy_reads_it(driven, later):
         later.run()
     assert (first[1] == 5).all()
     assert (first[14] == 6).all()
+
+
+def test_a_copy_that_ctrl_c_came_into_is_waited_for_as_well(driven, later, monkeypatch):
+    pool, copy, read = pooled.EngramPool(driven, staging=True, buffers=1, copy_on_arrival=False), later.copy, []
+
+    def interrupted(host, rows):
+        copy(host, rows)
+        read.append(rows)
+        raise KeyboardInterrupt
+
+    step = pool.start([1, 2])
+    come(step, 1, 5)
+    monkeypatch.setattr(later, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step.rows(1)
+    step.close()
+    assert len(read) == 1
+    pool.start([1, 2]).close()
+    assert (read[0] == 5).all()
 
 
 def test_a_step_is_started_while_another_runs_with_copies_under_way(driven, later):
@@ -650,27 +673,7 @@ def test_ctrl_c_as_rows_are_raised_is_followed_by_the_end(waiting, later, monkey
     assert not later.queue
 
 
-def test_a_child_of_a_fork_lets_nobody_go_on(waiting, later):
-    step = waiting.start([1, 2])
-    held = step._copies._lock
-    with held:  # by another thread of the parent, as far as the child can tell
-        thread = threading.Thread(target=in_child, args=(step,))
-        thread.start()
-        thread.join(LIMIT_S)
-        assert not thread.is_alive()
-    assert words(waiting)[0] == {1: 0, 14: 0}
-
-
-def in_child(step):
-    step._copies.leave_to_parent()
-    step.close()
-
-
-def test_the_end_of_the_interpreter_lets_the_gpu_go_on():
-    """In a process of its own. What is registered first is called last."""
-    program = """
-import atexit
-atexit.register(lambda: print(int(staging.word(1)), flush=True))
+WAITS = """
 import torch
 from engrampool_client.integrations import torch_copies as copying
 
@@ -679,13 +682,53 @@ class Waits(copying.Cpu):
         print("waits for", turn, flush=True)
 
 staging = copying.Staging(False, [1])
+word = staging.word(1).share_memory_()
 copies = copying.Copies(Waits(), staging)
 copies.arrays({1: (2, 3)})
 copies.issue_all()
-print(int(staging.word(1)), flush=True)
+print(int(word), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr, done.stdout.split("\n")) == (0, "", ["waits for 1", "0", "1", ""])
+
+
+def said_by(program):
+    """What a process of its own prints."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_a_child_of_a_fork_lets_nobody_go_on():
+    """Nor does it wait for a lock that a thread of the parent holds."""
+    fork = """
+import os, threading
+held, over = threading.Event(), threading.Event()
+def hold():
+    with copies._lock:
+        held.set()
+        over.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if not child:
+    assert copies.issue(1) is None or copies.over
+    copies.end(())
+    copying._let_go()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+over.set()
+thread.join()
+print(int(word), flush=True)
+copies.end(())
+print(int(word), flush=True)
+"""
+    assert said_by(WAITS + fork) == ["waits for 1", "0", "0", "1"]
+
+
+def test_the_end_of_the_interpreter_lets_the_gpu_go_on():
+    """What is registered first is called last."""
+    first = "import atexit\natexit.register(lambda: print(int(word), flush=True))\n"
+    assert said_by(first + WAITS) == ["waits for 1", "0", "1"]
 
 
 def test_words_outlive_their_pool(driven, later):

@@ -332,8 +332,6 @@ class PooledStep:
         if self._over:
             return
         self._closed = True
-        if self._copies is not None:
-            self._copies.stop()
         if len(self.step.arrived_s) < len(self.step.layers):  # else its end is near, and not worth a connection
             self.step.cancel()  # no more is written into the buffers after this
         if self._copies is not None:

@@ -187,7 +187,7 @@ class Copies:
         return dict(self._host)
 
     def issue(self, layer: int) -> tuple[torch.Tensor, Any] | None:
-        """A layer's rows on the device, and when they are there; None after `stop`."""
+        """A layer's rows on the device, and when they are there; None after `end`."""
         with self._lock:
             if layer not in self._issued and not self._stopped:
                 try:
@@ -212,7 +212,7 @@ class Copies:
                 self._issue(layer, rows)
 
     def read(self, layer: int) -> torch.Tensor | None:
-        """A layer's rows, which the caller's stream reads when they are there; None after `stop`."""
+        """A layer's rows, which the caller's stream reads when they are there; None after `end`."""
         issued = self.issue(layer)
         if issued is None:
             return None
@@ -225,13 +225,8 @@ class Copies:
         with self._lock:
             if layer in self._awaited:
                 self._raise(layer, came)
-            elif came and not self._stopped:
+            elif came:
                 self.issue(layer)
-
-    def stop(self) -> None:
-        """Issue no more: the step is about to end."""
-        with self._lock:
-            self._stopped = True
 
     def end(self, came: Container[int]) -> None:
         """The step has ended, and nobody writes rows any more. Once more does no harm.
