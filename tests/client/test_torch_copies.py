@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from math import inf
 
 import numpy as np
@@ -56,7 +57,8 @@ class Later:
         copied = Copied(self)
 
         def copy():
-            rows.copy_(host)
+            with torch.inference_mode():  # a GPU asks for no mode
+                rows.copy_(host)
             copied.done = True
             return True
 
@@ -623,6 +625,34 @@ def test_closing_the_client_lets_the_gpu_go_on(server, later, count):
     step.close()
 
 
+@pytest.mark.parametrize("way", [come, failed], ids=["come", "failed"])
+@pytest.mark.parametrize("settings", [{"device_waits": True}, {"staging": True}], ids=str)
+def test_what_was_started_in_inference_mode_is_settled_by_other_threads(driven, later, way, settings, caplog):
+    pool = pooled.EngramPool(driven, max_tokens=4, **settings)
+    with torch.inference_mode():
+        step = pool.start([1, 2])
+    others = threading.Thread(target=way, args=(step, 14, 5) if way is come else (step,))
+    others.start()
+    others.join()
+    assert not caplog.records
+    if way is come:
+        others = threading.Thread(target=come, args=(step, 1, 6))
+        others.start()
+        others.join()
+    later.run()
+    assert not later.queue
+    if way is come:
+        for mode in (torch.inference_mode(), torch.no_grad()):
+            with mode:
+                assert (step.rows(14) == 5).all()
+    step.close()
+    with pool.start([1, 2]) as step:
+        come(step, 14, 7)
+        come(step, 1, 8)
+        later.run()
+        assert (step.rows(14) == 7).all()
+
+
 def test_a_step_that_nobody_refers_to_lets_the_gpu_go_on(waiting, later):
     step = waiting.start([1, 2])
     rows = step.rows(1)
@@ -783,3 +813,68 @@ def test_what_the_driver_is_asked_for(monkeypatch, fails):
     else:
         with pytest.raises(RuntimeError, match="error 801 of the CUDA driver"):
             copying.wait_value(77, 4096, 3)
+
+
+class Stream:
+    """As CUDA's, and one more: it writes down what it is asked for."""
+
+    cuda_stream = 77
+
+    def __init__(self, asked, name):
+        self.asked, self.name = asked, name
+
+    def record_event(self):
+        self.asked.append((self.name, "records"))
+        return f"event of {self.name}"
+
+    def wait_event(self, event):
+        self.asked.append((self.name, "waits for", event))
+
+
+def test_what_a_gpu_is_asked_for_and_on_which_stream(monkeypatch):
+    asked, current = [], [None]
+    current[0] = reader = Stream(asked, "reader")
+
+    class Cuda:
+        Stream = staticmethod(lambda device: Stream(asked, "copies"))
+        current_stream = staticmethod(lambda device: current[0])
+
+        @staticmethod
+        @contextmanager
+        def stream(stream):
+            current[0] = stream
+            yield
+            current[0] = reader
+
+    class Rows:
+        def copy_(self, host, non_blocking):
+            asked.append((current[0].name, "copies", host, non_blocking))
+
+        def record_stream(self, stream):
+            asked.append(("the allocator is told of", stream.name))
+
+    def empty(shape, dtype, device):
+        asked.append((current[0].name, "allocates", shape, dtype, device))
+        return Rows()
+
+    monkeypatch.setattr(copying.torch, "cuda", Cuda)
+    monkeypatch.setattr(copying.torch, "empty", empty)
+    monkeypatch.setattr(copying, "wait_value", lambda *given: asked.append((current[0].name, "waits", *given)))
+    gpu, word = pooled.copies_to(torch.device("cuda:1")), torch.zeros(1, dtype=torch.int32)
+    assert isinstance(gpu, copying.Gpu)
+    rows = gpu.room([2, 3])
+    gpu.wait_word(word, 5)
+    copied = gpu.copy("host", rows)
+    gpu.read(rows, copied)
+    assert gpu.mark() == copied
+    assert asked == [
+        ("copies", "allocates", (2, 3), torch.uint8, torch.device("cuda:1")),
+        ("copies", "records"),
+        ("copies", "waits", 77, word.data_ptr(), 5),
+        ("copies", "copies", "host", True),
+        ("copies", "records"),
+        ("reader", "waits for", "event of copies"),
+        ("the allocator is told of", "reader"),
+        ("copies", "records"),
+    ]
+    assert current == [reader]

@@ -273,7 +273,7 @@ class Copies:
     def _raise(self, layer: int, came: bool) -> None:
         """With the lock. In this order: Ctrl-C may come between any two."""
         if not came:
-            self._host[layer].zero_()
+            self._host[layer].numpy().fill(0)  # by numpy: torch refuses it here if `start` was in inference mode
         self._staging.raise_word(layer, self._awaited[layer])
         del self._awaited[layer]
 
