@@ -235,7 +235,7 @@ def test_a_server_that_is_late_costs_no_connection(client, silent, monkeypatch, 
             if waits:
                 with pytest.raises(DeadlineError):
                     step.rows(14)
-            eventually(lambda: step.delivery.ended, "its deadline")
+            eventually(lambda delivery=step.delivery: delivery.ended, "its deadline")
         assert isinstance(step.delivery.error, DeadlineError)
         eventually(lambda: client._shards.sends, "its answers were passed over")
         assert right(client, client.prefetch(FEW))
