@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ IntArray = npt.ArrayLike
 Given = tuple[IntArray, IntArray | None, IntArray | None, npt.ArrayLike | None, npt.ArrayLike | None]
 Batch = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 _INT32 = np.dtype(np.int32)
+_NDIM = 1, 1, 2  # of tokens, boundaries and look-back
 _NO_FLAGS, _NO_LOOKBACK_FLAGS = np.empty(0, np.bool_), np.empty((0, 0), np.bool_)
 # Ids of so many bytes are sent without waiting, on a connection that has nothing else to send; and no more rows than
 # this are left in the system's hands until somebody comes for them.
@@ -242,19 +243,17 @@ def _plain(
     lookback_dead: npt.ArrayLike | None,
 ) -> Batch | None:
     """What was given, as kernels take it, if it needs no change for that: neither copied, nor looked at."""
-    if not _is_int32(tokens, 1) or dead is not None or lookback_dead is not None:
+    if type(tokens) is not np.ndarray or dead is not None or lookback_dead is not None:
         return None
     if bounds is None:
-        bounds = np.array([0, len(tokens)], np.int32)
-    if not _is_int32(bounds, 1):
-        return None
-    if lookback is None:
-        lookback = np.empty((max(0, len(bounds) - 1), 0), np.int32)
-    return (tokens, bounds, lookback, _NO_FLAGS, _NO_LOOKBACK_FLAGS) if _is_int32(lookback, 2) else None
-
-
-def _is_int32(array: object, ndim: int) -> TypeGuard[npt.NDArray[np.int32]]:
-    return type(array) is np.ndarray and array.dtype is _INT32 and array.ndim == ndim
+        bounds = np.array([0, tokens.size], np.int32)
+    if lookback is None and type(bounds) is np.ndarray:
+        lookback = np.empty((max(0, bounds.size - 1), 0), np.int32)
+    arrays: Any = tokens, bounds, lookback
+    for array, ndim in zip(arrays, _NDIM, strict=True):
+        if type(array) is not np.ndarray or array.dtype is not _INT32 or array.ndim != ndim:
+            return None
+    return *arrays, _NO_FLAGS, _NO_LOOKBACK_FLAGS
 
 
 def row_ids(table: TableSpec, ids: Any) -> npt.NDArray[Any]:
