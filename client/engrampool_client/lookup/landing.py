@@ -79,6 +79,10 @@ class Landing:
             array = self._arrays[layer] = self._allocate(size)
         return array[have : have + nbytes].data
 
+    def have(self, layer: int) -> int:
+        """How many bytes of the layer are there."""
+        return self._have[layer]
+
     def received(self, layer: int, nbytes: int) -> None:
         """Count `nbytes` as there."""
         have = self._have[layer] = self._have[layer] + nbytes

@@ -20,6 +20,7 @@ from engrampool_client.errors import (
     UnavailableError,
 )
 from engrampool_client.lanes.attach import AttachLane
+from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lanes.native import NativeLane, NativeRequest
 from engrampool_client.lanes.split import SideBySide
@@ -81,11 +82,14 @@ class Endpoint:
             self._attach = AttachLane(partial(self._asked, attach), served, form, self._parts, ways)
         if config.direct == "auto" and served.direct:
             most = config.max_steps * config.connections
-            self._native = NativeLane(partial(self._asked, lane.open_direct), self.target, most, self.breaker.doubt)
+            kind = Connection
             if form_of(config.compiled).compiled:
+                from engrampool_client.lanes.compiled import CompiledConnection
                 from engrampool_client.lanes.small import SmallRequest
 
-                self._small = SmallRequest
+                kind, self._small = CompiledConnection, SmallRequest
+            open_direct = partial(self._asked, lane.open_direct)
+            self._native = NativeLane(open_direct, self.target, most, self.breaker.doubt, kind)
 
     @property
     def attached(self) -> bool:
