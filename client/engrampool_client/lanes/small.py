@@ -1,19 +1,20 @@
 """A small lookup on a connection of the direct lane: received by kernels, in whichever thread comes for its rows."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from engrampool_client.errors import DeadlineError, PoolError, ProtocolError
 from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.native import NativeLane
-from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.sent import Came
+from engrampool_client.lookup.small import Small
 from engrampool_proto import frames, wire
 from engrampool_proto.kernels import receive
 
 _SECOND_NS = 1_000_000_000
+_IN_ORDER = np.empty(0, np.int64)
 
 
 class SmallRequest:
@@ -27,20 +28,22 @@ class SmallRequest:
         self,
         lane: NativeLane,
         connection: Connection,
-        rows: Mapping[int, Rows],
+        small: Small,
         answered: Callable[[int], None],
         late: Callable[[DeadlineError], None],
     ) -> None:
-        """rows: layer -> where its rows belong, uint8 [N, row_bytes], C-contiguous.
+        """small: what was asked for, and where its rows belong.
 
         answered: told of the bytes of rows, once all are there. late: told where the server let a deadline pass.
         """
         self.times: wire.ServerTimes | None = None
         self._lane, self._connection, self._answered, self._late = lane, connection, answered, late
-        self._rows = list(rows.values())  # they live as long as this does
+        rows, places = small.rows, small.places
+        self._rows, self._places = list(rows.values()), places  # they live as long as this does
         self._layers, self._nbytes = np.empty((len(rows), receive.ENTRY_WORDS), np.int64), 0
         for place, layer in enumerate(rows):
-            self._nbytes += receive.lay(self._layers, place, layer, self._rows[place])
+            theirs = places.get(layer, _IN_ORDER)
+            self._nbytes += receive.lay(self._layers, place, layer, self._rows[place], theirs)
         self._state = np.zeros(receive.STATE_WORDS, np.int64)
         # An answer of one frame a layer, as servers send it.
         self._whole = self._nbytes + len(rows) * frames.HEADER.size + frames.HEADER.size + frames.TIMES.size

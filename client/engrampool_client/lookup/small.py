@@ -1,10 +1,11 @@
 """A small lookup by row ids, laid out as it is sent, and where its rows go."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from engrampool_client.compute.forms import Hashing
 from engrampool_client.lookup.delivery import Rows
@@ -23,8 +24,9 @@ _MOST_ID_BYTES, _MOST_BYTES = 48 << 10, 2 << 20
 class Small:
     """what: model, version, layers, ascending. counts: ids of each layer. ids: as the frame has them, little-endian.
 
-    rows: layer -> where its rows belong, uint8 [N, row_bytes]. given: layer and what its caller gets of it. nbytes: of
-    all rows.
+    rows: layer -> where its rows belong, uint8 [N, row_bytes], C-contiguous. given: layer and what its caller gets of
+    it. nbytes: of all rows that are asked for. places: layer -> int64 [count], where each of them belongs among its
+    `rows`; a layer without any has all of its rows come, in order.
     """
 
     what: tuple[str, str, tuple[int, ...]]
@@ -33,6 +35,7 @@ class Small:
     rows: dict[int, Rows]
     given: Sequence[tuple[int, Rows]]
     nbytes: int
+    places: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, query: Query, out: Out | None, served: ServedModel, layout: Layout, hashing: Hashing) -> "Small | None":

@@ -180,7 +180,7 @@ class Endpoint:
             return None
         try:
             if connection.send_now(small.what, small.counts, small.ids, left_s):
-                return self._small(native, connection, small.rows, self._answered, self.breaker.failed)
+                return self._small(native, connection, small, self._answered, self.breaker.failed)
         except OSError:  # it broke, or takes nothing
             pass
         native.drop(connection)

@@ -6,12 +6,12 @@ What is known of an answer lies in arrays, so that it may be received bit by bit
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import carray, njit, types
 
 from engrampool_proto import frames
 from engrampool_proto.kernels.gather import copy_row
 from engrampool_proto.kernels.jit import kernel
-from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, now, receive_some
+from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, bytes_at, now, receive_some
 
 # Why `take` returns, where it does not say that a layer is whole: all was there up to the frame at START, whose times
 # are in the buffer; nothing more came in time; the connection ended; a frame that has no place in the answer is at
@@ -25,22 +25,44 @@ SCRATCH = 5
 STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
 # int64 [layers, ENTRY_WORDS]: which layer; where its rows are to lie; how many bytes they are, those of one row, and
-# how many are there.
-NUMBER, ADDRESS, BYTES, ROW_BYTES, HAVE = range(5)
-ENTRY_WORDS = 5
+# how many are there; 0 if they lie in the order in which they come, else the address of int64 [rows], each one's place.
+NUMBER, ADDRESS, BYTES, ROW_BYTES, HAVE, PLACES = range(6)
+ENTRY_WORDS = 6
 
 _HEADER = frames.HEADER.size
 _END_BYTES = _HEADER + frames.TIMES.size
 _U = np.uint64
 
 
-@kernel(types.int64(types.int64[:, ::1], types.int64, types.int64, types.uint8[:, ::1]))
-def lay(layers: Any, place: Any, layer: Any, rows: Any) -> int:
-    """Write an entry of `layers`, of which nothing is there yet; gives the bytes of its rows, uint8 [N, row_bytes]."""
+@kernel(types.int64(types.int64[:, ::1], types.int64, types.int64, types.uint8[:, ::1], types.int64[::1]))
+def lay(layers: Any, place: Any, layer: Any, rows: Any, places: Any) -> int:
+    """Write an entry of `layers`, of which nothing is there yet; gives the bytes that are to come.
+
+    rows: uint8 [N, row_bytes]. places: of the rows that come, among `rows`; empty if all of them come, in order. Both
+    are to be kept alive.
+    """
     entry = layers[place]
     entry[NUMBER], entry[ADDRESS], entry[HAVE] = layer, np.int64(rows.ctypes.data), 0
-    entry[BYTES], entry[ROW_BYTES] = rows.size, rows.shape[1]
-    return int(rows.size)
+    entry[ROW_BYTES], entry[BYTES], entry[PLACES] = rows.shape[1], rows.size, 0
+    if places.size:
+        entry[BYTES], entry[PLACES] = places.size * rows.shape[1], np.int64(places.ctypes.data)
+    return int(entry[BYTES])
+
+
+@njit  # type: ignore[untyped-decorator]
+def _put(entry: Any, source: Any, nbytes: Any) -> Any:
+    """Copy the next bytes of an entry's rows to where they belong."""
+    if not entry[PLACES]:
+        copy_row(_U(entry[ADDRESS]) + _U(entry[HAVE]), source, _U(nbytes))
+        return
+    width = entry[ROW_BYTES]
+    places = carray(bytes_at(_U(entry[PLACES])), (8 * (entry[BYTES] // width),)).view(np.int64)
+    done = np.int64(0)
+    while done < nbytes:
+        row, within = (entry[HAVE] + done) // width, (entry[HAVE] + done) % width
+        some = min(width - within, nbytes - done)
+        copy_row(_U(entry[ADDRESS]) + _U(places[row] * width + within), source + _U(done), _U(some))
+        done += some
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -110,12 +132,12 @@ def take(fd: Any, buffer: Any, state: Any, layers: Any, number: Any, until: Any,
         there = state[END] - state[START]
         if state[LEFT] > 0:
             entry = layers[state[LAYER]]
-            to = _U(entry[ADDRESS]) + _U(entry[HAVE])
             if there > 0:
                 some = min(there, state[LEFT])
-                copy_row(to, _U(buffer.ctypes.data) + _U(state[START]), _U(some))
+                _put(entry, _U(buffer.ctypes.data) + _U(state[START]), some)
                 state[START] += some
-            elif state[LEFT] >= buffer.size // 2:
+            elif state[LEFT] >= buffer.size // 2 and not entry[PLACES]:
+                to = _U(entry[ADDRESS]) + _U(entry[HAVE])
                 some = receive_some(fd, to, state[LEFT], until, spin_ns, scratch)
                 if some <= 0:
                     return LOST if some == ENDED else LATER

@@ -20,6 +20,7 @@ from engrampool_client.lanes import connection as lane
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lanes.small import SmallRequest
 from engrampool_client.lookup.sent import Came
+from engrampool_client.lookup.small import Small
 from engrampool_client.pool.breaker import Breaker
 from engrampool_proto import frames
 from engrampool_proto.v1 import pool_pb2
@@ -62,8 +63,9 @@ class Asking:
         assert taken is not None
         self.connection = taken
         ids = memoryview(bytes(frames.padded(4 * count) * len(LAYERS)))
-        assert taken.send_now(("m", "v", LAYERS), [count] * len(LAYERS), ids, LIMIT_S)
-        self.request = SmallRequest(made, taken, self.rows.arrays, self.answered.append, self.late.append)
+        small = Small(("m", "v", LAYERS), [count] * len(LAYERS), ids, self.rows.arrays, (), 6 * count)
+        assert taken.send_now(small.what, small.counts, small.ids, LIMIT_S)
+        self.request = SmallRequest(made, taken, small, self.answered.append, self.late.append)
         self.given: list[int] = []
 
     def come(self, wait_s: float = 0.0, spin_s: float = 0.0, aside: bool = False) -> Came:

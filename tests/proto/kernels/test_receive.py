@@ -15,7 +15,7 @@ from engrampool_proto.kernels import receive
 
 NUMBER = 0xFEDC_BA98_7654_3210
 # As small as it may be, so that short answers go every way.
-BUFFER, GUARD, FILL = 4096, 64, 0xA5
+BUFFER, GUARD, FILL, OTHERS = 4096, 64, 0xA5, 5
 END = frames.end(NUMBER, wire.ServerTimes(1, 2, 3))
 # Layer, rows and bytes of each.
 LAYERS = ((2, 500, 3), (9, 3, 7), (11, 40, 264))
@@ -27,18 +27,38 @@ def rows_of(layer: int, rows: int, row_bytes: int) -> bytes:
 
 
 class Receiving:
-    """One answer that is received, with guards around everything that is written into."""
+    """One answer that is received, with guards around everything that is written into.
 
-    def __init__(self, layers: Sequence[tuple[int, int, int]] = LAYERS) -> None:
-        self._blocks = [np.full(size + 2 * GUARD, FILL, np.uint8) for size in (BUFFER, *(n * m for _, n, m in layers))]
-        self.buffer, *self.rows = (block[GUARD:-GUARD] for block in self._blocks)
-        entries = [
-            (layer, rows.__array_interface__["data"][0], rows.size, row_bytes, 0)
-            for (layer, _, row_bytes), rows in zip(layers, self.rows, strict=True)
+    scattered: its rows belong among others, in another order.
+    """
+
+    def __init__(self, layers: Sequence[tuple[int, int, int]] = LAYERS, scattered: bool = False) -> None:
+        others = OTHERS if scattered else 0
+        sizes = (BUFFER, *((count + others) * row_bytes for _, count, row_bytes in layers))
+        self._blocks = [np.full(size + 2 * GUARD, FILL, np.uint8) for size in sizes]
+        self.buffer, *into = (block[GUARD:-GUARD] for block in self._blocks)
+        self._into = [rows.reshape(-1, row_bytes) for (_, _, row_bytes), rows in zip(layers, into, strict=True)]
+        drawn = [np.random.default_rng(len(rows)).permutation(len(rows)) for rows in self._into]
+        self._places = [
+            places[:count] if scattered else places[:0] for places, (_, count, _) in zip(drawn, layers, strict=True)
         ]
-        self.layers = np.array(entries, np.int64)
+        self.layers = np.full((len(layers), receive.ENTRY_WORDS), -1, np.int64)
+        for place, (layer, count, row_bytes) in enumerate(layers):
+            nbytes = receive.lay(self.layers, place, layer, self._into[place], self._places[place])
+            assert nbytes == count * row_bytes
         self.state = np.zeros(receive.STATE_WORDS, np.int64)
         self.ours, self.theirs = socket.socketpair()
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """What lies where each layer's rows belong, uint8 [bytes]."""
+        found = []
+        for rows, places in zip(self._into, self._places, strict=True):
+            if len(places):
+                assert (np.delete(rows, places, axis=0) == FILL).all()
+                rows = rows[places]
+            found.append(rows.reshape(-1))
+        return found
 
     def take(self, until: int = 0) -> int:
         got = receive.take(self.ours.fileno(), self.buffer, self.state, self.layers, np.uint64(NUMBER), until, 0)
@@ -52,8 +72,8 @@ class Receiving:
 
 
 @contextmanager
-def receiving(layers: Sequence[tuple[int, int, int]] = LAYERS) -> Iterator[Receiving]:
-    made = Receiving(layers)
+def receiving(layers: Sequence[tuple[int, int, int]] = LAYERS, scattered: bool = False) -> Iterator[Receiving]:
+    made = Receiving(layers, scattered)
     with made.ours, made.theirs:
         yield made
 
@@ -121,10 +141,10 @@ def deliver(made: Receiving, sent: bytes, splits: set[int]) -> list[int]:
     return given
 
 
-@given(answers(), st.sets(st.integers(1, 14_000), max_size=8))
-def test_an_answer_may_come_in_any_frames_and_pieces(answer, splits):
+@given(answers(), st.sets(st.integers(1, 14_000), max_size=8), st.booleans())
+def test_an_answer_may_come_in_any_frames_and_pieces(answer, splits, scattered):
     sent = bytes_of(answer)
-    with receiving() as made:
+    with receiving(scattered=scattered) as made:
         given = deliver(made, sent, splits)
         assert sorted(given[:-1]) == list(range(len(LAYERS)))
         assert given == model(sent, LAYERS)[0]
@@ -134,24 +154,25 @@ def test_an_answer_may_come_in_any_frames_and_pieces(answer, splits):
         assert made.state[receive.CAME] == len(sent)
 
 
-def test_an_answer_may_be_split_at_every_byte():
+@pytest.mark.parametrize("scattered", [False, True])
+def test_an_answer_may_be_split_at_every_byte(scattered):
     layers = ((2, 5, 3), (9, 2, 7))
     sent = b"".join(
         frames.rows_start(NUMBER, layer, 0, count * row_bytes) + rows_of(layer, count, row_bytes)
         for layer, count, row_bytes in layers
     )
     for cut in range(1, len(sent + END)):
-        with receiving(layers) as made:
+        with receiving(layers, scattered) as made:
             assert deliver(made, sent + END, {cut}) == [0, 1, receive.ANSWERED]
             assert [rows.tobytes() for rows in made.rows] == [rows_of(*one) for one in layers]
-    with receiving(layers) as made:
+    with receiving(layers, scattered) as made:
         assert deliver(made, sent + END, set(range(len(sent + END)))) == [0, 1, receive.ANSWERED]
 
 
-@given(answers(), st.integers(0, 13_000), st.sets(st.integers(1, 14_000), max_size=4))
-def test_the_connection_may_end_at_any_byte(answer, cut, splits):
+@given(answers(), st.integers(0, 13_000), st.sets(st.integers(1, 14_000), max_size=4), st.booleans())
+def test_the_connection_may_end_at_any_byte(answer, cut, splits, scattered):
     sent = bytes_of(answer)
-    with receiving() as made:
+    with receiving(scattered=scattered) as made:
         given = deliver(made, sent[:cut], splits)
         made.theirs.close()
         said, have = model(sent[:cut], LAYERS)
@@ -174,11 +195,11 @@ odd_frames = st.builds(
 )
 
 
-@given(answers(), st.integers(0, 14_000), odd_frames, st.sets(st.integers(1, 14_000), max_size=4))
-def test_frames_that_have_no_place_are_odd_and_write_nothing_elsewhere(answer, at, odd, splits):
+@given(answers(), st.integers(0, 14_000), odd_frames, st.sets(st.integers(1, 14_000), max_size=4), st.booleans())
+def test_frames_that_have_no_place_are_odd_and_write_nothing_elsewhere(answer, at, odd, splits, scattered):
     """A frame of any kind comes instead of what follows from there, most often not where one begins."""
     sent = bytes_of(answer)[:at] + odd
-    with receiving() as made:
+    with receiving(scattered=scattered) as made:
         given = deliver(made, sent, splits)
         said, have = model(sent, LAYERS)
         assert given == (said if said[-1] != receive.LATER else said[:-1])
