@@ -14,6 +14,7 @@ from engrampool_proto.v1 import pool_pb2
 # A thread is in compiled code, where Ctrl-C waits, for no longer than this.
 _SLICE_S = 0.05
 _SECOND_NS = 1_000_000_000
+_IN_ORDER = np.empty(0, np.int64)
 
 
 class CompiledConnection(Connection):
@@ -51,7 +52,7 @@ class CompiledConnection(Connection):
         layers = [layer for layer, _ in landing.missing()]
         entries = np.empty((len(layers), receive.ENTRY_WORDS), np.int64)
         for place, layer in enumerate(layers):
-            receive.lay(entries, place, layer, landing.array(layer).reshape(-1, landing.shapes[layer][-1]))
+            receive.lay(entries, place, layer, landing.array(layer).reshape(-1, landing.shapes[layer][-1]), _IN_ORDER)
             entries[place, receive.HAVE] = landing.have(layer)
         state[:] = 0
         state[receive.START], state[receive.END] = self.start, self.stop

@@ -94,6 +94,12 @@ class NativeLane:
         """Whether the next request finds a connection."""
         return bool(self._idle)
 
+    def ready(self, count: int) -> int:
+        """How many of so many connections are idle. Where there are fewer, one more is opened for later."""
+        if len(self._open) < count:
+            self._want_one()
+        return min(count, len(self._idle))
+
     def take(self) -> Connection | None:
         """A connection for one request, to be `answered`, or `put_back`, or `drop`ped; None if none is free."""
         try:
