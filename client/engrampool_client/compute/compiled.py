@@ -6,7 +6,7 @@ import numpy as np
 
 from engrampool_client.compute.forms import Flags, Form, Hashing
 from engrampool_client.compute.index import Bytes, Groups, Index, Keys
-from engrampool_proto.kernels import entries, hot_rows, receive  # noqa: F401 - the last, if it can be kept, too
+from engrampool_proto.kernels import entries, hot_rows, receive, spread  # noqa: F401 - the last two, if kept, too
 from engrampool_proto.kernels.gather import first_outside, gather
 from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowIds

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from math import inf
+from typing import Protocol, TypeVar
 
 from engrampool_client.errors import DeadlineError, PoolError, StepCancelledError
 from engrampool_client.lanes.answers import RefusalError
@@ -256,6 +257,10 @@ class NativeRequest:
         self._lane, self.connection, self.exchange = lane, connection, exchange
         self.deadline, self._spin_s = deadline, spin_s
 
+    def listen(self) -> None:
+        """As of `Answering`."""
+        self.connection.listen(self.exchange)
+
     def begins(self, until: float) -> bool:
         """Whether the answer, or the end of the connection, comes by `until` (time.monotonic)."""
         return self.connection.begins(self.exchange, until, self._spin_s)
@@ -292,7 +297,19 @@ class NativeRequest:
         self._lane.drop(self.connection)
 
 
-def first_to_answer(asked: Sequence[NativeRequest], deadline: float) -> NativeRequest | None:
+class Answering(Protocol):
+    """A request that was sent. connection: that its answer comes on."""
+
+    connection: Connection
+
+    def listen(self) -> None:
+        """Have the lookup's end, too, wake whoever waits for the answer to begin."""
+
+
+One = TypeVar("One", bound=Answering)
+
+
+def first_to_answer(asked: Sequence[One], deadline: float) -> One | None:
     """Wait for whichever of those that asked the same begins to be answered; None if none does by the deadline.
 
     One that is refused, or whose connection ends, is only chosen as the last that is left.
@@ -300,7 +317,7 @@ def first_to_answer(asked: Sequence[NativeRequest], deadline: float) -> NativeRe
     waiting = {request.connection.fileno(): request for request in asked}
     poll = select.poll()
     for fileno, request in waiting.items():
-        request.connection.listen(request.exchange)
+        request.listen()
         poll.register(fileno, select.POLLIN)
     while ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
         for fileno, _ in ready:

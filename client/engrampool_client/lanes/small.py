@@ -20,8 +20,8 @@ _IN_ORDER = np.empty(0, np.int64)
 class SmallRequest:
     """A request that was sent on a connection, which is its own until `let_go`. To be used by one thread at a time.
 
-    times: the server's, once all was answered. small: whether the answer fits into memory of ours, so that rows are
-    only written where they belong when all of them are there.
+    connection: that it is on. times: the server's, once all was answered. small: whether the answer fits into memory of
+    ours, so that rows are only written where they belong when all of them are there.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class SmallRequest:
         answered: told of the bytes of rows, once all are there. late: told where the server let a deadline pass.
         """
         self.times: wire.ServerTimes | None = None
-        self._lane, self._connection, self._answered, self._late = lane, connection, answered, late
+        self._lane, self.connection, self._answered, self._late = lane, connection, answered, late
         rows, places = small.rows, small.places
-        self._rows, self._places = list(rows.values()), places  # they live as long as this does
+        self._order, self._rows, self._places = list(rows), list(rows.values()), places  # which are kept alive
         self._layers, self._nbytes = np.empty((len(rows), receive.ENTRY_WORDS), np.int64), 0
         for place, layer in enumerate(rows):
             theirs = places.get(layer, _IN_ORDER)
@@ -56,7 +56,7 @@ class SmallRequest:
         state = self._state
         if not self._waits:
             return None
-        connection, begin = self._connection, time.perf_counter()
+        connection, begin = self.connection, time.perf_counter()
         until_ns, spin_ns = int(until * _SECOND_NS), int(spin_s * _SECOND_NS) if connection.quick else 0
         got = receive.fill(connection.fileno(), connection.memory, state, self._whole, until_ns, spin_ns)
         connection.quick = time.perf_counter() - begin < 2 * spin_s
@@ -70,7 +70,7 @@ class SmallRequest:
 
         Raises ProtocolError for an answer that is none to this request.
         """
-        connection = self._connection
+        connection = self.connection
         got = receive.take(
             connection.fileno(),
             connection.memory,
@@ -83,7 +83,7 @@ class SmallRequest:
         return got if got >= 0 else self._why(got)
 
     def _why(self, got: int) -> Came:
-        state, connection = self._state, self._connection
+        state, connection = self._state, self.connection
         if got == receive.LATER:
             if state[receive.CAME] > self._came:
                 self._came, self._heard_at = int(state[receive.CAME]), time.monotonic()
@@ -102,13 +102,30 @@ class SmallRequest:
         self._answered(self._nbytes)
         return Came.ALL
 
+    @property
+    def begun(self) -> bool:
+        """Whether any of the answer was received."""
+        return bool(self._state[receive.CAME])
+
+    def whole(self, layer: int) -> bool:
+        """Whether all rows of a layer are there."""
+        entry = self._layers[self._order.index(layer)]
+        return bool(entry[receive.HAVE] == entry[receive.BYTES])
+
+    def listen(self) -> None:
+        """As of `Answering`: `shut` is for whoever gives it up."""
+
+    def abandon(self) -> None:
+        """Do without the answer: the connection can serve no other request."""
+        self._lane.drop(self.connection)
+
     def shut(self) -> None:
         """Have the thread that waits in `ready` or `take`, if any does, come back soon. Any thread."""
-        self._connection.give_up(self._turn)
+        self.connection.give_up(self._turn)
 
     def let_go(self, error: BaseException | None) -> None:
         """Let others have the connection, as far as it is good. error: what the lookup ended with."""
-        lane, connection = self._lane, self._connection
+        lane, connection = self._lane, self.connection
         if not connection.answering:
             lane.answered(connection)
             return
@@ -128,7 +145,7 @@ class SmallRequest:
             self._layers[place, receive.ADDRESS] = rows.__array_interface__["data"][0]
         came: int | Came = Came.LATER
         try:
-            while self._connection.answering and came is not Came.NOTHING and time.monotonic() < until:
+            while self.connection.answering and came is not Came.NOTHING and time.monotonic() < until:
                 came = self.take(until, 0.0)
         except PoolError:
             pass

@@ -1,6 +1,6 @@
 """One request without its transport: what is asked for, its bytes, and its parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -134,9 +134,9 @@ class Route:
         return [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
 
 
-def slowest(parts: Sequence[Exchange]) -> wire.ServerTimes | None:
+def slowest(parts: Iterable[wire.ServerTimes | None]) -> wire.ServerTimes | None:
     """The servers' times of a lookup in parts that ran side by side."""
-    times = [part.times for part in parts if part.times is not None]
+    times = [part for part in parts if part is not None]
     if not times:
         return None
     names = ("queue_us", "gather_us", "total_us")

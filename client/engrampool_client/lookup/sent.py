@@ -30,8 +30,11 @@ class Came(Enum):
 class Request(Protocol):
     """One that was sent. One thread at a time, but for `shut`."""
 
-    times: ServerTimes | None
     small: bool
+
+    @property
+    def times(self) -> ServerTimes | None:
+        """The server's, once all was answered."""
 
     def ready(self, until: float, spin_s: float) -> Came | None:
         """Wait for an answer, if that can be done before its rows are written; None if `take` is to follow."""
@@ -47,6 +50,13 @@ class Request(Protocol):
 
     def pass_over(self, until: float) -> None:
         """The end, of an answer that is still to come and that nobody wants."""
+
+
+class Part(Request, Protocol):
+    """One for some of a lookup's rows."""
+
+    def whole(self, layer: int) -> bool:
+        """Whether all that was asked for of a layer is where it belongs."""
 
 
 class Sent:

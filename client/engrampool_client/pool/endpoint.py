@@ -323,7 +323,7 @@ class EndpointRequest:
                 others.begin(self._fetch, lanes[at % len(lanes)], part, 0.0, patient, early)
             self._fetch(lanes[0], parts[0], self._spin_s, patient, early)
         if len(parts) > 1:
-            self._exchange.times = slowest(parts)
+            self._exchange.times = slowest(part.times for part in parts)
 
     def _fetch(
         self,

@@ -17,8 +17,11 @@ from engrampool_client.errors import (
 from engrampool_client.lanes.native import first_to_answer
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.sent import Part
+from engrampool_client.lookup.small import Small
 from engrampool_client.pool.endpoint import Endpoint, EndpointRequest
 from engrampool_client.pool.latency import HedgeBudget
+from engrampool_client.pool.raced import Raced
 from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
 
@@ -77,6 +80,33 @@ class ReplicaSet:
     def ask_anyway(self, exchange: Exchange, spin_s: float) -> "ReplicaRequest":
         """As `ask`, of a request that is within limits, or cannot be cut so that it is: the server says so then."""
         return ReplicaRequest(self, exchange, spin_s, anyway=True)
+
+    @property
+    def sends(self) -> bool:
+        """Whether `send` may well send, now."""
+        sends = False
+        for endpoint in self.replicas:
+            if endpoint.attached:
+                return False
+            sends = sends or endpoint.sends
+        return sends
+
+    def send(self, small: Small, deadline: float) -> Part | None:
+        """Have a small request sent to one of them at once; None if that cannot be."""
+        nbytes = small.nbytes
+        if nbytes > self.fits_bytes:
+            return None
+        replicas = self.in_order(nbytes)
+        if len(replicas) == 1:
+            return replicas[0].send(small, deadline)
+        for at, endpoint in enumerate(replicas):
+            request = endpoint.send(small, deadline) if endpoint.sends else None
+            if request is not None:
+                self.budget.earn()
+                turned, patience_s = (*replicas[at:], *replicas[:at]), _patience_s(nbytes, deadline)
+                late_s = max(_LEAST_LATE_S, _late_s(turned, nbytes, whole=False))
+                return Raced(small, deadline, turned, request, late_s, patience_s, self.budget, self.stats)
+        return None
 
     def suspect(self, endpoint: Endpoint) -> None:
         """Have it looked at: it may hold something else than it did."""
@@ -293,9 +323,11 @@ def _sum(pieces: Sequence[Exchange]) -> ServerTimes | None:
 
 def _deadline(exchange: Exchange, delivery: Delivery) -> float:
     """Until when one replica may take, where there are others to go to."""
-    now = time.monotonic()
-    patience_s = _PATIENCE_S + _PATIENCE_S_PER_BYTE * exchange.answer_bytes
-    return min(delivery.deadline, now + min(patience_s, (delivery.deadline - now) / 2))
+    return min(delivery.deadline, time.monotonic() + _patience_s(exchange.answer_bytes, delivery.deadline))
+
+
+def _patience_s(nbytes: int, deadline: float) -> float:
+    return min(_PATIENCE_S + _PATIENCE_S_PER_BYTE * nbytes, (deadline - time.monotonic()) / 2)
 
 
 def _late_s(replicas: Sequence[Endpoint], nbytes: int, *, whole: bool) -> float:

@@ -7,23 +7,30 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engrampool_client.compute.forms import form_of
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
 from engrampool_client.lanes.split import SideBySide
+from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.exchange import Exchange, Route, slowest
-from engrampool_client.lookup.sent import Request
+from engrampool_client.lookup.sent import Part, Request
 from engrampool_client.lookup.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
 from engrampool_client.pool.discovery import Servers
 from engrampool_client.pool.endpoint import Endpoint
 from engrampool_client.pool.replicas import ReplicaSet
+from engrampool_client.pool.together import Together
 from engrampool_client.stats import Stats
 from engrampool_proto.spec import ModelSpec, Shard, ShardMap
 from engrampool_proto.v1 import pool_pb2
+
+if TYPE_CHECKING:  # it needs numba
+    from engrampool_client.pool.spread import Spread
 
 # How soon to look again for the addresses of a name that has none.
 _PAUSE_S = 0.1
@@ -50,6 +57,7 @@ class Shards:
         self._sets: tuple[ReplicaSet, ...] = ()
         self._routes: dict[int, Route] = {}
         self._fan_out: Workers | None = None
+        self._spread: Spread | None = None
         self._watcher: threading.Thread | None = None
         # Threads are started as they are needed, so where nobody is away there are none.
         self._lookers = ThreadPoolExecutor(_LOOKS, "engrampool-look")
@@ -97,6 +105,10 @@ class Shards:
         more = len(self._sets) - 1
         if more:
             self._fan_out = Workers(self._config.max_steps * more, "engrampool-shard")
+            if form_of(self._config.compiled).compiled:
+                from engrampool_client.pool.spread import Spread
+
+                self._spread = Spread(self.served.spec, self._routes, len(self._sets))
         if len(self._open) + len(self._away) > 1 or self._servers.may_change:
             watcher = threading.Thread(target=self._watch, name="engrampool-shards", daemon=True)
             watcher.start()
@@ -178,21 +190,26 @@ class Shards:
             finally:
                 for request in mine:
                     request.abandon()
-        exchange.times = slowest(list(parts.values()))
+        exchange.times = slowest(part.times for part in parts.values())
 
     @property
     def sends(self) -> bool:
-        """Whether `send` may well send, now: one server has all rows, and no other can be asked."""
-        if len(self._sets) != 1 or len(self._sets[0].replicas) != 1:
-            return False
-        return self._sets[0].replicas[0].sends
+        """Whether `send` may well send, now."""
+        return bool(self._sets) and all(one.sends for one in self._sets)
 
     def send(self, small: Small, deadline: float) -> "Request | None":
-        """Have a small request sent at once; None if that cannot be."""
-        replicas = self._sets[0].replicas
-        if len(replicas) != 1 or small.nbytes > self._sets[0].fits_bytes:
-            return None
-        return replicas[0].send(small, deadline)
+        """Have a small request sent at once, to each shard that has some of its rows; None if that cannot be."""
+        if self._spread is None:
+            return self._sets[0].send(small, deadline)
+        parts: list[tuple[Part, Mapping[int, Rows]]] = []
+        for shard, part in self._spread.of(small).items():
+            request = self._sets[shard].send(part, deadline)
+            if request is None:
+                for sent, _ in parts:
+                    sent.let_go(None)
+                return None
+            parts.append((request, part.rows))
+        return Together(small.what[2], parts)
 
     def stop(self) -> None:
         """End what waits for a server, without waiting for that; `close` is to follow."""

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import numpy as np
@@ -23,11 +23,40 @@ from server_fixtures import LIMIT_S, at_work, eventually
 MANY = np.arange(64, dtype=np.int32)
 
 
-@pytest.fixture(scope="module")
-def silent(packed) -> Iterator[ServerProcess]:
-    """A server that answers nothing while it is frozen."""
-    with serve_process(packed, workers=1) as server:
-        yield server
+class Servers:
+    """All rows of a model, by several servers maybe. address: as a client takes it."""
+
+    def __init__(self, servers: list[ServerProcess]) -> None:
+        self._servers = servers
+        self.address = [server.address for server in servers]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """They answer nothing."""
+        with ExitStack() as stack:
+            for server in self._servers:
+                stack.enter_context(server.frozen())
+            yield
+
+
+# Shards, and how many servers hold each.
+CLUSTERS = {"one server": (1, 1), "three shards": (3, 1), "two shards of two": (2, 2)}
+
+
+@pytest.fixture(scope="module", params=CLUSTERS.values(), ids=list(CLUSTERS))
+def silent(packed, request) -> Iterator[Servers]:
+    """Servers that answer nothing while they are frozen."""
+    count, replicas = request.param
+    with ExitStack() as stack:
+        whole = {"shard_by": "row"} if count > 1 else {}
+        cuts = [{**whole, "shard": f"{at}/{count}"} if count > 1 else {} for at in range(count)] * replicas
+        yield Servers([stack.enter_context(serve_process(packed, workers=1, **cut)) for cut in cuts])
+
+
+@pytest.fixture(autouse=True)
+def only_for_a_reason(monkeypatch):
+    """No replica is left for another one as this machine is slow."""
+    monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", LIMIT_S)
 
 
 @pytest.fixture
@@ -82,12 +111,12 @@ class Threads:
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_between_prefetch_and_the_last_rows_no_other_thread_runs(client, tokens):
     asked, alone = np.arange(tokens, dtype=np.int32), False
-    for _ in range(100):  # the thread for deadlines wakes now and then, for reasons of its own
+    for _ in range(100):  # the threads for deadlines and for servers wake now and then, for reasons of their own
         eventually(lambda: client.direct and at_work(client) == (0, 0, 0), "nobody is at work")
         with Threads() as seen:
             step = client.prefetch(asked)
             rows = {layer: step.rows(layer) for layer in step.layers}
-        assert {*seen.started, *seen.ran} <= {"engrampool-deadlines"}
+        assert {*seen.started, *seen.ran} <= {"engrampool-deadlines", "engrampool-shards"}
         alone = alone or not (seen.started or seen.ran)
         step.wait()
         assert at_work(client) == (0, 0, 0)
@@ -270,7 +299,10 @@ class Interrupt:
     Not where a `with` begins, or ends: there it would come before a lock is let go of, which Ctrl-C cannot.
     """
 
-    ROOMS = ("/client.py", "/run.py", "/sent.py", "/step.py", "/delivery.py", "/workers.py", "/shards.py", "/native.py")
+    ROOMS = (
+        *("/client.py", "/run.py", "/sent.py", "/step.py", "/delivery.py", "/workers.py", "/shards.py", "/native.py"),
+        *("/together.py", "/raced.py", "/replicas.py"),
+    )
 
     def __init__(self, at: int) -> None:
         self.left, self.raised, self.where = at, False, ""
