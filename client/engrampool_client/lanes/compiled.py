@@ -7,6 +7,7 @@ import numpy as np
 
 from engrampool_client.lanes.connection import Connection, SilentError
 from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.landing import Places
 from engrampool_proto import frames
 from engrampool_proto.kernels import receive
 from engrampool_proto.v1 import pool_pb2
@@ -52,7 +53,10 @@ class CompiledConnection(Connection):
         layers = [layer for layer, _ in landing.missing()]
         entries = np.empty((len(layers), receive.ENTRY_WORDS), np.int64)
         for place, layer in enumerate(layers):
-            receive.lay(entries, place, layer, landing.array(layer).reshape(-1, landing.shapes[layer][-1]), _IN_ORDER)
+            places = landing.by_places(layer)
+            if places is None:
+                places = Places(landing.array(layer).reshape(-1, landing.shapes[layer][-1]), _IN_ORDER, 1)
+            receive.lay(entries, place, layer, places.rows, places.first, places.run)
             entries[place, receive.HAVE] = landing.have(layer)
         state[:] = 0
         state[receive.START], state[receive.END] = self.start, self.stop

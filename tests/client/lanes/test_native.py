@@ -229,7 +229,7 @@ def test_a_connection_that_breaks_is_replaced(packed):
 
 def test_in_mid_answer_too_and_the_rows_are_right(packed, monkeypatch):
     ids, held = np.tile(np.arange(6500), 40), Held(monkeypatch)
-    with running(packed) as run, Client(run.address) as client:
+    with running(packed) as run, Client(run.address, connections=1) as client:
         out = np.zeros((len(ids), 264), np.uint8)
         step = client.prefetch_rows({2: ids}, out={2: out}, timeout_s=2 * LIMIT_S)
         assert held.came.wait(LIMIT_S)
@@ -243,7 +243,7 @@ def test_in_mid_answer_too_and_the_rows_are_right(packed, monkeypatch):
 
 def test_a_cancelled_step_writes_nothing_any_more(packed, monkeypatch):
     ids, receiving = np.tile(np.arange(6500), 40), Held(monkeypatch)
-    with running(packed) as run, Client(run.address) as client:
+    with running(packed) as run, Client(run.address, connections=1) as client:
         out = np.zeros((len(ids), 264), np.uint8)
         step = client.prefetch_rows({2: ids}, out={2: out}, timeout_s=2 * LIMIT_S)
         assert receiving.came.wait(LIMIT_S)
