@@ -25,6 +25,9 @@ import numpy as np
 
 LANES = {"direct": {"attach": "off"}, "grpc": {"attach": "off", "direct": "off"}, "attached": {}}
 TOKENS = (1, 8, 64, 1024)
+# Shards, and servers of each, on the direct lane.
+CLUSTERS = {"2 shards": (2, 1), "2 replicas": (1, 2)}
+CLUSTER_TOKENS = (1, 8, 64)
 PAUSE_S = 0.008
 LEAST = 5  # lookups a slice
 
@@ -46,6 +49,20 @@ def answer(model: Path, tables: Path) -> None:
                     client.lookup(one)
                 calls[f"{lane}, {count}, back to back"] = client.lookup, batches, 0.0
                 calls[f"{lane}, {count}, a step"] = _step(client), batches, PAUSE_S
+        for name, (shards, replicas) in CLUSTERS.items():
+            servers = [
+                stack.enter_context(
+                    serve_process(model, workers=1, memory=f"file:{tables}", **_part(number % shards, shards))
+                )
+                for number in range(shards * replicas)
+            ]
+            client = stack.enter_context(Client([one.address for one in servers], attach="off"))
+            for count in CLUSTER_TOKENS:
+                random = np.random.default_rng(1)
+                batches = [random.integers(0, client.spec.vocab_size, count).astype(np.int32) for _ in range(16)]
+                for one in batches:
+                    client.lookup(one)
+                calls[f"{name}, {count}, a step"] = _step(client), batches, PAUSE_S
         client = stack.enter_context(Client(server.address, keep_memory=True, attach="off", cache_bytes=64 << 20))
         cached = [np.arange(64, dtype=np.int32)]
         for _ in range(5):
@@ -55,6 +72,10 @@ def answer(model: Path, tables: Path) -> None:
         for line in sys.stdin:
             name, seconds = json.loads(line)
             print(json.dumps(_slice(*calls[name], seconds)), flush=True)
+
+
+def _part(number: int, shards: int) -> dict[str, str]:
+    return {"shard": f"{number}/{shards}"} if shards > 1 else {}
 
 
 def _step(client) -> Callable[[np.ndarray], object]:
@@ -114,6 +135,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a packed model")
     parser.add_argument("--rounds", type=int, default=20, help="slices of each measurement and tree")
     parser.add_argument("--seconds", type=float, default=0.25, help="for each slice")
+    parser.add_argument("--only", default="", help="measure what has this in its name")
     parser.add_argument("--tables", type=Path, default=Path("/dev/shm"), help="where servers keep tables")
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -126,7 +148,7 @@ def main() -> None:
         now = Tree(Path(__file__).resolve().parents[1], options)
         stack.callback(now.close)
         print(f"{'what':30} {'before us':>10} {'now us':>8} {'now / before (quarters)':>25} {'processor':>10}")
-        for what in now.names:
+        for what in [name for name in now.names if options.only in name]:
             found: dict[Tree, list[list[float]]] = {before: [], now: []}
             for number in range(options.rounds):
                 # Whoever comes second may have the better or the worse of it.

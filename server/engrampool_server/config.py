@@ -104,6 +104,14 @@ class ServerConfig:
             " port of the host of `listen`, or a Unix socket beside that of `listen`.",
         ),
     )
+    direct_spin_s: float = field(
+        default=0.0,
+        metadata=_about(
+            Seconds(0, 0.1),
+            "How long, on the direct lane, a connection's next request is looked for without sleeping: a core is busy"
+            " meanwhile.",
+        ),
+    )
     registry: str = field(
         default="off",
         metadata=_about(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engrampool_client.errors import DeadlineError, PoolError, ProtocolError
+from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, ProtocolError
 from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.sent import Came
@@ -123,6 +123,11 @@ class SmallRequest:
         """Have the thread that waits in `ready` or `take`, if any does, come back soon. Any thread."""
         self.connection.give_up(self._turn)
 
+    def late(self, error: DeadlineError) -> None:
+        """As of `Request`."""
+        if self.connection.answering and not self.begun and not self.connection.promises():
+            self._late(error)
+
     def let_go(self, error: BaseException | None) -> None:
         """Let others have the connection, as far as it is good. error: what the lookup ended with."""
         lane, connection = self._lane, self.connection
@@ -131,15 +136,14 @@ class SmallRequest:
             return
         if isinstance(error, DeadlineError) and not connection.promises():
             lane.distrust(connection, time.monotonic() - connection.asked_at)
-            self._late(error)
         elif self._silent:
             lane.distrust(connection)
             lane.silent()
         else:
             lane.drop(connection)
 
-    def pass_over(self, until: float) -> None:
-        """Receive what nobody wants any more, until then at most, so that the connection is as good as before."""
+    def pass_over(self, until: float, error: EngrampoolError) -> None:
+        """As of `Request`: the connection is as good as before, then."""
         self._rows = [np.empty_like(rows) for rows in self._rows]
         for place, rows in enumerate(self._rows):
             self._layers[place, receive.ADDRESS] = rows.__array_interface__["data"][0]
@@ -149,4 +153,4 @@ class SmallRequest:
                 came = self.take(until, 0.0)
         except PoolError:
             pass
-        self.let_go(None)
+        self.let_go(None if self.begun else error)

@@ -8,7 +8,7 @@ from functools import partial
 from math import inf
 from typing import Protocol
 
-from engrampool_client.errors import EngrampoolError, PoolError, StepCancelledError
+from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, StepCancelledError
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_proto.wire import ServerTimes
@@ -45,11 +45,14 @@ class Request(Protocol):
     def shut(self) -> None:
         """Have the thread that waits come back soon. Any thread."""
 
+    def late(self, error: DeadlineError) -> None:
+        """The lookup's deadline has passed: count that against the server, if nothing of the answer has come."""
+
     def let_go(self, error: BaseException | None) -> None:
         """The end, with what the lookup ended with."""
 
-    def pass_over(self, until: float) -> None:
-        """The end, of an answer that is still to come and that nobody wants."""
+    def pass_over(self, until: float, error: EngrampoolError) -> None:
+        """The end, of an answer that nobody wants: what comes of it by `until` is received, to keep the connection."""
 
 
 class Part(Request, Protocol):
@@ -126,7 +129,8 @@ class Sent:
     def give_up(self) -> None:
         """The lookup was given up: a thread that waits for its rows is to come back."""
         holder = self._holder
-        if holder and holder != threading.get_ident():
+        # At the deadline he has no more time himself, and the connection may be good.
+        if holder and holder != threading.get_ident() and not isinstance(self._delivery.error, DeadlineError):
             self._request.shut()
 
     def end(self) -> None:
@@ -230,8 +234,10 @@ class Sent:
     def _let_go(self) -> None:
         """Give the connection back, at once or once the answer that nobody wants any more has come."""
         request, error = self._request, self._delivery.error
-        if request.small and isinstance(error, StepCancelledError):
-            over = partial(request.pass_over, time.monotonic() + _PASS_OVER_S)
+        if isinstance(error, DeadlineError):
+            request.late(error)
+        if request.small and isinstance(error, StepCancelledError | DeadlineError):
+            over = partial(request.pass_over, time.monotonic() + _PASS_OVER_S, error)
             nobodys = Delivery(self._delivery.layers)
             nobodys.end(error)  # it takes no place from lookups that somebody waits for
             try:

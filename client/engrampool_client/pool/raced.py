@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
-from engrampool_client.errors import DeadlineError
+from engrampool_client.errors import DeadlineError, EngrampoolError
 from engrampool_client.lanes.native import first_to_answer
 from engrampool_client.lookup.sent import Came
 from engrampool_client.lookup.small import Small
@@ -74,6 +74,10 @@ class Raced:
         if (second := self._second) is not None:
             second[1].shut()
 
+    def late(self, error: DeadlineError) -> None:
+        """As of `Request`."""
+        self._request.late(error)
+
     def let_go(self, error: BaseException | None) -> None:
         """As of `Request`."""
         if (second := self._second) is not None:
@@ -81,12 +85,12 @@ class Raced:
             second[1].abandon()
         self._request.let_go(error)
 
-    def pass_over(self, until: float) -> None:
+    def pass_over(self, until: float, error: EngrampoolError) -> None:
         """As of `Request`."""
         if (second := self._second) is not None:
             self._second = None
             second[1].abandon()
-        self._request.pass_over(until)
+        self._request.pass_over(until, error)
 
     def _come(self, call: "Callable[[SmallRequest, float], _T]", until: float) -> "_T | Came":
         """What `call` gives, of whichever begins first; another is asked as well once the first is late."""

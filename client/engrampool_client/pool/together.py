@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+from engrampool_client.errors import DeadlineError, EngrampoolError
 from engrampool_client.lookup.exchange import slowest
 from engrampool_client.lookup.sent import Came, Part
 from engrampool_proto.wire import ServerTimes
@@ -58,12 +59,17 @@ class Together:
         for request, _ in self._parts:
             request.shut()
 
+    def late(self, error: DeadlineError) -> None:
+        """As of `Request`."""
+        for request, _ in self._parts:
+            request.late(error)
+
     def let_go(self, error: BaseException | None) -> None:
         """As of `Request`."""
         for request, _ in self._parts:
             request.let_go(error)
 
-    def pass_over(self, until: float) -> None:
+    def pass_over(self, until: float, error: EngrampoolError) -> None:
         """As of `Request`."""
         for request, _ in self._parts:
-            request.pass_over(until)
+            request.pass_over(until, error)

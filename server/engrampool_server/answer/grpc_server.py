@@ -9,6 +9,7 @@ from grpc_reflection.v1alpha import reflection
 from engrampool_proto.wire import SERVICE
 from engrampool_server.answer.health import SERVING, Health
 from engrampool_server.answer.lane.direct import DirectLane
+from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Limits, Lookups
 from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.answer.shared_state import SharedState
@@ -55,7 +56,8 @@ class GrpcServer:
         config = self._config
         max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
         if self.shared.admission is not None:
-            self.direct = DirectLane(self.lookups, self.shared.metrics, self.shared.admission, max_request_bytes)
+            resources = Resources(self.lookups, self.shared.metrics, max_request_bytes, config.direct_spin_s)
+            self.direct = DirectLane(resources, self.shared.admission)
         options = [
             ("grpc.so_reuseport", 1),
             ("grpc.max_send_message_length", -1),

@@ -29,6 +29,7 @@ from server_fixtures import LIMIT_S
 pytestmark = pytest.mark.usefixtures("patient")
 GUARD, FILL = 256, 0xA5
 LAYERS = (2, 9)
+NOBODYS = StepCancelledError("nobody wants it")
 # Rows of 3 bytes for each of two layers: an answer that fits into a connection's memory, and two that do not. Frames of
 # the last are received where the rows belong, without a copy.
 SMALL, LONG, LONGEST = 20, 30_000, 60_000
@@ -425,6 +426,7 @@ def test_what_a_deadline_that_passed_says(came):
         if says:
             asking.connection._poll.poll(LIMIT_S * 1e3)
         error = DeadlineError("it is too late")
+        asking.request.late(error)
         asking.request.let_go(error)
         assert asking.late == ([] if came == "a part" else [error])
         assert asking.connection not in asking.lane._open
@@ -448,7 +450,7 @@ def test_what_nobody_wants_is_passed_over_and_the_connection_is_good(count, cuts
         before = {layer: rows.tobytes() for layer, rows in asking.rows.arrays.items()}
         if len(cuts & set(range(count))) == 0:  # one frame a layer: none is written before all are there
             assert not asking.rows.written
-        passing = threading.Thread(target=asking.request.pass_over, args=(time.monotonic() + LIMIT_S,))
+        passing = threading.Thread(target=asking.request.pass_over, args=(time.monotonic() + LIMIT_S, NOBODYS))
         passing.start()
         list(said.say(sent, splits, cut))
         passing.join()
@@ -464,7 +466,7 @@ def test_what_does_not_come_to_an_end_is_passed_over_for_so_long_only(says):
     with asked(SMALL) as (asking, said):
         list(said.say(says))
         begin = time.monotonic()
-        asking.request.pass_over(begin + 0.1)
+        asking.request.pass_over(begin + 0.1, NOBODYS)
         assert time.monotonic() - begin < LIMIT_S
         assert asking.connection not in asking.lane._open
         assert not asking.rows.written
@@ -477,7 +479,7 @@ def test_an_answer_that_was_taken_in_is_not_waited_for_again():
             list(said.say(sent))
             came, answered = asking.to_the_end(), list(asking.answered)
             assert came is not Came.LATER
-            asking.request.pass_over(time.monotonic() + LIMIT_S)
+            asking.request.pass_over(time.monotonic() + LIMIT_S, NOBODYS)
             assert asking.answered == answered
             assert asking.given_back
             said.over.set()

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engrampool_client import Client, ForkedError, StepCancelledError
+from engrampool_client import Client, DeadlineError, ForkedError, StepCancelledError
+from engrampool_client.errors import EngrampoolError
 from engrampool_client.lookup import run
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.sent import Came, Sent
@@ -51,7 +52,10 @@ class Says:
     def let_go(self, error: BaseException | None) -> None:
         self.ended.append(f"let go, {type(error).__name__}")
 
-    def pass_over(self, until: float) -> None:
+    def late(self, error: DeadlineError) -> None:
+        self.ended.append("late")
+
+    def pass_over(self, until: float, error: EngrampoolError) -> None:
         self.ended.append("passed over")
         self.passed.set()
         assert self.go_on.wait(LIMIT_S)

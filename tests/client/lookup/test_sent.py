@@ -220,6 +220,29 @@ def test_a_step_ends_whether_or_not_somebody_waits(silent, way, waits):
             at_rest(client)
 
 
+@pytest.mark.parametrize("silent", [(1, 1), (3, 1)], indirect=True)  # of several servers, another is asked
+@pytest.mark.parametrize("waits", [False, True], ids=["nobody waits", "somebody waits"])
+def test_a_server_that_is_late_costs_no_connection(client, silent, monkeypatch, waits):
+    monkeypatch.setattr("engrampool_client.lookup.sent._PASS_OVER_S", 60.0)
+
+    def opened() -> int:
+        return sum(one.direct_opened for one in client._shards._open.values())
+
+    before = opened()
+    for _ in range(3):
+        with silent.frozen():
+            step = client.prefetch(FEW, timeout_s=0.05)
+            if waits:
+                with pytest.raises(DeadlineError):
+                    step.rows(14)
+            eventually(lambda: step.delivery.ended, "its deadline")
+        assert isinstance(step.delivery.error, DeadlineError)
+        eventually(lambda: client._shards.sends, "its answers were passed over")
+        assert right(client, client.prefetch(FEW))
+    assert opened() == before
+    at_rest(client)
+
+
 def test_a_step_that_nobody_waits_for_is_received_before_its_server_waits_long(client, monkeypatch):
     monkeypatch.setattr("engrampool_client.lookup.sent._ALONE_S", 0.05)
     step = client.prefetch(FEW, timeout_s=600.0)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrampool_client import Client
+from engrampool_client import Client, DeadlineError
+from engrampool_client.errors import EngrampoolError
 from engrampool_client.lookup.exchange import Route
 from engrampool_client.lookup.sent import Came
 from engrampool_client.lookup.small import Small
@@ -65,8 +66,11 @@ class Part:
     def let_go(self, error: BaseException | None) -> None:
         self.said.append(error)
 
-    def pass_over(self, until: float) -> None:
-        self.said.append(until)
+    def late(self, error: DeadlineError) -> None:
+        self.said.append(error)
+
+    def pass_over(self, until: float, error: EngrampoolError) -> None:
+        self.said.append((until, error))
 
 
 @st.composite
@@ -111,8 +115,10 @@ def test_one_that_comes_to_nothing_is_the_end_of_all():
     assert together.take(1.0, 0.0) is Came.NOTHING
     together.shut()
     together.let_go(None)
-    together.pass_over(3.0)
-    assert good.said == broken.said == ["shut", None, 3.0]
+    late = DeadlineError("it is late")
+    together.late(late)
+    together.pass_over(3.0, late)
+    assert good.said == broken.said == ["shut", None, late, (3.0, late)]
 
 
 @given(st.data(), st.integers(1, 4))

@@ -17,9 +17,8 @@ from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.lane.connection import Connection
 from engrampool_server.answer.lane.connection_limits import ConnectionLimits
 from engrampool_server.answer.lane.resources import Resources
-from engrampool_server.answer.lookups import Lookups, RefusedError
+from engrampool_server.answer.lookups import RefusedError
 from engrampool_server.telemetry import log
-from engrampool_server.telemetry.metrics import Metrics
 
 _TICKET_VALID_S = 10.0
 _ACCEPT_AGAIN_S = 1.0
@@ -34,10 +33,10 @@ class DirectLane:
     connections: those that are open.
     """
 
-    def __init__(self, lookups: Lookups, metrics: Metrics, admission: Admission, max_request_bytes: int) -> None:
-        self._resources = Resources(lookups, metrics, max_request_bytes)
+    def __init__(self, resources: Resources, admission: Admission) -> None:
+        self._resources = resources
         self._loop = asyncio.get_running_loop()
-        self._metrics, self._admission = metrics, admission
+        self._metrics, self._admission = resources.metrics, admission
         self._listening = False
         self.connections: ConnectionLimits[Connection] = ConnectionLimits()
         self._limiting = threading.Lock()  # of the connections, which come and go in threads

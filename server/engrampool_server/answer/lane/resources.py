@@ -23,11 +23,12 @@ class Resources:
     """For all connections of a process, in whichever thread.
 
     buckets_us: bounds of the buckets of times. piece_bytes: at most so many bytes of rows are gathered at a time where
-    Python does it.
+    Python does it. spin_s: how long the next request of a connection is looked for without sleeping.
     """
 
-    def __init__(self, lookups: Lookups, metrics: Metrics, max_request_bytes: int) -> None:
+    def __init__(self, lookups: Lookups, metrics: Metrics, max_request_bytes: int, spin_s: float = 0.0) -> None:
         self.lookups, self.metrics, self.max_request_bytes = lookups, metrics, max_request_bytes
+        self._spin_s = spin_s
         self.buckets_us = metrics.buckets_us
         self.piece_bytes = 2 * lookups.chunk_bytes
         self._answers = metrics.answers_of_direct()
@@ -39,7 +40,7 @@ class Resources:
         lookups = self.lookups
         words = np.zeros(serve.LIMIT_WORDS, np.int64)
         words[serve.PATIENCE], words[serve.PROGRESS] = round(patience_s * 1e9), progress_bytes
-        words[serve.MAX_REQUEST] = self.max_request_bytes
+        words[serve.SPIN], words[serve.MAX_REQUEST] = round(self._spin_s * 1e9), self.max_request_bytes
         words[serve.MAX_ROWS], words[serve.MAX_ANSWER] = (
             lookups.limits.max_rows_per_request,
             lookups.limits.max_answer_bytes,

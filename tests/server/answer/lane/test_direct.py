@@ -38,11 +38,14 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("direct") / "small")
 
 
-@pytest.fixture(scope="module", params=[("uvloop", 0), ("asyncio", 2)], ids=["inline", "threads"])
+INLINE = {"event_loop": "uvloop"}
+THREADS = {"event_loop": "asyncio", "gather_threads": 2, "direct_spin_s": 0.002}
+
+
+@pytest.fixture(scope="module", params=[INLINE, THREADS], ids=["inline", "threads"])
 def server(request: pytest.FixtureRequest, packed: Path) -> Iterator[Running]:
-    event_loop, gather_threads = request.param
     limits = {"max_rows_per_request": 20_000, "max_answer_bytes": 5 * MIB, "stream_chunk_bytes": 64 * KIB}
-    with running(packed, event_loop=event_loop, gather_threads=gather_threads, **limits) as run:
+    with running(packed, **request.param, **limits) as run:
         yield run
 
 
