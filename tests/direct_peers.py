@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
@@ -29,12 +30,14 @@ Frame = tuple[int, int, int, int, bytes]  # kind, which, number, first, body
 
 @contextmanager
 def peer(
-    *replies: bytes | Callable[[socket.socket, int], None], came: list[Frame] | None = None
+    *replies: bytes | Callable[[socket.socket, int], None],
+    came: list[Frame] | None = None,
+    kind: type[Connection] = Connection,
 ) -> Iterator[NativeLane]:
     """A lane to a peer that admits a connection and answers the requests of it in turn with these bytes.
 
     replies: frames of request NUMBER, or what is called with the connection and the request's number. came: gets all
-    frames that the peer was sent.
+    frames that the peer was sent. kind: of connections that the lane has.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -62,7 +65,8 @@ def peer(
         thread = threading.Thread(target=serve)
         thread.start()
         port = listener.getsockname()[1]
-        made = NativeLane(lambda _: pool_pb2.OpenDirectResponse(port=port, ticket=b"t"), f"127.0.0.1:{port}", 1)
+        way_in = pool_pb2.OpenDirectResponse(port=port, ticket=b"t")
+        made = NativeLane(lambda _: way_in, f"127.0.0.1:{port}", 1, kind=kind)
         try:
             yield made
         finally:

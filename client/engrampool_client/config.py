@@ -12,6 +12,7 @@ OnFailure = Literal["raise", "mask"]
 Attach = Literal["auto", "off"]
 Direct = Literal["auto", "off"]
 Compiled = Literal["auto", "off", "on"]
+Connections = int | Literal["auto"]
 
 # No wait is longer, whatever a caller asks for: the system counts some of them in milliseconds of 31 bits.
 LONGEST_S = 1e6
@@ -35,7 +36,7 @@ class ClientSettings(TypedDict, total=False):
     connect_timeout_s: float
     max_steps: int
     max_pending_bytes: int
-    connections: int
+    connections: Connections
     attach: Attach
     direct: Direct
     spin_s: float
@@ -108,8 +109,9 @@ class ClientConfig:
 
     # --- how
 
-    connections: int = 1
-    """To the server, 1 or more; large lookups by row ids are split over them."""
+    connections: Connections = "auto"
+    """To the server, 1 or more; large lookups by row ids are split over them. "auto" takes as many as half of the cores
+    that this process may use, 4 at most, over the direct lane, and one over gRPC."""
 
     attach: Attach = "auto"
     """"auto" reads the server's memory where it is this host's and the server allows it; "off" never."""
@@ -138,6 +140,7 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         plain = self.hashing == "server"
+        connections = {} if self.connections == "auto" else {"connections": self.connections}
         check_settings(
             one_of={
                 "hashing": (self.hashing, ("local", "server")),
@@ -148,16 +151,16 @@ class ClientConfig:
             },
             whole={
                 "max_steps": self.max_steps,
-                "connections": self.connections,
                 "cache_bytes": self.cache_bytes,
                 "breaker_failures": self.breaker_failures,
+                **connections,
             },
             positive={
                 "timeout_s": self.timeout_s,
                 "connect_timeout_s": self.connect_timeout_s,
                 "max_steps": self.max_steps,
                 "max_pending_bytes": self.max_pending_bytes,
-                "connections": self.connections,
+                **connections,
             },
             not_negative={
                 "retry_s": self.retry_s,

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from engrampool_client import (
 )
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import GatherGate, serve_thread
+from server_fixtures import GatherGate, direct_of, eventually, serve_thread
 
 VOCAB = 129280
 # The blocking client's ways to a server.
@@ -204,6 +205,34 @@ def test_large_lookups_share_connections(server, connections, lane, monkeypatch)
                 assert_rows({layer: step.rows(layer) for layer in step.layers}, wanted)
         with pytest.raises(BatchError, match="is 129280"):
             client.lookup([VOCAB] * 1000)
+
+
+@pytest.mark.parametrize(
+    ("cores", "direct", "most"), [(1, "auto", 1), (3, "auto", 1), (6, "auto", 3), (64, "auto", 4), (64, "off", 0)]
+)
+def test_large_lookups_take_more_connections_by_themselves(server, cores, direct, most, monkeypatch):
+    monkeypatch.setattr("engrampool_client.pool.endpoint.SPLIT_ABOVE_BYTES", 1_000_000)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    with Client(server, direct=direct) as client:
+        tokens = tokens_of(1000)
+        wanted = expected(client.spec, TokenBatch.of(tokens))
+
+        def all_are_there() -> bool:
+            assert_rows(client.lookup(tokens), wanted)
+            return direct_of(client)[0] == most
+
+        eventually(all_are_there, "as many connections as pay")
+        assert connections_for(client, 8) == 1
+        assert connections_for(client, 1000) == max(1, most)
+        for _ in range(5):
+            assert_rows(client.lookup(tokens), wanted)
+        assert direct_of(client) == (most, most)
+
+
+def connections_for(client: Client, tokens: int) -> int:
+    """Over how many a lookup of so many tokens would go now, all their rows being asked for."""
+    (endpoint,) = client._shards.sets[0].replicas
+    return endpoint.ways(SimpleNamespace(answer_bytes=tokens * 2 * 24 * 264))
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,16 @@ class CompiledForm(Form):
         done = np.zeros(len(inverse), np.bool_) if hit is None else hit.copy()
         entries.place(fetched, inverse, fetched.shape[1], to, done)
 
+    def first_places(self, inverse: Keys, count: int, groups: int, heads: int, first: int, width: int) -> Keys:
+        """As of `Form`."""
+        places = np.empty(count, np.int64)
+        entries.first_places(inverse, groups, heads, first, width, places)
+        return places
+
+    def repeat(self, rows: Bytes, places: Keys, inverse: Keys, groups: int, heads: int, first: int, width: int) -> None:
+        """As of `Form`."""
+        entries.repeat(rows, places, inverse, groups, heads, first, width)
+
     def copy_found(
         self, rows: Bytes, slots: Keys, nbytes: int, hit: Flags | None, to: Bytes | None
     ) -> tuple[Flags | None, int]:

@@ -124,6 +124,25 @@ class Form:
             entries[missing] = fetched[inverse[missing]]
         write_back()
 
+    def first_places(
+        self, inverse: Keys, count: int, groups: int, heads: int, first: int, width: int
+    ) -> npt.NDArray[np.int64]:
+        """Where each of the entries that are asked for, `count` of them, belongs first: its first row among [T, heads].
+
+        inverse: of `distinct`, negative for what is left out. groups: each of `width` columns, from column `first` on.
+        """
+        places = np.empty(count, np.int64)
+        found = np.flatnonzero(inverse >= 0)[::-1]
+        places[inverse[found]] = found // groups * heads + first + found % groups * width
+        return places
+
+    def repeat(self, rows: Bytes, places: Keys, inverse: Keys, groups: int, heads: int, first: int, width: int) -> None:
+        """Copy entries from their `first_places` to all others that they belong to. rows: uint8 [T * heads, bytes]."""
+        found = np.flatnonzero(inverse >= 0)
+        columns = np.arange(width)
+        source = places[inverse[found]][:, None] + columns
+        rows[(found // groups * heads + first + found % groups * width)[:, None] + columns] = rows[source]
+
     def copy_found(
         self, rows: Bytes, slots: Keys, nbytes: int, hit: Flags | None, to: Bytes | None
     ) -> tuple[Flags | None, int]:

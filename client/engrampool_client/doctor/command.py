@@ -14,6 +14,7 @@ from engrampool_client.commands import read_target, read_tokens
 from engrampool_proto.errors import BatchError, SpecError
 
 if TYPE_CHECKING:
+    from engrampool_client.config import Connections
     from engrampool_client.doctor.diagnosis import Phase, Report, Verdict
     from engrampool_client.doctor.replay import Clock
 
@@ -116,6 +117,14 @@ def _heads(context: click.Context, parameter: click.Parameter, value: str | None
         raise click.BadParameter(f"{value!r} is not A:B") from None
 
 
+def _connections(context: click.Context, parameter: click.Parameter, value: str) -> "Connections":
+    if value == "auto":
+        return "auto"
+    if value.isdecimal() and int(value):
+        return int(value)
+    raise click.BadParameter(f"{value!r} is neither auto nor 1 or more")
+
+
 def _clocks(
     layers: int | None,
     layer_ms: Path | None,
@@ -191,7 +200,7 @@ _SWITCH = click.Choice(["auto", "off"])
 @click.option("--no-dedupe", is_flag=True, help="Ask for every token's rows.")
 @click.option("--attach", type=_SWITCH, default="auto", show_default=True)
 @click.option("--direct", type=_SWITCH, default="auto", show_default=True)
-@click.option("--connections", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--connections", callback=_connections, default="auto", show_default=True, metavar="N|auto")
 @click.option("--on-failure", type=click.Choice(["raise", "mask"]), default="raise", show_default=True)
 @click.option("--timeout-s", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -15,7 +15,7 @@ from engrampool_client.client import Client
 from engrampool_client.doctor.cache_sizes import CacheSize, best_size, simulate
 from engrampool_client.doctor.replay import Clock, Forward, Play, play
 from engrampool_client.errors import EngrampoolError
-from engrampool_client.pool.endpoint import SPLIT_ABOVE_BYTES
+from engrampool_client.pool.endpoint import SPLIT_ABOVE_BYTES, connections_of
 from engrampool_client.status import ClientStatus
 
 Settings = Mapping[str, Any]
@@ -205,7 +205,7 @@ def trials(
         chosen.append(Trial('direct="auto"', {"direct": "auto"}))
     if not settings.get("dedupe", True):
         chosen.append(Trial("dedupe=True", {"dedupe": True}))
-    if settings.get("connections", 1) == 1 and phase.bytes["wire"] > SPLIT_ABOVE_BYTES:
+    if connections_of(settings.get("connections", "auto"), lane) == 1 and phase.bytes["wire"] > SPLIT_ABOVE_BYTES:
         chosen.append(Trial("connections=2", {"connections": 2}))
     if phase.name == "prefill" and len(stream) > 4:
         chosen.append(Trial("prefetch(..., ahead=True) of the next chunk as one starts", ahead=True))

@@ -51,7 +51,7 @@ class Connection:
         # What is received and not where it belongs yet; the same as an array.
         self.memory = np.empty(_SCRATCH_BYTES, np.uint8)
         self._scratch = self.memory.data
-        self._start = self._end = 0  # what was received into it, and not looked at yet
+        self.start = self.stop = 0  # where in it what was not looked at yet begins and ends
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self.quick = True  # whether it may pay to look for the next answer without sleeping
@@ -76,7 +76,7 @@ class Connection:
 
         Half of a request on its way is of no use: what is not sent in time ends the connection.
         """
-        self._start = self._end = 0
+        self.start = self.stop = 0
         self.answering = True
         self.asked_at = time.monotonic()
         # Not counted: whoever has a copy of this connection, as after a fork, would count on from the same number.
@@ -134,7 +134,7 @@ class Connection:
         None if the system does not take at once what the server is to be told of it first: then the connection is of no
         use any more. Raises OSError if it broke.
         """
-        self._start = self._end = 0
+        self.start = self.stop = 0
         self.answering = True
         self.asked_at = time.monotonic()
         parts, handle = self._handle(what)
@@ -154,7 +154,7 @@ class Connection:
         try:
             while True:
                 try:
-                    self._end = self._socket.recv_into(place, 0, socket.MSG_DONTWAIT)
+                    self.stop = self._socket.recv_into(place, 0, socket.MSG_DONTWAIT)
                     break
                 except BlockingIOError:
                     if time.perf_counter() - begin < spin_s and time.monotonic() < until:
@@ -187,12 +187,13 @@ class Connection:
     def receive(self, exchange: Exchange, deadline: float, spin_s: float) -> None:
         """Take the answer in. Raises OSError if the connection broke, TimeoutError, RefusalError, PoolErrors."""
         at_once = self.listen(exchange)
-        if not self._end:
-            self._await(deadline, at_once, spin_s)
+        if not self.stop:
+            self.await_some(exchange, deadline, at_once, spin_s)
         if at_once > _HEADER_BYTES and self._all_at_once(exchange):
             return
         landing = exchange.landing
         while True:
+            self.take_rows(exchange, deadline)
             kind, layer, first, nbytes = self._header(deadline, at_once)
             if kind == frames.ROWS:
                 self._rows(exchange, layer, first, nbytes, deadline, at_once > _HEADER_BYTES)
@@ -226,7 +227,7 @@ class Connection:
         """Take a small answer in, if it came as such answers do: whole, in one frame a layer. Else nothing is taken."""
         landing = exchange.landing
         runs, end, end_at, nbytes = answer_layout(landing.missing())
-        if (self._start, self._end) != (0, nbytes):
+        if (self.start, self.stop) != (0, nbytes):
             return False
         scratch, number = self._scratch, self.number.to_bytes(8, "little")
         if scratch[end_at : end_at + _HEADER_BYTES] != number.join(end):
@@ -235,7 +236,7 @@ class Connection:
             if scratch[at:rows_at] != number.join(start):
                 return False
         exchange.times = wire.ServerTimes(*frames.TIMES.unpack_from(scratch, end_at + _HEADER_BYTES))
-        self._start = self._end
+        self.start = self.stop
         self._over()
         with nullcontext() if landing.owned else exchange.delivery.writing():
             for layer, _, _, rows_at, stop in runs:
@@ -261,7 +262,7 @@ class Connection:
         whole: whether all rows came before it. Raises ProtocolError, another PoolError where the server refuses all
         that follows, OSError.
         """
-        self._start, self._end = start, end
+        self.start, self.stop = start, end
         deadline = time.monotonic() + _SILENCE_S
         kind, _, _, nbytes = self._header(deadline, _HEADER_BYTES)
         times = None
@@ -275,8 +276,7 @@ class Connection:
         return times
 
     def _no_answer(self, kind: int, nbytes: int) -> ProtocolError:
-        text = f"a frame of kind {kind} and {nbytes} bytes has no place in an answer"
-        return ProtocolError(f"{self._target}: {text}")
+        return ProtocolError(f"{self._target}: a frame of kind {kind} and {nbytes} bytes has no place in an answer")
 
     def shut(self) -> None:
         """Have whoever waits on it, now or later, fail with OSError."""
@@ -312,7 +312,10 @@ class Connection:
 
     # --- receiving
 
-    def _await(self, deadline: float, at_once: int, spin_s: float) -> None:
+    def take_rows(self, exchange: Exchange, deadline: float) -> None:
+        """Have rows come where they belong without Python, as far as that can be: see `compiled.py`."""
+
+    def await_some(self, exchange: Exchange, deadline: float, at_once: int, spin_s: float) -> None:
         """Wait for the beginning of an answer, at first without sleeping, unless the last one took too long for that.
 
         To sleep and to be woken can take as long as all the rest of a small lookup, most of all where the processor
@@ -321,12 +324,12 @@ class Connection:
         begin = time.perf_counter()
         if self.quick:
             place = self._scratch[:at_once]
-            while not self._end and time.perf_counter() - begin < spin_s:
+            while not self.stop and time.perf_counter() - begin < spin_s:
                 try:
-                    self._end = self._socket.recv_into(place, 0, socket.MSG_DONTWAIT)
+                    self.stop = self._socket.recv_into(place, 0, socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     continue
-                if not self._end:
+                if not self.stop:
                     raise ConnectionError("the server closed the connection")
         self._have(1, deadline, at_once)
         self.quick = time.perf_counter() - begin < 2 * spin_s
@@ -348,12 +351,12 @@ class Connection:
 
         With the rest comes the header of the frame that must follow, in one.
         """
-        have = min(self._end - self._start, len(place))
-        place[:have] = self._scratch[self._start : self._start + have]
-        self._start += have
+        have = min(self.stop - self.start, len(place))
+        place[:have] = self._scratch[self.start : self.start + have]
+        self.start += have
         if have < len(place):
             self._fill([place[have:], self._scratch[:_HEADER_BYTES]], deadline)
-            self._start, self._end = 0, _HEADER_BYTES
+            self.start, self.stop = 0, _HEADER_BYTES
 
     def _header(self, deadline: float, at_once: int) -> tuple[int, int, int, int]:
         """Kind, layer, first row, and bytes of the body, of the next frame that answers the last request.
@@ -361,10 +364,10 @@ class Connection:
         at_once: bytes to ask the system for, if it is not there. Raises ProtocolError for a frame that answers another
         request, and what the server refused all further ones with.
         """
-        if self._end - self._start < _HEADER_BYTES:
+        if self.stop - self.start < _HEADER_BYTES:
             self._have(_HEADER_BYTES, deadline, at_once)
-        kind, layer, number, first, nbytes = frames.HEADER.unpack_from(self._scratch, self._start)
-        self._start += _HEADER_BYTES
+        kind, layer, number, first, nbytes = frames.HEADER.unpack_from(self._scratch, self.start)
+        self.start += _HEADER_BYTES
         if number != self.number:
             if kind == frames.REFUSED and not number:
                 raise refusal_of(self._body(nbytes, deadline), self._target)
@@ -375,24 +378,24 @@ class Connection:
         """The next bytes, few of them."""
         if nbytes > frames.MAX_SMALL_BYTES:
             raise ProtocolError(f"{self._target}: a frame that is a small one has {nbytes} bytes")
-        if self._end - self._start < nbytes:
+        if self.stop - self.start < nbytes:
             self._have(nbytes, deadline, nbytes)
-        start = self._start
-        self._start = start + nbytes
-        return bytes(self._scratch[start : self._start])
+        start = self.start
+        self.start = start + nbytes
+        return bytes(self._scratch[start : self.start])
 
     def _have(self, nbytes: int, deadline: float, at_once: int) -> None:
         """Wait until `nbytes` are in the scratch memory, less than half of which they are."""
-        kept = self._end - self._start
+        kept = self.stop - self.start
         if kept == 0:
-            self._start = self._end = 0
-        elif self._start > _SCRATCH_BYTES // 2:
-            self._scratch[:kept] = bytes(self._scratch[self._start : self._end])
-            self._start, self._end = 0, kept
-        while self._end - self._start < nbytes:
-            stop = min(self._start + max(nbytes, at_once), _SCRATCH_BYTES)
-            self._end += self._received([self._scratch[self._end : stop]], deadline)
-            if self._end - self._start < nbytes:
+            self.start = self.stop = 0
+        elif self.start > _SCRATCH_BYTES // 2:
+            self._scratch[:kept] = bytes(self._scratch[self.start : self.stop])
+            self.start, self.stop = 0, kept
+        while self.stop - self.start < nbytes:
+            stop = min(self.start + max(nbytes, at_once), _SCRATCH_BYTES)
+            self.stop += self._received([self._scratch[self.stop : stop]], deadline)
+            if self.stop - self.start < nbytes:
                 self._allow(deadline)  # however little comes, and however often
 
     def _fill(self, places: list[memoryview], deadline: float) -> None:
@@ -418,8 +421,7 @@ class Connection:
                 silent = self._limit_s >= _SILENCE_S
                 self._allow(deadline)
                 if silent:
-                    text = f"{self._target} sent nothing for {_SILENCE_S:g} s"
-                    raise SilentError(text) from error
+                    raise SilentError(f"{self._target} sent nothing for {_SILENCE_S:g} s") from error
                 continue
             if not count:
                 raise ConnectionError("the server closed the connection")

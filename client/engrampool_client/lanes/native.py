@@ -35,7 +35,7 @@ class NativeLane:
 
     open_direct: asks the server, over gRPC, for a way in; raises PoolError. target: as gRPC takes it.
     opened: connections since it was made. reason: why the last one could not be opened, for people; "" if it was.
-    silent: told where a connection was given up, as nothing came on it.
+    silent: told where a connection was given up, as nothing came on it. kind: of connections.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class NativeLane:
         target: str,
         most: int,
         silent: Callable[[], None] = lambda: None,
+        kind: type[Connection] = Connection,
     ) -> None:
         self._open_direct, self._target, self._most, self.silent = open_direct, target, most, silent
+        self._kind = kind
         # A step that is given up takes it, in whatever the thread is doing: garbage collection does that, too.
         self._lock = threading.RLock()
         self._idle: list[Connection] = []
@@ -92,6 +94,12 @@ class NativeLane:
     def idle(self) -> bool:
         """Whether the next request finds a connection."""
         return bool(self._idle)
+
+    def ready(self, count: int) -> int:
+        """How many of so many connections are idle. Where there are fewer, one more is opened for later."""
+        if len(self._open) < count:
+            self._want_one()
+        return min(count, len(self._idle))
 
     def take(self) -> Connection | None:
         """A connection for one request, to be `answered`, or `put_back`, or `drop`ped; None if none is free."""
@@ -222,7 +230,7 @@ class NativeLane:
     def _connect(self) -> None:
         connection, reason = None, ""
         try:
-            connection = Connection(self._open_direct(OPEN_TIMEOUT_S), self._target)
+            connection = self._kind(self._open_direct(OPEN_TIMEOUT_S), self._target)
         except (PoolError, OSError, WireError) as error:
             reason = str(error) or repr(error)
         except Exception as error:  # gRPC has its own ways to say that a channel is closed

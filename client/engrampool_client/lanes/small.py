@@ -43,7 +43,7 @@ class SmallRequest:
         self._layers, self._nbytes = np.empty((len(rows), receive.ENTRY_WORDS), np.int64), 0
         for place, layer in enumerate(rows):
             theirs = places.get(layer, _IN_ORDER)
-            self._nbytes += receive.lay(self._layers, place, layer, self._rows[place], theirs)
+            self._nbytes += receive.lay(self._layers, place, layer, self._rows[place], theirs, 1)
         self._state = np.zeros(receive.STATE_WORDS, np.int64)
         # An answer of one frame a layer, as servers send it.
         self._whole = self._nbytes + len(rows) * frames.HEADER.size + frames.HEADER.size + frames.TIMES.size

@@ -58,14 +58,14 @@ class Exchange:
         most = max((len(ids) for _, ids in self.asked.tables), default=0)
         if count == 1 or self.asked.tokens is not None or most < count:
             return [self]  # most < count covers a lookup of nothing
-        cuts = [
-            [
-                (layer, slice(len(ids) * part // count, len(ids) * (part + 1) // count))
-                for layer, ids in self.asked.tables
-            ]
-            for part in range(count)
-        ]
-        return self._parts([dict(cut) for cut in cuts])
+        cuts: list[dict[int, slice | npt.NDArray[np.int64]]] = [{} for _ in range(count)]
+        for layer, ids in self.asked.tables:
+            places = self.landing.places(layer)
+            run = 1 if places is None else places.run  # which stays whole
+            for part, cut in enumerate(cuts):
+                start, stop = (len(ids) // run * at // count * run for at in (part, part + 1))
+                cut[layer] = slice(start, stop)
+        return self._parts(cuts)
 
     def spread(self, routes: Mapping[int, "Route"]) -> "dict[int, Exchange]":
         """Cut into one request a shard, by the rows that each holds, all writing into this one's arrays.

@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,32 @@ from engrampool_proto.spec import ModelSpec, TableSpec
 _UINT8 = np.dtype(np.uint8)
 # By layer: an array for its rows, or one for each of some segments of them.
 Out = Mapping[int, Rows | Mapping[str, Rows]]
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where rows that come belong among others. Each `run` of them lie side by side there, too.
+
+    rows: uint8 [N, row_bytes], C-contiguous. first: int64 [runs], the place of the first row of each.
+    """
+
+    rows: Rows
+    first: npt.NDArray[np.int64]
+    run: int
+
+    def of(self, some: "slice | npt.NDArray[np.int64]") -> "Places":
+        """Of some of the rows that come."""
+        run = self.run
+        if isinstance(some, slice) and some.start % run == some.stop % run == 0:
+            return Places(self.rows, self.first[some.start // run : some.stop // run], run)
+        return Places(self.rows, self._each()[some], 1)
+
+    def put(self, rows: Rows) -> None:
+        """Write rows there that came elsewhere, uint8 [n, row_bytes]."""
+        self.rows[self._each()] = rows
+
+    def _each(self) -> npt.NDArray[np.int64]:
+        return (self.first[:, None] + np.arange(self.run)).reshape(-1)
 
 
 class Landing:
@@ -50,6 +77,7 @@ class Landing:
         for layer, array in (given or {}).items():
             self._arrays[layer] = array.reshape(-1)
         self._have = dict.fromkeys(self.sizes, 0)
+        self._placed: set[int] = set()  # layers whose rows are written to their `places`
 
     @property
     def complete(self) -> bool:
@@ -79,6 +107,22 @@ class Landing:
             array = self._arrays[layer] = self._allocate(size)
         return array[have : have + nbytes].data
 
+    def have(self, layer: int) -> int:
+        """How many bytes of the layer are there."""
+        return self._have[layer]
+
+    def places(self, layer: int) -> Places | None:
+        """Where the layer's rows belong in the end, if not in `array`, in order."""
+        return None
+
+    def by_places(self, layer: int) -> Places | None:
+        """As `places`. If there are any, all of the layer's rows are to be written there, and within `writing`."""
+        places = self.places(layer)
+        if places is not None:
+            self._placed.add(layer)
+            self.owned = False
+        return places
+
     def received(self, layer: int, nbytes: int) -> None:
         """Count `nbytes` as there."""
         have = self._have[layer] = self._have[layer] + nbytes
@@ -104,6 +148,7 @@ class Landing:
         """Begin anew with the layers that are not complete, and give them: those that are may be in use already."""
         missing = [layer for layer, size in self.sizes.items() if self._have[layer] != size]
         self._have.update(dict.fromkeys(missing, 0))
+        self._placed.difference_update(missing)
         return missing
 
     def check_complete(self) -> None:
@@ -123,6 +168,7 @@ class Landing:
         """Have this one's rows come by `parts`, which are to tell `part_complete`."""
         self._lock = threading.Lock()
         self._parts_left = {layer: sum(part.sizes.get(layer, 0) > 0 for part in parts) for layer in self.sizes}
+        self._placed.update(layer for layer in self.sizes if self.places(layer) is not None)
 
     def part_complete(self, layer: int) -> None:
         """Count a part that has all its rows of a layer. Any thread."""
@@ -178,26 +224,31 @@ class PartLanding(Landing):
 
     def __init__(self, whole: Landing, where: Mapping[int, "slice | npt.NDArray[np.int64]"]) -> None:
         shapes, given = {}, {}
-        self._whole, self._scattered = whole, {}
+        self._whole, self._places = whole, {}
         for layer, at in where.items():
-            row_bytes = whole.shapes[layer][-1]
-            rows = whole.array(layer).reshape(-1, row_bytes)  # there before threads write to it
-            if isinstance(at, slice):
-                given[layer] = rows[at]
-                shapes[layer] = (len(given[layer]), row_bytes)
+            row_bytes, places = whole.shapes[layer][-1], whole.places(layer)
+            if places is None:
+                rows = whole.array(layer).reshape(-1, row_bytes)  # there before threads write to it
+                if isinstance(at, slice):
+                    given[layer] = rows[at]
+                else:
+                    self._places[layer] = Places(rows, at, 1)
             else:
-                self._scattered[layer] = at
-                shapes[layer] = (len(at), row_bytes)
+                self._places[layer] = places.of(at)
+            shapes[layer] = (at.stop - at.start if isinstance(at, slice) else len(at), row_bytes)
         super().__init__(whole.delivery, shapes, given)
+
+    def places(self, layer: int) -> Places | None:
+        """As of `Landing`."""
+        return self._places.get(layer)
 
     def _hand_over(self, layers: Sequence[int]) -> None:
         for layer in layers:
             if not self.sizes[layer]:
                 continue
-            if layer in self._scattered:
-                rows = self.array(layer).reshape(self.shapes[layer])
+            if layer in self._places and layer not in self._placed:
                 with self.delivery.writing():
-                    self._whole.array(layer).reshape(-1, rows.shape[1])[self._scattered[layer]] = rows
+                    self._places[layer].put(self.array(layer).reshape(self.shapes[layer]))
             self._whole.part_complete(layer)
 
 

@@ -19,7 +19,7 @@ from engrampool_client.compute.forms import NUMPY, Form
 from engrampool_client.config import Hashing
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.landing import CallersLanding, Landing, Out, hand_over
+from engrampool_client.lookup.landing import CallersLanding, Landing, Out, Places, hand_over
 from engrampool_client.lookup.layout import Keys, Layout, Part
 from engrampool_client.lookup.query import Query, Sizes, TokenQuery
 from engrampool_client.lookup.served import ServedModel
@@ -170,6 +170,7 @@ class _Entries:
         self.fetched: Rows | None = None
         self._counts: list[int]
         self._inverse: npt.NDArray[np.int64]
+        self._places: npt.NDArray[np.int64] | None = None
 
     def token_major(self) -> tuple[Keys, npt.NDArray[np.uint8]]:
         """Keys and groups [T * groups], as the entries lie in the answer."""
@@ -200,6 +201,21 @@ class _Entries:
         stop = start + self.ids.size
         self.fetched = rows[start:stop].reshape(-1, self.part.entry_bytes)
         return stop
+
+    def places(self, form: Form, heads: int) -> npt.NDArray[np.int64]:
+        """Where each entry that is asked for belongs first: its first row's place among the layer's rows."""
+        if self._places is None:
+            self._places = form.first_places(self._inverse, len(self.ids), *self._columns(heads))
+        return self._places
+
+    def repeat(self, form: Form, rows: Rows) -> None:
+        """Copy what came to its first places to all others, in the layer's rows."""
+        heads, row_bytes = rows.shape[-2:]
+        places = self.places(form, heads)
+        form.repeat(rows.reshape(-1, row_bytes), places, self._inverse, *self._columns(heads))
+
+    def _columns(self, heads: int) -> tuple[int, int, int, int]:
+        return len(self.keys), heads, self.part.first, self.part.width
 
     def put(self, form: Form, rows: Rows) -> None:
         """Write what was fetched to its places in the layer's rows, uint8 [..., heads, row_bytes]."""
@@ -361,6 +377,30 @@ class EntriesPlan:
                 one.put(self._planner.form, self._rows[layer])
             return self._finish(layer)
 
+    def places(self, layer: int) -> Places | None:
+        """Where rows may be received that are asked for: each entry where it belongs first.
+
+        None where the cache is to have them, which reads them where they were fetched.
+        """
+        form, entries = self._planner.form, self._entries[layer]
+        if not (self._wanted and form.compiled and self._planner.cache is None):
+            return None
+        *_, heads, row_bytes = self._shapes[layer]
+        rows, first = self._rows[layer].reshape(-1, row_bytes), [one.places(form, heads) for one in entries]
+        if len(entries) == 1:
+            return Places(rows, first[0], entries[0].part.width)
+        each = [
+            (some[:, None] + np.arange(one.part.width)).reshape(-1) for some, one in zip(first, entries, strict=True)
+        ]
+        return Places(rows, np.concatenate(each), 1)
+
+    def repeat(self, layer: int) -> Rows:
+        """Put the rows that came by `places` everywhere else that they belong; gives the layer's rows."""
+        with self._delivery.writing():
+            for one in self._entries[layer]:
+                one.repeat(self._planner.form, self._rows[layer])
+            return self._finish(layer)
+
     def _finish(self, layer: int) -> Rows:
         """The layer's rows, as the caller gets them."""
         return hand_over(self._planner.served.spec.table(layer), self._rows[layer], self._out.get(layer))
@@ -371,12 +411,20 @@ class _FetchedLanding(Landing):
 
     def __init__(self, plan: EntriesPlan, delivery: Delivery, shapes: Mapping[int, tuple[int, ...]]) -> None:
         super().__init__(delivery, shapes)
-        self._plan = plan
+        self._plan, self._places = plan, dict[int, Places | None]()
+
+    def places(self, layer: int) -> Places | None:
+        """As of `Landing`. Worked out when it is asked for: by then a server is at work."""
+        if layer not in self._places:
+            self._places[layer] = self._plan.places(layer)
+        return self._places[layer]
 
     def _allocate(self, nbytes: int) -> Rows:
         return self._plan.allocate(nbytes)
 
     def _rows(self, layer: int) -> Rows:
+        if layer in self._placed:
+            return self._plan.repeat(layer)
         return self._plan.put_in_place(layer, self.array(layer).reshape(self.shapes[layer]))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 
 from engrampool_client.compute.forms import form_of
-from engrampool_client.config import ClientConfig
+from engrampool_client.config import ClientConfig, Connections
 from engrampool_client.errors import (
     DeadlineError,
     EngrampoolError,
@@ -20,6 +20,7 @@ from engrampool_client.errors import (
     UnavailableError,
 )
 from engrampool_client.lanes.attach import AttachLane
+from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lanes.native import NativeLane, NativeRequest
 from engrampool_client.lanes.split import SideBySide
@@ -43,6 +44,8 @@ _PROBE_TIMEOUT_S = 1.0
 _GATHER_WAYS = 2
 # Answers above this size are split where there are several connections.
 SPLIT_ABOVE_BYTES = 4 << 20
+# Connections that a large lookup takes by itself, over the direct lane: each needs a core on either side.
+_MOST_BY_ITSELF = 4
 
 
 class Endpoint:
@@ -56,13 +59,14 @@ class Endpoint:
         """closing: set when the client closes, so that nobody waits to ask again."""
         self.target, self._config, self._closing = target, config, closing
         self.latency = Latency()
-        self._lanes = [GrpcLane(target) for _ in range(config.connections)]
+        self._ways = connections_of(config.connections, "direct")
+        self._lanes = [GrpcLane(target) for _ in range(connections_of(config.connections, "grpc"))]
         self._attach: AttachLane | None = None
         self._native: NativeLane | None = None
         self._small: type[SmallRequest] | None = None
         self._opened = self._closed = False
         # Of its own: a part of a lookup must never wait for a place behind the lookup that waits for it.
-        self._parts = Workers(max(1, config.max_steps * (config.connections - 1)), "engrampool-part")
+        self._parts = Workers(max(1, config.max_steps * (self._ways - 1)), "engrampool-part")
 
     def describe(self, timeout_s: float, request: bytes = BRIEF) -> bytes:
         """The bytes of a DescribeResponse; see `GrpcLane.describe`."""
@@ -76,16 +80,18 @@ class Endpoint:
         self._opened = True
         if config.attach == "auto" and served.attach:
             attach = partial(lane.attach, served.spec.name, served.version)
-            form, ways = form_of(config.compiled), max(_GATHER_WAYS, config.connections)
-            ways = min(ways, len(os.sched_getaffinity(0)))
+            form, ways = form_of(config.compiled), min(max(_GATHER_WAYS, self._ways), len(os.sched_getaffinity(0)))
             self._attach = AttachLane(partial(self._asked, attach), served, form, self._parts, ways)
         if config.direct == "auto" and served.direct:
-            most = config.max_steps * config.connections
-            self._native = NativeLane(partial(self._asked, lane.open_direct), self.target, most, self.breaker.doubt)
+            most = config.max_steps * self._ways
+            kind = Connection
             if form_of(config.compiled).compiled:
+                from engrampool_client.lanes.compiled import CompiledConnection
                 from engrampool_client.lanes.small import SmallRequest
 
-                self._small = SmallRequest
+                kind, self._small = CompiledConnection, SmallRequest
+            open_direct = partial(self._asked, lane.open_direct)
+            self._native = NativeLane(open_direct, self.target, most, self.breaker.doubt, kind)
 
     @property
     def attached(self) -> bool:
@@ -152,7 +158,7 @@ class Endpoint:
             self._native is None
             or self.breaker.is_open
             or self.attached
-            or (len(self._lanes) > 1 and self._splits(exchange))
+            or self.ways(exchange) > 1
             or time.monotonic() >= deadline  # or a good connection would be lost by a request that is cut short
         ):
             sent, tried = self._native.ask(exchange, deadline, spin_s=spin_s, send_by=send_by), True
@@ -187,9 +193,14 @@ class Endpoint:
         self.breaker.succeeded()
         self._stats.count_bytes("wire", nbytes)
 
-    def _splits(self, exchange: Exchange) -> bool:
-        """Whether it is large enough for several connections."""
-        return len(self._lanes) > 1 and exchange.answer_bytes > SPLIT_ABOVE_BYTES and not self.attached
+    def ways(self, exchange: Exchange) -> int:
+        """How many connections it goes over: several only if it is large."""
+        if self._ways == 1 or exchange.answer_bytes <= SPLIT_ABOVE_BYTES or self.attached:
+            return 1
+        if self._config.connections != "auto":
+            return self._ways
+        # Those that are not there yet are for the next lookups: over gRPC several gain nothing.
+        return 1 if self._native is None else max(1, self._native.ready(self._ways))
 
     def _asked(self, call: Callable[[float], _Answer], timeout_s: float) -> _Answer:
         """Call what a lane asks the server for within a time; if it does not answer, it is probed. Raises PoolError."""
@@ -249,6 +260,13 @@ class Endpoint:
         self._parts.close(wait=False)
 
 
+def connections_of(setting: Connections, lane: str) -> int:
+    """Over how many connections a large lookup goes by this setting, where it goes by that lane to the server."""
+    if setting != "auto":
+        return setting
+    return max(1, min(_MOST_BY_ITSELF, len(os.sched_getaffinity(0)) // 2)) if lane == "direct" else 1
+
+
 class EndpointRequest:
     """A request to one server. sent: on the direct lane, if it was by now.
 
@@ -288,8 +306,9 @@ class EndpointRequest:
         """
         endpoint = self._endpoint
         try:
-            if self.sent is None and endpoint._splits(self._exchange):
-                self._receive_parts(patient, early)
+            ways = endpoint.ways(self._exchange) if self.sent is None else 1
+            if ways > 1:
+                self._receive_parts(ways, patient, early)
             else:
                 self._fetch(endpoint._lanes[0], self._exchange, self._spin_s, patient, early, self.sent, self._tried)
         except (ValueError, RuntimeError) as error:  # what gRPC and threads have to say that they are closed
@@ -297,12 +316,11 @@ class EndpointRequest:
                 raise
             raise UnavailableError(f"{endpoint.target} is asked no more, as it was away", "left") from error
 
-    def _receive_parts(self, patient: bool, early: bool) -> None:
-        lanes = self._endpoint._lanes
-        parts = self._exchange.split(len(lanes))
+    def _receive_parts(self, ways: int, patient: bool, early: bool) -> None:
+        lanes, parts = self._endpoint._lanes, self._exchange.split(ways)
         with SideBySide(self._endpoint._parts, self._exchange.delivery) as others:
-            for lane, part in zip(lanes[1:], parts[1:], strict=False):
-                others.begin(self._fetch, lane, part, 0.0, patient, early)
+            for at, part in enumerate(parts[1:], 1):
+                others.begin(self._fetch, lanes[at % len(lanes)], part, 0.0, patient, early)
             self._fetch(lanes[0], parts[0], self._spin_s, patient, early)
         if len(parts) > 1:
             self._exchange.times = slowest(part.times for part in parts)

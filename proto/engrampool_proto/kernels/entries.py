@@ -73,6 +73,54 @@ def _ask_for(address: Any, nbytes: Any) -> None:
         line += LINE
 
 
+@kernel(types.void(view(types.int64), types.int64, types.int64, types.int64, types.int64, types.int64[::1]))
+def first_places(inverse: Any, groups: Any, heads: Any, first: Any, width: Any, places: Any) -> None:
+    """Write to `places` where each entry that `distinct` gave belongs first, among rows [T, heads].
+
+    inverse: of `distinct`. groups: of so many columns, `width`, side by side from column `first` on.
+    """
+    for token in range(inverse.size // groups - 1, -1, -1):
+        for group in range(groups):
+            found = inverse[token * groups + group]
+            if found >= 0:
+                places[found] = token * heads + first + group * width
+
+
+@kernel(
+    types.int64(
+        types.uint8[:, ::1],  # rows
+        view(types.int64),  # places
+        view(types.int64),  # inverse
+        types.int64,  # groups
+        types.int64,  # heads
+        types.int64,  # first
+        types.int64,  # width
+    )
+)
+def repeat(rows: Any, places: Any, inverse: Any, groups: Any, heads: Any, first: Any, width: Any) -> int:
+    """Copy entries from their first places to all others that they belong to; gives how many were copied.
+
+    rows: uint8 [T * heads, row_bytes]. The others: as of `first_places`.
+    """
+    row_bytes = _U(rows.shape[1])
+    at, nbytes = _U(rows.ctypes.data), _U(width) * row_bytes
+    ahead = int(_AHEAD // nbytes) + 1
+    copied = 0
+    for one in range(inverse.size):
+        if one + ahead < inverse.size and inverse[one + ahead] >= 0:
+            later = one + ahead
+            place = later // groups * heads + first + later % groups * width
+            if places[inverse[later]] != place:
+                _ask_for(at + _U(places[inverse[later]]) * row_bytes, nbytes)
+        if inverse[one] >= 0:
+            place = one // groups * heads + first + one % groups * width
+            source = places[inverse[one]]
+            if source != place:
+                copy_row(at + _U(place) * row_bytes, at + _U(source) * row_bytes, nbytes)
+                copied += 1
+    return copied
+
+
 @kernel(
     types.int64(
         view(types.uint8, 2),  # entries

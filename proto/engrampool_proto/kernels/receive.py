@@ -25,27 +25,28 @@ SCRATCH = 5
 STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
 # int64 [layers, ENTRY_WORDS]: which layer; where its rows are to lie; how many bytes they are, those of one row, and
-# how many are there; 0 if they lie in the order in which they come, else the address of int64 [rows], each one's place.
-NUMBER, ADDRESS, BYTES, ROW_BYTES, HAVE, PLACES = range(6)
-ENTRY_WORDS = 6
+# how many are there; 0 if they lie in the order in which they come, else the address of int64 [runs], each one's place,
+# and how many bytes a run of rows that lie side by side has.
+NUMBER, ADDRESS, BYTES, ROW_BYTES, HAVE, PLACES, RUN_BYTES = range(7)
+ENTRY_WORDS = 7
 
 _HEADER = frames.HEADER.size
 _END_BYTES = _HEADER + frames.TIMES.size
 _U = np.uint64
 
 
-@kernel(types.int64(types.int64[:, ::1], types.int64, types.int64, types.uint8[:, ::1], types.int64[::1]))
-def lay(layers: Any, place: Any, layer: Any, rows: Any, places: Any) -> int:
+@kernel(types.int64(types.int64[:, ::1], types.int64, types.int64, types.uint8[:, ::1], types.int64[::1], types.int64))
+def lay(layers: Any, place: Any, layer: Any, rows: Any, places: Any, run: Any) -> int:
     """Write an entry of `layers`, of which nothing is there yet; gives the bytes that are to come.
 
-    rows: uint8 [N, row_bytes]. places: of the rows that come, among `rows`; empty if all of them come, in order. Both
-    are to be kept alive.
+    rows: uint8 [N, row_bytes]. places: of each `run` of the rows that come, where its first belongs among `rows`; empty
+    if all of them come, in order. Both are to be kept alive.
     """
     entry = layers[place]
     entry[NUMBER], entry[ADDRESS], entry[HAVE] = layer, np.int64(rows.ctypes.data), 0
-    entry[ROW_BYTES], entry[BYTES], entry[PLACES] = rows.shape[1], rows.size, 0
+    entry[ROW_BYTES], entry[BYTES], entry[PLACES], entry[RUN_BYTES] = rows.shape[1], rows.size, 0, run * rows.shape[1]
     if places.size:
-        entry[BYTES], entry[PLACES] = places.size * rows.shape[1], np.int64(places.ctypes.data)
+        entry[BYTES], entry[PLACES] = places.size * entry[RUN_BYTES], np.int64(places.ctypes.data)
     return int(entry[BYTES])
 
 
@@ -55,14 +56,15 @@ def _put(entry: Any, source: Any, nbytes: Any) -> Any:
     if not entry[PLACES]:
         copy_row(_U(entry[ADDRESS]) + _U(entry[HAVE]), source, _U(nbytes))
         return
-    width = entry[ROW_BYTES]
+    width, row_bytes = entry[RUN_BYTES], entry[ROW_BYTES]
     places = carray(bytes_at(_U(entry[PLACES])), (8 * (entry[BYTES] // width),)).view(np.int64)
+    run, within = entry[HAVE] // width, entry[HAVE] % width
     done = np.int64(0)
     while done < nbytes:
-        row, within = (entry[HAVE] + done) // width, (entry[HAVE] + done) % width
         some = min(width - within, nbytes - done)
-        copy_row(_U(entry[ADDRESS]) + _U(places[row] * width + within), source + _U(done), _U(some))
+        copy_row(_U(entry[ADDRESS]) + _U(places[run] * row_bytes + within), source + _U(done), _U(some))
         done += some
+        run, within = run + 1, np.int64(0)
 
 
 @njit  # type: ignore[untyped-decorator]

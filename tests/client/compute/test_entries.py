@@ -65,6 +65,31 @@ def test_entries_are_placed_as_by_numpy_and_nothing_else_is_written(compiled, ba
     np.testing.assert_array_equal(*results)
 
 
+@given(batch=batches(), width=st.integers(1, 4), row_bytes=st.sampled_from([1, 33, 264]), more=st.integers(0, 3))
+def test_entries_that_lie_in_their_first_places_are_repeated_in_all_others(compiled, batch, width, row_bytes, more):
+    keys, hit = batch
+    groups, tokens = keys.shape
+    heads = groups * width + more
+    columns = (groups, heads, more // 2, width)
+    first, _, inverse = compiled.distinct(keys, hit)
+    inverse[inverse < 0] = -1
+    if hit is not None:
+        assert (inverse[hit] < 0).all()
+    places = compiled.first_places(inverse, len(first), *columns)
+    np.testing.assert_array_equal(places, NUMPY.first_places(inverse, len(first), *columns))
+    fetched = np.random.default_rng(width).integers(0, 256, (len(first), width * row_bytes), np.uint8)
+    before = np.random.default_rng(row_bytes).integers(0, 256, (tokens * heads, row_bytes), np.uint8)
+    wanted = before.copy()
+    part = wanted.reshape(tokens, heads * row_bytes)[:, more // 2 * row_bytes :][:, : groups * width * row_bytes]
+    compiled.place(fetched, inverse, hit, part)
+    for form in (NUMPY, compiled):
+        rows = before.copy()
+        for place, entry in zip(places.tolist(), fetched, strict=True):
+            rows[place : place + width] = entry.reshape(width, row_bytes)
+        form.repeat(rows, places, inverse, *columns)
+        np.testing.assert_array_equal(rows, wanted)
+
+
 @given(data=st.data(), width=WIDTHS, spare=st.sampled_from([0, 9]), write=st.booleans())
 def test_what_is_found_is_copied_as_by_numpy(compiled, data, width, spare, write):
     tokens, groups = data.draw(st.integers(0, 30)), data.draw(st.integers(1, 3))

@@ -407,6 +407,8 @@ def test_bad_input_is_one_error(server, other_packed, tokens, spec, tmp_path):
         (("--tokens", "a", "--decode-ms", "1"), "give --layers"),
         (("--tokens", "a", "--layer-ms", "f", "--layers", "9"), "leave out --layers"),
         (("--tokens", "a", "--layers", "9", "--decode-ms", "1", "--heads", "7"), "'7' is not A:B"),
+        (("--tokens", "a", "--connections", "0"), "'0' is neither auto nor 1 or more"),
+        (("--tokens", "a", "--connections", "some"), "'some' is neither auto nor 1 or more"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_read(arguments, text):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,15 @@ from hypothesis import strategies as st
 
 from direct_peers import NUMBER, SERVED, TIMES, Frame, exchange, numbered, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
+from engrampool_client.config import ClientConfig
 from engrampool_client.errors import OverloadedError, StepCancelledError
 from engrampool_client.lanes import connection as lane
 from engrampool_client.lanes import dial, native
+from engrampool_client.lanes.compiled import CompiledConnection
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
+from engrampool_proto.kernels import receive
 from engrampool_proto.v1 import pool_pb2
 from exchanges import exchange_of
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
@@ -57,12 +61,22 @@ def answered_so_far(server: Running, method: str) -> float:
     return answered(server, method)
 
 
+@pytest.fixture(scope="module", params=["off", "on"], autouse=True)
+def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Answers are received by Python, and by kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ClientConfig.__init__.__kwdefaults__, "compiled", request.param)
+        if request.param == "on":
+            patch.setitem(peer.__wrapped__.__kwdefaults__, "kind", CompiledConnection)
+        yield
+
+
 class Held:
     """Has the receiving of large rows stand still once the first of them came, until `go_on` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.came, self.go_on = threading.Event(), threading.Event()
-        received = lane.Connection._received
+        received, take = lane.Connection._received, receive.take
 
         def held(connection: lane.Connection, places: list[memoryview], deadline: float, flags: int = 0) -> int:
             if self.came.is_set() or sum(map(len, places)) < MIB:
@@ -72,7 +86,17 @@ class Held:
             assert self.go_on.wait(LIMIT_S)
             return count
 
+        def held_without_python(fd: int, buffer: Any, state: Any, layers: Any, number: Any, *until: int) -> int:
+            if self.came.is_set() or layers[:, receive.BYTES].sum() < MIB:
+                return take(fd, buffer, state, layers, number, *until)
+            while not layers[0, receive.HAVE]:
+                got = take(fd, buffer, state, layers, number, 0, 0)
+            self.came.set()
+            assert self.go_on.wait(LIMIT_S)
+            return got
+
         monkeypatch.setattr(lane.Connection, "_received", held)
+        monkeypatch.setattr(receive, "take", held_without_python)
 
 
 # --- a real server
@@ -205,7 +229,7 @@ def test_a_connection_that_breaks_is_replaced(packed):
 
 def test_in_mid_answer_too_and_the_rows_are_right(packed, monkeypatch):
     ids, held = np.tile(np.arange(6500), 40), Held(monkeypatch)
-    with running(packed) as run, Client(run.address) as client:
+    with running(packed) as run, Client(run.address, connections=1) as client:
         out = np.zeros((len(ids), 264), np.uint8)
         step = client.prefetch_rows({2: ids}, out={2: out}, timeout_s=2 * LIMIT_S)
         assert held.came.wait(LIMIT_S)
@@ -219,7 +243,7 @@ def test_in_mid_answer_too_and_the_rows_are_right(packed, monkeypatch):
 
 def test_a_cancelled_step_writes_nothing_any_more(packed, monkeypatch):
     ids, receiving = np.tile(np.arange(6500), 40), Held(monkeypatch)
-    with running(packed) as run, Client(run.address) as client:
+    with running(packed) as run, Client(run.address, connections=1) as client:
         out = np.zeros((len(ids), 264), np.uint8)
         step = client.prefetch_rows({2: ids}, out={2: out}, timeout_s=2 * LIMIT_S)
         assert receiving.came.wait(LIMIT_S)
