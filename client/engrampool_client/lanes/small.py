@@ -23,6 +23,8 @@ class SmallRequest:
     only written where they belong when all of them are there.
     """
 
+    timed = True
+
     def __init__(
         self,
         lane: NativeLane,

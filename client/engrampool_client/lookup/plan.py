@@ -73,11 +73,14 @@ class Planner:
                 return EntriesPlan(self, delivery, keys, query.shapes(self.layout), out)
         return PlainPlan(self.exchange(delivery, query, out))
 
-    def small(self, query: Query, out: Out | None) -> Small | None:
-        """What a step needs, if it is small and nothing but its rows need be asked for. Raises BatchError."""
+    def small(self, query: Query, out: Out | None, above: int) -> Small | None:
+        """What a step needs, if it is small and nothing but its rows need be asked for, more bytes than `above`.
+
+        Raises BatchError.
+        """
         if not self._sends or query.num_tokens >= self._least_tokens:
             return None
-        return Small.of(query, out, self.served, self.layout, self.hashing)
+        return Small.of(query, out, self.served, self.layout, self.hashing, above)
 
     def plan_hint(self, delivery: Delivery, query: Query) -> "EntriesPlan":
         """What the cache lacks of rows that nobody has asked for. Raises as `plan` does."""

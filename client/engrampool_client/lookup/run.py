@@ -45,8 +45,8 @@ class Asked(Protocol):
         """Whether rows are only read from memory, now."""
 
     @property
-    def sends(self) -> bool:
-        """Whether `send` may well send, now."""
+    def sends(self) -> int | None:
+        """`send` may well send what is more bytes of rows than this, now; None: nothing."""
 
     def ask(self, exchange: Exchange, spin_s: float) -> None:
         """Have every row come. Raises PoolError."""
@@ -307,7 +307,7 @@ class Lookups(Generic[V]):
             self._stats.hint_ended(delivery, lookup.asked_bytes, delivery.error is None)
             self._deadlines.forget(delivery)
 
-        delivery = Delivery(query.layers, time.monotonic() + self._timeout_s, on_end=ended)
+        delivery = Delivery(query.layers, time.monotonic() + self._timeout_s, on_end=ended, whole=True)
         if not self._stats.hint_began(delivery, nbytes, self._config.hint_bytes):
             return False
         lookup = self._lookup(delivery, query, None, hinted=True)
@@ -358,7 +358,7 @@ class Lookups(Generic[V]):
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else _seconds(timeout_s))
         nbytes = sum(map(math.prod, shapes.values()))
         hint = partial(self.hint, query.batch) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
-        delivery = Delivery(query.layers, deadline, zeros(shapes, out) if self._masks else None, self._ended)
+        delivery = Delivery(query.layers, deadline, zeros(shapes, out) if self._masks else None, self._ended, waits)
         # Before it counts: whatever happens from there on, a step that is lost ends by itself.
         step = Step(delivery, self._stats, hint)
         if not self._stats.began(delivery, nbytes, None if waits else self._config.max_pending_bytes):
@@ -379,11 +379,11 @@ class Lookups(Generic[V]):
     def _send(self, delivery: Delivery, query: Query, out: Out | None) -> bool:
         """Have a small lookup sent, in this thread, and its rows come in those that wait; whether that could be."""
         version = self._versions.current
-        if not version.shards.sends or self._closing.is_set():
+        above, small = version.shards.sends, None
+        if above is None or self._closing.is_set():
             return False
-        small = None
         with suppress(EngrampoolError):  # which is how the step ends, as if it were found out later
-            small = version.planner.small(query, out)
+            small = version.planner.small(query, out, above)
         if small is None:
             return False
         by, sent = self._versions.enter(), None

@@ -15,6 +15,8 @@ from engrampool_proto.wire import ServerTimes
 
 # A thread is in compiled code, where Ctrl-C waits, for no longer than this.
 _SLICE_S = 0.05
+# Who waits as long as the lookup has time works that out by a clock that goes on meanwhile.
+_SLACK_S = 1e-3
 # If nobody has come for the rows by then, a thread of the client does: after this, or this part of the lookup's time.
 _ALONE_S, _ALONE_PART = 0.05, 0.25
 # How long a thread of the client receives what nobody wants any more, to keep the connection.
@@ -28,10 +30,18 @@ class Came(Enum):
 
 
 class Request(Protocol):
-    """One that was sent. One thread at a time, but for `shut`."""
+    """One that was sent. One thread at a time, but for `shut`.
 
-    times: ServerTimes | None
+    small: whether all of the answer is there before any of its rows is written. timed: whether `take` comes back in
+    time; else it does so with the next of the answer, by the lookup's deadline, or once it is `shut`.
+    """
+
     small: bool
+    timed: bool
+
+    @property
+    def times(self) -> ServerTimes | None:
+        """The server's, once all was answered."""
 
     def ready(self, until: float, spin_s: float) -> Came | None:
         """Wait for an answer, if that can be done before its rows are written; None if `take` is to follow."""
@@ -88,8 +98,18 @@ class Sent:
         """Whether nobody receives, and somebody may."""
         return not (self._holder or self._ended)
 
+    def open_to(self, until: float) -> bool:
+        """Whether nobody receives, and one who waits until then may."""
+        return self.free and (self._request.timed or until >= self._delivery.deadline - _SLACK_S)
+
     def receive(self, enough: Callable[[], bool], until: float) -> None:
-        """Receive in this thread until `enough`, or `until` (time.monotonic), unless another one does."""
+        """Receive in this thread until `enough`, or `until` (time.monotonic), unless another one does.
+
+        One who cannot wait as long as it may take has a thread of the client do it.
+        """
+        if not self._request.timed and until < self._delivery.deadline - _SLACK_S:
+            self.hand_over()
+            return
         me = threading.get_ident()
         again = self._holder == me  # in a callback, say
         try:

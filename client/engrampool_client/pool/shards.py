@@ -181,10 +181,13 @@ class Shards:
         exchange.times = slowest(list(parts.values()))
 
     @property
-    def sends(self) -> bool:
-        """Whether `send` may well send, now: one server has all rows, and no other can be asked."""
+    def sends(self) -> int | None:
+        """`send` may well send what is more bytes of rows than this, now; None: nothing.
+
+        One server has all rows then, and no other can be asked.
+        """
         if len(self._sets) != 1 or len(self._sets[0].replicas) != 1:
-            return False
+            return None
         return self._sets[0].replicas[0].sends
 
     def send(self, small: Small, deadline: float) -> "Request | None":
