@@ -107,9 +107,6 @@ class Sent:
 
         One who cannot wait as long as it may take has a thread of the client do it.
         """
-        if not self._request.timed and until < self._delivery.deadline - _SLACK_S:
-            self.hand_over()
-            return
         me = threading.get_ident()
         again = self._holder == me  # in a callback, say
         try:
@@ -154,6 +151,9 @@ class Sent:
 
     def _receive(self, enough: Callable[[], bool], until: float) -> None:
         delivery = self._delivery
+        if not self._request.timed and until < delivery.deadline - _SLACK_S:
+            self.hand_over()
+            return
         while not (self._ended or delivery.given_up or enough()):
             now = time.monotonic()
             # What is there is taken, even if there is no time to wait.

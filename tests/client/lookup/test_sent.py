@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import linecache
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from engrampool_client import Client, DeadlineError, ForkedError, PoolError, Ste
 from engrampool_client.lookup.step import Step
 from engrampool_client.testing import ServerProcess, serve_process
 from forks import FEW, child, expected
+from interrupts import Interrupt
 from server_fixtures import LIMIT_S, at_work, eventually
 
 # Their rows are more than fits into the client's own memory for small answers.
@@ -262,38 +262,6 @@ def test_a_child_of_a_fork_takes_nothing_of_a_step_that_was_sent(client):
     assert right(client, step)
     assert client.stats.retries == 0
     at_rest(client)
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that this thread runs in the client's rooms, once.
-
-    Not where a `with` begins, or ends: there it would come before a lock is let go of, which Ctrl-C cannot.
-    """
-
-    ROOMS = ("/client.py", "/run.py", "/sent.py", "/step.py", "/delivery.py", "/workers.py", "/shards.py", "/native.py")
-
-    def __init__(self, at: int) -> None:
-        self.left, self.raised, self.where = at, False, ""
-
-    def __enter__(self) -> "Interrupt":
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_) -> None:
-        sys.settrace(None)
-
-    def _call(self, frame, event, arg):
-        name = frame.f_code.co_filename
-        return self._line if "/engrampool_client/" in name and name.endswith(self.ROOMS) else None
-
-    def _line(self, frame, event, arg):
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not self.raised and not line.lstrip().startswith("with "):
-            self.left -= 1
-            if self.left < 0:
-                self.raised, self.where = True, f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self._line
 
 
 @pytest.mark.parametrize("first", range(5))
