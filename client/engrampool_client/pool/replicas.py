@@ -24,6 +24,8 @@ from engrampool_proto.wire import ServerTimes
 
 # Where there are other replicas, one may take so long, and so long for each byte: far more than one that is well does.
 _PATIENCE_S, _PATIENCE_S_PER_BYTE = 0.1, 1e-8
+# What one may take, so many times as long, where all were asked in vain; twice as long in every round after that.
+_SHARE = 16.0
 # A server is slow that takes so many times as long as the best, or as this.
 _SLOW, _FAST_S = 3.0, 100e-6
 # No answer is late before this.
@@ -201,10 +203,13 @@ class ReplicaRequest:
             late_s = _late_s(first.replicas, exchange.answer_bytes, whole=True)
             cancel_after_s = max(_LEAST_LATE_S, late_s) * _CANCEL_AFTER
             request = None  # one that has less time
-        # First each for a moment; if none could, those that were only slow, or could not be reached, for as long as the
-        # step has. One that refused has said what it has to say.
+        # First each for a moment; if none could, those that were only slow, or could not be reached, in rounds that are
+        # twice as long each, as far as the step's time goes: one that is frozen keeps the others waiting for no longer
+        # than they took themselves. One that refused has said what it has to say, and so has, by then, one that was
+        # late before its time was up.
         waiting, slow, away = list(first.replicas), [], []
-        patient = cancelled = False
+        patient = cancelled = last = False
+        share_s = 0.0
         while True:
             endpoint, nbytes = waiting.pop(0), exchange.answer_bytes
             attached = endpoint.attached
@@ -212,7 +217,8 @@ class ReplicaRequest:
             if request is None:
                 request = endpoint.ask(exchange, min(deadline, begin + cancel_after_s), self._spin_s)
             try:
-                request.receive(patient=patient, early=early)
+                # A share that was missed is no deadline.
+                request.receive(patient=patient, early=early or (patient and deadline < delivery.deadline))
                 if not attached:
                     endpoint.latency.ended(nbytes, time.monotonic() - begin)
                 if cancelled:
@@ -228,16 +234,11 @@ class ReplicaRequest:
                     its.suspect(endpoint)
                 if isinstance(error, RejectedError) and error.reason not in _HELD_ELSEWHERE:
                     raise
-                if late:
+                if late and (not patient or time.monotonic() >= deadline):
                     slow.append(endpoint)
-                elif isinstance(error, UnavailableError):
+                elif isinstance(error, UnavailableError) and not patient:
                     away.append(endpoint)
-                again = not waiting and not patient
-                if (
-                    delivery.given_up
-                    or time.monotonic() >= delivery.deadline
-                    or not (waiting or (again and (slow or away)))
-                ):
+                if delivery.given_up or time.monotonic() >= delivery.deadline or not (waiting or slow or away):
                     raise
                 if late and early:
                     cancelled = True
@@ -246,12 +247,19 @@ class ReplicaRequest:
             exchange.restart()
             if exchange.landing.complete:  # only the end of the answer was lost
                 return
-            if not waiting:
-                waiting, patient = list(slow or away), True
             begin, request, cancel_after_s = time.monotonic(), None, inf
-            # One that is gone leaves the others their share of what is left.
-            patience_s = (delivery.deadline - begin) / len(waiting)
-            deadline = begin + patience_s if patient else _deadline(exchange, delivery)
+            left_s = delivery.deadline - begin
+            if not waiting:
+                waiting, slow, away = sorted(slow or away, key=_in_trouble), [], []
+                share_s = 2 * share_s if patient else _SHARE * _patience_s(exchange)
+                patient, last = True, left_s < 3 * share_s * len(waiting)  # there is no time for a longer one
+            if not patient:
+                deadline = _deadline(exchange, delivery)
+            elif last or not (waiting[1:] or slow):
+                # One that is gone leaves the others their share of what is left.
+                deadline = begin + left_s / len(waiting)
+            else:
+                deadline = begin + share_s
 
     def _raced(self, first: _Sent, deadline: float) -> _Sent:
         """Wait until somebody begins to answer, and ask a second one if the first is late; gives whom to listen to."""
@@ -294,8 +302,15 @@ def _sum(pieces: Sequence[Exchange]) -> ServerTimes | None:
 def _deadline(exchange: Exchange, delivery: Delivery) -> float:
     """Until when one replica may take, where there are others to go to."""
     now = time.monotonic()
-    patience_s = _PATIENCE_S + _PATIENCE_S_PER_BYTE * exchange.answer_bytes
-    return min(delivery.deadline, now + min(patience_s, (delivery.deadline - now) / 2))
+    return min(delivery.deadline, now + min(_patience_s(exchange), (delivery.deadline - now) / 2))
+
+
+def _patience_s(exchange: Exchange) -> float:
+    return _PATIENCE_S + _PATIENCE_S_PER_BYTE * exchange.answer_bytes
+
+
+def _in_trouble(endpoint: Endpoint) -> bool:
+    return endpoint.in_trouble is not None
 
 
 def _late_s(replicas: Sequence[Endpoint], nbytes: int, *, whole: bool) -> float:
