@@ -7,7 +7,7 @@ A server and a client of each tree run all the while, used by the public API tha
 short slice of one tree beside one of the other, each first in turn, so that what else the machine does falls on both.
 Printed are medians over slices: of each tree's median time, of the ratio of the two, with the quarter below and above,
 and of the ratio of the client's processor time a lookup. Lookups go back to back, or with the pauses that decoding has
-between two steps; of a step, which is `prefetch` and then `rows`, it is the time until the first layer's rows were there,
+between two steps; of a step, `prefetch` and then `rows`, it is the time until the first layer's rows were there,
 and that until all were.
 """
 
