@@ -46,15 +46,17 @@ class StreamedRequest:
         Raises ValueError where the lane is closed, which is gRPC's way to say so.
         """
         self._lane, self._answered, self._late = lane, answered, late
-        shapes = {layer: rows.shape for layer, rows in small.rows.items()}
-        landing = Landing(Delivery(list(shapes)), shapes, small.rows)
-        self._exchange = Exchange.of_ids(served, small.tables, landing)
-        self._places = {layer: place for place, layer in enumerate(shapes)}
-        message = self._exchange.encode()
+        model, version, _ = small.what
+        tables = tuple([(layer, ids.reshape(-1)) for layer, ids in small.tables.items()])
+        asked = wire.LookupRequest(model, version, tables)
         self._connection = lane.enter()
         try:
-            self._stream = self._connection.begin(message, max(0.0, deadline - time.monotonic()))
+            self._stream = self._connection.begin(wire.encode_request(asked), max(0.0, deadline - time.monotonic()))
             self._connection.streams.add(self._stream)
+            # While the server is at work.
+            shapes = {layer: rows.shape for layer, rows in small.rows.items()}
+            self._exchange = Exchange(served, asked, Landing(Delivery(list(shapes)), shapes, small.rows))
+            self._places = {layer: place for place, layer in enumerate(shapes)}
         except BaseException:
             lane.leave(self._connection)
             raise

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -192,14 +193,16 @@ class Endpoint:
     def _begin(self, small: Small, deadline: float) -> StreamedRequest | None:
         lane = self._lanes[0]
         try:
-            if lane.has_ended_calls:
+            request = StreamedRequest(lane, small, self.served, deadline, self._answered, self.breaker.failed)
+        except (ValueError, RuntimeError):  # what gRPC has to say that it is closed
+            return None
+        if lane.has_ended_calls:
+            with suppress(RuntimeError):  # the system gives no thread
                 nobodys = Delivery(small.what[2])
                 # It takes no place from parts that somebody waits for.
                 nobodys.end(StepCancelledError("the lookups have ended"))
                 self._parts.submit(Job(nobodys, _unplanned, lane.end_calls))
-            return StreamedRequest(lane, small, self.served, deadline, self._answered, self.breaker.failed)
-        except (ValueError, RuntimeError):  # what gRPC and threads have to say that they are closed
-            return None
+        return request
 
     def _answered(self, nbytes: int) -> None:
         """Count a lookup whose rows came over the network."""
