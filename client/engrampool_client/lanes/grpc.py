@@ -58,6 +58,8 @@ STREAM_ABOVE_BYTES = 2 << 20
 LAYERS_ABOVE_BYTES = 512 << 10
 # Ends of calls are taken in so many at a time: each has come by then, and a thread is woken for all of them.
 _ENDED_CALLS = 16
+# Small lookups that are begun at one time, those that were given up and whose answers are on their way among them.
+_MOST_STREAMS = 64
 # How soon to ask again a server that answers "loading".
 _RETRY_LOADING_S = 0.2
 
@@ -166,6 +168,11 @@ class GrpcLane:
     def ask(self, exchange: Exchange, deadline: float, *, spin_s: float = 0.0) -> "_Call":
         """See `Lane`. The call begins when its answer is received: gRPC sends and waits in one."""
         return _Call(self, exchange, deadline)
+
+    @property
+    def full(self) -> bool:
+        """Whether so many calls are under way, wanted or not, that no more are begun before they have a place."""
+        return len(self._connection.streams) >= _MOST_STREAMS
 
     @property
     def has_ended_calls(self) -> bool:
@@ -282,7 +289,8 @@ class _Call:
                 _take(exchange, connection.lookup(exchange.encode(), timeout=timeout_s))
             else:
                 stream = connection.begin(exchange.encode(), timeout_s)
-                exchange.delivery.on_cancel(partial(connection.cancel, stream))
+                if exchange.answer_bytes > STREAM_ABOVE_BYTES:
+                    exchange.delivery.on_cancel(partial(connection.cancel, stream))
                 for message in stream:
                     _take(exchange, message)
         except grpc.RpcError as error:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import grpc
 
@@ -45,7 +46,8 @@ class StreamedRequest:
         answered: told of the bytes of rows, once all are there. late: told where the server let a deadline pass.
         Raises ValueError where the lane is closed, which is gRPC's way to say so.
         """
-        self._lane, self._answered, self._late = lane, answered, late
+        self._lane, self._deadline, self._answered, self._late = lane, deadline, answered, late
+        self._message = b""  # that came, and was not taken in
         model, version, _ = small.what
         tables = tuple([(layer, ids.reshape(-1)) for layer, ids in small.tables.items()])
         asked = wire.LookupRequest(model, version, tables)
@@ -66,17 +68,15 @@ class StreamedRequest:
         """See above."""
         return self._exchange.times
 
-    def ready(self, until: float, spin_s: float) -> None:
-        """Nothing can be said before `take`."""
+    def ready(self, until: float, spin_s: float) -> Came | None:
+        """Wait for the next message, where its rows cannot be written yet; None if `take` is to follow.
 
-    def take(self, until: float, spin_s: float) -> int | Came:
-        """Have rows come until a layer is whole, and give its place. Raises ProtocolError, DeadlineError.
-
-        until: 0 for what is there already. What else the call fails with is found out by whoever asks again.
+        until: 0 for what is there already. What else the call fails with is found out by whoever asks again. Raises
+        DeadlineError, ProtocolError.
         """
         connection, landing = self._connection, self._exchange.landing
-        if landing.ready:
-            return self._places[landing.ready.pop(0)]
+        if self._message or landing.ready:
+            return Came.NOTHING if connection.lost else None
         if landing.complete:
             self._answered(self._exchange.answer_bytes)
             return Came.ALL
@@ -85,12 +85,7 @@ class StreamedRequest:
         if until <= 0:
             return Came.LATER
         try:
-            while not landing.ready:
-                message = next(self._stream, None)
-                if message is None:
-                    landing.check_complete()
-                    return Came.NOTHING
-                self._exchange.add(message)
+            self._message = next(self._stream, b"")
         except grpc.RpcError as failed:
             error: PoolError = from_rpc(failed, self._lane.target)
             if isinstance(error, DeadlineError):
@@ -99,23 +94,49 @@ class StreamedRequest:
         except KeyboardInterrupt:
             connection.lose(self._stream)
             raise
-        return self._places[landing.ready.pop(0)]
+        if not self._message:
+            landing.check_complete()
+        return None
+
+    def take(self, until: float, spin_s: float) -> int | Came:
+        """Take in what came; the place of a layer that is whole. Raises ProtocolError."""
+        landing = self._exchange.landing
+        try:
+            if self._message:
+                self._exchange.add(self._message)
+                self._message = b""
+            return self._places[landing.ready.pop(0)] if landing.ready else Came.LATER
+        except KeyboardInterrupt:
+            self._connection.lose(self._stream)
+            raise
 
     def shut(self) -> None:
-        """Have the thread that waits in `take`, if any does, come back soon. Any thread."""
-        if not self._connection.lost:
+        """Have the thread that waits in `ready`, if any does, come back soon. Any thread.
+
+        A call that was cancelled leaves something behind in gRPC until its channel is closed; one whose deadline has
+        passed ends by itself.
+        """
+        if not self._connection.lost and time.monotonic() < self._deadline:
             self._connection.cancel(self._stream)
 
     def let_go(self, error: BaseException | None) -> None:
         """The end, with what the lookup ended with."""
-        connection = self._connection
-        if not self._exchange.landing.complete:
-            self.shut()
-            if isinstance(error, DeadlineError):
-                self._late(error)
-        connection.ending.append(self._stream)
-        self._lane.leave(connection)
+        if isinstance(error, DeadlineError) and not self._exchange.landing.complete:
+            self._late(error)
+        self._connection.ending.append(self._stream)
+        self._lane.leave(self._connection)
 
     def pass_over(self, until: float) -> None:
-        """Nothing is passed over: what nobody wants is cancelled."""
-        self.let_go(None)
+        """Have the answer that nobody wants any more come, which costs less than to cancel it.
+
+        A server that does not answer is found out by gRPC in some seconds.
+        """
+        connection = self._connection
+        try:
+            if not connection.lost:
+                with suppress(grpc.RpcError):
+                    for _ in self._stream:
+                        pass
+                connection.streams.discard(self._stream)
+        finally:
+            self._lane.leave(connection)

@@ -32,8 +32,8 @@ class Came(Enum):
 class Request(Protocol):
     """One that was sent. One thread at a time, but for `shut`.
 
-    small: whether all of the answer is there before any of its rows is written. timed: whether `take` comes back in
-    time; else it does so with the next of the answer, by the lookup's deadline, or once it is `shut`.
+    small: whether all of the answer is there before any of its rows is written. timed: whether `ready` and `take` come
+    back in time; else `ready` does so with the next of the answer, by the lookup's deadline, or once it is `shut`.
     """
 
     small: bool
@@ -89,6 +89,7 @@ class Sent:
         # Taken by itself: see delivery.py.
         self._lock = threading.RLock()
         self._holder = 0  # the thread that has the claim
+        self._helper = 0  # the client's own one, that waits as nobody else may
         self._ended = self._elsewhere = False
         limit_s = _ALONE_PART * (delivery.deadline - time.monotonic())
         self.attend_at = time.monotonic() + min(_ALONE_S, limit_s)
@@ -131,9 +132,12 @@ class Sent:
             return
 
     def give_up(self) -> None:
-        """The lookup was given up: a thread that waits for its rows is to come back."""
+        """The lookup was given up: a thread that waits for its rows is to come back.
+
+        One of the client's own has left its place by then: it may wait for the end of a call that is dear to cancel.
+        """
         holder = self._holder
-        if holder and holder != threading.get_ident():
+        if holder and holder != threading.get_ident() and (self._request.timed or holder != self._helper):
             self._request.shut()
 
     def end(self) -> None:
@@ -240,7 +244,7 @@ class Sent:
     def _let_go(self) -> None:
         """Give the connection back, at once or once the answer that nobody wants any more has come."""
         request, error = self._request, self._delivery.error
-        if request.small and isinstance(error, StepCancelledError):
+        if (request.small or not request.timed) and isinstance(error, StepCancelledError):
             over = partial(request.pass_over, time.monotonic() + _PASS_OVER_S)
             nobodys = Delivery(self._delivery.layers)
             nobodys.end(error)  # it takes no place from lookups that somebody waits for
@@ -253,6 +257,7 @@ class Sent:
 
     def _wait(self) -> None:
         """As a caller, until this has ended: what comes by other ways may need the place that this thread has."""
+        self._helper = threading.get_ident()
         self._delivery.wait_for(lambda: self._ended or self._delivery.ended, None)
 
 

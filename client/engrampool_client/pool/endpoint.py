@@ -167,7 +167,7 @@ class Endpoint:
         if self.attached or self.breaker.is_open:
             return None
         if native is None:
-            return STREAMED_ABOVE_BYTES
+            return None if self._lanes[0].full else STREAMED_ABOVE_BYTES
         return None if self._small is None or not native.idle else 0
 
     def send(self, small: Small, deadline: float) -> "SmallRequest | StreamedRequest | None":

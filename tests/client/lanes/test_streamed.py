@@ -255,3 +255,14 @@ def test_ctrl_c_at_any_line_of_prefetch_and_rows_leaves_nothing_behind(client, f
         assert client.stats.in_flight == 0, interrupt.where
         if not interrupt.raised:
             break
+
+
+def test_what_was_given_up_is_received_all_the_same_and_bounded(client):
+    """To cancel a call leaves something behind in gRPC until the connection ends."""
+    connection = connection_of(client)
+    for _ in range(200):
+        client.prefetch(TOKENS).cancel()
+        assert len(connection.streams) <= 64
+    eventually(lambda: len(connection.streams) == len(connection.ending) < 16, "all have come")
+    assert not any(stream.cancelled() for stream in connection.streams)
+    at_rest(client)
