@@ -18,7 +18,7 @@ from engrampool_proto import wire
 
 # Smaller answers are one message, for which a thread of the client waits: another one costs all rows more than the
 # first layer gains.
-STREAMED_ABOVE_BYTES = 64 << 10
+STREAMED_ABOVE_BYTES = 256 << 10
 
 
 class StreamedRequest:

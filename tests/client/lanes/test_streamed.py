@@ -158,7 +158,7 @@ def test_a_step_ends_whether_or_not_somebody_waits(server, way, waits):
                 assert isinstance(failures[0], DeadlineError if way == "deadline" else StepCancelledError)
             assert time.monotonic() - begin < 5.0
             eventually(lambda: at_work(client) == (0, 0, 0), "the place is free")
-            assert (client.stats.pending_bytes, client.stats.in_flight) == (0, 0)
+            eventually(lambda: (client.stats.pending_bytes, client.stats.in_flight) == (0, 0), "it is counted")
             eventually(lambda: client._versions.current.uses == 0, "the version was left")
         if way != "closed":
             at_rest(client)
