@@ -7,7 +7,8 @@ A server and a client of each tree run all the while, used by the public API tha
 short slice of one tree beside one of the other, each first in turn, so that what else the machine does falls on both.
 Printed are medians over slices: of each tree's median time, of the ratio of the two, with the quarter below and above,
 and of the ratio of the client's processor time a lookup. Lookups go back to back, or with the pauses that decoding has
-between two steps.
+between two steps; of a step, `prefetch` and then `rows`, it is the time until the first layer's rows were there,
+and that until all were.
 """
 
 import argparse
@@ -32,27 +33,31 @@ PAUSE_S = 0.008
 LEAST = 5  # lookups a slice
 
 
-def answer(model: Path, tables: Path) -> None:
+def answer(options: argparse.Namespace) -> None:
     """Measure what each line of the input names, and print the medians: microseconds, and those of the processor."""
     from engrampool_client import Client
     from engrampool_client.testing import serve_process
 
     with ExitStack() as stack:
-        server = stack.enter_context(serve_process(model, workers=1, memory=f"file:{tables}"))
-        calls: dict[str, tuple[Callable[[np.ndarray], object], list[np.ndarray], float]] = {}
-        for lane, how in LANES.items():
-            client = stack.enter_context(Client(server.address, keep_memory=True, **how))
+        server = stack.enter_context(serve_process(options.model, workers=1, memory=f"file:{options.tables}"))
+        calls: dict[str, tuple[Callable[[np.ndarray], float], list[np.ndarray], float]] = {}
+        for lane in options.lanes:
+            client = stack.enter_context(Client(server.address, keep_memory=True, **LANES[lane]))
             random = np.random.default_rng(1)
-            for count in TOKENS:
+            for count in options.tokens:
                 batches = [random.integers(0, client.spec.vocab_size, count).astype(np.int32) for _ in range(16)]
                 for one in batches:
                     client.lookup(one)
-                calls[f"{lane}, {count}, back to back"] = client.lookup, batches, 0.0
-                calls[f"{lane}, {count}, a step"] = _step(client), batches, PAUSE_S
+                calls[f"{lane}, {count}, back to back"] = _lookup(client), batches, 0.0
+                for pause_s, pauses in ((PAUSE_S, ""), (0.0, ", back to back")):
+                    calls[f"{lane}, {count}, a step's first layer{pauses}"] = _step(client, True), batches, pause_s
+                    calls[f"{lane}, {count}, a step{pauses}"] = _step(client, False), batches, pause_s
         for name, (shards, replicas) in CLUSTERS.items():
             servers = [
                 stack.enter_context(
-                    serve_process(model, workers=1, memory=f"file:{tables}", **_part(number % shards, shards))
+                    serve_process(
+                        options.model, workers=1, memory=f"file:{options.tables}", **_part(number % shards, shards)
+                    )
                 )
                 for number in range(shards * replicas)
             ]
@@ -62,12 +67,13 @@ def answer(model: Path, tables: Path) -> None:
                 batches = [random.integers(0, client.spec.vocab_size, count).astype(np.int32) for _ in range(16)]
                 for one in batches:
                     client.lookup(one)
-                calls[f"{name}, {count}, a step"] = _step(client), batches, PAUSE_S
+                calls[f"{name}, {count}, a step's first layer"] = _step(client, True), batches, PAUSE_S
+                calls[f"{name}, {count}, a step"] = _step(client, False), batches, PAUSE_S
         client = stack.enter_context(Client(server.address, keep_memory=True, attach="off", cache_bytes=64 << 20))
         cached = [np.arange(64, dtype=np.int32)]
         for _ in range(5):
             client.lookup(cached[0])
-        calls["all cached, 64, a step"] = _step(client), cached, 0.002
+        calls["all cached, 64, a step"] = _step(client, False), cached, 0.002
         print(json.dumps(list(calls)), flush=True)
         for line in sys.stdin:
             name, seconds = json.loads(line)
@@ -78,21 +84,38 @@ def _part(number: int, shards: int) -> dict[str, str]:
     return {"shard": f"{number}/{shards}"} if shards > 1 else {}
 
 
-def _step(client) -> Callable[[np.ndarray], object]:
-    last = max(client.spec.layers)
-    return lambda batch: client.prefetch(batch).rows(last)
+def _lookup(client) -> Callable[[np.ndarray], float]:
+    def lookup(batch: np.ndarray) -> float:
+        begin = time.perf_counter()
+        client.lookup(batch)
+        return time.perf_counter() - begin
+
+    return lookup
+
+
+def _step(client, to_first: bool) -> Callable[[np.ndarray], float]:
+    first, *others = client.spec.layers
+
+    def step(batch: np.ndarray) -> float:
+        begin = time.perf_counter()
+        step = client.prefetch(batch)
+        step.rows(first)
+        came = time.perf_counter()
+        for layer in others:
+            step.rows(layer)
+        return (came if to_first else time.perf_counter()) - begin
+
+    return step
 
 
 def _slice(
-    call: Callable[[np.ndarray], object], batches: list[np.ndarray], pause_s: float, seconds: float
+    call: Callable[[np.ndarray], float], batches: list[np.ndarray], pause_s: float, seconds: float
 ) -> tuple[float, float]:
     took, end, cpu = [], time.perf_counter() + seconds, time.process_time()
     while time.perf_counter() < end or len(took) < LEAST:
         if pause_s:
             time.sleep(pause_s)
-        begin = time.perf_counter()
-        call(batches[len(took) % len(batches)])
-        took.append(time.perf_counter() - begin)
+        took.append(call(batches[len(took) % len(batches)]))
     return statistics.median(took) * 1e6, (time.process_time() - cpu) / len(took) * 1e6
 
 
@@ -102,6 +125,7 @@ class Tree:
     def __init__(self, root: Path, options: argparse.Namespace) -> None:
         path = os.pathsep.join(str(root / part) for part in ("proto", "server", "client"))
         command = [sys.executable, __file__, str(root), str(options.model.resolve()), "--answer"]
+        command += ["--lanes", ",".join(options.lanes), "--tokens", ",".join(map(str, options.tokens))]
         self._process = subprocess.Popen(
             [*command, "--tables", str(options.tables)],
             env={**os.environ, "PYTHONPATH": path},
@@ -137,17 +161,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.25, help="for each slice")
     parser.add_argument("--only", default="", help="measure what has this in its name")
     parser.add_argument("--tables", type=Path, default=Path("/dev/shm"), help="where servers keep tables")
+    parser.add_argument("--lanes", type=lambda text: text.split(","), default=list(LANES), help="comma-separated")
+    parser.add_argument("--tokens", type=lambda text: [int(word) for word in text.split(",")], default=list(TOKENS))
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.answer:
-        answer(options.model, options.tables)
+        answer(options)
         return
     with ExitStack() as stack:
         before = Tree(options.before.resolve(), options)
         stack.callback(before.close)
         now = Tree(Path(__file__).resolve().parents[1], options)
         stack.callback(now.close)
-        print(f"{'what':30} {'before us':>10} {'now us':>8} {'now / before (quarters)':>25} {'processor':>10}")
+        print(f"{'what':45} {'before us':>10} {'now us':>8} {'now / before (quarters)':>25} {'processor':>10}")
         for what in [name for name in now.names if options.only in name]:
             found: dict[Tree, list[list[float]]] = {before: [], now: []}
             for number in range(options.rounds):
@@ -165,7 +191,7 @@ def main() -> None:
             low, middle, high = statistics.quantiles([ratio for *_, ratio in times], n=4)
             used = statistics.median(ratio for *_, ratio in processor)
             print(
-                f"{what:30} {was:10.0f} {is_now:8.0f} {middle:11.2f} ({low:.2f} - {high:.2f}) {used:10.2f}", flush=True
+                f"{what:45} {was:10.0f} {is_now:8.0f} {middle:11.2f} ({low:.2f} - {high:.2f}) {used:10.2f}", flush=True
             )
 
 

@@ -3,6 +3,9 @@
 import ctypes
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import grpc
@@ -50,6 +53,13 @@ _OPTIONS = (
 # Answers above this size come as a stream: it is faster from here on (bench/transport.py), and the first layer's rows
 # do not wait for the last layer's.
 STREAM_ABOVE_BYTES = 2 << 20
+# So do those above this size whose layers are taken one by one: below it another message costs all rows more than the
+# first layer gains.
+LAYERS_ABOVE_BYTES = 512 << 10
+# Ends of calls are taken in so many at a time: each has come by then, and a thread is woken for all of them.
+_ENDED_CALLS = 16
+# Small lookups that are begun at one time, those that were given up and whose answers are on their way among them.
+_MOST_STREAMS = 64
 # How soon to ask again a server that answers "loading".
 _RETRY_LOADING_S = 0.2
 
@@ -60,6 +70,9 @@ class _Connection:
     calls: under way on it; whoever closes it at zero ends none. lost: Ctrl-C may have come while gRPC held a lock of
     the channel's, and then every other call on it, and its end, waits for ever: it is neither used any more, nor
     closed. To set it is one step, which another Ctrl-C cannot come into.
+
+    streams: that requests hold, kept here as well: to free one in the child of a fork may take it for ever. ending: of
+    them, those whose end nobody has taken in yet.
     """
 
     def __init__(self, target: str) -> None:
@@ -67,6 +80,17 @@ class _Connection:
         self.lookup = self.channel.unary_unary(_METHOD + "Lookup")
         self.lookup_stream = self.channel.unary_stream(_METHOD + "LookupStream")
         self.calls, self.lost = 0, False
+        self.streams: set[Iterator[bytes]] = set()
+        self.ending: deque[Iterator[bytes]] = deque()
+
+    def begin(self, message: bytes, timeout_s: float) -> Iterator[bytes]:
+        """A stream, whose answer whoever iterates over it waits for."""
+        try:
+            stream: Iterator[bytes] = self.lookup_stream(message, timeout=timeout_s)
+            return stream
+        except KeyboardInterrupt:
+            self.lose()
+            raise
 
     def cancel(self, call: grpc.Call) -> None:
         """End a call on it, from any thread."""
@@ -89,7 +113,8 @@ class GrpcLane:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self._lock = threading.Lock()
+        # A step that is given up takes it, in whatever the thread is doing: garbage collection does that, too.
+        self._lock = threading.RLock()
         self._closed = False
         self._connection = _Connection(target)
         # Others that calls are still under way on, or that nobody may touch any more.
@@ -143,6 +168,32 @@ class GrpcLane:
     def ask(self, exchange: Exchange, deadline: float, *, spin_s: float = 0.0) -> "_Call":
         """See `Lane`. The call begins when its answer is received: gRPC sends and waits in one."""
         return _Call(self, exchange, deadline)
+
+    @property
+    def full(self) -> bool:
+        """Whether so many calls are under way, wanted or not, that no more are begun before they have a place."""
+        return len(self._connection.streams) >= _MOST_STREAMS
+
+    @property
+    def has_ended_calls(self) -> bool:
+        """Whether `end_calls` has enough to do."""
+        return len(self._connection.ending) >= _ENDED_CALLS
+
+    def end_calls(self) -> None:
+        """Take in the ends of calls that have brought their rows, or were cancelled."""
+        connection = self.enter()
+        try:
+            for _ in range(len(connection.ending)):
+                try:
+                    stream = connection.ending.popleft()
+                except IndexError:  # another thread took it
+                    return
+                with suppress(grpc.RpcError):
+                    for _ in stream:
+                        pass
+                connection.streams.discard(stream)
+        finally:
+            self.leave(connection)
 
     def forked(self) -> None:
         """See `Lane`. gRPC's connections are not touched."""
@@ -232,13 +283,14 @@ class _Call:
         timeout_s = max(0.0, self._deadline - time.monotonic())
         connection, stream = lane.enter(), None
         try:
-            if exchange.answer_bytes <= STREAM_ABOVE_BYTES:
+            if not _streamed(exchange):
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
                 # given up meanwhile does not wait for it.
                 _take(exchange, connection.lookup(exchange.encode(), timeout=timeout_s))
             else:
-                stream = connection.lookup_stream(exchange.encode(), timeout=timeout_s)
-                exchange.delivery.on_cancel(partial(connection.cancel, stream))
+                stream = connection.begin(exchange.encode(), timeout_s)
+                if exchange.answer_bytes > STREAM_ABOVE_BYTES:
+                    exchange.delivery.on_cancel(partial(connection.cancel, stream))
                 for message in stream:
                     _take(exchange, message)
         except grpc.RpcError as error:
@@ -253,6 +305,13 @@ class _Call:
 
     def abandon(self) -> None:
         """See `Request`. Nothing has begun."""
+
+
+def _streamed(exchange: Exchange) -> bool:
+    above = STREAM_ABOVE_BYTES
+    if not exchange.delivery.whole and len(exchange.landing.missing()) > 1:
+        above = min(above, LAYERS_ABOVE_BYTES)
+    return exchange.answer_bytes > above
 
 
 def _take(exchange: Exchange, message: bytes) -> None:

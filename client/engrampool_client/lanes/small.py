@@ -24,6 +24,8 @@ class SmallRequest:
     ours, so that rows are only written where they belong when all of them are there.
     """
 
+    timed = True
+
     def __init__(
         self,
         lane: NativeLane,

@@ -35,9 +35,8 @@ class Receiver(Protocol):
 
     attend_at: float
 
-    @property
-    def free(self) -> bool:
-        """Whether nobody receives, and somebody may."""
+    def open_to(self, until: float) -> bool:
+        """Whether nobody receives, and one who waits until then may."""
 
     def receive(self, enough: Callable[[], bool], until: float) -> None:
         """Receive in this thread until `enough`, or `until` (time.monotonic), unless another one does."""
@@ -65,6 +64,7 @@ class Delivery:
     beginning until its rows were there. times: the server's own, once all rows are there.
     elapsed_s: seconds from the beginning to the last row, once all rows are there.
     receiver: who has rows come in the threads that wait for them; None where they come by themselves.
+    whole: whether nobody takes a layer before all are there.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Delivery:
         deadline: float = inf,
         blank: Blank | None = None,
         on_end: "Callable[[Delivery], Any] | None" = None,
+        whole: bool = False,
     ) -> None:
         """blank: gives what stands in for rows that do not come; None leaves them missing.
 
@@ -81,7 +82,7 @@ class Delivery:
         if not layers:
             raise BatchError("a lookup needs at least one layer")
         self.layers = tuple(layers)
-        self.deadline = deadline
+        self.deadline, self.whole = deadline, whole
         self.begun = time.perf_counter()
         self.error: EngrampoolError | None = None
         self.rows: dict[int, Rows] = {}
@@ -146,12 +147,12 @@ class Delivery:
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return False
-            self._wait(partial(self._may_come, condition, receiver), left_s)
+            self._wait(partial(self._may_come, condition, receiver, until), left_s)
         return self._wait(condition, until - time.monotonic())
 
-    def _may_come(self, condition: Callable[[], bool], receiver: Receiver) -> bool:
+    def _may_come(self, condition: Callable[[], bool], receiver: Receiver, until: float) -> bool:
         """Whether one that waits while `receiver` is another's is to look again."""
-        return condition() or self.receiver is not receiver or receiver.free
+        return condition() or self.receiver is not receiver or receiver.open_to(until)
 
     def rouse(self) -> None:
         """Have those who wait look again."""

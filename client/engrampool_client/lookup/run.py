@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client import forks
-from engrampool_client.config import ClientConfig, bounded_s, check_positive
+from engrampool_client.config import ClientConfig, bounded_s, timeout_of
 from engrampool_client.errors import (
     EngrampoolError,
     ForkedError,
@@ -45,8 +45,8 @@ class Asked(Protocol):
         """Whether rows are only read from memory, now."""
 
     @property
-    def sends(self) -> bool:
-        """Whether `send` may well send, now."""
+    def sends(self) -> int | None:
+        """`send` may well send what is more bytes of rows than this, now; None: nothing."""
 
     def ask(self, exchange: Exchange, spin_s: float) -> None:
         """Have every row come. Raises PoolError."""
@@ -111,8 +111,7 @@ class Lookup(Generic[V]):
         self.delivery, self.asked_bytes = delivery, 0
         self._query, self._out, self._versions, self._stats, self._closing = query, out, versions, stats, closing
         self._hinted, self._spin_s = hinted, 0.0
-        self._blank = delivery.blank
-        self._by = by
+        self._blank, self._by = delivery.blank, by
         self._plan: Plan | None = None
 
     def run(self, spin_s: float) -> None:
@@ -237,9 +236,8 @@ class Lookups(Generic[V]):
         self._config, self._versions, self._closing = config, versions, closing
         self._timeout_s, self._masks = bounded_s(config.timeout_s), config.on_failure == "mask"
         self.workers = Workers(config.max_steps, "engrampool")
-        self._deadlines = Deadlines()
+        self._deadlines, self._made_by = Deadlines(), os.getpid()
         self.forked: ForkedError | None = None
-        self._made_by = os.getpid()
 
     def open(self, spec: ModelSpec, stats: Stats, recorder: Recorder | None) -> None:
         """Be ready for lookups of that model. recorder: writes down what is asked for."""
@@ -263,18 +261,16 @@ class Lookups(Generic[V]):
         sizes = version.planner.sizes(query)
         if out is not None:
             check_outs(self._spec, out, sizes.shapes)
-        if instead_of is None and not ahead and version.shards.sends:
-            try:
+        above = version.shards.sends
+        if instead_of is None and not ahead and above is not None and sizes.nbytes > above:
+            with suppress(EngrampoolError):  # which is how the step ends, as if it were found out later
                 small = version.planner.small(query, out, sizes)
-            except EngrampoolError:  # which is how the step ends, as if it were found out later
-                small = None
         if small is None:
             query.own()
         step = self._step(query, out, timeout_s, sizes)
-        if small is not None:
-            if self._send(step.delivery, small, sizes, out, version):
-                return step
-            query.own()
+        if small is not None and self._send(step.delivery, small, sizes, out, version):
+            return step
+        query.own()
         lookup = self._lookup(step.delivery, query, out)
         job = Job(step.delivery, lookup.plan, lookup.ask, ahead)
         if instead_of is not None:
@@ -300,13 +296,12 @@ class Lookups(Generic[V]):
                 raise PoolError("the client is closed")
             self._lookup(step.delivery, query, out).run(self._config.spin_s)
         except BaseException as error:
-            over = False
-            while not over:
+            while True:
                 try:
                     interrupted = StepCancelledError("the lookup was interrupted")
                     step.delivery.end(error if isinstance(error, PoolError) else interrupted)
                     step.delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
-                    over = True
+                    break
                 except KeyboardInterrupt:  # once more: it must be over first
                     continue
             raise
@@ -326,16 +321,14 @@ class Lookups(Generic[V]):
             self._stats.hint_ended(delivery, lookup.asked_bytes, delivery.error is None)
             self._deadlines.forget(delivery)
 
-        delivery = Delivery(query.layers, time.monotonic() + self._timeout_s, on_end=ended)
+        delivery = Delivery(query.layers, time.monotonic() + self._timeout_s, on_end=ended, whole=True)
         if not self._stats.hint_began(delivery, nbytes, self._config.hint_bytes):
             return False
         lookup = self._lookup(delivery, query, None, hinted=True)
         try:
             self._deadlines.watch(delivery)
             self._submit(Job(delivery, lookup.plan, lookup.ask, ahead=True, hint=True))
-        except PoolError:
-            return False
-        except RuntimeError:  # the system gives no thread
+        except (PoolError, RuntimeError):  # the client is closed, or the system gives no thread
             delivery.end(None)
             return False
         return True
@@ -370,9 +363,11 @@ class Lookups(Generic[V]):
 
     def _step(self, query: Query, out: Out | None, timeout_s: float | None, sizes: Sizes, waits: bool = False) -> Step:
         """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else _seconds(timeout_s))
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_of(timeout_s))
         hint = partial(self.hint, query.batch) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
-        delivery = Delivery(query.layers, deadline, zeros(sizes.shapes, out) if self._masks else None, self._ended)
+        delivery = Delivery(
+            query.layers, deadline, zeros(sizes.shapes, out) if self._masks else None, self._ended, waits
+        )
         # Before it counts: whatever happens from there on, a step that is lost ends by itself.
         step = Step(delivery, self._stats, hint)
         if not self._stats.began(delivery, sizes.nbytes, None if waits else self._config.max_pending_bytes):
@@ -452,9 +447,3 @@ class Lookups(Generic[V]):
     def _submit_late(self, job: Job, _: Step) -> None:
         with suppress(PoolError):  # the step has ended by it
             self._submit(job)
-
-
-def _seconds(timeout_s: float) -> float:
-    """Until a step's deadline. Raises ValueError for what is no time to wait."""
-    check_positive("timeout_s", timeout_s)
-    return bounded_s(timeout_s)

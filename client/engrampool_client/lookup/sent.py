@@ -15,6 +15,8 @@ from engrampool_proto.wire import ServerTimes
 
 # A thread is in compiled code, where Ctrl-C waits, for no longer than this.
 _SLICE_S = 0.05
+# Who waits as long as the lookup has time works that out by a clock that goes on meanwhile.
+_SLACK_S = 1e-3
 # If nobody has come for the rows by then, a thread of the client does: after this, or this part of the lookup's time.
 _ALONE_S, _ALONE_PART = 0.05, 0.25
 # How long a thread of the client receives what nobody wants any more, to keep the connection.
@@ -28,9 +30,14 @@ class Came(Enum):
 
 
 class Request(Protocol):
-    """One that was sent. One thread at a time, but for `shut`."""
+    """One that was sent. One thread at a time, but for `shut`.
+
+    small: whether all of the answer is there before any of its rows is written. timed: whether `ready` and `take` come
+    back in time; else `ready` does so with the next of the answer, by the lookup's deadline, or once it is `shut`.
+    """
 
     small: bool
+    timed: bool
 
     @property
     def times(self) -> ServerTimes | None:
@@ -92,6 +99,7 @@ class Sent:
         # Taken by itself: see delivery.py.
         self._lock = threading.RLock()
         self._holder = 0  # the thread that has the claim
+        self._helper = 0  # the client's own one, that waits as nobody else may
         self._ended = self._elsewhere = False
         limit_s = _ALONE_PART * (delivery.deadline - time.monotonic())
         self.attend_at = time.monotonic() + min(_ALONE_S, limit_s)
@@ -101,8 +109,15 @@ class Sent:
         """Whether nobody receives, and somebody may."""
         return not (self._holder or self._ended)
 
+    def open_to(self, until: float) -> bool:
+        """Whether nobody receives, and one who waits until then may."""
+        return self.free and (self._request.timed or until >= self._delivery.deadline - _SLACK_S)
+
     def receive(self, enough: Callable[[], bool], until: float) -> None:
-        """Receive in this thread until `enough`, or `until` (time.monotonic), unless another one does."""
+        """Receive in this thread until `enough`, or `until` (time.monotonic), unless another one does.
+
+        One who cannot wait as long as it may take has a thread of the client do it.
+        """
         me = threading.get_ident()
         again = self._holder == me  # in a callback, say
         try:
@@ -127,10 +142,14 @@ class Sent:
             return
 
     def give_up(self) -> None:
-        """The lookup was given up: a thread that waits for its rows is to come back."""
+        """The lookup was given up: a thread that waits for its rows is to come back.
+
+        One of the client's own has left its place by then: it may wait for the end of a call that is dear to cancel.
+        """
         holder = self._holder
         # At the deadline he has no more time himself, and the connection may be good.
-        if holder and holder != threading.get_ident() and not isinstance(self._delivery.error, DeadlineError):
+        late = isinstance(self._delivery.error, DeadlineError)
+        if holder and holder != threading.get_ident() and not late and (self._request.timed or holder != self._helper):
             self._request.shut()
 
     def end(self) -> None:
@@ -148,6 +167,9 @@ class Sent:
 
     def _receive(self, enough: Callable[[], bool], until: float) -> None:
         delivery = self._delivery
+        if not self._request.timed and until < delivery.deadline - _SLACK_S:
+            self.hand_over()
+            return
         while not (self._ended or delivery.given_up or enough()):
             now = time.monotonic()
             # What is there is taken, even if there is no time to wait.
@@ -236,7 +258,11 @@ class Sent:
         request, error = self._request, self._delivery.error
         if isinstance(error, DeadlineError):
             request.late(error)
-        if request.small and isinstance(error, StepCancelledError | DeadlineError):
+        cancelled = isinstance(error, StepCancelledError)
+        # Of what is not timed, the end comes by itself at the deadline.
+        if isinstance(error, StepCancelledError | DeadlineError) and (
+            request.small or (cancelled and not request.timed)
+        ):
             over = partial(request.pass_over, time.monotonic() + _PASS_OVER_S, error)
             nobodys = Delivery(self._delivery.layers)
             nobodys.end(error)  # it takes no place from lookups that somebody waits for
@@ -249,6 +275,7 @@ class Sent:
 
     def _wait(self) -> None:
         """As a caller, until this has ended: what comes by other ways may need the place that this thread has."""
+        self._helper = threading.get_ident()
         self._delivery.wait_for(lambda: self._ended or self._delivery.ended, None)
 
 

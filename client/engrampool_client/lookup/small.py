@@ -1,6 +1,7 @@
 """A small lookup by row ids, laid out as it is sent, and where its rows go."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +9,8 @@ import numpy.typing as npt
 from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.landing import Out, read_only
 from engrampool_client.lookup.query import Query, Sizes
+from engrampool_proto import frames
+from engrampool_proto.spec import ModelSpec
 
 _IN_ORDER: Mapping[int, npt.NDArray[np.int64]] = {}
 
@@ -53,3 +56,12 @@ class Small:
         if not query.put_ids(sizes, ids):
             return None
         return cls(sizes.what, sizes.counts, ids, rows, given, sizes.nbytes)
+
+    def tables(self, spec: ModelSpec) -> tuple[tuple[int, npt.NDArray[Any]], ...]:
+        """Each layer and its ids [count]."""
+        at, tables = 0, []
+        for layer, count in zip(self.what[2], self.counts.tolist(), strict=True):
+            dtype = np.dtype(spec.table(layer).id_dtype)
+            tables.append((layer, self.ids[at : at + count * dtype.itemsize].view(dtype)))
+            at += frames.padded(count * dtype.itemsize)
+        return tuple(tables)

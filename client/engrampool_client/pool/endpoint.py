@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -24,12 +25,13 @@ from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lanes.native import NativeLane, NativeRequest
 from engrampool_client.lanes.split import SideBySide
+from engrampool_client.lanes.streamed import STREAMED_ABOVE_BYTES, StreamedRequest
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange, slowest
 from engrampool_client.lookup.landing import Landing
 from engrampool_client.lookup.served import BRIEF, ServedModel
 from engrampool_client.lookup.small import Small
-from engrampool_client.lookup.workers import Workers
+from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.pool.breaker import Breaker
 from engrampool_client.pool.latency import Latency
 from engrampool_client.stats import Stats
@@ -165,15 +167,23 @@ class Endpoint:
         return EndpointRequest(self, exchange, deadline, spin_s, sent, tried)
 
     @property
-    def sends(self) -> bool:
-        """Whether `send` may well send, now."""
+    def sends(self) -> int | None:
+        """`send` may well send what is more bytes of rows than this, now; None: nothing."""
         native = self._native
-        if self._small is None or native is None or not native.idle:
-            return False
-        return not self.attached and not self.breaker.is_open
+        if self.attached or self.breaker.is_open:
+            return None
+        if native is None:
+            return None if self._lanes[0].full else STREAMED_ABOVE_BYTES
+        return None if self._small is None or not native.idle else 0
 
-    def send(self, small: Small, deadline: float) -> "SmallRequest | None":
-        """Have a small request sent on the direct lane, all of it at once; None if that cannot be."""
+    def send(self, small: Small, deadline: float) -> "SmallRequest | StreamedRequest | None":
+        """Have a small request sent, all of it at once; None if that cannot be."""
+        if self._native is not None:
+            return self.send_direct(small, deadline)
+        return None if self.attached or time.monotonic() >= deadline else self._begin(small, deadline)
+
+    def send_direct(self, small: Small, deadline: float) -> "SmallRequest | None":
+        """As `send`, on the direct lane."""
         native, left_s = self._native, deadline - time.monotonic()
         if native is None or self._small is None or self.attached or left_s <= 0:
             return None
@@ -187,6 +197,20 @@ class Endpoint:
             pass
         native.drop(connection)
         return None
+
+    def _begin(self, small: Small, deadline: float) -> StreamedRequest | None:
+        lane = self._lanes[0]
+        try:
+            request = StreamedRequest(lane, small, self.served, deadline, self._answered, self.breaker.failed)
+        except (ValueError, RuntimeError):  # what gRPC has to say that it is closed
+            return None
+        if lane.has_ended_calls:
+            with suppress(RuntimeError):  # the system gives no thread
+                nobodys = Delivery(small.what[2])
+                # It takes no place from parts that somebody waits for.
+                nobodys.end(StepCancelledError("the lookups have ended"))
+                self._parts.submit(Job(nobodys, _unplanned, lane.end_calls))
+        return request
 
     def _answered(self, nbytes: int) -> None:
         """Count a lookup whose rows came over the network."""
@@ -384,6 +408,10 @@ class EndpointRequest:
             return False
         endpoint._stats.retried()
         return True
+
+
+def _unplanned() -> bool:
+    return True
 
 
 def _against(error: PoolError, delivery: Delivery, early: bool) -> EngrampoolError | None:

@@ -27,6 +27,8 @@ class Raced:
     sign of either for as long as one of several may take, it comes to nothing, and is asked for by other ways.
     """
 
+    timed = True
+
     def __init__(
         self,
         small: Small,
@@ -118,7 +120,7 @@ class Raced:
         if not self._budget.ready:
             return
         for endpoint in self._others:
-            request = endpoint.send(self._small, self._deadline) if endpoint.sends else None
+            request = endpoint.send_direct(self._small, self._deadline) if endpoint.sends == 0 else None
             if request is not None:
                 self._second = endpoint, request
                 self._budget.spend()

@@ -27,6 +27,8 @@ from engrampool_proto.wire import ServerTimes
 
 # Where there are other replicas, one may take so long, and so long for each byte: far more than one that is well does.
 _PATIENCE_S, _PATIENCE_S_PER_BYTE = 0.1, 1e-8
+# What one may take, so many times as long, where all were asked in vain; twice as long in every round after that.
+_SHARE = 16.0
 # A server is slow that takes so many times as long as the best, or as this.
 _SLOW, _FAST_S = 3.0, 100e-6
 # No answer is late before this.
@@ -82,15 +84,15 @@ class ReplicaSet:
         return ReplicaRequest(self, exchange, spin_s, anyway=True)
 
     @property
-    def sends(self) -> bool:
-        """Whether `send` may well send, now."""
+    def sends(self) -> int | None:
+        """As of `Endpoint`: of several servers over the direct lane only, as no other shows when an answer begins."""
         if len(self.replicas) == 1:
             return self.replicas[0].sends
-        sends = False
+        sends = None
         for endpoint in self.replicas:
             if endpoint.attached:
-                return False
-            sends = sends or endpoint.sends
+                return None
+            sends = 0 if endpoint.sends == 0 else sends
         return sends
 
     def send(self, small: Small, deadline: float) -> Part | None:
@@ -102,7 +104,7 @@ class ReplicaSet:
         if len(replicas) == 1:
             return replicas[0].send(small, deadline)
         for at, endpoint in enumerate(replicas):
-            request = endpoint.send(small, deadline) if endpoint.sends else None
+            request = endpoint.send_direct(small, deadline) if endpoint.sends == 0 else None
             if request is not None:
                 self.budget.earn()
                 turned, patience_s = (*replicas[at:], *replicas[:at]), _patience_s(nbytes, deadline)
@@ -233,10 +235,13 @@ class ReplicaRequest:
             late_s = _late_s(first.replicas, exchange.answer_bytes, whole=True)
             cancel_after_s = max(_LEAST_LATE_S, late_s) * _CANCEL_AFTER
             request = None  # one that has less time
-        # First each for a moment; if none could, those that were only slow, or could not be reached, for as long as the
-        # step has. One that refused has said what it has to say.
+        # First each for a moment; if none could, those that were only slow, or could not be reached, in rounds that are
+        # twice as long each, as far as the step's time goes: one that is frozen keeps the others waiting for no longer
+        # than they took themselves. One that refused has said what it has to say, and so has, by then, one that was
+        # late before its time was up.
         waiting, slow, away = list(first.replicas), [], []
-        patient = cancelled = False
+        patient = cancelled = last = False
+        share_s = 0.0
         while True:
             endpoint, nbytes = waiting.pop(0), exchange.answer_bytes
             attached = endpoint.attached
@@ -244,7 +249,8 @@ class ReplicaRequest:
             if request is None:
                 request = endpoint.ask(exchange, min(deadline, begin + cancel_after_s), self._spin_s)
             try:
-                request.receive(patient=patient, early=early)
+                # A share that was missed is no deadline.
+                request.receive(patient=patient, early=early or (patient and deadline < delivery.deadline))
                 if not attached:
                     endpoint.latency.ended(nbytes, time.monotonic() - begin)
                 if cancelled:
@@ -260,16 +266,11 @@ class ReplicaRequest:
                     its.suspect(endpoint)
                 if isinstance(error, RejectedError) and error.reason not in _HELD_ELSEWHERE:
                     raise
-                if late:
+                if late and (not patient or time.monotonic() >= deadline):
                     slow.append(endpoint)
-                elif isinstance(error, UnavailableError):
+                elif isinstance(error, UnavailableError) and not patient:
                     away.append(endpoint)
-                again = not waiting and not patient
-                if (
-                    delivery.given_up
-                    or time.monotonic() >= delivery.deadline
-                    or not (waiting or (again and (slow or away)))
-                ):
+                if delivery.given_up or time.monotonic() >= delivery.deadline or not (waiting or slow or away):
                     raise
                 if late and early:
                     cancelled = True
@@ -278,12 +279,19 @@ class ReplicaRequest:
             exchange.restart()
             if exchange.landing.complete:  # only the end of the answer was lost
                 return
-            if not waiting:
-                waiting, patient = list(slow or away), True
             begin, request, cancel_after_s = time.monotonic(), None, inf
-            # One that is gone leaves the others their share of what is left.
-            patience_s = (delivery.deadline - begin) / len(waiting)
-            deadline = begin + patience_s if patient else _deadline(exchange, delivery)
+            left_s = delivery.deadline - begin
+            if not waiting:
+                waiting, slow, away = sorted(slow or away, key=_in_trouble), [], []
+                share_s = 2 * share_s if patient else _SHARE * _patience_s(exchange.answer_bytes)
+                patient, last = True, left_s < 3 * share_s * len(waiting)  # there is no time for a longer one
+            if not patient:
+                deadline = _deadline(exchange, delivery)
+            elif last or not (waiting[1:] or slow):
+                # One that is gone leaves the others their share of what is left.
+                deadline = begin + left_s / len(waiting)
+            else:
+                deadline = begin + share_s
 
     def _raced(self, first: _Sent, deadline: float) -> _Sent:
         """Wait until somebody begins to answer, and ask a second one if the first is late; gives whom to listen to."""
@@ -328,8 +336,12 @@ def _deadline(exchange: Exchange, delivery: Delivery) -> float:
     return min(delivery.deadline, time.monotonic() + _patience_s(exchange.answer_bytes, delivery.deadline))
 
 
-def _patience_s(nbytes: int, deadline: float) -> float:
+def _patience_s(nbytes: int, deadline: float = inf) -> float:
     return min(_PATIENCE_S + _PATIENCE_S_PER_BYTE * nbytes, (deadline - time.monotonic()) / 2)
+
+
+def _in_trouble(endpoint: Endpoint) -> bool:
+    return endpoint.in_trouble is not None
 
 
 def _late_s(replicas: Sequence[Endpoint], nbytes: int, *, whole: bool) -> float:

@@ -193,11 +193,11 @@ class Shards:
         exchange.times = slowest(part.times for part in parts.values())
 
     @property
-    def sends(self) -> bool:
-        """Whether `send` may well send, now."""
+    def sends(self) -> int | None:
+        """`send` may well send what is more bytes of rows than this, now; None: nothing."""
         if self._spread is None:  # as of `send`; each call counts where caches are cold
-            return len(self._sets) == 1 and self._sets[0].sends
-        return all(one.sends for one in self._sets)
+            return self._sets[0].sends if len(self._sets) == 1 else None
+        return 0 if all(one.sends == 0 for one in self._sets) else None
 
     def send(self, small: Small, deadline: float) -> "Request | None":
         """Have a small request sent at once, to each shard that has some of its rows; None if that cannot be."""

@@ -16,6 +16,8 @@ class Together:
     line.
     """
 
+    timed = True
+
     def __init__(self, layers: Sequence[int], parts: Sequence[tuple[Part, Collection[int]]]) -> None:
         """layers: of the lookup. parts: each request and its layers."""
         self._layers, self._parts = layers, parts

@@ -192,9 +192,12 @@ class Lookups:
         return _CHUNKS_HELD * self.chunk_bytes
 
     def bytes_in_pieces(self, job: Job) -> int:
-        """Memory that an answer in pieces takes at one time, ids that are hashed here with it."""
+        """Memory that an answer in pieces takes at one time, ids that are hashed here with it.
+
+        No more than in one message, of which these are not counted.
+        """
         hashed = 0 if job.request.tokens is None else _ID_BYTES * sum(count for _, count, _ in job.counts)
-        return min(job.answer_bytes, self.held_in_pieces) + hashed
+        return min(job.answer_bytes, self.held_in_pieces + hashed)
 
     async def resolve_pieces(self, job: Job, deadline: float | None, nbytes: int) -> tuple[float, list[Piece]]:
         """When work on the job began, and its pieces of about `nbytes`, from the event loop or a thread.

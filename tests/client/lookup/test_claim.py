@@ -28,6 +28,8 @@ ROWS = [(layer, np.full((1, 3), layer, np.uint8)) for layer in LAYERS]
 class Says:
     """A request that says these things, one after the other, and after the last of them that more is to come."""
 
+    timed = True
+
     def __init__(self, *says: int | Came | Callable[[], int | Came], small: bool = False) -> None:
         self.times: wire.ServerTimes | None = wire.ServerTimes(1, 2, 3)
         self.small = small

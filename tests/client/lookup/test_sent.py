@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import linecache
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from engrampool_client import Client, DeadlineError, ForkedError, PoolError, Ste
 from engrampool_client.lookup.step import Step
 from engrampool_client.testing import ServerProcess, serve_process
 from forks import FEW, child, expected
+from interrupts import Interrupt
 from server_fixtures import LIMIT_S, at_work, eventually
 
 # Their rows are more than fits into the client's own memory for small answers.
@@ -237,7 +237,7 @@ def test_a_server_that_is_late_costs_no_connection(client, silent, monkeypatch, 
                     step.rows(14)
             eventually(lambda delivery=step.delivery: delivery.ended, "its deadline")
         assert isinstance(step.delivery.error, DeadlineError)
-        eventually(lambda: client._shards.sends, "its answers were passed over")
+        eventually(lambda: client._shards.sends == 0, "its answers were passed over")
         assert right(client, client.prefetch(FEW))
     assert opened() == before
     at_rest(client)
@@ -298,7 +298,7 @@ def test_a_server_that_is_frozen_for_long_is_asked_over_another_connection(clien
 def test_what_was_asked_for_is_asked_for_again_whatever_was_written_over_it_since(client, silent):
     given = MANY.copy(), np.arange(len(MANY) + 1, dtype=np.int32), np.zeros((len(MANY), 3), np.int32)
     wanted = client.lookup(*given)
-    eventually(lambda: client._shards.sends, "the lane is there")
+    eventually(lambda: client._shards.sends == 0, "the lane is there")
     with silent.frozen():
         step = client.prefetch(*given, timeout_s=LIMIT_S)
         assert step.delivery.receiver is not None
@@ -332,41 +332,6 @@ def test_a_child_of_a_fork_takes_nothing_of_a_step_that_was_sent(client):
     at_rest(client)
 
 
-class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that this thread runs in the client's rooms, once.
-
-    Not where a `with` begins, or ends: there it would come before a lock is let go of, which Ctrl-C cannot.
-    """
-
-    ROOMS = (
-        *("/client.py", "/run.py", "/sent.py", "/step.py", "/delivery.py", "/workers.py", "/shards.py", "/native.py"),
-        *("/together.py", "/raced.py", "/replicas.py"),
-    )
-
-    def __init__(self, at: int) -> None:
-        self.left, self.raised, self.where = at, False, ""
-
-    def __enter__(self) -> "Interrupt":
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_) -> None:
-        sys.settrace(None)
-
-    def _call(self, frame, event, arg):
-        name = frame.f_code.co_filename
-        return self._line if "/engrampool_client/" in name and name.endswith(self.ROOMS) else None
-
-    def _line(self, frame, event, arg):
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not self.raised and not line.lstrip().startswith("with "):
-            self.left -= 1
-            if self.left < 0:
-                self.raised, self.where = True, f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self._line
-
-
 @pytest.mark.parametrize("first", range(5))
 def test_ctrl_c_at_any_line_of_prefetch_and_rows_leaves_nothing_behind(client, first, request):
     gc.collect()  # or a step that an earlier test left is what is interrupted
@@ -395,7 +360,7 @@ def test_a_step_that_is_read_from_memory_is_planned_once(packed, tmp_path):
     # The server is a process of its own: it lets callers of its own user map its tables.
     with serve_process(packed, workers=1, memory=f"file:{tmp_path}") as server, Client(server.address) as client:
         eventually(lambda: client.attached, "attached")
-        assert not client._shards.sends
+        assert client._shards.sends is None
         assert right(client, client.prefetch(FEW))
         assert client.stats.bytes["wire"] == 0
         assert client.stats.bytes["attached"]
