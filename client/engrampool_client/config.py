@@ -252,3 +252,9 @@ def bounded_s(seconds: Any) -> float:
         return max(-LONGEST_S, min(float(seconds), LONGEST_S))
     except OverflowError:  # an integer that no float holds
         return LONGEST_S if seconds > 0 else -LONGEST_S
+
+
+def positive_s(name: str, seconds: Any) -> float:
+    """As `bounded_s`. Raises ValueError for what is no time to wait."""
+    check_positive(name, seconds)
+    return bounded_s(seconds)

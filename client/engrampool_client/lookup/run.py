@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client import forks
-from engrampool_client.config import ClientConfig, bounded_s, check_positive
+from engrampool_client.config import ClientConfig, bounded_s, positive_s
 from engrampool_client.errors import (
     EngrampoolError,
     ForkedError,
@@ -261,20 +261,15 @@ class Lookups(Generic[V]):
         self.check_process()
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
-        if out is not None:
-            check_outs(self._spec, out, sizes.shapes)
+        check_outs(self._spec, out, sizes.shapes)
         if instead_of is None and not ahead and version.shards.sends:
-            try:
-                small = version.planner.small(query, out, sizes)
-            except EngrampoolError:  # which is how the step ends, as if it were found out later
-                small = None
+            small = version.planner.small(query, out, sizes)
         if small is None:
             query.own()
         step = self._step(query, out, timeout_s, sizes)
-        if small is not None:
-            if self._send(step.delivery, small, sizes, out, version):
-                return step
-            query.own()
+        if small is not None and self._send(step.delivery, small, sizes, out, version):
+            return step
+        query.own()
         lookup = self._lookup(step.delivery, query, out)
         job = Job(step.delivery, lookup.plan, lookup.ask, ahead)
         if instead_of is not None:
@@ -292,8 +287,7 @@ class Lookups(Generic[V]):
         self.check_process()
         sizes = self._versions.current.planner.sizes(query)
         query.own()
-        if out is not None:
-            check_outs(self._spec, out, sizes.shapes)
+        check_outs(self._spec, out, sizes.shapes)
         step = self._step(query, out, timeout_s, sizes, waits=True)
         try:
             if self._closing.is_set():
@@ -370,7 +364,7 @@ class Lookups(Generic[V]):
 
     def _step(self, query: Query, out: Out | None, timeout_s: float | None, sizes: Sizes, waits: bool = False) -> Step:
         """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else _seconds(timeout_s))
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else positive_s("timeout_s", timeout_s))
         hint = partial(self.hint, query.batch) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
         delivery = Delivery(query.layers, deadline, zeros(sizes.shapes, out) if self._masks else None, self._ended)
         # Before it counts: whatever happens from there on, a step that is lost ends by itself.
@@ -452,9 +446,3 @@ class Lookups(Generic[V]):
     def _submit_late(self, job: Job, _: Step) -> None:
         with suppress(PoolError):  # the step has ended by it
             self._submit(job)
-
-
-def _seconds(timeout_s: float) -> float:
-    """Until a step's deadline. Raises ValueError for what is no time to wait."""
-    check_positive("timeout_s", timeout_s)
-    return bounded_s(timeout_s)
