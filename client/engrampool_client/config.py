@@ -249,15 +249,15 @@ def wait_limit_s(timeout_s: Any) -> float | None:
     return bounded_s(timeout_s)
 
 
-def timeout_of(timeout_s: Any) -> float:
-    """Until a step's deadline, as a float that clocks take. Raises ValueError for what is no time to wait."""
-    check_positive("timeout_s", timeout_s)
-    return bounded_s(timeout_s)
-
-
 def bounded_s(seconds: Any) -> float:
     """A number of any kind as a float that clocks take, within LONGEST_S."""
     try:
         return max(-LONGEST_S, min(float(seconds), LONGEST_S))
     except OverflowError:  # an integer that no float holds
         return LONGEST_S if seconds > 0 else -LONGEST_S
+
+
+def positive_s(name: str, seconds: Any) -> float:
+    """As `bounded_s`. Raises ValueError for what is no time to wait."""
+    check_positive(name, seconds)
+    return bounded_s(seconds)

@@ -90,7 +90,7 @@ class Planner:
         return sizes
 
     def small(self, query: Query, out: Out | None, sizes: Sizes) -> Small | None:
-        """What a step needs, if it is small and nothing but its rows need be asked for. Raises BatchError."""
+        """What a step needs, if it is small and nothing but its rows need be asked for; else None."""
         if not self._sends or not sizes.small or query.num_tokens >= self._least_tokens:
             return None
         return Small.of(query, out, sizes)

@@ -177,9 +177,12 @@ class RowQuery:
         return {layer: row_ids(self._spec.table(layer), self._rows[layer]) for layer in self.layers}
 
     def put_ids(self, sizes: Sizes, to: npt.NDArray[np.uint8]) -> bool:
-        """As of `TokenQuery`. Raises BatchError."""
-        for layer, place in sizes.ids(to).items():
-            place[...] = row_ids(self._spec.table(layer), self._rows[layer])
+        """As of `TokenQuery`."""
+        try:
+            for layer, place in sizes.ids(to).items():
+                place[...] = row_ids(self._spec.table(layer), self._rows[layer])
+        except BatchError:  # which the step ends with, as whoever asks for them otherwise finds it out, too
+            return False
         return True
 
     def own(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client import forks
-from engrampool_client.config import ClientConfig, bounded_s, timeout_of
+from engrampool_client.config import ClientConfig, bounded_s, positive_s
 from engrampool_client.errors import (
     EngrampoolError,
     ForkedError,
@@ -259,12 +259,10 @@ class Lookups(Generic[V]):
         self.check_process()
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
-        if out is not None:
-            check_outs(self._spec, out, sizes.shapes)
+        check_outs(self._spec, out, sizes.shapes)
         above = version.shards.sends
         if instead_of is None and not ahead and above is not None and sizes.nbytes > above:
-            with suppress(EngrampoolError):  # which is how the step ends, as if it were found out later
-                small = version.planner.small(query, out, sizes)
+            small = version.planner.small(query, out, sizes)
         if small is None:
             query.own()
         step = self._step(query, out, timeout_s, sizes)
@@ -288,8 +286,7 @@ class Lookups(Generic[V]):
         self.check_process()
         sizes = self._versions.current.planner.sizes(query)
         query.own()
-        if out is not None:
-            check_outs(self._spec, out, sizes.shapes)
+        check_outs(self._spec, out, sizes.shapes)
         step = self._step(query, out, timeout_s, sizes, waits=True)
         try:
             if self._closing.is_set():
@@ -363,7 +360,7 @@ class Lookups(Generic[V]):
 
     def _step(self, query: Query, out: Out | None, timeout_s: float | None, sizes: Sizes, waits: bool = False) -> Step:
         """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_of(timeout_s))
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else positive_s("timeout_s", timeout_s))
         hint = partial(self.hint, query.batch) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
         delivery = Delivery(
             query.layers, deadline, zeros(sizes.shapes, out) if self._masks else None, self._ended, waits

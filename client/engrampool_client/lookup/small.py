@@ -40,7 +40,7 @@ class Small:
 
     @classmethod
     def of(cls, query: Query, out: Out | None, sizes: Sizes) -> "Small | None":
-        """None where rows are written apart, or for a batch that cannot be. Raises BatchError for such row ids."""
+        """None where rows are written apart, or for a batch or row ids that cannot be."""
         rows, given = {}, []
         for layer, shape in sizes.shapes.items():
             own = None if out is None else out.get(layer)
