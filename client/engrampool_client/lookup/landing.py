@@ -77,7 +77,7 @@ class Landing:
         for layer, array in (given or {}).items():
             self._arrays[layer] = array.reshape(-1)
         self._have = dict.fromkeys(self.sizes, 0)
-        self._placed: set[int] = set()  # layers whose rows are written to their `places`
+        self.placed: set[int] = set()  # layers whose rows are written to their `places`
 
     @property
     def complete(self) -> bool:
@@ -119,7 +119,7 @@ class Landing:
         """As `places`. If there are any, all of the layer's rows are to be written there, and within `writing`."""
         places = self.places(layer)
         if places is not None:
-            self._placed.add(layer)
+            self.placed.add(layer)
             self.owned = False
         return places
 
@@ -148,7 +148,7 @@ class Landing:
         """Begin anew with the layers that are not complete, and give them: those that are may be in use already."""
         missing = [layer for layer, size in self.sizes.items() if self._have[layer] != size]
         self._have.update(dict.fromkeys(missing, 0))
-        self._placed.difference_update(missing)
+        self.placed.difference_update(missing)
         return missing
 
     def check_complete(self) -> None:
@@ -168,7 +168,7 @@ class Landing:
         """Have this one's rows come by `parts`, which are to tell `part_complete`."""
         self._lock = threading.Lock()
         self._parts_left = {layer: sum(part.sizes.get(layer, 0) > 0 for part in parts) for layer in self.sizes}
-        self._placed.update(layer for layer in self.sizes if self.places(layer) is not None)
+        self.placed.update(layer for layer in self.sizes if self.places(layer) is not None)
 
     def part_complete(self, layer: int) -> None:
         """Count a part that has all its rows of a layer. Any thread."""
@@ -246,7 +246,7 @@ class PartLanding(Landing):
         for layer in layers:
             if not self.sizes[layer]:
                 continue
-            if layer in self._places and layer not in self._placed:
+            if layer in self._places and layer not in self.placed:
                 with self.delivery.writing():
                     self._places[layer].put(self.array(layer).reshape(self.shapes[layer]))
             self._whole.part_complete(layer)

@@ -407,7 +407,7 @@ class _FetchedLanding(Landing):
         return self._plan.allocate(nbytes)
 
     def _rows(self, layer: int) -> Rows:
-        if layer in self._placed:
+        if layer in self.placed:
             return self._plan.repeat(layer)
         return self._plan.put_in_place(layer, self.array(layer).reshape(self.shapes[layer]))
 

@@ -217,5 +217,5 @@ def test_a_layer_that_is_asked_for_again_may_come_another_way():
     landing.by_places(2)
     landing.received(2, 5)
     assert landing.forget_incomplete() == [2]
-    assert not landing._placed
+    assert not landing.placed
     assert landing.have(2) == 0
