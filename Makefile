@@ -33,7 +33,8 @@ test-quick: $(VENV)/dev-installed
 	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" --hypothesis-profile quick
 
 test-torch: $(VENV)/torch-installed
-	$(BIN)/python -m pytest tests/client/test_torch.py tests/integration/test_tiny_engram_lm.py
+	$(BIN)/python -m pytest tests/client/test_torch.py tests/client/test_torch_copies.py \
+		tests/integration/test_tiny_engram_lm.py
 
 test-ray: $(VENV)/dev-installed $(VENV)/ray-installed
 	$(BIN)/python -m pytest tests/integration/test_ray.py

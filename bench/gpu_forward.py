@@ -6,10 +6,13 @@ a step begins and not earlier; a prefill of 8192 tokens asks at its start, or a 
 
 - none: nothing is read. pinned: a Triton kernel gathers the rows from pinned memory of this machine on a side stream.
 - direct, grpc, attached: `EngramPool` with a client of each way to one server, which has half of the cores.
+- direct, on arrival: rows of every step are copied when they come, those of small ones, too. direct, landing: to the
+  same memory of the GPU each time. direct, GPU waits: and not the thread that launches the graphs.
 
-First every way's embeddings are compared with the rows that must come, bit for bit, while the GPU works. Sources take
-turns within a round; medians are over all steps, ratios of a round's medians. Needs PyTorch with CUDA, Triton, and
-memory for the tables twice. Prints Markdown that begins with the machine; `--json FILE` writes the records as well.
+First every way's embeddings are compared with the rows that must come, bit for bit, while the GPU works; where rows
+land in the same memory, those that a CUDA graph makes of it. Sources take turns within a round; medians are over all
+steps, ratios of a round's medians. Needs PyTorch with CUDA, Triton, and memory for the tables twice. Prints Markdown
+that begins with the machine; `--json FILE` writes the records as well.
 """
 
 import argparse
@@ -43,7 +46,7 @@ try:
 except ModuleNotFoundError as error:
     WHY_NOT = f"{error.name} is not installed here"
 else:
-    from engrampool_client.integrations.torch import EngramPool, dequantize
+    from engrampool_client.integrations.torch import EngramPool, PooledStep, dequantize
 
     WHY_NOT = "" if torch.cuda.is_available() else "PyTorch finds no GPU here"
 
@@ -63,10 +66,15 @@ LAST_LAYERS = 26  # those from the second Engram layer on
 DECODE_TOKENS = 512  # and more are a prefill
 PINNED_ROWS = 4_000_000
 WARM_UP = 20  # steps of a round, at most
-WAYS: dict[str, dict[str, Any]] = {
-    "direct": {"attach": "off"},
-    "grpc": {"attach": "off", "direct": "off"},
-    "attached": {},
+MOST_TOKENS = 8192
+# Settings of the client, and of the pool.
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "direct": ({"attach": "off"}, {}),
+    "direct, on arrival": ({"attach": "off"}, {"copy_on_arrival": True}),
+    "direct, landing": ({"attach": "off"}, {"max_tokens": MOST_TOKENS}),
+    "direct, GPU waits": ({"attach": "off"}, {"device_waits": True}),
+    "grpc": ({"attach": "off", "direct": "off"}, {}),
+    "attached": ({}, {}),
 }
 
 
@@ -84,8 +92,8 @@ CASES = (
     Case("decode of 8", 8, 0.2),
     Case("decode of 64", 64, 0.3),
     Case("decode of 256", 256, 0.3),
-    Case("prefill of 8192, at its start", 8192, 5.0),
-    Case("prefill of 8192, a step ahead", 8192, 5.0, ahead=True),
+    Case("prefill of 8192, at its start", MOST_TOKENS, 5.0),
+    Case("prefill of 8192, a step ahead", MOST_TOKENS, 5.0, ahead=True),
 )
 
 
@@ -217,7 +225,7 @@ def forwards(
             with step:
                 model.graphs[0].replay()
                 for layer, graph in zip(LAYERS, model.graphs[1:], strict=True):
-                    model.embeddings[layer].copy_(step.embeddings(layer))
+                    step.embeddings(layer, out=model.embeddings[layer])
                     graph.replay()
             if number >= warm_up:
                 for layer in LAYERS:
@@ -235,9 +243,32 @@ def forwards(
     found.rounds.append(times)
 
 
+class Captured:
+    """Embeddings that CUDA graphs make of the memory where a pool's rows always land."""
+
+    def __init__(self, pool: "EngramPool") -> None:
+        self._graphs, self._numbers = {}, {}
+        for layer in pool.client.spec.layers:
+            table, rows = pool.client.spec.table(layer), pool.landing(layer)
+            numbers = dequantize(rows, table.row_format, table.scale, pool.dtype).clone()  # and libraries are set up
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                dequantize(rows, table.row_format, table.scale, out=numbers)
+            self._graphs[layer], self._numbers[layer] = graph, numbers
+
+    def embeddings(self, step: "PooledStep", layer: int) -> "torch.Tensor":
+        """Of the step's tokens; those of the layer's rows beyond them must be zeros."""
+        tokens = len(step.rows(layer))
+        self._graphs[layer].replay()
+        if self._numbers[layer][tokens:].any():
+            sys.exit(f"rows of layer {layer} beyond those of the step are not zeros")
+        return self._numbers[layer][:tokens].clone()
+
+
 def compared(pool: "EngramPool", batches: int) -> int:
     """Compare embeddings with those of the rows that must come, bit for bit; gives how many. A difference ends all."""
     spec, random, checked = pool.client.spec, np.random.default_rng(9), 0
+    captured = Captured(pool) if pool.max_tokens is not None else None
     busy = torch.randn(HIDDEN, HIDDEN, device="cuda", dtype=torch.bfloat16)
     for number in range(batches):
         tokens = int(random.choice([1, 7, 64, 300, 2048]))
@@ -246,7 +277,10 @@ def compared(pool: "EngramPool", batches: int) -> int:
         lookback = random.integers(0, spec.vocab_size, (len(bounds) - 1, spec.lookback)).astype(np.int32)
         with pool.start(ids, bounds, lookback) as step:
             busy @ busy  # so that copies and arithmetic are under way at once
-            got = {layer: step.embeddings(layer) for layer in spec.layers}
+            got = {
+                layer: step.embeddings(layer) if captured is None else captured.embeddings(step, layer)
+                for layer in spec.layers
+            }
         for layer, rows in spec.hash(TokenBatch(ids, bounds, lookback)).items():
             table = spec.table(layer)
             expected = torch.from_numpy(synthetic_rows(table, rows)).cuda()
@@ -299,10 +333,10 @@ def main() -> None:
         if prefix:
             os.sched_setaffinity(0, cores[half:])
         sources: dict[str, Any] = {"none": None, "pinned": None}
-        for name, how in WAYS.items():
+        for name, (how, of_pool) in WAYS.items():
             client = stack.enter_context(Client(server.address, timeout_s=60, **how))
             assert (client.direct, client.attached) == (name != "grpc", name == "attached"), f"not {name}"
-            sources[name] = EngramPool(client, device="cuda", buffers=3)
+            sources[name] = EngramPool(client, device="cuda", buffers=3, **of_pool)
             print(f"{name}: {compared(sources[name], options.compared)} values are equal, bit for bit", flush=True)
         spec = client.spec
         sources["pinned"] = Pinned(spec, max(case.tokens for case in CASES))

@@ -213,8 +213,8 @@ class Client:
         than `max_pending_bytes`. What takes longer to find out (a token id out of range, a batch over the server's
         limits, a failed call) is raised by `Step.rows`.
         """
-        batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._lookups.begin(TokenQuery(self.spec, batch, self._layers(layers)), out, timeout_s, ahead)
+        given = tokens, query_start_loc, lookback, dead, lookback_dead
+        return self._lookups.begin(TokenQuery(self.spec, given, self._layers(layers)), out, timeout_s, ahead)
 
     def prefetch_rows(
         self,
@@ -246,8 +246,8 @@ class Client:
         timeout_s: float | None = None,
     ) -> dict[int, Rows]:
         """`prefetch` and wait, in the caller's own thread: layer -> uint8 [T, heads, row_bytes]."""
-        batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
-        return self._lookups.run(TokenQuery(self.spec, batch, self._layers(layers)), out, timeout_s)
+        given = tokens, query_start_loc, lookback, dead, lookback_dead
+        return self._lookups.run(TokenQuery(self.spec, given, self._layers(layers)), out, timeout_s)
 
     def lookup_rows(
         self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
@@ -274,10 +274,11 @@ class Client:
         for. Without one the old step is cancelled. Either way it is not to be used any more, nor are its `out` arrays
         until the new step is done. Arguments and errors are those of `prefetch`.
         """
-        batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
+        given = tokens, query_start_loc, lookback, dead, lookback_dead
+        query = TokenQuery(self.spec, given, self._layers(layers))
+        query.own()  # what is wrong with it is said first
         if self.cache is None or step.delivery.working is None:
             step.cancel()
-        query = TokenQuery(self.spec, batch, self._layers(layers))
         return self._lookups.begin(query, out, timeout_s, instead_of=step)
 
     def dummy(self, num_tokens: int, *, layers: Sequence[int] | None = None, out: Out | None = None) -> Step:
@@ -339,9 +340,9 @@ class Client:
 
     # --- from batches to lookups
 
-    def _layers(self, layers: Sequence[int] | None) -> list[int]:
+    def _layers(self, layers: Sequence[int] | None) -> Sequence[int]:
         if layers is None:
-            return list(self.spec.layers)
+            return self.spec.layers
         if isinstance(layers, str) or not isinstance(layers, Iterable):
             raise BatchError(f"layers must be a sequence of layers; it is {layers!r}")
         return sorted({self.spec.table(layer).layer for layer in layers})

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import re
 import subprocess
 import sys
@@ -100,6 +101,58 @@ def test_a_scale_of_the_table_is_rounded_as_the_engines_round_it(scale):
     assert not torch.equal(found.nan_to_num(-1e30), unrounded.nan_to_num(-1e30))
 
 
+FORMATS = {
+    "scales": (V41, None),
+    "scales of bfloat16": (
+        RowFormat((Segment("values", "bfloat16", 32), Segment("scales", "float8_e8m0fnu", 4))),
+        None,
+    ),
+    "scales of float32": (RowFormat((Segment("values", "float32", 32), Segment("scales", "float8_e8m0fnu", 4))), None),
+    "a scale": (RowFormat((Segment("values", "float8_e4m3fn", 64),)), 0.3),
+    "a scale of float32": (RowFormat((Segment("values", "float32", 64),)), 0.3),
+    "values": (RowFormat((Segment("values", "float8_e5m2", 64),)), None),
+    "values of float32": (RowFormat((Segment("values", "float32", 64),)), None),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", [(40, 3), (1,), (0, 3)], ids=str)
+def test_numbers_are_written_where_the_caller_has_them(form, dtype, shape):
+    row_format, scale = FORMATS[form]
+    raw = np.random.default_rng(4).integers(0, 256, (*shape, row_format.row_bytes), dtype=np.uint8)
+    rows = torch.from_numpy(raw.copy())
+    wanted = pooled.dequantize(rows, row_format, scale, dtype)
+    dim = row_format.segments[0].length
+    strided = torch.ones(*shape, dim, 2, dtype=dtype)[..., 0]  # every second number of memory
+    for out in (torch.ones(*shape, dim, dtype=dtype), strided):
+        # The dtype of `out` counts.
+        assert pooled.dequantize(rows, row_format, scale, torch.float16, out=out) is out
+        np.testing.assert_array_equal(out.float().numpy(), wanted.float().numpy())
+    assert np.array_equal(rows.numpy(), raw)  # which are only read
+
+
+def test_numbers_are_written_into_what_fits_only():
+    rows = torch.zeros(2, 264, dtype=torch.uint8)
+    for shape in ((2, 264), (1, 256), (256,), (2, 1, 256)):
+        with pytest.raises(BatchError, match=r"out must be \[2, 256\] on cpu; it is \["):
+            pooled.dequantize(rows, V41, out=torch.zeros(shape))
+    with pytest.raises(BatchError, match=r"it is .* on meta"):
+        pooled.dequantize(rows, V41, out=torch.zeros(2, 256, device="meta"))
+    with pytest.raises(ValueError, match=r"it is torch\.float64"):
+        pooled.dequantize(rows, V41, out=torch.zeros(2, 256, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_memory_is_taken_for_numbers_that_the_caller_has_memory_for(dtype):
+    rows, out = torch.zeros(64, 24, 264, dtype=torch.uint8), torch.empty(64, 24, 256, dtype=dtype)
+    pooled.dequantize(rows, V41, out=out)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        pooled.dequantize(rows, V41, out=out)
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert taken <= 64 * 24 * 8 * (dtype.itemsize + 4)  # the scales, as numbers
+
+
 def test_rows_that_begin_anywhere_in_memory_are_read():
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
     memory = torch.zeros(3, 20, dtype=torch.uint8)
@@ -160,9 +213,19 @@ def client(server):
         yield client
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "staged"])
+WAYS = {
+    "plain": {},
+    "staged": {"staging": True},
+    "copied on arrival": {"staging": True, "copy_on_arrival": True},
+    "copied when asked for": {"staging": True, "copy_on_arrival": False},
+    "landing": {"max_tokens": 4096},
+    "staged, landing": {"staging": True, "copy_on_arrival": True, "max_tokens": 4096},
+}
+
+
+@pytest.fixture(params=WAYS)
 def pool(request, client):
-    return pooled.EngramPool(client, staging=request.param)
+    return pooled.EngramPool(client, **WAYS[request.param])
 
 
 def expected_rows(spec, layer, *batch):
@@ -218,6 +281,70 @@ def test_only_the_layers_asked_for_come(pool, spec):
             pooled.PooledEmbedding(pool, 1)()
 
 
+@pytest.mark.parametrize(
+    "kind", [np.array, torch.from_numpy, lambda ids: ids.tolist()], ids=["array", "tensor", "list"]
+)
+@pytest.mark.parametrize("shape", [(50,), (2, 3)], ids=str)
+def test_a_model_that_hashes_itself_asks_by_row_ids(pool, spec, kind, shape):
+    ids = {layer: found.reshape(*shape, 24) for layer, found in hashed(spec, tokens(20, math.prod(shape))).items()}
+    with pool.start(rows={layer: kind(found.astype(np.int64)) for layer, found in ids.items()}) as step:
+        assert step.shape == shape
+        for layer in spec.layers:
+            raw = synthetic_rows(spec.table(layer), ids[layer])
+            assert np.array_equal(step.rows(layer).numpy(), raw)
+            assert pooled.PooledEmbedding(pool, layer)(torch.zeros(*shape, 24)).shape == (*shape, 24, 256)
+            assert step.valid(layer).tolist() == np.ones(shape, bool).tolist()
+    with pool.start(rows={14: torch.from_numpy(ids[14].astype(np.int64))}) as step:
+        assert np.array_equal(step.rows(14).numpy(), synthetic_rows(spec.table(14), ids[14]))
+        with pytest.raises(BatchError, match="layer 1 was not asked for"):
+            step.rows(1)
+
+
+def hashed(spec, ids):
+    return spec.hash(TokenBatch.of(ids))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "input_ids or rows must be given"),
+        ({"rows": {1: [[0] * 24]}, "input_ids": [1]}, "tokens, or layers, cannot be given beside them"),
+        ({"rows": {1: [[0] * 24]}, "layers": [1]}, "tokens, or layers, cannot be given beside them"),
+        ({"rows": [[0] * 24]}, "rows must be a dict of arrays by layer; it is list"),
+        ({"rows": {}}, "at least one layer"),
+        ({"rows": {1: [0] * 24}}, r"rows of layer 1 must be \[\*shape, 24\], as of every layer; they are \[24\]"),
+        ({"rows": {1: [[0] * 23]}}, r"they are \[1, 23\]"),
+        ({"rows": {1: [[0] * 24], 14: [[0] * 24] * 2}}, r"rows of layer 14 must be .* they are \[2, 24\]"),
+        ({"rows": {1: [[0.5] * 24]}}, "rows of layer 1 must be integers; they are float64"),
+        ({"rows": {1: [[0] * 24, [0]]}}, "rows of layer 1 cannot be made an array"),
+        ({"rows": {1: torch.zeros(1, 24, dtype=torch.bfloat16)}}, "rows of layer 1 cannot be made an array"),
+    ],
+    ids=str,
+)
+def test_row_ids_that_do_not_fit_are_refused_and_hold_no_buffer(client, arguments, text):
+    pool = pooled.EngramPool(client, staging=True, buffers=1)
+    with pytest.raises(BatchError, match=text):
+        pool.start(**arguments)
+    pool.start([1]).close()
+
+
+def test_row_ids_of_no_token_and_of_no_row(pool):
+    with pool.start(rows={1: np.empty((0, 24), np.int32), 14: np.empty((0, 24))}) as step:
+        assert step.rows(14).shape == (0, 24, 264)
+    with pytest.raises(SpecError, match="no layer 2"):
+        pool.start(rows={2: [[0] * 24]})
+    with pytest.raises(BatchError, match="row id -1"), pool.start(rows={1: [[-1] * 24]}) as step:
+        step.rows(1)
+
+
+def test_a_client_of_some_heads_takes_row_ids_of_those(server, spec):
+    ids = {layer: found[:, 8:12] for layer, found in hashed(spec, tokens(21, 9)).items()}
+    with Client(server, heads=(8, 12)) as client:
+        pool = pooled.EngramPool(client, staging=True)
+        with pool.start(rows=ids) as step:
+            assert np.array_equal(step.rows(14).numpy(), synthetic_rows(spec.table(14), ids[14]))
+
+
 def test_a_batch_of_no_tokens(pool):
     with pool.start(np.empty(0, np.int32)):
         assert pooled.PooledEmbedding(pool, 1)().shape == (0, 24, 256)
@@ -258,7 +385,7 @@ def test_a_buffer_waits_for_the_copies_out_of_it_and_grows():
         def synchronize(self):
             waited.append(self)
 
-    staging = pooled._Staging(pinned=False)
+    staging = pooled.Staging(pinned=False)
     small = staging.arrays({1: (4, 2, 8)})[1]
     copied = Copied()
     staging.copies.append(copied)

@@ -7,6 +7,7 @@ import numpy as np
 from engrampool_client.compute.forms import Flags, Form, Hashing
 from engrampool_client.compute.index import Bytes, Groups, Index, Keys
 from engrampool_proto.kernels import entries, hot_rows, receive, spread  # noqa: F401 - the last two, if kept, too
+from engrampool_proto.kernels.ask import Ids
 from engrampool_proto.kernels.gather import first_outside, gather
 from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowIds
@@ -38,6 +39,7 @@ class CompiledForm(Form):
 
     compiled = True
     index = CompiledIndex
+    id_writer = Ids
 
     def hashing(self, spec: ModelSpec) -> Hashing:
         """As of `Form`."""

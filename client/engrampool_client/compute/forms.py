@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -27,14 +27,18 @@ class Hashing(Protocol):
     def rows(self, batch: TokenBatch, layers: Iterable[int]) -> dict[int, RowIds]:
         """As `ModelSpec.hash`: layer -> row ids [T, heads]. Raises BatchError."""
 
-    def put_rows(self, batch: TokenBatch, to: Mapping[int, RowIds]) -> None:
-        """As `rows`, written to arrays that are C-contiguous."""
-
     def keys(self, batch: TokenBatch, layers: Iterable[int]) -> dict[int, Keys]:
         """As `HashFamily.keys`: layer -> int64 [groups, T]. Raises BatchError."""
 
     def rows_of(self, table: TableSpec, columns: slice, keys: Keys, out: npt.NDArray[Any]) -> None:
         """As `HashFamily.rows_of`, of a table of the model. out: C-contiguous."""
+
+
+class IdWriter(Protocol):
+    """Writes the row ids of some layers and columns; `Ids` in engrampool_proto.kernels."""
+
+    def put(self, batch: Sequence[npt.NDArray[Any]], out: Bytes) -> bool:
+        """Whether the batch can be. Else nothing is to be made of what was written."""
 
 
 class _NumpyHashing:
@@ -43,10 +47,6 @@ class _NumpyHashing:
 
     def rows(self, batch: TokenBatch, layers: Iterable[int]) -> dict[int, RowIds]:
         return self._spec.hash(batch, layers)
-
-    def put_rows(self, batch: TokenBatch, to: Mapping[int, RowIds]) -> None:
-        for layer, ids in self.rows(batch, to).items():
-            to[layer][...] = ids
 
     def keys(self, batch: TokenBatch, layers: Iterable[int]) -> dict[int, Keys]:
         spec = self._spec
@@ -61,13 +61,15 @@ class _NumpyHashing:
 class Form:
     """What is computed, by numpy.
 
-    compiled: whether it is by kernels. why: it is this form, for people. index: that of a cache.
+    compiled: whether it is by kernels. why: it is this form, for people. index: that of a cache. id_writer: of what
+    `hashing` gave, some layers, and columns of every table, None for all; where it is by kernels.
 
     An entry is what one key decides, of `nbytes` bytes. T tokens have `groups` entries each.
     """
 
     compiled = False
     index: type[Index] = Index
+    id_writer: Callable[[Any, Sequence[int], slice | None], IdWriter] | None = None
 
     def __init__(self, why: str) -> None:
         self.why = why

@@ -7,7 +7,8 @@ with pool.start(input_ids):                 # as soon as the token ids are known
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -18,54 +19,21 @@ from torch import nn
 
 from engrampool_client.client import Client
 from engrampool_client.config import columns
-from engrampool_client.errors import BatchError, PoolError, SpecError
+from engrampool_client.errors import BatchError, PoolError
+from engrampool_client.integrations.torch_copies import Copies, Cpu, Gpu, Staging
+from engrampool_client.integrations.torch_numbers import check_dtype, check_format, dequantize
+from engrampool_client.lookup.landing import by_layer
 from engrampool_client.lookup.step import Step
 from engrampool_proto.hashing import exactly
-from engrampool_proto.spec import RowFormat
 
-_FLOATS = {
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = ["EngramPool", "PooledEmbedding", "PooledStep", "dequantize", "lookback_of"]
 # What token ids, boundaries and masks may come as: on any device, of any integer type that holds them.
 Ids: TypeAlias = torch.Tensor | npt.ArrayLike
 
 
-def dequantize(
-    rows: torch.Tensor, row_format: RowFormat, scale: float | None = None, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
-    """The numbers that rows stand for: uint8 [..., row_bytes] -> `dtype` [..., dim], on the device of `rows`.
-
-    row_format, scale: of the `TableSpec`. A segment `values` of floats may be followed by `scales`, float8_e8m0fnu,
-    each for an equal run of values; or every value is multiplied by `scale`, which is rounded to bfloat16 first, as the
-    engines do. The result is the exact product rounded once to `dtype`, except that a product with `scale` is float32
-    first. May be a view of `rows` where nothing is to be done.
-
-    Raises BatchError unless `rows` are of this format, SpecError for a format whose meaning the specification does not
-    tell (nvfp4: the order of the two values of a byte, and of its roundings), ValueError for another dtype than
-    bfloat16, float16 or float32.
-    """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; it is {dtype}")
-    if rows.dtype != torch.uint8 or rows.shape[-1:] != (row_format.row_bytes,):
-        raise BatchError(f"rows must be uint8 [..., {row_format.row_bytes}]; they are {rows.dtype} {list(rows.shape)}")
-    dim, scales = _check_format(row_format, scale)
-    stored = _FLOATS[row_format.segments[0].dtype]
-    values = _aligned(rows[..., row_format.slice_of("values")], stored.itemsize).view(stored)
-    if scales:
-        # In bfloat16 both factors are exact, and a product is rounded once: no need for tensors twice as large.
-        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        factors = rows[..., row_format.slice_of("scales")].view(torch.float8_e8m0fnu).to(exact)
-        runs = values.to(exact).unflatten(-1, (scales, dim // scales))
-        return runs.mul_(factors.unsqueeze(-1)).flatten(-2).to(dtype)
-    if scale is not None:
-        rounded = torch.tensor(scale, dtype=torch.float32).to(torch.bfloat16).item()
-        return (values.to(torch.float32) * rounded).to(dtype)
-    return values.to(dtype)
+def copies_to(device: torch.device) -> Cpu | Gpu:
+    """What copies rows to a device."""
+    return Gpu(device) if device.type == "cuda" else Cpu()
 
 
 def lookback_of(history: Ids, width: int) -> npt.NDArray[np.int32]:
@@ -93,9 +61,17 @@ class EngramPool:
     dtype: of the embeddings: bfloat16, float16 or float32.
     buffers: steps that may be under way at once, the one that the model is running included.
     staging: whether steps take turns in lasting buffers; None where the device is a GPU.
+    copy_on_arrival: whether a layer's rows are copied out of such a buffer when they come, by the thread that had them
+        come, or when the layer asks for them, by its own. None: when they come, except for a small step, whose rows
+        would have to be received by another thread for that.
+    max_tokens: if given, the rows of every step, which has no more tokens, land in the same memory (`landing`).
+    device_waits: whether the GPU waits for rows, and not the thread that launches its work; docs/INTEGRATION_TORCH.md
+        says what must not be done then. A layer's failure is raised by the next call of its step, or by leaving `with`.
 
     The client stays the caller's to close, after the last step. A copy of the pool is itself. A model is saved without
     it, which the layers say when they are run.
+
+    Raises ValueError for settings that cannot be, OSError or RuntimeError for a GPU that cannot wait.
     """
 
     def __init__(
@@ -106,19 +82,31 @@ class EngramPool:
         dtype: torch.dtype = torch.bfloat16,
         buffers: int = 2,
         staging: bool | None = None,
+        copy_on_arrival: bool | None = None,
+        max_tokens: int | None = None,
+        device_waits: bool = False,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; it is {dtype}")
-        if buffers < 1:
-            raise ValueError(f"buffers must be at least 1; it is {buffers}")
-        self.client, self.device, self.dtype = client, torch.device(device), dtype
-        cuda = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if cuda else None
-        self._staged = cuda if staging is None else staging
-        self._buffers = [_Staging(pinned=cuda) for _ in range(buffers)]
+        check_dtype(dtype)
+        for name, value in (("buffers", buffers), ("max_tokens", 1 if max_tokens is None else max_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; it is {value}")
+        self.client, self.device, self.dtype, self.max_tokens = client, torch.device(device), dtype, max_tokens
+        self._device = copies_to(self.device)
+        self._copy_on_arrival, self._device_waits = copy_on_arrival, device_waits
+        self._staged = (self._device.pinned if staging is None else staging) or device_waits
+        waited_for = client.spec.layers if device_waits else ()
+        self._buffers = [Staging(self._device.pinned, waited_for) for _ in range(buffers)]
+        if waited_for:  # of no effect, but where that cannot be
+            self._device.wait_word(self._buffers[0].word(waited_for[0]), 0)
+        self._turn, self._lock = 0, threading.RLock()
         # [heads, row_bytes] by layer, as the client gives them: it may be one for some heads only.
         nothing = client.dummy(0)
         self._row_shapes = {layer: nothing.rows(layer).shape[1:] for layer in client.spec.layers}
+        self._landings: dict[int, torch.Tensor] = {}
+        if max_tokens is not None:
+            for layer, shape in self._row_shapes.items():
+                self._landings[layer] = torch.zeros((max_tokens, *shape), dtype=torch.uint8, device=self.device)
+        self._landed = dict.fromkeys(self._landings, 0)  # tokens beyond which a landing is zeros
         self._running: PooledStep | None = None
 
     @property
@@ -130,12 +118,13 @@ class EngramPool:
 
     def start(
         self,
-        input_ids: Ids,
+        input_ids: Ids | None = None,
         query_start_loc: Ids | None = None,
         lookback: Ids | None = None,
         dead: Ids | None = None,
         lookback_dead: Ids | None = None,
         *,
+        rows: Mapping[int, Ids] | None = None,
         layers: Sequence[int] | None = None,
         timeout_s: float | None = None,
     ) -> "PooledStep":
@@ -144,10 +133,18 @@ class EngramPool:
         input_ids: [T] as `Client.prefetch` takes it, with query_start_loc [R + 1] if there are several requests; or
         [B, S], a request a line. lookback: [R, <= n - 1], see `lookback_of`; by default every request starts here.
         dead: bool, of the shape of input_ids: tokens outside any n-gram, padding for instance.
+        rows: in the place of all these, the row ids of a model that hashes itself: layer -> integers [*shape, heads],
+        of the heads that the client has, with the same shape for every layer.
         Ids on a GPU are fetched from there, which waits for whatever computes them.
 
         Raises as `Client.prefetch` does, and PoolError if all buffers are in use.
         """
+        if rows is not None:
+            if any(given is not None for given in (input_ids, query_start_loc, lookback, dead, lookback_dead, layers)):
+                raise BatchError("rows say what is asked for: tokens, or layers, cannot be given beside them")
+            return self._start_rows(rows, timeout_s)
+        if input_ids is None:
+            raise BatchError("input_ids or rows must be given")
         ids = _array("input_ids", input_ids, np.int32)
         bounds = None if query_start_loc is None else _array("query_start_loc", query_start_loc, np.int32)
         if ids.ndim == 2 and bounds is None:
@@ -158,22 +155,16 @@ class EngramPool:
         if mask is not None and mask.shape != ids.shape:
             raise BatchError(f"dead must have the shape of input_ids, {list(ids.shape)}; it has {list(mask.shape)}")
         wanted = self.client.spec.layers if layers is None else tuple(layers)
-        staging, host = self._room(wanted, ids.size)
-        try:
-            step = self.client.prefetch(
-                ids.reshape(-1),
-                bounds,
-                None if lookback is None else _array("lookback", lookback, np.int32),
-                None if mask is None else mask.reshape(-1),
-                None if lookback_dead is None else _array("lookback_dead", lookback_dead, np.bool_),
-                layers=wanted,
-                out={layer: rows.numpy() for layer, rows in host.items()},
-                timeout_s=timeout_s,
+        before = None if lookback is None else _array("lookback", lookback, np.int32)
+        dead_before = None if lookback_dead is None else _array("lookback_dead", lookback_dead, np.bool_)
+        flat_mask = None if mask is None else mask.reshape(-1)
+
+        def begin(out: dict[int, npt.NDArray[np.uint8]]) -> Step:
+            return self.client.prefetch(
+                ids.reshape(-1), bounds, before, flat_mask, dead_before, layers=wanted, out=out, timeout_s=timeout_s
             )
-        except BaseException:
-            self._give_back(staging)
-            raise
-        return PooledStep(self, step, ids.shape, host, staging)
+
+        return self._begin(begin, wanted, ids.shape)
 
     def dummy(self, *shape: int) -> "PooledStep":
         """A step of T, or B and S, tokens whose rows are zeros and not valid; no server is asked.
@@ -181,13 +172,17 @@ class EngramPool:
         For warm-up and profiling runs. Raises PoolError if all buffers are in use.
         """
         num_tokens = math.prod(shape)
-        staging, host = self._room(self.client.spec.layers, num_tokens)
-        try:
-            step = self.client.dummy(num_tokens, out={layer: rows.numpy() for layer, rows in host.items()})
-        except BaseException:
-            self._give_back(staging)
-            raise
-        return PooledStep(self, step, shape, host, staging)
+        return self._begin(lambda out: self.client.dummy(num_tokens, out=out), self.client.spec.layers, shape)
+
+    def landing(self, layer: int) -> torch.Tensor:
+        """Where a layer's rows of every step land: uint8 [max_tokens, heads, row_bytes], always the same tensor.
+
+        `PooledStep.rows` has them copied there on the stream that is current; beyond the step's tokens are zeros.
+        Raises ValueError without `max_tokens`, SpecError.
+        """
+        if self.max_tokens is None:
+            raise ValueError("rows land in the same memory only with EngramPool(max_tokens=...)")
+        return self._landings[self.client.spec.table(layer).layer]
 
     def num_heads(self, layer: int) -> int:
         """Heads of a layer that the client gives: all, or as many as its own `heads` has. Raises SpecError."""
@@ -202,34 +197,72 @@ class EngramPool:
     def __reduce__(self) -> tuple[Any, ...]:
         return _NoPool, ()
 
-    def _room(self, layers: Sequence[int], num_tokens: int) -> "tuple[_Staging | None, dict[int, torch.Tensor]]":
-        """Host memory for a step: uint8 [T, heads, row_bytes] a layer."""
+    def _start_rows(self, rows: Mapping[int, Ids], timeout_s: float | None) -> "PooledStep":
+        ids: dict[int, npt.NDArray[Any]] = {}
+        for layer, given in by_layer("rows", rows).items():
+            name, heads = f"rows of layer {layer}", self.num_heads(layer)
+            array = ids[self.client.spec.table(layer).layer] = _row_ids(name, given)
+            shape = next(iter(ids.values())).shape
+            if array.shape != shape or array.ndim < 2 or shape[-1] != heads:
+                raise BatchError(f"{name} must be [*shape, {heads}], as of every layer; they are {list(array.shape)}")
+        if not ids:
+            raise BatchError("a lookup needs at least one layer")
+        flat = {layer: array.reshape(-1, array.shape[-1]) for layer, array in ids.items()}
+        return self._begin(
+            lambda out: self.client.prefetch_rows(flat, out=out, timeout_s=timeout_s), tuple(flat), shape[:-1]
+        )
+
+    def _begin(
+        self, begin: Callable[[dict[int, npt.NDArray[np.uint8]]], Step], layers: Sequence[int], shape: Sequence[int]
+    ) -> "PooledStep":
+        """A step that `begin` makes, of memory for its rows."""
+        num_tokens = math.prod(shape)
+        if self.max_tokens is not None and num_tokens > self.max_tokens:
+            raise BatchError(f"{num_tokens} tokens are more than max_tokens, {self.max_tokens}")
         shapes = {layer: (num_tokens, *self._row_shapes[self.client.spec.table(layer).layer]) for layer in layers}
-        if not self._staged:
-            return None, {layer: torch.empty(shape, dtype=torch.uint8) for layer, shape in shapes.items()}
-        if not self._buffers:
-            raise PoolError("all buffers are in use: leave the `with` of a step, or `close` it, before the next start")
-        staging = self._buffers.pop(0)
-        return staging, staging.arrays(shapes)
+        copies = self._take_buffer() if self._staged else None
+        try:
+            if copies is None:
+                host = {layer: torch.empty(shape, dtype=torch.uint8) for layer, shape in shapes.items()}
+            else:
+                host = copies.arrays(shapes)
+            step = begin({layer: rows.numpy() for layer, rows in host.items()})
+            begun = PooledStep(self, step, shape, host, copies)
+        except BaseException:
+            if copies is not None:
+                copies.forget()
+            raise
+        try:
+            if copies is not None:
+                if self._device_waits:
+                    copies.issue_all()
+                # Rows of a small step come in the thread that waits for them, unless somebody is to be told of them.
+                by_themselves = step.delivery.receiver is None
+                if self._device_waits or (by_themselves if self._copy_on_arrival is None else self._copy_on_arrival):
+                    step.add_callback(copies.settled)
+        except BaseException:
+            begun.close()
+            raise
+        return begun
 
-    def _give_back(self, staging: "_Staging | None") -> None:
-        if staging is not None:
-            self._buffers.append(staging)
+    def _take_buffer(self) -> Copies:
+        with self._lock:
+            for turn in range(self._turn, self._turn + len(self._buffers)):
+                staging = self._buffers[turn % len(self._buffers)]
+                if staging.free:
+                    self._turn = turn + 1
+                    return Copies(self._device, staging)
+        raise PoolError("all buffers are in use: leave the `with` of a step, or `close` it, before the next start")
 
-    def _on_device(self, host: torch.Tensor, staging: "_Staging | None") -> torch.Tensor:
-        """Rows where the layers read them, in memory that no later step writes to."""
-        if staging is None:
-            return host
-        if self._stream is None:
-            return host.clone()
-        with torch.cuda.stream(self._stream):
-            rows = host.to(self.device, non_blocking=True)
-            copied = self._stream.record_event()
-        staging.copies.append(copied)
-        reader = torch.cuda.current_stream(self.device)
-        reader.wait_event(copied)
-        rows.record_stream(reader)  # it was allocated on the other stream
-        return rows
+    def _land(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Copy a layer's rows to where they always land, after whatever the caller's stream did before."""
+        landing, before = self._landings[layer], self._landed[layer]
+        self._landed[layer] = max(before, len(rows))
+        landing[: len(rows)].copy_(rows)
+        if before > len(rows):
+            landing[len(rows) : before].zero_()
+        self._landed[layer] = len(rows)
+        return landing[: len(rows)]
 
 
 class PooledStep:
@@ -244,30 +277,47 @@ class PooledStep:
         step: Step,
         shape: Sequence[int],
         host: Mapping[int, torch.Tensor],
-        staging: "_Staging | None",
+        copies: Copies | None,
     ) -> None:
         self.step, self.shape = step, tuple(shape)
-        self._pool, self._staging = pool, staging
+        self._pool, self._copies = pool, copies
         self._host = dict(host)
         self._rows: dict[int, torch.Tensor] = {}
-        self._closed = False
+        self._closed = self._over = False
 
     def rows(self, layer: int) -> torch.Tensor:
-        """Wait for one layer only: uint8 [*shape, heads, row_bytes] on the pool's device. Raises as `Step.rows`."""
+        """Wait for one layer only: uint8 [*shape, heads, row_bytes] on the pool's device. Raises as `Step.rows`.
+
+        With `max_tokens` they are in `EngramPool.landing`, until the next step's are. With `device_waits` it is the
+        stream that is current which waits; rows that do not come are zeros then.
+        """
         self._check_open()
         if layer not in self._rows:
-            self.step.rows(layer)  # they are in `host` by then
-            rows = self._pool._on_device(self._host[layer], self._staging)
+            if not self._pool._device_waits or self.step.delivery.settled(layer):
+                self.step.rows(layer)  # they are in `host` by then
+            self.step.check_layer(layer)
+            if self._pool.max_tokens is not None and self._pool._running not in (None, self):
+                raise PoolError("another step of this pool is running, and its rows are where these would land")
+            rows = self._host[layer] if self._copies is None else self._copies.read(layer)
+            if rows is None:
+                raise PoolError("the step has ended: start another for each forward")
+            if self._pool.max_tokens is not None:
+                rows = self._pool._land(layer, rows)
             self._rows[layer] = rows.view(*self.shape, *rows.shape[1:])
         return self._rows[layer]
 
-    def embeddings(self, layer: int, heads: tuple[int, int] | None = None) -> torch.Tensor:
-        """`rows` as numbers: [*shape, heads, dim] of the pool's dtype. heads: (start, stop): only these of them."""
+    def embeddings(
+        self, layer: int, heads: tuple[int, int] | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`rows` as numbers: [*shape, heads, dim] of the pool's dtype. heads: (start, stop): only these of them.
+
+        out: where they are written to, see `dequantize`.
+        """
         table = self._pool.client.spec.table(layer)
         rows = self.rows(layer)
         if heads is not None:
             rows = rows[..., heads[0] : heads[1], :]
-        return dequantize(rows, table.row_format, table.scale, self._pool.dtype)
+        return dequantize(rows, table.row_format, table.scale, self._pool.dtype, out)
 
     def valid(self, layer: int) -> torch.Tensor:
         """Wait for one layer only: bool [*shape] on the device, False where rows are zeros for want of an answer.
@@ -279,14 +329,16 @@ class PooledStep:
 
     def close(self) -> None:
         """End the step: what is still on its way is cancelled, its buffers serve the next. Tensors taken stay good."""
-        if self._closed:
+        if self._over:
             return
         self._closed = True
         if len(self.step.arrived_s) < len(self.step.layers):  # else its end is near, and not worth a connection
             self.step.cancel()  # no more is written into the buffers after this
-        self._pool._give_back(self._staging)
+        if self._copies is not None:
+            self._copies.end(self.step.delivery.rows)
         self._host.clear()
         self._rows.clear()
+        self._over = True
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -298,12 +350,17 @@ class PooledStep:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool._running = None
-        self.close()
+        try:
+            if kind is None and self._pool._device_waits:
+                for layer in self._rows:  # the GPU waits for them, and is to have them
+                    self.step.rows(layer)
+        finally:
+            self._pool._running = None
+            self.close()
 
     def __del__(self) -> None:
         """Of one that nobody closed: its buffers serve the next, once nothing is written into them any more."""
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_over", True):
             self.close()
 
     def _check_open(self) -> None:
@@ -332,7 +389,7 @@ class PooledEmbedding(nn.Module):
     def __init__(self, pool: EngramPool, layer: int, heads: tuple[int, int] | None = None) -> None:
         super().__init__()
         table = pool.client.spec.table(layer)
-        self.embedding_dim, _ = _check_format(table.row_format, table.scale)
+        self.embedding_dim, _ = check_format(table.row_format, table.scale)
         self.pool, self.layer = pool, layer
         self.heads = columns(heads, pool.num_heads(layer))
         self.num_heads = pool.num_heads(layer) if self.heads is None else self.heads[1] - self.heads[0]
@@ -363,56 +420,17 @@ class PooledEmbedding(nn.Module):
         """Take nothing from a checkpoint that holds the table, and miss nothing in one that does not."""
 
 
-class _Staging:
-    """Host memory that steps take turns in: one buffer a layer, as large as the largest step so far.
-
-    copies: CUDA events of the copies out of it; what is copied must not be overwritten before.
-    """
-
-    def __init__(self, pinned: bool) -> None:
-        self.copies: list[Any] = []
-        self._pinned = pinned
-        self._buffers: dict[int, torch.Tensor] = {}
-
-    def arrays(self, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, torch.Tensor]:
-        """Uint8 tensors of these shapes, once nobody reads what was there."""
-        for copied in self.copies:
-            copied.synchronize()
-        self.copies.clear()
-        arrays = {}
-        for layer, shape in shapes.items():
-            size = math.prod(shape)
-            if layer not in self._buffers or self._buffers[layer].numel() < size:
-                self._buffers[layer] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
-            arrays[layer] = self._buffers[layer][:size].view(shape)
-        return arrays
-
-
-def _check_format(row_format: RowFormat, scale: float | None) -> tuple[int, int]:
-    """Values and scales in a row. Raises SpecError for what `dequantize` does not know the meaning of."""
-    values, *others = row_format.segments
-    known = values.name == "values" and values.dtype in _FLOATS
-    if known and not others:
-        return values.length, 0
-    if known and len(others) == 1 and scale is None:
-        scales = others[0]
-        if (scales.name, scales.dtype) == ("scales", "float8_e8m0fnu") and values.length % scales.length == 0:
-            return values.length, scales.length
-    found = ", ".join(f"{s.name} {s.dtype} x {s.length}" for s in row_format.segments)
-    raise SpecError(
-        f"rows of {found}{'' if scale is None else ' with one scale for the table'} are not known to be numbers; "
-        "take the bytes with `PooledStep.rows`"
-    )
-
-
-def _aligned(segment: torch.Tensor, itemsize: int) -> torch.Tensor:
-    """The same bytes where a view of elements of `itemsize` bytes is possible; themselves if they are already."""
-    if itemsize == 1:
-        return segment
-    segment = segment.contiguous()
-    return segment.clone() if segment.storage_offset() % itemsize else segment
-
-
 def _array(name: str, values: Ids, dtype: type[np.int32] | type[np.bool_]) -> npt.NDArray[Any]:
     """`values` as a numpy array of `dtype`. Raises BatchError if that would change any of them."""
     return exactly(name, values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype)
+
+
+def _row_ids(name: str, values: Ids) -> npt.NDArray[Any]:
+    """`values` as a numpy array. Raises BatchError for what is no array of integers."""
+    try:
+        ids = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BatchError(f"{name} cannot be made an array: {error}") from error
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise BatchError(f"{name} must be integers; they are {ids.dtype.name}")
+    return ids if ids.size else ids.astype(np.int32)

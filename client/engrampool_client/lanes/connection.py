@@ -128,23 +128,20 @@ class Connection:
         self._handles[what] = handle
         return [frames.register(handle, *what)], handle
 
-    def send_now(
-        self, what: tuple[str, str, tuple[int, ...]], counts: list[int], ids: memoryview, left_s: float
-    ) -> bool:
-        """Ask for rows by ids, as far as the system takes all of it at once; else the connection is of no use any more.
+    def begin(self, what: tuple[str, str, tuple[int, ...]]) -> int | None:
+        """Begin to ask for rows by ids: the handle that stands for model, version and layers.
 
-        what: model, version and layers. counts: ids of each layer. ids: as they go into the frame. left_s: until the
-        answer must be there. Raises OSError likewise.
+        None if the system does not take at once what the server is to be told of it first: then the connection is of no
+        use any more. Raises OSError if it broke.
         """
         self.start = self.stop = 0
         self.answering = True
         self.asked_at = time.monotonic()
-        self.number = int.from_bytes(os.urandom(8), "little") or 1
         parts, handle = self._handle(what)
-        parts.append(frames.lookup_start(handle, self.number, max(1, int(left_s * 1e6)), counts, len(ids)))
-        parts.append(ids)
-        nbytes = sum(map(len, parts))
-        return self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == nbytes
+        for part in parts:
+            if self._socket.send(part, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) != len(part):
+                return None
+        return handle
 
     def begins(self, exchange: Exchange, until: float, spin_s: float) -> bool:
         """Whether the answer to what was sent, or the end of the connection, comes by `until` (time.monotonic).

@@ -11,7 +11,7 @@ from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.sent import Came
 from engrampool_client.lookup.small import Small
 from engrampool_proto import frames, wire
-from engrampool_proto.kernels import receive
+from engrampool_proto.kernels import ask, receive
 
 _SECOND_NS = 1_000_000_000
 _IN_ORDER = np.empty(0, np.int64)
@@ -50,6 +50,19 @@ class SmallRequest:
         self._waits = self.small = self._whole <= connection.memory.size // 2
         self._came, self._heard_at = 0, connection.asked_at
         self._silent, self._turn = False, connection.turn
+
+    @staticmethod
+    def send_now(connection: Connection, small: Small, left_s: float) -> bool:
+        """Ask for it, as far as the system takes all of that at once; else the connection is of no use any more.
+
+        left_s: until the answer must be there. Raises OSError if the connection broke.
+        """
+        handle = connection.begin(small.what)
+        if handle is None:
+            return False
+        timeout_us = max(1, int(left_s * 1e6))
+        connection.number = ask.send_lookup(connection.fileno(), handle, timeout_us, small.counts, small.ids)
+        return connection.number != 0
 
     def ready(self, until: float, spin_s: float) -> Came | None:
         """Wait for a small answer; None if `take` is to follow. until: by time.monotonic."""

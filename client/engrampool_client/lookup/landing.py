@@ -261,7 +261,7 @@ def by_layer(name: str, given: Any) -> Mapping[int, Any]:
 
 def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int, ...]]) -> None:
     """Raise BatchError for arrays that the rows of `shapes` cannot be written into, or that share memory."""
-    if out is None:
+    if out is None or _are_good(out, shapes):
         return
     arrays: list[tuple[str, Rows]] = []
     for layer, given in by_layer("out", out).items():
@@ -275,10 +275,6 @@ def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int,
         for name, array in given.items():
             cut = row_format.slice_of(name)
             arrays.append(_check_out(f"{name} of layer {layer}", array, (*shape[:-1], cut.stop - cut.start)))
-    # Arrays whose memory is their own share none; to ask each where it lies takes longer. No base is not enough: arrays
-    # that others made of an address have none either.
-    if len({id(array) for _, array in arrays if array.flags.owndata}) == len(arrays):
-        return
     lying = []
     for what, array in arrays:
         if array.nbytes:
@@ -287,6 +283,19 @@ def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int,
     for (_, last, one), (first, _, other) in pairwise(sorted(lying)):
         if first <= last:
             raise BatchError(f"out of {one} and out of {other} share memory; give each an array of its own")
+
+
+def _are_good(out: Any, shapes: Mapping[int, tuple[int, ...]]) -> bool:
+    """Whether they are whole arrays that own their memory, as nearly always, and so share none: found in few steps."""
+    if type(out) is not dict:
+        return False
+    for layer, array in out.items():
+        if type(array) is not np.ndarray or array.dtype is not _UINT8 or array.shape != shapes.get(layer):
+            return False
+        flags = array.flags
+        if not (flags.owndata and flags.c_contiguous and flags.writeable):
+            return False
+    return len(set(map(id, out.values()))) == len(out)
 
 
 def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> tuple[str, Rows]:

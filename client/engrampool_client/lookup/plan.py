@@ -7,7 +7,7 @@ that does not pay, rows are asked for as they are.
 import math
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import CallersLanding, Landing, Out, Places, hand_over
 from engrampool_client.lookup.layout import Keys, Layout, Part
-from engrampool_client.lookup.query import Query
+from engrampool_client.lookup.query import Query, Sizes, TokenQuery
 from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.small import Small
 from engrampool_proto import wire
@@ -32,6 +32,8 @@ _MAX_GROUPS = 256
 _PUT_ENTRIES = 2048
 # Without a cache, smaller batches are asked for as they are: finding their few duplicates costs more than it saves.
 _DEDUPE_TOKENS = 128
+# Lookups of so many different sizes are known. Decoding has few, other lookups any.
+_MOST_SIZES = 256
 
 
 class Planner:
@@ -59,7 +61,8 @@ class Planner:
         self._by_server = hashing == "server"
         has_cache = cache is not None or warm is not None
         self._least_tokens = 0 if has_cache else _DEDUPE_TOKENS if dedupe and not self._by_server else math.inf
-        self._sends = form.compiled and not self._by_server and sys.byteorder == "little"
+        self._sends = form.id_writer is not None and not self._by_server and sys.byteorder == "little"
+        self._sizes: dict[Hashable, Sizes] = {}
         self.scratch = Scratch(max_steps * len(layout.parts))
 
     def plan(self, delivery: Delivery, query: Query, out: Out | None, attached: bool) -> "Plan":
@@ -73,11 +76,24 @@ class Planner:
                 return EntriesPlan(self, delivery, keys, query.shapes(self.layout), out)
         return PlainPlan(self.exchange(delivery, query, out))
 
-    def small(self, query: Query, out: Out | None) -> Small | None:
+    def sizes(self, query: Query) -> Sizes:
+        """What follows from its layers and shapes. Thread-safe."""
+        sizes = self._sizes.get(query.key)
+        if sizes is None:
+            form, writer = self.form, None
+            if form.id_writer is not None and isinstance(query, TokenQuery):
+                writer = form.id_writer(self.hashing, query.layers, self.layout.heads)
+            sizes = Sizes(query.shapes(self.layout), self.served, writer)
+            if len(self._sizes) >= _MOST_SIZES:
+                self._sizes.clear()
+            self._sizes[query.key] = sizes
+        return sizes
+
+    def small(self, query: Query, out: Out | None, sizes: Sizes) -> Small | None:
         """What a step needs, if it is small and nothing but its rows need be asked for. Raises BatchError."""
-        if not self._sends or query.num_tokens >= self._least_tokens:
+        if not self._sends or not sizes.small or query.num_tokens >= self._least_tokens:
             return None
-        return Small.of(query, out, self.served, self.layout, self.hashing)
+        return Small.of(query, out, sizes)
 
     def plan_hint(self, delivery: Delivery, query: Query) -> "EntriesPlan":
         """What the cache lacks of rows that nobody has asked for. Raises as `plan` does."""

@@ -1,20 +1,30 @@
 """What is asked for, checked: the rows of a batch of tokens, or rows by their ids; and tokens that may come next."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_client.compute.forms import Hashing
+from engrampool_client.compute.forms import Hashing, IdWriter
 from engrampool_client.lookup.layout import Keys, Layout
 from engrampool_client.lookup.served import ServedModel
-from engrampool_proto import wire
+from engrampool_proto import frames, wire
 from engrampool_proto.errors import BatchError
 from engrampool_proto.hashing import TokenBatch, exactly
 from engrampool_proto.spec import ModelSpec, TableSpec
 
 IntArray = npt.ArrayLike
+# Tokens, boundaries, look-back and the flags of both: as a caller gives them, and as kernels take them.
+Given = tuple[IntArray, IntArray | None, IntArray | None, npt.ArrayLike | None, npt.ArrayLike | None]
+Batch = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
+_INT32 = np.dtype(np.int32)
+_NDIM = 1, 1, 2  # of tokens, boundaries and look-back
+_NO_FLAGS, _NO_LOOKBACK_FLAGS = np.empty(0, np.bool_), np.empty((0, 0), np.bool_)
+# Ids of so many bytes are sent without waiting, on a connection that has nothing else to send; and no more rows than
+# this are left in the system's hands until somebody comes for them.
+_MOST_ID_BYTES, _MOST_BYTES = 48 << 10, 2 << 20
 
 
 class Recorder(Protocol):
@@ -30,43 +40,94 @@ class Recorder(Protocol):
         """In the child of a fork: what is written down is the parent's."""
 
 
+class Sizes:
+    """What follows from layers and the shapes of their rows, worked out once: decoding asks for the same all the time.
+
+    shapes: layer -> shape of its rows. nbytes: of all rows. what: model, version and layers, ascending. counts: int64,
+    ids of each layer. id_bytes: of all ids, as a frame has them. small: whether that is no more than a small lookup may
+    be. writer: of the layers' ids, where kernels make them.
+    """
+
+    def __init__(
+        self, shapes: Mapping[int, tuple[int, ...]], served: ServedModel, writer: IdWriter | None = None
+    ) -> None:
+        self.shapes, self.writer = shapes, writer
+        self.nbytes = sum(map(math.prod, shapes.values()))
+        self.what = served.spec.name, served.version, tuple(shapes)
+        self.counts = np.array([math.prod(shape[:-1]) for shape in shapes.values()], np.int64)
+        self._tables = [served.spec.table(layer) for layer in shapes]
+        sizes = [
+            (count, count * np.dtype(table.id_dtype).itemsize)
+            for count, table in zip(self.counts.tolist(), self._tables, strict=True)
+        ]
+        self.id_bytes = sum(frames.padded(nbytes) for _, nbytes in sizes)
+        self.small = (
+            all(count for count, _ in sizes)
+            and self.id_bytes <= _MOST_ID_BYTES
+            and self.nbytes <= min(_MOST_BYTES, served.max_answer_bytes)
+            and sum(count for count, _ in sizes) <= served.max_rows
+        )
+
+    def ids(self, memory: npt.NDArray[np.uint8]) -> dict[int, npt.NDArray[Any]]:
+        """Layer -> its ids in what a frame has, in the shape that was asked for."""
+        at, ids = 0, {}
+        for table, count in zip(self._tables, self.counts.tolist(), strict=True):
+            nbytes = count * np.dtype(table.id_dtype).itemsize
+            ids[table.layer] = memory[at : at + nbytes].view(table.id_dtype).reshape(self.shapes[table.layer][:-1])
+            at += frames.padded(nbytes)
+        return ids
+
+
 class TokenQuery:
     """The rows of every token of a batch: [T, heads, row_bytes] a layer.
 
-    layers: ascending. num_tokens: T. batch: of the caller's tokens, checked when it is hashed.
+    layers: ascending. num_tokens: T. key: the same for queries of the same sizes.
     """
 
-    def __init__(self, spec: ModelSpec, batch: TokenBatch, layers: Sequence[int]) -> None:
-        self._spec, self.batch, self.layers = spec, batch, layers
-        self.num_tokens = len(batch.tokens)
-        self._shapes: dict[int, tuple[int, ...]] = {}
+    def __init__(self, spec: ModelSpec, given: TokenBatch | Given, layers: Sequence[int]) -> None:
+        """given: a batch, or what a caller gave, which is looked at again until `own` is called.
+
+        Raises BatchError, but for what `own` says of arrays that are as kernels take them.
+        """
+        self._spec, self.layers, self._given = spec, tuple(layers), given
+        self._batch: TokenBatch | None = None
+        arrays = None if isinstance(given, TokenBatch) else _plain(*given)
+        self._arrays = self._of_batch() if arrays is None else arrays
+        self.num_tokens = len(self._arrays[0])
+        self.key: Hashable = self.num_tokens, self.layers
+
+    @property
+    def batch(self) -> TokenBatch:
+        """Of tokens that are checked when they are hashed. Raises BatchError."""
+        if self._batch is None:
+            given = self._given
+            self._batch = given if isinstance(given, TokenBatch) else token_batch(*given)
+        return self._batch
+
+    def own(self) -> None:
+        """From here on the caller may overwrite what was given. Raises BatchError."""
+        self._arrays = self._of_batch()
+
+    def _of_batch(self) -> Batch:
+        batch = self.batch
+        dead, before = batch.dead, batch.lookback_dead
+        flags = _NO_FLAGS if dead is None else dead, _NO_LOOKBACK_FLAGS if before is None else before
+        return batch.tokens, batch.query_start_loc, batch.lookback, *flags
 
     def shapes(self, layout: Layout) -> dict[int, tuple[int, ...]]:
         """Layer -> shape of its rows."""
-        if not self._shapes:  # the same by every version
-            heads = layout.heads
-            for layer in self.layers:
-                table = self._spec.table(layer)
-                columns = table.heads if heads is None else heads.stop - heads.start
-                self._shapes[layer] = (self.num_tokens, columns, table.row_bytes)
-        return self._shapes
+        tables = map(self._spec.table, self.layers)
+        return {table.layer: (self.num_tokens, layout.num_columns(table), table.row_bytes) for table in tables}
 
     def ids(self, layout: Layout, hashing: Hashing) -> dict[int, npt.NDArray[Any]]:
         """Layer -> row ids [T, heads]. Raises BatchError."""
         rows, heads = hashing.rows(self.batch, self.layers), layout.heads
         return rows if heads is None else {layer: ids[:, heads] for layer, ids in rows.items()}
 
-    def put_ids(self, layout: Layout, hashing: Hashing, to: Mapping[int, npt.NDArray[Any]]) -> None:
-        """Write the row ids of each layer to arrays of its shape and the table's dtype. Raises BatchError."""
-        if layout.heads is None:
-            hashing.put_rows(self.batch, to)
-            return
-        for layer, ids in self.ids(layout, hashing).items():
-            to[layer][...] = ids
-
-    def only(self, layers: Sequence[int]) -> "TokenQuery":
-        """The same of some of its layers."""
-        return TokenQuery(self._spec, self.batch, layers)
+    def put_ids(self, sizes: Sizes, to: npt.NDArray[np.uint8]) -> bool:
+        """Write the row ids to what a frame has of them, zeros yet; False for a batch that cannot be."""
+        assert sizes.writer is not None
+        return sizes.writer.put(self._arrays, to)
 
     def keys(self, layout: Layout, hashing: Hashing) -> dict[int, list[Keys]]:
         """Layer -> int64 [groups, T] of each part. Raises BatchError."""
@@ -93,9 +154,14 @@ class RowQuery:
 
     def __init__(self, spec: ModelSpec, rows: Mapping[int, Any]) -> None:
         self._spec, self._rows = spec, rows
-        self.layers = sorted([spec.table(layer).layer for layer in rows])
+        self.layers = tuple(sorted([spec.table(layer).layer for layer in rows]))
         arrays = [ids for ids in rows.values() if isinstance(ids, np.ndarray)]
         self.num_tokens = max((len(ids) for ids in arrays if ids.ndim), default=0)
+
+    @property
+    def key(self) -> Hashable:
+        """As of `TokenQuery`."""
+        return tuple([(layer, getattr(self._rows[layer], "shape", ())) for layer in self.layers])
 
     def shapes(self, _: Layout) -> dict[int, tuple[int, ...]]:
         """Layer -> shape of its rows, if it is an array."""
@@ -110,14 +176,14 @@ class RowQuery:
         """Layer -> row ids, in the table's dtype. Raises BatchError."""
         return {layer: row_ids(self._spec.table(layer), self._rows[layer]) for layer in self.layers}
 
-    def put_ids(self, layout: Layout, hashing: Hashing, to: Mapping[int, npt.NDArray[Any]]) -> None:
-        """As of `TokenQuery`."""
-        for layer, ids in self.ids(layout, hashing).items():
-            to[layer][...] = ids
+    def put_ids(self, sizes: Sizes, to: npt.NDArray[np.uint8]) -> bool:
+        """As of `TokenQuery`. Raises BatchError."""
+        for layer, place in sizes.ids(to).items():
+            place[...] = row_ids(self._spec.table(layer), self._rows[layer])
+        return True
 
-    def only(self, layers: Sequence[int]) -> "RowQuery":
-        """The same of some of its layers."""
-        return RowQuery(self._spec, {layer: self._rows[layer] for layer in layers})
+    def own(self) -> None:
+        """As of `TokenQuery`: who gives them copies them."""
 
     def keys(self, layout: Layout, hashing: Hashing) -> dict[int, list[Keys]] | None:
         """Layer -> int64 [groups, T] of each part; None for ids that are not as hashing gives them, [..., heads].
@@ -167,6 +233,27 @@ def token_batch(
         None if dead is None else exactly("dead", dead, np.bool_),
         None if lookback_dead is None else exactly("lookback_dead", lookback_dead, np.bool_),
     )
+
+
+def _plain(
+    tokens: IntArray,
+    bounds: IntArray | None,
+    lookback: IntArray | None,
+    dead: npt.ArrayLike | None,
+    lookback_dead: npt.ArrayLike | None,
+) -> Batch | None:
+    """What was given, as kernels take it, if it needs no change for that: neither copied, nor looked at."""
+    if type(tokens) is not np.ndarray or dead is not None or lookback_dead is not None:
+        return None
+    if bounds is None:
+        bounds = np.array([0, tokens.size], np.int32)
+    if lookback is None and type(bounds) is np.ndarray:
+        lookback = np.empty((max(0, bounds.size - 1), 0), np.int32)
+    arrays: Any = tokens, bounds, lookback
+    for array, ndim in zip(arrays, _NDIM, strict=True):
+        if type(array) is not np.ndarray or array.dtype is not _INT32 or array.ndim != ndim:
+            return None
+    return *arrays, _NO_FLAGS, _NO_LOOKBACK_FLAGS
 
 
 def row_ids(table: TableSpec, ids: Any) -> npt.NDArray[Any]:

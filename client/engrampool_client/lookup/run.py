@@ -27,7 +27,7 @@ from engrampool_client.lookup.delivery import Delivery, Rows, in_callback
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Out, check_outs, zeros
 from engrampool_client.lookup.plan import Plan, Planner
-from engrampool_client.lookup.query import Query, Recorder, TokenQuery, candidates_batch
+from engrampool_client.lookup.query import Query, Recorder, RowQuery, Sizes, TokenQuery, candidates_batch
 from engrampool_client.lookup.sent import Request, Sent
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.step import Step
@@ -258,9 +258,23 @@ class Lookups(Generic[V]):
 
         instead_of: a step whose rows, if any still come, are let in before this one is planned.
         """
-        step = self._step(query, out, timeout_s)
-        if instead_of is None and not ahead and self._send(step.delivery, query, out):
-            return step
+        self.check_process()
+        version, small = self._versions.current, None
+        sizes = version.planner.sizes(query)
+        if out is not None:
+            check_outs(self._spec, out, sizes.shapes)
+        if instead_of is None and not ahead and version.shards.sends:
+            try:
+                small = version.planner.small(query, out, sizes)
+            except EngrampoolError:  # which is how the step ends, as if it were found out later
+                small = None
+        if small is None:
+            query.own()
+        step = self._step(query, out, timeout_s, sizes)
+        if small is not None:
+            if self._send(step.delivery, small, sizes, out, version):
+                return step
+            query.own()
         lookup = self._lookup(step.delivery, query, out)
         job = Job(step.delivery, lookup.plan, lookup.ask, ahead)
         if instead_of is not None:
@@ -275,7 +289,12 @@ class Lookups(Generic[V]):
 
     def run(self, query: Query, out: Out | None, timeout_s: float | None) -> dict[int, Rows]:
         """As `Client.lookup`: all of it in this thread."""
-        step = self._step(query, out, timeout_s, waits=True)
+        self.check_process()
+        sizes = self._versions.current.planner.sizes(query)
+        query.own()
+        if out is not None:
+            check_outs(self._spec, out, sizes.shapes)
+        step = self._step(query, out, timeout_s, sizes, waits=True)
         try:
             if self._closing.is_set():
                 raise PoolError("the client is closed")
@@ -349,19 +368,14 @@ class Lookups(Generic[V]):
         self.workers.close(wait)
         self._deadlines.close(wait)
 
-    def _step(self, query: Query, out: Out | None, timeout_s: float | None, waits: bool = False) -> Step:
+    def _step(self, query: Query, out: Out | None, timeout_s: float | None, sizes: Sizes, waits: bool = False) -> Step:
         """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
-        self.check_process()
-        shapes = query.shapes(self._versions.current.planner.layout)
-        if out is not None:
-            check_outs(self._spec, out, shapes)
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else _seconds(timeout_s))
-        nbytes = sum(map(math.prod, shapes.values()))
         hint = partial(self.hint, query.batch) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
-        delivery = Delivery(query.layers, deadline, zeros(shapes, out) if self._masks else None, self._ended)
+        delivery = Delivery(query.layers, deadline, zeros(sizes.shapes, out) if self._masks else None, self._ended)
         # Before it counts: whatever happens from there on, a step that is lost ends by itself.
         step = Step(delivery, self._stats, hint)
-        if not self._stats.began(delivery, nbytes, None if waits else self._config.max_pending_bytes):
+        if not self._stats.began(delivery, sizes.nbytes, None if waits else self._config.max_pending_bytes):
             raise OverloadedError(
                 f"{self._stats.pending_bytes} bytes of rows are pending in this client, of max_pending_bytes "
                 f"{self._config.max_pending_bytes}; wait for steps to end, or cancel some",
@@ -376,22 +390,17 @@ class Lookups(Generic[V]):
             query.record(self._recorder)
         return step
 
-    def _send(self, delivery: Delivery, query: Query, out: Out | None) -> bool:
-        """Have a small lookup sent, in this thread, and its rows come in those that wait; whether that could be."""
-        version = self._versions.current
-        if not version.shards.sends or self._closing.is_set():
-            return False
-        small = None
-        with suppress(EngrampoolError):  # which is how the step ends, as if it were found out later
-            small = version.planner.small(query, out)
-        if small is None:
+    def _send(self, delivery: Delivery, small: Small, sizes: Sizes, out: Out | None, version: V) -> bool:
+        """Have it sent, in this thread, and its rows come in those that wait; whether that could be."""
+        if self._closing.is_set():  # who closes from here on gives it up
             return False
         by, sent = self._versions.enter(), None
         try:
             request = by.shards.send(small, delivery.deadline) if by is version else None
             if request is None:
                 return False
-            again, left = partial(self._send_again, delivery, query, out, by), partial(self._versions.leave, by)
+            again = partial(self._send_again, delivery, small.ids, sizes, out, by)
+            left = partial(self._versions.leave, by)
             sent = Sent(delivery, request, small.given, self.workers, self._config.spin_s, again, left)
         finally:
             if sent is None:  # else it leaves it, which may be as soon as others know of it
@@ -403,10 +412,11 @@ class Lookups(Generic[V]):
         self._deadlines.look_by(sent.attend_at)
         return True
 
-    def _send_again(self, delivery: Delivery, query: Query, out: Out | None, by: V) -> None:
+    def _send_again(self, delivery: Delivery, ids: Rows, sizes: Sizes, out: Out | None, by: V) -> None:
         """Have a thread of the client ask for what is missing, by whatever way there is. Raises PoolError."""
+        missing = {layer: rows for layer, rows in sizes.ids(ids).items() if layer not in delivery.rows}
+        query = RowQuery(self._spec, missing)
         if delivery.rows:
-            query = query.only([layer for layer in delivery.layers if layer not in delivery.rows])
             out = None if out is None else {layer: given for layer, given in out.items() if layer in query.layers}
         lookup = Lookup(delivery, query, out, self._versions, self._stats, self._closing, by=by)
         try:

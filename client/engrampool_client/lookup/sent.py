@@ -155,9 +155,9 @@ class Sent:
             while isinstance(came, int):
                 layer, rows = self._rows[came]
                 delivery.arrived({layer: rows})
-                # The end of the answer comes with the last rows, if it can. A small one is here, all of it.
-                more = self._request.small or len(delivery.rows) == len(delivery.layers)
-                came = self._come(0.0) if more and not self._ended else Came.LATER
+                # The end of the answer comes with the last rows, if it can. A layer waits for no more than its own.
+                last = len(delivery.rows) == len(delivery.layers)
+                came = self._come(0.0) if last and not self._ended else Came.LATER
             if came is Came.ALL:
                 # One that came before, as this thread was interrupted, was not handed over yet.
                 delivery.arrived({layer: rows for layer, rows in self._rows if layer not in delivery.rows})

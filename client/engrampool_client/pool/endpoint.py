@@ -181,7 +181,7 @@ class Endpoint:
         if connection is None:
             return None
         try:
-            if connection.send_now(small.what, small.counts, small.ids, left_s):
+            if self._small.send_now(connection, small, left_s):
                 return self._small(native, connection, small, self._answered, self.breaker.failed)
         except OSError:  # it broke, or takes nothing
             pass

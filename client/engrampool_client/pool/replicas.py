@@ -84,6 +84,8 @@ class ReplicaSet:
     @property
     def sends(self) -> bool:
         """Whether `send` may well send, now."""
+        if len(self.replicas) == 1:
+            return self.replicas[0].sends
         sends = False
         for endpoint in self.replicas:
             if endpoint.attached:

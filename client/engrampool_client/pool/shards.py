@@ -195,7 +195,9 @@ class Shards:
     @property
     def sends(self) -> bool:
         """Whether `send` may well send, now."""
-        return bool(self._sets) and all(one.sends for one in self._sets)
+        if self._spread is None:  # as of `send`; each call counts where caches are cold
+            return len(self._sets) == 1 and self._sets[0].sends
+        return all(one.sends for one in self._sets)
 
     def send(self, small: Small, deadline: float) -> "Request | None":
         """Have a small request sent at once, to each shard that has some of its rows; None if that cannot be."""

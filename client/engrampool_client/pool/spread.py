@@ -29,18 +29,18 @@ class Spread:
         model, version, layers = small.what
         entries = np.empty((len(layers), kernel.ENTRY_WORDS), np.int64)
         at = 0
-        for place, (layer, count) in enumerate(zip(layers, small.counts, strict=True)):
+        for place, (layer, count) in enumerate(zip(layers, small.counts.tolist(), strict=True)):
             id_bytes, ranges_at, ranges = self._ranges[layer]
             entries[place] = at, count, id_bytes, ranges_at, ranges
             at += frames.padded(count * id_bytes)
         out = np.zeros(at + frames.ALIGNMENT * self._shards * len(layers), np.uint8)
-        places = np.empty(sum(small.counts), np.int64)
+        places = np.empty(sum(small.counts.tolist()), np.int64)
         parts = np.zeros((self._shards, len(layers), kernel.PART_WORDS), np.int64)
-        kernel.spread(np.frombuffer(small.ids, np.uint8), entries, self._starts, self._holders, out, places, parts)
+        kernel.spread(small.ids, entries, self._starts, self._holders, out, places, parts)
         found = {}
         for shard, part in enumerate(parts.tolist()):
             counts, rows, theirs, nbytes, begin, end = [], {}, {}, 0, part[0][kernel.IDS_AT], 0
-            for layer, whole, (count, ids_at, places_at) in zip(layers, small.counts, part, strict=True):
+            for layer, whole, (count, ids_at, places_at) in zip(layers, small.counts.tolist(), part, strict=True):
                 if not count:
                     continue
                 counts.append(count)
@@ -51,5 +51,5 @@ class Spread:
                 end = ids_at + frames.padded(count * self._ranges[layer][0])
             if counts:
                 what = model, version, tuple(rows)
-                found[shard] = Small(what, counts, out[begin:end].data, rows, (), nbytes, theirs)
+                found[shard] = Small(what, np.array(counts), out[begin:end], rows, (), nbytes, theirs)
         return found

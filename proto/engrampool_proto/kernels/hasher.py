@@ -3,7 +3,7 @@
 The numpy forms are the specification; every id and key is equal to theirs.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,16 @@ from engrampool_proto.kernels.jit import kernel, view
 from engrampool_proto.spec import ModelSpec, RowIds, TableSpec
 
 _U = np.uint64
-_BATCH = (
+# What every kernel takes of a batch.
+BATCH = (
     view(types.int32, 1, "A"),  # tokens
     view(types.int32, 1, "A"),  # query_start_loc
     view(types.int32, 2, "A"),  # lookback
     view(types.boolean, 1, "A"),  # dead, empty for none
     view(types.boolean, 2, "A"),  # lookback_dead, empty for none
 )
-_NONE_DEAD = np.empty(0, np.bool_)
-_NO_LOOKBACK_DEAD = np.empty((0, 0), np.bool_)
+NONE_DEAD = np.empty(0, np.bool_)
+NO_LOOKBACK_DEAD = np.empty((0, 0), np.bool_)
 _NO_MAP = np.empty(0, np.int32)
 _OUT = (types.uint32[:, ::1], types.uint64[:, ::1])
 _KEYS = types.int64[:, ::1]
@@ -89,8 +90,8 @@ def _row(mix: Any, modulus: Any, inverse: Any) -> Any:
     return modulus - _U(1) - rest if sign else rest
 
 
-@kernel(types.boolean(*_BATCH, types.int64))
-def _all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, vocab_size: Any) -> bool:
+@kernel(types.boolean(*BATCH, types.int64))
+def all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, vocab_size: Any) -> bool:
     """Whether every live token is in [0, vocab_size), and in [-1, vocab_size) for the look-back."""
     for at in range(tokens.size):
         if not (dead.size and dead[at]) and not 0 <= tokens[at] < vocab_size:
@@ -106,7 +107,7 @@ def _all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookb
 @kernel(
     *(
         types.void(
-            *_BATCH,
+            *BATCH,
             view(types.int32),
             view(types.int64),
             view(types.int64),
@@ -120,7 +121,7 @@ def _all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookb
         for out in _OUT
     )
 )
-def _xor_mix(
+def xor_mix(
     tokens: Any,
     bounds: Any,
     lookback: Any,
@@ -163,7 +164,7 @@ def _xor_mix(
 @kernel(
     *(
         types.void(
-            *_BATCH,
+            *BATCH,
             view(types.uint64, 2),
             view(types.int64),
             view(types.uint64),
@@ -175,7 +176,7 @@ def _xor_mix(
         for out in _OUT
     )
 )
-def _polynomial(
+def polynomial(
     tokens: Any,
     bounds: Any,
     lookback: Any,
@@ -205,8 +206,8 @@ def _polynomial(
                 out[position, column] = offsets[column] + total
 
 
-@kernel(*(types.void(*_BATCH, types.int64, types.uint64, out) for out in _OUT))
-def _identity(
+@kernel(*(types.void(*BATCH, types.int64, types.uint64, out) for out in _OUT))
+def identity(
     tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, offset: Any, out: Any
 ) -> None:
     """`Identity.rows`."""
@@ -215,7 +216,7 @@ def _identity(
         out[at, 0] = offset + (_U(0) if unreadable else _U(tokens[at]))
 
 
-@kernel(types.void(*_BATCH, view(types.int32), view(types.int64), types.int64, types.int64, _KEYS))
+@kernel(types.void(*BATCH, view(types.int32), view(types.int64), types.int64, types.int64, _KEYS))
 def _xor_mix_keys(
     tokens: Any,
     bounds: Any,
@@ -255,7 +256,7 @@ def _xor_mix_rows_of(keys: Any, moduli: Any, inverses: Any, offsets: Any, out: A
 
 @kernel(
     types.void(
-        *_BATCH, view(types.uint64, 2), view(types.int64), view(types.uint64), view(types.uint64), types.int64, _KEYS
+        *BATCH, view(types.uint64, 2), view(types.int64), view(types.uint64), view(types.uint64), types.int64, _KEYS
     )
 )
 def _polynomial_keys(
@@ -271,7 +272,7 @@ def _polynomial_keys(
     stop: Any,
     out: Any,
 ) -> None:
-    """`Polynomial.keys`. weights, orders, stop: as of `_polynomial`."""
+    """`Polynomial.keys`. weights, orders, stop: as of `polynomial`."""
     ids = np.empty(weights.shape[1], np.int64)
     for request in range(lookback.shape[0]):
         _look_back(lookback, lookback_dead, request, ids)
@@ -285,7 +286,7 @@ def _polynomial_keys(
                 out[column, position] = np.int64(total)
 
 
-@kernel(types.void(*_BATCH, types.int64, _KEYS))
+@kernel(types.void(*BATCH, types.int64, _KEYS))
 def _identity_keys(
     tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, out: Any
 ) -> None:
@@ -295,11 +296,14 @@ def _identity_keys(
         out[0, at] = 0 if unreadable else tokens[at]
 
 
+FAMILIES: tuple[Callable[..., None], ...] = (xor_mix, polynomial, identity)
+
+
 class Hasher:
     """What `ModelSpec.hash` and `HashFamily` compute, of a model whose constants were laid out for the kernels once."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+        self.spec = spec
         token_map = _NO_MAP if spec.token_map is None else spec.token_map.ids
         self._kernels = {table.layer: _of_table(table, token_map) for table in spec.tables}
 
@@ -313,15 +317,16 @@ class Hasher:
         rows: dict[int, RowIds] = {
             table.layer: np.empty((batch.num_tokens, table.heads), table.id_dtype) for table in tables
         }
-        self.put_rows(batch, rows)
-        return rows
-
-    def put_rows(self, batch: TokenBatch, to: Mapping[int, RowIds]) -> None:
-        """As `rows`, of the layers that there are arrays for: of such dtype and shape, C-contiguous."""
         arrays = self._checked(batch)
-        for layer, out in to.items():
+        for layer, out in rows.items():
             kernels = self._kernels[layer]
             kernels.rows(*arrays, *kernels.rows_constants, out)
+        return rows
+
+    def constants(self, layer: int) -> tuple[int, tuple[Any, ...]]:
+        """The place in FAMILIES of the kernel that makes a layer's row ids, and what it takes besides."""
+        kernels = self._kernels[layer]
+        return FAMILIES.index(kernels.rows), kernels.rows_constants
 
     def keys(self, batch: TokenBatch, layers: Iterable[int] | None = None) -> dict[int, npt.NDArray[np.int64]]:
         """`HashFamily.keys` of each layer's family: int64 [groups, T]. layers, errors: as of `rows`."""
@@ -344,20 +349,20 @@ class Hasher:
             _xor_mix_rows_of(keys, moduli[columns], inverses[columns], table.head_offsets[columns], out)
 
     def _tables(self, layers: Iterable[int] | None) -> Iterable[TableSpec]:
-        spec = self._spec
+        spec = self.spec
         return spec.tables if layers is None else [spec.table(layer) for layer in layers]
 
     def _checked(self, batch: TokenBatch) -> tuple[npt.NDArray[Any], ...]:
         """What kernels take of a batch. Raises BatchError as `rows` does."""
-        spec = self._spec
+        spec = self.spec
         arrays = (
             batch.tokens,
             batch.query_start_loc,
             batch.lookback,
-            _NONE_DEAD if batch.dead is None else batch.dead,
-            _NO_LOOKBACK_DEAD if batch.lookback_dead is None else batch.lookback_dead,
+            NONE_DEAD if batch.dead is None else batch.dead,
+            NO_LOOKBACK_DEAD if batch.lookback_dead is None else batch.lookback_dead,
         )
-        if batch.lookback.shape[1] > spec.lookback or not _all_in_vocabulary(*arrays, spec.vocab_size):
+        if batch.lookback.shape[1] > spec.lookback or not all_in_vocabulary(*arrays, spec.vocab_size):
             batch.check_tokens(spec.vocab_size, spec.lookback)  # which says what is wrong, and where
         return arrays
 
@@ -383,7 +388,7 @@ def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> _Kernels:
     family, offsets = table.hash, table.head_offsets
     groups = len(family.groups())
     if isinstance(family, Identity):
-        return _Kernels(groups, _identity, (family.num_rows, offsets[0]), _identity_keys, (family.num_rows,))
+        return _Kernels(groups, identity, (family.num_rows, offsets[0]), _identity_keys, (family.num_rows,))
     moduli = np.array(family.head_rows(), np.uint64)
     inverses = np.uint64(2**64 - 1) // moduli
     if isinstance(family, XorMix):
@@ -391,14 +396,14 @@ def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> _Kernels:
         multipliers, stop = np.array(family.multipliers, np.int64), _or_none(family.stop)
         rows = (token_map, multipliers, ends, moduli, inverses, offsets, family.fill, stop)
         keys = (token_map, multipliers, family.fill, stop)
-        return _Kernels(groups, _xor_mix, rows, _xor_mix_keys, keys, (moduli, inverses))
+        return _Kernels(groups, xor_mix, rows, _xor_mix_keys, keys, (moduli, inverses))
     if isinstance(family, Polynomial):
         orders = np.repeat(np.arange(2, len(family.moduli) + 2), [len(heads) for heads in family.moduli])
         weights = np.zeros((len(moduli), family.lookback + 1), np.uint64)
         for column, factors in enumerate(f for heads in family.weights for f in heads):
             weights[column, : orders[column]] = factors[: orders[column]]
         constants, stop = (weights, orders, moduli, inverses), _or_none(family.stop)
-        return _Kernels(groups, _polynomial, (*constants, offsets, stop), _polynomial_keys, (*constants, stop))
+        return _Kernels(groups, polynomial, (*constants, offsets, stop), _polynomial_keys, (*constants, stop))
     raise SpecError(f"there is no kernel for hash family {family.FAMILY!r}; update the server, or this client")
 
 

@@ -18,15 +18,17 @@ ENDED, LATE = 0, -1
 _U, _I = types.uint64, types.int32
 _recv = types.ExternalFunction("recv", types.int64(_I, _U, _U, _I))
 _send = types.ExternalFunction("send", types.int64(_I, _U, _U, _I))
+_sendmsg = types.ExternalFunction("sendmsg", types.int64(_I, _U, _I))
 _poll = types.ExternalFunction("poll", _I(_U, _U, _I))
+_getrandom = types.ExternalFunction("getrandom", types.int64(_U, _U, types.uint32))
 _clock_gettime = types.ExternalFunction("clock_gettime", _I(_I, _U))
 _DONTWAIT, _NOSIGNAL = 0x40, 0x4000
 _POLLIN, _POLLOUT, _POLLOVER = 1, 4, 0x38  # the last: an error, the end, or no socket
 _MONOTONIC = 1
 # Errors that come and go (no memory for a moment) are tried again so often; to look at errno is not for compiled code.
 _TRIES = 1000
-# Memory that the calls need: a pollfd, and a timespec.
-SCRATCH_WORDS = 3
+# Memory that the calls need: a pollfd, and a timespec; a msghdr of two pieces.
+SCRATCH_WORDS, MESSAGE_WORDS = 3, 11
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -131,6 +133,28 @@ def send_all(fd: Any, at: Any, nbytes: Any, until: Any, patience_ns: Any, scratc
             return ready
         tries += 1
     return nbytes if sent == nbytes else ENDED
+
+
+@njit  # type: ignore[untyped-decorator]
+def send_at_once(fd: Any, first: Any, rest: Any, scratch: Any) -> Any:
+    """Whether the system took two arrays without waiting. What it took of less is of no use to anybody.
+
+    Arrays and no addresses: numba lets go of its caller's own as soon as nothing refers to them. scratch: int64
+    [MESSAGE_WORDS].
+    """
+    scratch[:] = 0
+    scratch[2], scratch[3] = np.int64(scratch.ctypes.data) + 56, 2  # of the pieces, and how many
+    scratch[7], scratch[8] = np.int64(first.ctypes.data), first.nbytes
+    scratch[9], scratch[10] = np.int64(rest.ctypes.data), rest.nbytes
+    sent = _sendmsg(fd, np.uint64(scratch.ctypes.data), np.int32(_DONTWAIT | _NOSIGNAL))
+    return sent == first.nbytes + rest.nbytes
+
+
+@njit  # type: ignore[untyped-decorator]
+def random_word(scratch: Any) -> Any:
+    """A uint64 that nobody can guess, nor a process that this one is forked from; 0 where there is none."""
+    got = _getrandom(np.uint64(scratch.ctypes.data), np.uint64(8), np.uint32(0))
+    return np.uint64(scratch[0]) if got == 8 else np.uint64(0)
 
 
 @kernel(types.int64(types.int32, types.uint8[::1], types.int64, types.int64, types.int64, types.int64[::1]))

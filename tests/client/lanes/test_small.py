@@ -63,9 +63,9 @@ class Asking:
         taken = made.take()
         assert taken is not None
         self.connection = taken
-        ids = memoryview(bytes(frames.padded(4 * count) * len(LAYERS)))
-        small = Small(("m", "v", LAYERS), [count] * len(LAYERS), ids, self.rows.arrays, (), 6 * count)
-        assert taken.send_now(small.what, small.counts, small.ids, LIMIT_S)
+        ids, counts = np.zeros(frames.padded(4 * count) * len(LAYERS), np.uint8), np.full(len(LAYERS), count)
+        small = Small(("m", "v", LAYERS), counts, ids, self.rows.arrays, (), 6 * count)
+        assert SmallRequest.send_now(taken, small, LIMIT_S)
         self.request = SmallRequest(made, taken, small, self.answered.append, self.late.append)
         self.given: list[int] = []
 

@@ -235,7 +235,7 @@ def test_a_server_that_is_late_costs_no_connection(client, silent, monkeypatch, 
             if waits:
                 with pytest.raises(DeadlineError):
                     step.rows(14)
-            eventually(lambda: step.delivery.ended, "its deadline")
+            eventually(lambda delivery=step.delivery: delivery.ended, "its deadline")
         assert isinstance(step.delivery.error, DeadlineError)
         eventually(lambda: client._shards.sends, "its answers were passed over")
         assert right(client, client.prefetch(FEW))
@@ -292,6 +292,22 @@ def test_a_server_that_is_frozen_for_long_is_asked_over_another_connection(clien
         eventually(lambda: step.delivery.receiver is None, "handed over")
     waiter.join(LIMIT_S)
     assert np.array_equal(found[0], expected(client.spec, FEW)[14])
+    at_rest(client)
+
+
+def test_what_was_asked_for_is_asked_for_again_whatever_was_written_over_it_since(client, silent):
+    given = MANY.copy(), np.arange(len(MANY) + 1, dtype=np.int32), np.zeros((len(MANY), 3), np.int32)
+    wanted = client.lookup(*given)
+    eventually(lambda: client._shards.sends, "the lane is there")
+    with silent.frozen():
+        step = client.prefetch(*given, timeout_s=LIMIT_S)
+        assert step.delivery.receiver is not None
+        for array in given:
+            array[:] = 1
+        for endpoint in client._shards._open.values():
+            for connection in list(endpoint._native._open):
+                connection.shut()
+    assert all(np.array_equal(step.rows(layer), wanted[layer]) for layer in step.layers)
     at_rest(client)
 
 

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.usefixtures("patient")
 COUNT = 50  # rows of each layer
 LAYERS = (2, 9)
 NBYTES = 3 * COUNT * len(LAYERS)
+# Of one row of each.
+ONE_EACH = Small(("m", "v", LAYERS), np.ones(2, np.int64), np.zeros(16, np.uint8), {}, (), 6)
 
 
 class Server:
@@ -50,7 +52,7 @@ class Server:
         connection = self.lane.take()
         if connection is None:
             return None
-        assert connection.send_now(small.what, small.counts, small.ids, deadline - time.monotonic())
+        assert SmallRequest.send_now(connection, small, deadline - time.monotonic())
         return SmallRequest(self.lane, connection, small, lambda _: self.said.append("answered"), self.failed)
 
     def doubt(self) -> None:
@@ -72,8 +74,8 @@ class Asked:
         for _ in range(20 * tokens):
             self.set.budget.earn()
         self.rows = {layer: np.zeros((COUNT, 3), np.uint8) for layer in LAYERS}
-        ids = memoryview(bytes(frames.padded(4 * COUNT) * len(LAYERS)))
-        self.small = Small(("m", "v", LAYERS), [COUNT] * len(LAYERS), ids, self.rows, (), NBYTES)
+        ids = np.zeros(frames.padded(4 * COUNT) * len(LAYERS), np.uint8)
+        self.small = Small(("m", "v", LAYERS), np.full(len(LAYERS), COUNT), ids, self.rows, (), NBYTES)
         request = self.set.send(self.small, time.monotonic() + LIMIT_S)
         assert isinstance(request, Raced)
         self.request = request
@@ -275,16 +277,12 @@ def test_attached_memory_is_read_and_a_set_that_cannot_send_sends_nothing():
             lane.drop(taken)
         made.replicas = (Server(one), Server(other))  # type: ignore[assignment]
         assert not made.sends
-        assert (
-            made.send(Small(("m", "v", LAYERS), [1, 1], memoryview(bytes(16)), {}, (), 6), time.monotonic() + 1) is None
-        )
+        assert made.send(ONE_EACH, time.monotonic() + 1) is None
 
 
 def test_what_is_over_the_limits_of_a_set_is_not_sent():
     with peer(silent) as one:
         made = ReplicaSet({}, set(), Stats(LAYERS))
         made.replicas, made.fits_bytes = (Server(one),), 5  # type: ignore[assignment]
-        assert (
-            made.send(Small(("m", "v", LAYERS), [1, 1], memoryview(bytes(16)), {}, (), 6), time.monotonic() + 1) is None
-        )
+        assert made.send(ONE_EACH, time.monotonic() + 1) is None
         assert one.idle

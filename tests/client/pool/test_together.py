@@ -134,7 +134,8 @@ def test_ids_and_places_of_each_shard_are_those_of_its_rows(data, shards):
     }
     ids = b"".join(rows.tobytes().ljust(frames.padded(rows.nbytes), b"\0") for rows in asked.values())
     rows = {layer: np.empty((len(wanted), 3), np.uint8) for layer, wanted in asked.items()}
-    whole = Small(("m", "v", tuple(layers)), [len(one) for one in asked.values()], memoryview(ids), rows, (), 0)
+    counts = np.array([len(one) for one in asked.values()])
+    whole = Small(("m", "v", tuple(layers)), counts, np.frombuffer(bytearray(ids), np.uint8), rows, (), 0)
     cut = Spread(SPEC, routes, shards).of(whole)
     seen = {layer: np.zeros(len(wanted), int) for layer, wanted in asked.items()}
     for shard, part in cut.items():

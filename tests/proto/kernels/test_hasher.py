@@ -11,10 +11,11 @@ from hash_reference import Request
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engrampool_proto import hashing
+from engrampool_proto import frames, hashing
 from engrampool_proto.builders import blueprint
 from engrampool_proto.errors import BatchError, SpecError
 from engrampool_proto.hashing import Identity, Polynomial, TokenBatch, XorMix
+from engrampool_proto.kernels.ask import Ids
 from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.token_map import TokenMap
@@ -42,6 +43,26 @@ def assert_same(spec: ModelSpec, batch: TokenBatch, hasher: Hasher | None = None
         assert ours[layer].flags.c_contiguous
         np.testing.assert_array_equal(ours[layer], ids)
     assert_same_keys(spec, batch, hasher or Hasher(spec), wanted)
+    assert_same_in_frames(spec, batch, hasher or Hasher(spec), wanted)
+
+
+def assert_same_in_frames(spec: ModelSpec, batch: TokenBatch, hasher: Hasher, rows: dict[int, np.ndarray]) -> None:
+    """Ids as a frame has them, of all columns and of some: between guards, and with zeros where nothing belongs."""
+    flags = [
+        np.empty((0,) * ndim, np.bool_) if one is None else one
+        for one, ndim in zip((batch.dead, batch.lookback_dead), (1, 2), strict=True)
+    ]
+    given = batch.tokens, batch.query_start_loc, batch.lookback, *flags
+    least = min(table.heads for table in spec.tables)
+    for heads in (None, slice(least - 1, least)):
+        wanted = b""
+        for ids in rows.values():
+            of_layer = (ids if heads is None else ids[:, heads]).tobytes()
+            wanted += of_layer.ljust(frames.padded(len(of_layer)), b"\0")
+        memory = np.full(len(wanted) + 64, 0xA5, np.uint8)
+        memory[32:-32] = 0
+        assert Ids(hasher, spec.layers, heads).put(given, memory[32:-32])
+        assert memory.tobytes() == b"\xa5" * 32 + wanted + b"\xa5" * 32
 
 
 def assert_same_keys(spec: ModelSpec, batch: TokenBatch, hasher: Hasher, rows: dict[int, np.ndarray]) -> None:

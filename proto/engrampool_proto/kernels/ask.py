@@ -1,0 +1,170 @@
+"""The client's side of the direct lane: a small lookup, from a batch of tokens to the frame that asks for its rows.
+
+Few calls from Python, of few arguments each: a decode step makes them once in many milliseconds, and finds nothing of
+them in the processor's caches.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import carray, njit, types
+
+from engrampool_proto import frames
+from engrampool_proto.kernels.hasher import (
+    BATCH,
+    FAMILIES,
+    Hasher,
+    all_in_vocabulary,
+    identity,
+    polynomial,
+    xor_mix,
+)
+from engrampool_proto.kernels.jit import kernel
+from engrampool_proto.kernels.sockets import MESSAGE_WORDS, bytes_at, random_word, send_at_once
+
+# int64 [ENTRY_WORDS], one a layer: by which kernel its ids are made, and their bytes; how many columns the table has,
+# and which of them are asked for. Then each constant of the kernel: an array's address and bytes, or a number.
+_FAMILY, _ID_BYTES, _HEADS, _START, _STOP = range(5)
+_CONSTANTS, _MOST_CONSTANTS = 5, 8
+_ENTRY_WORDS = _CONSTANTS + 2 * _MOST_CONSTANTS
+_XOR_MIX, _POLYNOMIAL, _IDENTITY = (FAMILIES.index(one) for one in (xor_mix, polynomial, identity))
+
+_HEAD_WORDS = frames.HEADER.size // 8
+_U = np.uint64
+
+
+@njit  # type: ignore[untyped-decorator]
+def _number(entry: Any, place: Any) -> Any:
+    return entry[_CONSTANTS + 2 * place]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _ints(entry: Any, place: Any) -> Any:
+    at = _CONSTANTS + 2 * place
+    return carray(bytes_at(_U(entry[at])), entry[at + 1]).view(np.int64)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _words(entry: Any, place: Any) -> Any:
+    at = _CONSTANTS + 2 * place
+    return carray(bytes_at(_U(entry[at])), entry[at + 1]).view(np.uint64)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _hash(entry: Any, tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, out: Any) -> None:
+    """Have the kernel of the table's family write the ids of all columns: uint64 [T, heads]."""
+    if entry[_FAMILY] == _XOR_MIX:
+        token_map = carray(bytes_at(_U(entry[_CONSTANTS])), entry[_CONSTANTS + 1]).view(np.int32)
+        of_ids = _ints(entry, 1), _ints(entry, 2), _words(entry, 3), _words(entry, 4), _words(entry, 5)
+        fill, stop = _number(entry, 6), _number(entry, 7)
+        xor_mix(tokens, bounds, lookback, dead, lookback_dead, token_map, *of_ids, fill, stop, out)
+    elif entry[_FAMILY] == _POLYNOMIAL:
+        flat, orders = _words(entry, 0), _ints(entry, 1)
+        weights = flat.reshape((orders.size, flat.size // orders.size))
+        reduce = orders, _words(entry, 2), _words(entry, 3)
+        polynomial(
+            tokens, bounds, lookback, dead, lookback_dead, weights, *reduce, _words(entry, 4), _number(entry, 5), out
+        )
+    else:
+        identity(tokens, bounds, lookback, dead, lookback_dead, _number(entry, 0), _U(_number(entry, 1)), out)
+
+
+@kernel(types.boolean(*BATCH, types.int64[:, ::1], types.int64, types.int64, types.uint8[::1]))
+def _put_ids(
+    tokens: Any,
+    bounds: Any,
+    lookback: Any,
+    dead: Any,
+    lookback_dead: Any,
+    entries: Any,
+    vocab_size: Any,
+    most_lookback: Any,
+    out: Any,
+) -> bool:
+    """`Ids.put`. The batch is looked at in a copy: whoever changes it meanwhile has other rows, and no more."""
+    count, requests, width = tokens.size, lookback.shape[0], lookback.shape[1]
+    if bounds.size != requests + 1 or width > most_lookback:
+        return False
+    own, own_bounds = np.empty(count, np.int32), np.empty(requests + 1, np.int32)
+    own_lookback = np.empty((requests, width), np.int32)
+    for at in range(count):
+        own[at] = tokens[at]
+    for request in range(requests + 1):
+        own_bounds[request] = bounds[request]
+    for request in range(requests):
+        for back in range(width):
+            own_lookback[request, back] = lookback[request, back]
+    if own_bounds[0] != 0 or own_bounds[requests] != count:
+        return False
+    for request in range(requests):
+        if own_bounds[request + 1] < own_bounds[request]:
+            return False
+    if not all_in_vocabulary(own, own_bounds, own_lookback, dead, lookback_dead, vocab_size):
+        return False
+    begin = 0
+    for table in range(entries.shape[0]):
+        entry = entries[table]
+        first, columns = entry[_START], entry[_STOP] - entry[_START]
+        whole = np.empty((count, entry[_HEADS]), np.uint64)
+        _hash(entry, own, own_bounds, own_lookback, dead, lookback_dead, whole)
+        if entry[_ID_BYTES] == 4:
+            nbytes = 4 * count * columns
+            narrow = out[begin : begin + nbytes].view(np.uint32)
+            for place in range(narrow.size):
+                narrow[place] = whole[place // columns, first + place % columns]
+        else:
+            nbytes = 8 * count * columns
+            wide = out[begin : begin + nbytes].view(np.uint64)
+            for place in range(wide.size):
+                wide[place] = whole[place // columns, first + place % columns]
+        begin += (nbytes + frames.ALIGNMENT - 1) // frames.ALIGNMENT * frames.ALIGNMENT
+    return True
+
+
+class Ids:
+    """The row ids of batches of one model, of some layers and columns, written as they go into a frame."""
+
+    def __init__(self, hasher: Hasher, layers: Sequence[int], heads: slice | None) -> None:
+        """layers: ascending. heads: the columns of every table; None for all."""
+        spec = hasher.spec
+        self._limits = spec.vocab_size, spec.lookback
+        self._entries = np.zeros((len(layers), _ENTRY_WORDS), np.int64)
+        self._kept = []  # what the entries have the address of
+        for entry, layer in zip(self._entries, layers, strict=True):
+            table, (family, constants) = spec.table(layer), hasher.constants(layer)
+            wanted, id_bytes = heads or slice(0, table.heads), np.dtype(table.id_dtype).itemsize
+            entry[:_CONSTANTS] = family, id_bytes, table.heads, wanted.start, wanted.stop
+            for place, constant in enumerate(constants):
+                at = _CONSTANTS + 2 * place
+                if isinstance(constant, np.ndarray):
+                    self._kept.append(constant := np.ascontiguousarray(constant))
+                    entry[at : at + 2] = constant.__array_interface__["data"][0], constant.nbytes
+                else:
+                    entry[at] = np.int64(constant)
+
+    def put(self, batch: Sequence[npt.NDArray[Any]], out: npt.NDArray[np.uint8]) -> bool:
+        """Write the ids of a batch to `out`, layer by layer, each padded; False for a batch that cannot be.
+
+        batch: tokens, boundaries and look-back as `TokenBatch` has them, of such dtypes and dimensions, unchecked; and
+        its flags, checked, or none.
+        """
+        tokens, bounds, lookback, dead, lookback_dead = batch
+        vocab_size, most_lookback = self._limits
+        return _put_ids(tokens, bounds, lookback, dead, lookback_dead, self._entries, vocab_size, most_lookback, out)
+
+
+@kernel(types.uint64(types.int32, types.int64, types.int64, types.int64[::1], types.uint8[::1]))
+def send_lookup(fd: Any, handle: Any, timeout_us: Any, counts: Any, ids: Any) -> Any:
+    """Send a LOOKUP on a socket, all of it at once, and give its number; 0 if that cannot be.
+
+    counts: ids of each layer. ids: as the frame has them.
+    """
+    scratch, head = np.empty(MESSAGE_WORDS, np.int64), np.empty(_HEAD_WORDS + counts.size, np.int64)
+    number = random_word(scratch)
+    head[0], head[1] = frames.LOOKUP | handle << 32, np.int64(number)
+    head[2], head[3] = timeout_us, 8 * counts.size + ids.size
+    for place in range(counts.size):
+        head[_HEAD_WORDS + place] = counts[place]
+    return number if number and send_at_once(fd, head, ids, scratch) else _U(0)
