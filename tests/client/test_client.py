@@ -352,7 +352,8 @@ def test_one_client_in_many_threads(client):
 @pytest.mark.parametrize("lane", LANES.values(), ids=list(LANES))
 def test_a_cancelled_step_ends_at_once_and_harms_no_other(packed, monkeypatch, lane):
     gate = GatherGate(monkeypatch)
-    with serve_thread(packed) as address, Client(address, max_steps=1, direct=lane, timeout_s=60.0) as client:
+    one = {"max_steps": 1, "connections": 1, "timeout_s": 60.0}
+    with serve_thread(packed) as address, Client(address, direct=lane, **one) as client:
         running = client.prefetch(tokens_of(8000))
         gate.wait_begun(1)  # nothing can come
         waiting = client.prefetch(tokens_of(10))
@@ -380,7 +381,8 @@ def test_rows_that_came_before_the_cancel_stay(client):
 def test_waiting_no_longer_than_asked(packed, monkeypatch):
     """The wait for one layer has its own bound, beside the lookup's."""
     gate = GatherGate(monkeypatch)
-    with serve_thread(packed) as address, Client(address, max_steps=1, timeout_s=60.0) as client:
+    one = {"max_steps": 1, "connections": 1, "timeout_s": 60.0}
+    with serve_thread(packed) as address, Client(address, **one) as client:
         blocker = client.prefetch(tokens_of(500))
         gate.wait_begun(1)  # the only place is taken, so nothing can come
         step = client.prefetch([1])

@@ -50,9 +50,10 @@ class Exchange:
         """(layer, row ids [N]) that are asked for; None if tokens are."""
         return self.asked.tables if self.asked.tokens is None else None
 
-    def split(self, count: int) -> "list[Exchange]":
+    def split(self, count: int, between_runs: bool = False) -> "list[Exchange]":
         """Cut into at most `count` requests, each for a run of every layer's rows, all writing into this one's arrays.
 
+        between_runs: rows that belong side by side (`Places`) stay so, which is quicker; parts are then less even.
         A lookup by tokens stays whole: where its rows could be cut, only the server knows. Of no use once rows came.
         """
         most = max((len(ids) for _, ids in self.asked.tables), default=0)
@@ -61,7 +62,7 @@ class Exchange:
         cuts: list[dict[int, slice | npt.NDArray[np.int64]]] = [{} for _ in range(count)]
         for layer, ids in self.asked.tables:
             places = self.landing.places(layer)
-            run = 1 if places is None else places.run  # which stays whole
+            run = places.run if between_runs and places is not None else 1
             for part, cut in enumerate(cuts):
                 start, stop = (len(ids) // run * at // count * run for at in (part, part + 1))
                 cut[layer] = slice(start, stop)

@@ -36,7 +36,7 @@ class Places:
         run = self.run
         if isinstance(some, slice) and some.start % run == some.stop % run == 0:
             return Places(self.rows, self.first[some.start // run : some.stop // run], run)
-        return Places(self.rows, self._each()[some], 1)
+        return Places(self.rows, self._each()[some], 1)  # cut anywhere
 
     def put(self, rows: Rows) -> None:
         """Write rows there that came elsewhere, uint8 [n, row_bytes]."""

@@ -341,7 +341,7 @@ class EndpointRequest:
             raise UnavailableError(f"{endpoint.target} is asked no more, as it was away", "left") from error
 
     def _receive_parts(self, ways: int, patient: bool, early: bool) -> None:
-        lanes, parts = self._endpoint._lanes, self._exchange.split(ways)
+        lanes, parts = self._endpoint._lanes, self._exchange.split(ways, between_runs=True)
         with SideBySide(self._endpoint._parts, self._exchange.delivery) as others:
             for at, part in enumerate(parts[1:], 1):
                 others.begin(self._fetch, lanes[at % len(lanes)], part, 0.0, patient, early)

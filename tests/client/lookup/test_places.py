@@ -183,16 +183,18 @@ class Scattered(Landing):
 
 
 def cut(whole: Exchange, how: str) -> list[Exchange]:
-    if how == "split":
-        parts = whole.split(3)
-        assert all(len(part.asked_tables[0][1]) % 2 == 0 for part in parts)
-        assert all(part.landing.places(2).run == 2 for part in parts)
+    if how.startswith("split"):
+        parts = whole.split(3, between_runs=how == "split between runs")
+        sizes, runs = [len(part.asked_tables[0][1]) for part in parts], [part.landing.places(2).run for part in parts]
+        assert (sizes, runs) == (
+            ([12, 14, 14], [2, 2, 2]) if how == "split between runs" else ([13, 13, 14], [1, 1, 2])
+        )
         return parts
     shards = list(whole.spread({2: Route(np.array([0, 20], np.uint64), np.array([0, 1]))}).values())
     return shards if how == "spread" else [part for shard in shards for part in shard.split(2)]
 
 
-@pytest.mark.parametrize("how", ["split", "spread", "spread and split"])
+@pytest.mark.parametrize("how", ["split", "split between runs", "spread", "spread and split"])
 @pytest.mark.parametrize("one_in", [1, 2, 10])
 def test_parts_whose_rows_come_by_place_or_elsewhere_come_together(how, one_in):
     table = np.random.default_rng(1).integers(1, 256, (50, 3), np.uint8)
@@ -217,5 +219,5 @@ def test_a_layer_that_is_asked_for_again_may_come_another_way():
     landing.by_places(2)
     landing.received(2, 5)
     assert landing.forget_incomplete() == [2]
-    assert not landing._placed
+    assert not landing.placed
     assert landing.have(2) == 0
