@@ -199,12 +199,16 @@ class Lookups:
         hashed = 0 if job.request.tokens is None else _ID_BYTES * sum(count for _, count, _ in job.counts)
         return min(job.answer_bytes, self.held_in_pieces + hashed)
 
+    def inline(self, job: Job) -> bool:
+        """Whether the event loop gathers an answer in pieces itself, as it does one that is small anyway."""
+        return self.gathers_inline or job.answer_bytes <= self.inline_bytes
+
     async def resolve_pieces(self, job: Job, deadline: float | None, nbytes: int) -> tuple[float, list[Piece]]:
         """When work on the job began, and its pieces of about `nbytes`, from the event loop or a thread.
 
         The times are those of time.perf_counter. Raises RefusedError if the deadline has passed then, BatchError.
         """
-        if self.gathers_inline and job.answer_bytes <= _INLINE_RESOLVE_BYTES:
+        if self.inline(job) and job.answer_bytes <= _INLINE_RESOLVE_BYTES:
             return _resolve_pieces(job, deadline, nbytes)
         return await asyncio.get_running_loop().run_in_executor(self.threads, _resolve_pieces, job, deadline, nbytes)
 

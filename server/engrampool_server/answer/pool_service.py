@@ -187,19 +187,15 @@ class PoolService:
             gathered = time.perf_counter() - begin
             last = len(pieces) - 1
 
-            inline = self._lookups.gathers_inline or job.answer_bytes + len(message) <= self._lookups.inline_bytes
-
             def gather(at: int) -> asyncio.Future[tuple[wire.ResponseWriter, float]]:
-                if inline:
-                    return asyncio.ensure_future(_gather_soon(pieces[at], at == last))
                 return loop.run_in_executor(self._lookups.threads, _gather_piece, pieces[at], at == last)
 
-            coming = None if inline else gather(0)
+            coming = None if self._lookups.inline(job) else gather(0)
             for at in range(len(pieces)):
                 writer, seconds = await coming if coming else _gather_piece(pieces[at], at == last)
                 gathered += seconds
                 if at < last:
-                    coming = gather(at + 1)  # while this piece is sent
+                    coming = coming and gather(at + 1)  # while this piece is sent
                 else:
                     times = server_times(arrived, begin, gathered)
                     writer.set_times(times)
@@ -264,11 +260,6 @@ def _gather_piece(piece: Piece, last: bool) -> tuple[wire.ResponseWriter, float]
     writer = wire.ResponseWriter([(piece.table.spec.layer, piece.first, piece.nbytes)], with_times=last)
     piece.table.gather(piece.ids, writer.rows[0])
     return writer, time.perf_counter() - begin
-
-
-async def _gather_soon(piece: Piece, last: bool) -> tuple[wire.ResponseWriter, float]:
-    """As a task it begins once the message before is on its way."""
-    return _gather_piece(piece, last)
 
 
 def _mapped(table: LoadedTable, place: Place) -> pool_pb2.MappedTable:
