@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import choose
+from engrampool_client.compute.layout import Layout
 from engrampool_client.config import ClientConfig, ClientSettings, bounded_s
 from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
@@ -18,7 +19,6 @@ from engrampool_client.errors import BatchError, PoolError, StepCancelledError
 from engrampool_client.event import Event
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.landing import Out, by_layer, check_outs, zeros
-from engrampool_client.lookup.layout import Layout
 from engrampool_client.lookup.query import IntArray, RowQuery, TokenQuery, token_batch
 from engrampool_client.lookup.run import Lookups
 from engrampool_client.lookup.served import ServedModel

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.layout import Layout
 from engrampool_client.errors import FingerprintError
-from engrampool_client.lookup.layout import Layout
 from engrampool_proto.builders import blueprint, load_config
 from engrampool_proto.builders.blueprint import spare_rows
 from engrampool_proto.errors import BatchError, SpecError

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import NUMPY, Form, form_of
+from engrampool_client.compute.layout import Keys, Layout, Part
 from engrampool_client.doctor.replay import Forward
-from engrampool_client.lookup.layout import Keys, Layout, Part
 from engrampool_client.lookup.query import RowQuery, TokenQuery
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec

@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import NUMPY, Form
+from engrampool_client.compute.layout import Keys, Layout, Part
 from engrampool_client.config import Hashing
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import CallersLanding, Landing, Out, Places, hand_over
-from engrampool_client.lookup.layout import Keys, Layout, Part
 from engrampool_client.lookup.query import Query, Sizes, TokenQuery
 from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.small import Small
@@ -94,6 +94,10 @@ class Planner:
         if not self._sends or not sizes.small or query.num_tokens >= self._least_tokens:
             return None
         return Small.of(query, out, sizes)
+
+    def plans_at_once(self, query: Query) -> bool:
+        """Whether to plan it takes no longer than to wake a thread for it, and may be all that is to be done."""
+        return self.form.compiled and self.cache is not None and query.num_tokens < _DEDUPE_TOKENS
 
     def plan_hint(self, delivery: Delivery, query: Query) -> "EntriesPlan":
         """What the cache lacks of rows that nobody has asked for. Raises as `plan` does."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.compute.forms import Hashing, IdWriter
-from engrampool_client.lookup.layout import Keys, Layout
+from engrampool_client.compute.layout import Keys, Layout
 from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import BatchError

@@ -7,10 +7,10 @@ import pytest
 
 from engrampool_client import Client
 from engrampool_client.compute.cache import HotRows
+from engrampool_client.compute.layout import Layout
 from engrampool_client.doctor import cache_sizes
 from engrampool_client.doctor.cache_sizes import CacheSize, best_size, simulate
 from engrampool_client.doctor.replay import Forward
-from engrampool_client.lookup.layout import Layout
 from engrampool_proto.hashing import TokenBatch
 
 VOCAB = 129280

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from engrampool_client import Client
 from engrampool_client.compute.forms import form_of
+from engrampool_client.compute.layout import Layout
 from engrampool_client.errors import (
     DeadlineError,
     OverloadedError,
@@ -34,7 +35,6 @@ from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.layout import Layout
 from engrampool_client.lookup.plan import Planner
 from engrampool_client.lookup.query import TokenQuery, token_batch
 from engrampool_client.lookup.served import ServedModel, choose

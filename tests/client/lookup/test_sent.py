@@ -356,6 +356,26 @@ def test_ctrl_c_at_any_line_of_prefetch_and_rows_leaves_nothing_behind(client, f
             break
 
 
+def test_a_step_that_the_cache_has_is_done_at_once_and_wakes_no_thread(silent):
+    with Client(silent.address, attach="off", cache_bytes=1 << 20) as client:
+        wanted = expected(client.spec, FEW)
+        client.lookup(FEW)
+        with silent.frozen(), Threads() as seen:
+            step = client.prefetch(FEW, timeout_s=600.0)
+            assert step.done()
+        assert not {
+            name for name in {*seen.started, *seen.ran} if name.startswith("engrampool-") and name[11:].isdecimal()
+        }
+        assert all(np.array_equal(step.rows(layer), wanted[layer]) for layer in (1, 14))
+        assert client._versions.current.uses == 0
+        # What it lacks is asked for by a thread.
+        assert right(client, client.prefetch(FEW + 100), FEW + 100)
+        client.close()
+        with pytest.raises(PoolError, match="closed"):
+            client.prefetch(FEW + 200)
+        assert client._versions.current.uses == 0
+
+
 def test_a_step_that_is_read_from_memory_is_planned_once(packed, tmp_path):
     # The server is a process of its own: it lets callers of its own user map its tables.
     with serve_process(packed, workers=1, memory=f"file:{tmp_path}") as server, Client(server.address) as client:
