@@ -46,6 +46,7 @@ test-engines: export PYTHONPATH := $(CURDIR)/$(ENGINES)/wheels/unpacked
 test-engines: export TRITON_INTERPRET := 1
 test-engines: export CUDA_VISIBLE_DEVICES :=
 test-engines: $(ENGINES)/installed
+	$(ENGINES)/bin/python -c "$(KERNELS)"
 	$(ENGINES)/bin/python -m pytest tests/engines
 
 tiny-lm: $(VENV)/torch-installed

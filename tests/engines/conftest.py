@@ -8,7 +8,7 @@ import importlib.machinery
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -18,9 +18,10 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
+from engrampool_client.testing import ServerProcess, serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
-from small_model import CONFIG, TOKENIZER, small_spec
+from small_model import CONFIG, TOKENIZER, small_spec, write_model
 
 HERE = find_spec("vllm") is not None
 _COMPARED: Counter[str] = Counter()
@@ -73,6 +74,12 @@ def config() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def spec() -> ModelSpec:
     return small_spec()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec) -> Iterator[ServerProcess]:
+    with serve_process(write_model(tmp_path_factory.mktemp("served") / "model", spec)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
