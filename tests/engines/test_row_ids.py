@@ -7,6 +7,9 @@ import pytest
 
 from engrampool_client import FingerprintError
 from engrampool_client.engine_checks import check_layout
+from engrampool_proto.builders import blueprint
+from engrampool_proto.spec import ModelSpec
+from engrampool_server.files.synth import synthetic_model
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-engines` installs it")
 pytest.importorskip("vllm", reason="the engines are not there; `make test-engines` unpacks them")
@@ -139,3 +142,48 @@ def test_sglang_stages_the_windows_that_we_hash(sglang_hash, spec, sequences, sa
     theirs, _ = sglang_hash.hash_windows(*stager._windows(batch))
     for at, ours in enumerate(spec.hash(made.batch).values()):
         same("sglang", "EngramRowStager windows, hashed", theirs[:, at].numpy(), ours.astype(np.int64))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_qwens_per_layer_embedding_hashes_alike(sequences, same, seed):
+    from vllm.models.qwen4_exp.common.ops.ple import ple_ngram_ids
+    from vllm.models.qwen4_exp.nvidia.ngram_embedding import Qwen4ExpNGramEmbedding as Theirs
+
+    config = {**synthetic_model("qwen-ple", 1000).config, "ple_layer_ids": [2, 5]}
+    spec, eos = blueprint(config).spec, config["eos_token_id"]
+    made = sequences(seed, spec.vocab_size, dead=False)
+    for past in made.histories:
+        past[::7] = eos
+    made.depth = spec.lookback
+    context = made.before(made.histories, eos)[:, ::-1].copy()
+    for at, (layer, ours) in enumerate(spec.hash(made.batch).items()):
+        theirs = Theirs.__new__(Theirs)  # its constructor wants a whole engine; the numbers are what it would make
+        torch.nn.Module.__init__(theirs)
+        theirs.ngram_size, theirs.heads_per_ngram, theirs.eos_token_id = 3, 8, eos  # as its config has by default
+        multipliers = theirs._make_layer_multipliers(
+            ngram_size=theirs.ngram_size,
+            unigram_vocab_size=config["vocab_size"],
+            seed=1234,
+            ple_dense_layer_id=at,
+        )
+        sizes, offsets, _ = theirs._make_vocab_layout(
+            ngram_vocab_size_base=config["ngram_vocab_size_base"],
+            ngram_heads=(theirs.ngram_size - 1) * theirs.heads_per_ngram,
+            ple_dense_layer_id=at,
+        )
+        theirs.layer_multipliers = torch.tensor(multipliers)
+        theirs.ngram_heads_vocab_sizes, theirs.ngram_heads_offsets = torch.tensor(sizes), torch.tensor(offsets)
+        table = spec.table(layer)
+        check_layout(ModelSpec("one", spec.vocab_size, (table,)), {layer: sizes}, table.row_bytes, None)
+        batch = torch.from_numpy(made.batch.tokens), torch.from_numpy(made.bounds), torch.from_numpy(context)
+        found = theirs.compute_ngram_ids(*batch)
+        same("vllm", "Qwen4ExpNGramEmbedding.compute_ngram_ids", found.numpy(), ours.astype(np.int64))
+        found = ple_ngram_ids(
+            *batch,
+            theirs.layer_multipliers,
+            theirs.ngram_heads_vocab_sizes,
+            theirs.ngram_heads_offsets,
+            eos,
+            theirs.heads_per_ngram,
+        )
+        same("vllm", "ple_ngram_ids, the kernel", found.numpy(), ours.astype(np.int64))

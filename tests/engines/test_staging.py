@@ -39,7 +39,8 @@ def staging(server, monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory, **settings: zeros(*shape, **settings))
-    made = Staging(Client(server.address), [1, 14], 24, 10, torch.device("cuda"))
+    with torch.device("meta"):  # as an engine builds its model for a GPU
+        made = Staging(Client(server.address), [1, 14], 24, 10, torch.device("cuda"))
     made.events = [Event.made[2:4], Event.made[:2]]  # a forward takes the turn that is longest unused
     yield made
     for event in Event.made:

@@ -35,18 +35,15 @@ class Staging:
         self._quiet = 0
         self._thread = ThreadPoolExecutor(1, "engrampool-engine") if device.type == "cuda" else None
         pinned = self._thread is not None
+
+        def memory(width: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            # An engine builds its model where its GPU is the default device.
+            return torch.zeros((max_tokens, columns, *width), dtype=dtype, device="cpu", pin_memory=pinned)
+
         self._turns = [
             _Turn(
-                {
-                    layer: torch.zeros(
-                        (max_tokens, columns, client.spec.table(layer).row_bytes), dtype=torch.uint8, pin_memory=pinned
-                    )
-                    for layer in self.layers
-                },
-                {
-                    layer: torch.zeros((max_tokens, columns), dtype=torch.int32, pin_memory=pinned)
-                    for layer in self.layers
-                },
+                {layer: memory((client.spec.table(layer).row_bytes,), torch.uint8) for layer in self.layers},
+                {layer: memory((), torch.int32) for layer in self.layers},
                 pinned,
             )
             for _ in range(_TURNS)
@@ -108,13 +105,15 @@ class Staging:
 
 
 class _Turn:
-    """What a forward's ids and rows lie in: tensors of max_tokens by layer.
+    """What a forward's ids and rows lie in: tensors of max_tokens by layer, and the same memory as arrays.
 
     put, copied: of a GPU, when the ids came here, and when the last of the rows that were copied there were there.
     """
 
     def __init__(self, rows: dict[int, torch.Tensor], ids: dict[int, torch.Tensor], pinned: bool) -> None:
         self.rows, self.ids = rows, ids
+        self.rows_array = {layer: one.numpy() for layer, one in rows.items()}
+        self.ids_array = {layer: one.numpy() for layer, one in ids.items()}
         self.put: Any = torch.cuda.Event() if pinned else None
         self.copied: Any = torch.cuda.Event() if pinned else None
 
@@ -131,10 +130,14 @@ class _Forward:
 
     def put(self, layer: int, ids: torch.Tensor) -> None:
         """Have the ids copied to the host."""
-        place = self._turn.ids[layer][: len(ids)]
-        if not self.dummy:
-            place.copy_(ids, non_blocking=True)
-        self.ids[layer] = place.numpy()
+        tokens = len(ids)
+        place = self.ids[layer] = self._turn.ids_array[layer][:tokens]
+        if self.dummy:
+            return
+        if ids.is_cuda:
+            self._turn.ids[layer][:tokens].copy_(ids, non_blocking=True)
+        else:
+            place[...] = ids.numpy()  # PyTorch would share so little among threads, and wait for them
 
     def ask(self, thread: ThreadPoolExecutor | None) -> None:
         """Begin the lookup; what it fails with is raised by `rows`."""
@@ -161,27 +164,26 @@ class _Forward:
         """The step; None if there is no row to be asked for."""
         wanted = {}
         for layer, ids in self.ids.items():
-            absent = ids < 0
-            if absent.all():
-                self._turn.rows[layer][: len(ids)] = 0
-                continue
-            if absent.any():
+            if ids.size == 0 or ids.min() < 0:
+                absent = ids < 0
+                if absent.all():
+                    self._turn.rows_array[layer][: len(ids)] = 0
+                    continue
                 self._absent[layer] = absent
                 ids = np.where(absent, 0, ids)  # some row that there is
             wanted[layer] = ids
-        out = {layer: self._turn.rows[layer][: len(ids)].numpy() for layer, ids in wanted.items()}
+        out = {layer: self._turn.rows_array[layer][: len(ids)] for layer, ids in wanted.items()}
         return self._client.prefetch_rows(wanted, out=out) if wanted else None
 
     def rows(self, layer: int) -> torch.Tensor:
         """As `Staging.rows`."""
         step = self._step.result()
-        rows = self._turn.rows[layer][: len(self.ids[layer])]
         if step is not None and layer in step.layers:
             step.rows(layer)
             absent = self._absent.pop(layer, None)
             if absent is not None:
-                rows[torch.from_numpy(absent)] = 0
-        return rows
+                self._turn.rows_array[layer][: len(absent)][absent] = 0
+        return self._turn.rows[layer][: len(self.ids[layer])]
 
     def give_up(self) -> None:
         """Nothing is written into the turn's memory any more once this returns."""
