@@ -2,7 +2,7 @@
 
 Row ids of both layers of V4.1, new ones in each forward, into memory that lasts. The client alone: `prefetch_rows` and
 `rows` of each layer. Staging: `start` and `rows` of each layer, of tensors of the CPU. They take turns. Prints medians
-in milliseconds, by the clock and of the calling thread's CPU time, and of the differences of two that follow each other.
+in milliseconds, by the clock and of the calling thread's CPU time, and of differences of two that follow each other.
 """
 
 import argparse

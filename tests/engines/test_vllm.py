@@ -348,6 +348,35 @@ def test_warming_up_profiling_and_capturing_ask_nobody(ranks, engine, some_ids, 
         assert stats.bytes["wire"] == 2 * asked, "only the forwards before and after were asked for"
 
 
+def test_pieces_of_a_graph_are_replayed_with_the_rows_of_each_forward(ranks, some_ids, monkeypatch):
+    """As the engine captures: what runs between pieces is kept, and called again with the same memory, filled anew."""
+    import vllm.compilation.breakable_cudagraph as breakable
+
+    between = []
+
+    def add_eager(run):
+        between.append(run)
+        return run()
+
+    capture = SimpleNamespace(_capturing=True, add_eager=add_eager)
+    with ranks(1).make().at(0) as made:
+        right = [forward(made, (some_ids + shift) % 1000) for shift in (0, 300, 600)]
+        before, lasting = made.worker.client.stats.bytes["wire"], torch.zeros_like(some_ids)
+        with monkeypatch.context() as patch, made.worker.staging.quiet():
+            patch.setattr(breakable, "weak_ref_tensor", lambda tensor: tensor)  # it is compiled, and for CUDA
+            patch.setattr(breakable.BreakableCUDAGraphCapture._tls, "active", capture, raising=False)
+            captured = forward(made, lasting)
+        assert len(between) == 4
+        assert not any(one.view(torch.int16).any() for one in captured)
+        assert made.worker.client.stats.bytes["wire"] == before, "a capture asks nobody"
+        for shift, wanted in zip((0, 300, 600), right, strict=True):
+            lasting.copy_((some_ids + shift) % 1000)
+            for run in between:
+                run()
+            for layer, one in zip(made.layers, wanted, strict=True):
+                np.testing.assert_array_equal(bits(layer.staged_rows[: len(lasting)]), bits(one))
+
+
 # --- refusals
 
 
