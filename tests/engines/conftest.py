@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "engines" in item.path.parts:
             # The engines' packages warn of much when they are imported, and so does the interpreter.
             item.add_marker(pytest.mark.filterwarnings("default"))
+            # Forks come of a process that imports more than is installed here.
+            item.add_marker("executed")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
