@@ -3,6 +3,7 @@
 # make test-quick  the tests that start no other program, with fewer examples each, for between two changes
 # make test-torch  the tests that need PyTorch, which is installed for them and which the others do without
 # make test-ray  the tests that need Ray, likewise
+# make test-engines  the tests on the own code of vLLM and SGLang, in an environment of its own; downloads about 800 MB
 # make tiny-lm  train a small Engram model, serve its tables, and compare every logit with tables in the process
 # make bench  measure side by side with peers, about 13 minutes; see bench/RESULTS.md. JSON=FILE writes the records
 # make bench-quick  the same in about 3 minutes, with fewer repeats
@@ -11,12 +12,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+ENGINES ?= .venv-engines
+ENGINE_WHEELS := vllm==0.33.0 sglang==0.5.23
 # Four processes share the tests, for two cores, as many of them wait; what one has not begun another may take.
 AT_ONCE ?= --numprocesses 4 --dist worksteal
 # They start hundreds of processes, each of which would compile our modules again where bytecode must not be kept.
-test test-quick test-torch test-ray: export PYTHONDONTWRITEBYTECODE :=
+test test-quick test-torch test-ray test-engines: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-quick test-torch test-ray tiny-lm lint stubs bench bench-quick clean
+.PHONY: demo test test-quick test-torch test-ray test-engines tiny-lm lint stubs bench bench-quick clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
@@ -38,6 +41,14 @@ test-torch: $(VENV)/torch-installed
 
 test-ray: $(VENV)/dev-installed $(VENV)/ray-installed
 	$(BIN)/python -m pytest tests/integration/test_ray.py
+
+# The engines' kernels run in Triton's interpreter; without any GPU vLLM keeps Triton only if the variable is empty.
+test-engines: export PYTHONPATH := $(CURDIR)/$(ENGINES)/wheels/unpacked
+test-engines: export TRITON_INTERPRET := 1
+test-engines: export CUDA_VISIBLE_DEVICES :=
+test-engines: $(ENGINES)/installed
+	$(ENGINES)/bin/python -c "$(KERNELS)"
+	$(ENGINES)/bin/python -m pytest tests/engines
 
 tiny-lm: $(VENV)/torch-installed
 	$(BIN)/python examples/tiny_engram_lm.py
@@ -71,6 +82,19 @@ $(VENV)/torch-installed: $(VENV)/dev-installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	touch $@
 
+# The engines as their wheels have them, but for what is compiled, and not what they would install: most of it is CUDA.
+$(ENGINES)/installed: pyproject.toml Makefile tests/engines/requirements.txt
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	PYTHONPATH= $(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e '.[demo]' -r tests/engines/requirements.txt '$(TORCH)'
+	rm -rf $(ENGINES)/wheels
+	PYTHONPATH= $(ENGINES)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--only-binary :all: --dest $(ENGINES)/wheels $(ENGINE_WHEELS)
+	for wheel in $(ENGINES)/wheels/*.whl; do $(ENGINES)/bin/python -c "import sys; from zipfile import ZipFile; \
+		wheel = ZipFile(sys.argv[1]); wheel.extractall('$(ENGINES)/wheels/unpacked', \
+		[name for name in wheel.namelist() if not name.endswith('.so')])" $$wheel && rm $$wheel || exit 1; done
+	touch $@
+
 # Peers without a wheel for every machine: one that is not here is listed with the reason.
 $(VENV)/bench-peers-installed: $(VENV)/bench-installed
 	for peer in pylibmc==1.6.3 mooncake-transfer-engine-non-cuda==0.3.13.post1; do \
@@ -78,4 +102,4 @@ $(VENV)/bench-peers-installed: $(VENV)/bench-installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-data bench-data
+	rm -rf $(VENV) $(ENGINES) demo-data bench-data

@@ -1,5 +1,6 @@
 """The client, for engines that run their steps in threads; aio.py has the same for asyncio."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import choose
 from engrampool_client.compute.layout import Layout
-from engrampool_client.config import ClientConfig, ClientSettings, bounded_s
+from engrampool_client.config import ClientConfig, ClientSettings, bounded_s, from_environment
 from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import BatchError, PoolError, StepCancelledError
@@ -65,6 +66,15 @@ class Client:
         self._lookups = Lookups(config, self._versions, self._closing)
         self._recorder: Recorder | None = None
         self._begin_connecting(partial(self._connect, model, version))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None, **settings: Unpack[ClientSettings]) -> Self:
+        """One whose target, model, version and settings are variables, such as ENGRAMPOOL_CLIENT_TARGET.
+
+        environ: None for the process's own. settings: these win. Raises ValueError that names the variable, and
+        otherwise as construction does. docs/CLIENT.md says how values are written.
+        """
+        return cls(**{**from_environment(os.environ if environ is None else environ), **settings})
 
     def _begin_connecting(self, connect: Callable[[], None]) -> None:
         """Here and now; the client of asyncio does it later, and elsewhere."""
@@ -318,14 +328,22 @@ class Client:
         check_row_ids(self.spec, self._layout, rows, batch)
 
     def check_layout(
-        self, head_sizes: Mapping[int, Sequence[int]], row_bytes: int, token_map: npt.ArrayLike | None = None
+        self,
+        head_sizes: Mapping[int, Sequence[int]],
+        row_bytes: int,
+        token_map: npt.ArrayLike | None = None,
+        multipliers: Mapping[int, Sequence[int]] | None = None,
+        fill: int | None = None,
+        stop: int | None = None,
     ) -> None:
         """Refuse a server whose tables are not laid out as the engine's are, before the first lookup.
 
         head_sizes: layer -> rows of each head, in the order of columns. token_map: int32 [vocabulary], the id that each
-        token is hashed as, None for a model without one. Raises FingerprintError listing what differs.
+        token is hashed as, None for a model without one. multipliers: layer -> one a look-back distance; if given they,
+        `fill` (the id that stands for what cannot be read) and `stop` (the token that ends a look-back, None for none)
+        are compared, too, of models that hash so. Raises FingerprintError listing what differs.
         """
-        check_layout(self.spec, head_sizes, row_bytes, token_map)
+        check_layout(self.spec, head_sizes, row_bytes, token_map, multipliers, fill, stop)
 
     def save_cache(self, path: str | Path, max_bytes: int | None = None) -> None:
         """Write the hottest rows of the cache to a file for `warm`, at most `max_bytes` of it.

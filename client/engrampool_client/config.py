@@ -1,7 +1,8 @@
 """What a client is made with, beside whom it asks: every setting with its unit, its range and its meaning."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from numbers import Integral
 from operator import index
 from pathlib import Path
@@ -13,6 +14,9 @@ Attach = Literal["auto", "off"]
 Direct = Literal["auto", "off"]
 Compiled = Literal["auto", "off", "on"]
 Connections = int | Literal["auto"]
+
+# Before the names of settings, in capitals, where a client's come from the environment.
+ENVIRONMENT_PREFIX = "ENGRAMPOOL_CLIENT_"
 
 # No wait is longer, whatever a caller asks for: the system counts some of them in milliseconds of 31 bits.
 LONGEST_S = 1e6
@@ -180,6 +184,48 @@ class ClientConfig:
         if unknown:
             raise TypeError(f"a client has no setting {', '.join(unknown)}; see ClientConfig for those that there are")
         return cls(**settings)
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What `Client` is to be made with, by keyword: its target, model, version and settings, as variables have them.
+
+    ENGRAMPOOL_CLIENT_TARGET is needed, and may be several, separated by spaces; what is empty counts as not set. Raises
+    ValueError that names the variable.
+    """
+    kinds = {setting.name: setting.type for setting in fields(ClientConfig)}
+    names = ("target", "model", "version", *kinds)
+    found: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or not text:
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if name not in names or variable != ENVIRONMENT_PREFIX + name.upper():
+            close = get_close_matches(name, names, 1)
+            meant = f"; {ENVIRONMENT_PREFIX}{close[0].upper()} was meant, perhaps" if close else ""
+            raise ValueError(f"{variable}: a client has no such setting{meant}")
+        if name not in kinds:
+            found[name] = text.split() if name == "target" else text
+            continue
+        try:
+            found[name] = _of_text(kinds[name], text)
+            ClientConfig.of({name: found[name]})
+        except ValueError as error:
+            raise ValueError(f"{variable}={text!r} is not allowed: {error}") from error
+    if not found.get("target"):
+        raise ValueError(f"{ENVIRONMENT_PREFIX}TARGET must name the servers")
+    return found
+
+
+def _of_text(kind: Any, text: str) -> Any:
+    """A setting's value, of the type that its field has. Raises ValueError."""
+    if kind is bool:
+        flags = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in flags:
+            raise ValueError("it must be true or false")
+        return flags[text.lower()]
+    if kind in (int, float):
+        return kind(text)
+    return tuple(map(int, text.split(","))) if kind == ClientConfig.__annotations__["heads"] else text
 
 
 def columns(heads: Any, most: int | None = None) -> tuple[int, int] | None:

@@ -60,7 +60,13 @@ def _as_stored(ours: ModelSpec, served: ModelSpec) -> ModelSpec:
 
 
 def check_layout(
-    served: ModelSpec, head_sizes: Mapping[int, Sequence[int]], row_bytes: int, token_map: npt.ArrayLike | None
+    served: ModelSpec,
+    head_sizes: Mapping[int, Sequence[int]],
+    row_bytes: int,
+    token_map: npt.ArrayLike | None,
+    multipliers: Mapping[int, Sequence[int]] | None = None,
+    fill: int | None = None,
+    stop: int | None = None,
 ) -> None:
     """Refuse a server whose tables are not laid out as an engine says. Arguments and errors: `Client.check_layout`."""
     differences = []
@@ -79,6 +85,12 @@ def check_layout(
             differences.append(f"{table.name}: {what}")
         if row_bytes != table.row_bytes:
             differences.append(f"{table.name}: {row_bytes} bytes a row here, {table.row_bytes} there")
+        if multipliers is not None:
+            constants = {"multipliers": tuple(multipliers.get(layer, ())), "fill": fill, "stop": stop}
+            for name, here in constants.items():
+                there = getattr(table.hash, name, None)
+                if here != there:
+                    differences.append(f"{table.name}: {name} {here} here, {there} there")
     ours_map = None if token_map is None else TokenMap(exactly("token_map", token_map, np.int32))
     digests = [None if one is None else one.digest for one in (ours_map, served.token_map)]
     if digests[0] != digests[1]:

@@ -39,6 +39,8 @@ from engrampool_server.setting_kinds import (
 __all__ = ["ConfigError", "ResolvedConfig", "ServerConfig", "load_config", "render", "split_address"]
 
 ENVIRONMENT_PREFIX = "ENGRAMPOOL_"
+# A client's settings, of which the server's environment may hold some.
+_CLIENTS_PREFIX = "ENGRAMPOOL_CLIENT_"
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 EventLoop = Literal["uvloop", "asyncio"]
@@ -286,7 +288,8 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path
     """Resolve every setting: the flag if given, else the environment's value, else the file's, else the default.
 
     flags: what a command line gave, by field name; None is a flag not given.
-    environ: all of it; ENGRAMPOOL_* is ours, and none of it that is empty. ENGRAMPOOL_MODELS is separated as PATH is.
+    environ: all of it; ENGRAMPOOL_* is ours, and none of it that is empty; ENGRAMPOOL_CLIENT_* is a client's, and not
+        looked at. ENGRAMPOOL_MODELS is separated as PATH is.
     file: TOML, one top-level key a field. Relative directories start at the working directory, as in flags.
 
     Raises ConfigError for an unknown name or a wrong value in any source, overridden or not, for settings that
@@ -342,6 +345,8 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, st
     for variable, value in environ.items():
         # Who has a file of variables, or a template, cannot leave one out; what is empty counts as not set.
         if not variable.startswith(ENVIRONMENT_PREFIX) or not value or _SERVICE_LINK.fullmatch(f"{variable}={value}"):
+            continue
+        if variable.startswith(_CLIENTS_PREFIX):
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if _VARIABLES.get(name) != variable:

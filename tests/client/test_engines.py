@@ -228,6 +228,17 @@ def test_an_engines_layout_is_compared_at_start(client):
     with pytest.raises(FingerprintError, match=r"layer_1: rows of head 0: .*\.5 here"):
         client.check_layout({**sizes, 1: (sizes[1][0] + 0.5, *sizes[1][1:])}, ROW, token_map)
     client.check_layout(sizes, ROW, token_map.tolist())
+    numbers = {table.layer: list(table.hash.multipliers) for table in client.spec.tables}
+    fill = client.spec.tables[0].hash.fill
+    client.check_layout(sizes, ROW, token_map, numbers, fill)
+    for constants, text in (
+        (({**numbers, 14: [3, *numbers[14][1:]]}, fill), r"layer_14: multipliers \(3, .* here, "),
+        ((numbers, fill + 1), f"layer_1: fill {fill + 1} here, {fill} there; layer_14: fill"),
+        ((numbers, fill, 7), "layer_1: stop 7 here, None there"),
+        (({1: numbers[1]}, fill), r"layer_14: multipliers \(\) here"),
+    ):
+        with pytest.raises(FingerprintError, match=text):
+            client.check_layout(sizes, ROW, token_map, *constants)
     assert other_map.flags.writeable
 
 

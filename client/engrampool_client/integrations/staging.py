@@ -1,0 +1,194 @@
+"""Rows on their way to an engine that hashes itself: from its row ids to memory that its layers read. Needs torch."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engrampool_client.client import Client
+from engrampool_client.errors import PoolError
+from engrampool_client.lookup.step import Step
+
+# Forwards take turns in so many buffers: rows of one may be on their way to the device when the next one's come.
+_TURNS = 2
+
+
+class Staging:
+    """A model's rows, one forward at a time: `start` for each of its layers, then `rows` of each.
+
+    layers: those that have rows. columns: row ids a token. max_tokens: of a forward at most.
+    device: where row ids come from and rows go to. Of a GPU's ids a copy is issued where they are given, and a thread
+        waits for it; rows land in pinned memory. Of the CPU's the lookup is begun where they are given.
+
+    All layers of a forward are asked for at once, when the last one's ids came. A forward that is not finished, as its
+    model failed, is given up by the next. Not thread-safe: a model runs one forward at a time.
+    """
+
+    def __init__(
+        self, client: Client, layers: Sequence[int], columns: int, max_tokens: int, device: torch.device
+    ) -> None:
+        self.client, self.layers = client, tuple(layers)
+        self._quiet = 0
+        self._thread = ThreadPoolExecutor(1, "engrampool-engine") if device.type == "cuda" else None
+        pinned = self._thread is not None
+
+        def memory(width: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            # An engine builds its model where its GPU is the default device.
+            return torch.zeros((max_tokens, columns, *width), dtype=dtype, device="cpu", pin_memory=pinned)
+
+        self._turns = [
+            _Turn(
+                {layer: memory((client.spec.table(layer).row_bytes,), torch.uint8) for layer in self.layers},
+                {layer: memory((), torch.int32) for layer in self.layers},
+                pinned,
+            )
+            for _ in range(_TURNS)
+        ]
+        self._forward: _Forward | None = None
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Forwards within this are for warming up, profiling and capturing: nobody is asked, and there are no rows."""
+        self._quiet += 1
+        try:
+            yield
+        finally:
+            self._quiet -= 1
+
+    def start(self, layer: int, ids: torch.Tensor) -> None:
+        """Give a layer's row ids, integers [tokens, columns]; -1 stands for no row. They may be overwritten from then.
+
+        A copy of a GPU's is issued on the stream that is current.
+        """
+        forward = self._forward
+        quiet = self._quiet > 0
+        if forward is None or forward.asked or layer in forward.ids or forward.dummy != quiet:
+            if forward is not None:
+                forward.give_up()
+            self._turns.append(self._turns.pop(0))
+            forward = self._forward = _Forward(self.client, self._turns[0], quiet)
+        forward.put(layer, ids)
+        if len(forward.ids) == len(self.layers):
+            forward.ask(self._thread)
+
+    def rows(self, layer: int) -> torch.Tensor | None:
+        """Wait for a layer's rows, uint8 [tokens, columns, row_bytes] in memory of the host; None in a quiet forward.
+
+        They are good until the next forward but one lands, or, once `copied` was told, until that copy has ended.
+        Raises what the lookup failed with; PoolError for a layer whose ids were not given.
+        """
+        forward = self._forward
+        if forward is None or layer not in forward.ids:
+            raise PoolError(f"no row ids of layer {layer} were given for this forward")
+        if forward.dummy:
+            return None
+        if not forward.asked:
+            forward.ask(self._thread)
+        return forward.rows(layer)
+
+    def copied(self) -> None:
+        """Say that a copy of rows to the GPU was issued, on the stream that is current."""
+        self._turns[0].copied.record()
+
+    def close(self) -> None:
+        """Give up what is under way, and close the client."""
+        if self._forward is not None:
+            self._forward.give_up()
+            self._forward = None
+        if self._thread is not None:
+            self._thread.shutdown()
+        self.client.close()
+
+
+class _Turn:
+    """What a forward's ids and rows lie in: tensors of max_tokens by layer, and the same memory as arrays.
+
+    put, copied: of a GPU, when the ids came here, and when the last of the rows that were copied there were there.
+    """
+
+    def __init__(self, rows: dict[int, torch.Tensor], ids: dict[int, torch.Tensor], pinned: bool) -> None:
+        self.rows, self.ids = rows, ids
+        self.rows_array = {layer: one.numpy() for layer, one in rows.items()}
+        self.ids_array = {layer: one.numpy() for layer, one in ids.items()}
+        self.put: Any = torch.cuda.Event() if pinned else None
+        self.copied: Any = torch.cuda.Event() if pinned else None
+
+
+class _Forward:
+    """One forward's lookup. ids: layer -> its row ids, once given; of a GPU's, once `_Turn.put` has come."""
+
+    def __init__(self, client: Client, turn: _Turn, dummy: bool) -> None:
+        self._client, self._turn, self.dummy = client, turn, dummy
+        self.ids: dict[int, npt.NDArray[Any]] = {}
+        self.asked = False
+        self._step: Future[Step | None] = Future()
+        self._absent: dict[int, npt.NDArray[np.bool_]] = {}
+
+    def put(self, layer: int, ids: torch.Tensor) -> None:
+        """Have the ids copied to the host."""
+        tokens = len(ids)
+        place = self.ids[layer] = self._turn.ids_array[layer][:tokens]
+        if self.dummy:
+            return
+        if ids.is_cuda:
+            self._turn.ids[layer][:tokens].copy_(ids, non_blocking=True)
+        else:
+            place[...] = ids.numpy()  # PyTorch would share so little among threads, and wait for them
+
+    def ask(self, thread: ThreadPoolExecutor | None) -> None:
+        """Begin the lookup; what it fails with is raised by `rows`."""
+        self.asked = True
+        if self.dummy:
+            return
+        try:
+            if thread is None:
+                self._step.set_result(self._begin())
+            else:
+                self._turn.put.record()
+                self._step = thread.submit(self._begin_copied)
+        except BaseException as error:
+            self._step.set_exception(error)  # so that nobody waits for what was not begun
+            if not isinstance(error, Exception):
+                raise
+
+    def _begin_copied(self) -> Step | None:
+        self._turn.copied.synchronize()  # of the forward that had this turn before
+        self._turn.put.synchronize()
+        return self._begin()
+
+    def _begin(self) -> Step | None:
+        """The step; None if there is no row to be asked for."""
+        wanted = {}
+        for layer, ids in self.ids.items():
+            if ids.size == 0 or ids.min() < 0:
+                absent = ids < 0
+                if absent.all():
+                    self._turn.rows_array[layer][: len(ids)] = 0
+                    continue
+                self._absent[layer] = absent
+                ids = np.where(absent, 0, ids)  # some row that there is
+            wanted[layer] = ids
+        out = {layer: self._turn.rows_array[layer][: len(ids)] for layer, ids in wanted.items()}
+        return self._client.prefetch_rows(wanted, out=out) if wanted else None
+
+    def rows(self, layer: int) -> torch.Tensor:
+        """As `Staging.rows`."""
+        step = self._step.result()
+        if step is not None and layer in step.layers:
+            step.rows(layer)
+            absent = self._absent.pop(layer, None)
+            if absent is not None:
+                self._turn.rows_array[layer][: len(absent)][absent] = 0
+        return self._turn.rows[layer][: len(self.ids[layer])]
+
+    def give_up(self) -> None:
+        """Nothing is written into the turn's memory any more once this returns."""
+        if not self.asked or self._step.cancel() or self._step.exception() is not None:
+            return
+        step = self._step.result()
+        if step is not None:
+            step.cancel()

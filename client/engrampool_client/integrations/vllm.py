@@ -1,0 +1,79 @@
+"""vLLM's plugin: with ENGRAMPOOL_CLIENT_TARGET set, Engram layers of DeepSeek-V4.1 take their rows from the pool.
+
+docs/INTEGRATION_VLLM.md says how to use it. Here is what vLLM loads and whether it may be used with this vLLM;
+`vllm_engram.py` has what then stands in the engine.
+"""
+
+import inspect
+import os
+from importlib import import_module, metadata
+from typing import Any
+
+from engrampool_client.config import ENVIRONMENT_PREFIX, from_environment
+
+# What `vllm_engram.py` was written for, and run with.
+VERSION = "0.33.0"
+_ENGRAM = "vllm.models.deepseek_v41.common.engram"
+# Functions that are replaced, called or relied on, and their parameters.
+PARAMETERS = {
+    f"{_ENGRAM}:ParallelEngramEmbedding.__init__": (
+        "self num_embeddings dim head_sizes block_size cpu_offload dp_shared_memory use_thp"
+    ),
+    f"{_ENGRAM}:ParallelEngramEmbedding._allocate_weights": "self",
+    f"{_ENGRAM}:ParallelEngramEmbedding._storage": "self",
+    f"{_ENGRAM}:ParallelEngramEmbedding.lookup": "self indices out background",
+    f"{_ENGRAM}:Engram._create_embedding": "self layout layer_hash_index",
+    f"{_ENGRAM}:Engram._init_staging": "self max_tokens head_dim",
+    f"{_ENGRAM}:Engram.prepare_embeddings": "self hash_ids",
+    f"{_ENGRAM}:Engram._ready_rows": "self num_tokens",
+    f"{_ENGRAM}:Engram.embed": "self hash_ids",
+    f"{_ENGRAM}:EngramLayout.__init__": "self config",
+    f"{_ENGRAM}:NgramHashState.__init__": "self vllm_config layout swa_cache_module",
+    "vllm.compilation.breakable_cudagraph:eager_break_during_capture": "fn",
+    "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "self",
+    "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "self",
+    "vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch": "self",
+    "vllm.v1.worker.gpu_worker:Worker.shutdown": "self",
+}
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes, perhaps more than once. Nothing without ENGRAMPOOL_CLIENT_TARGET.
+
+    Raises RuntimeError for a vLLM that this was not written for, ValueError that names a variable that is wrong.
+    """
+    if not os.environ.get(f"{ENVIRONMENT_PREFIX}TARGET"):
+        return
+    from_environment(os.environ)
+    check_version(metadata.version("vllm"))
+    import_module("engrampool_client.integrations.vllm_engram").install()
+
+
+def check_version(found: str) -> None:
+    """Raise RuntimeError for another vLLM than the one that this was written for, in whatever build (+cu130)."""
+    if found.partition("+")[0] != VERSION:
+        raise RuntimeError(
+            f"engrampool takes the place of parts of vLLM {VERSION}, and this is vLLM {found}: install "
+            f"vllm=={VERSION} or an engrampool for this one, or unset {ENVIRONMENT_PREFIX}TARGET to do without the pool"
+        )
+
+
+def check_parameters(names: dict[str, str] | None = None) -> None:
+    """Raise RuntimeError if functions of vLLM are not those that this was written for."""
+    changed = []
+    for name, parameters in (PARAMETERS if names is None else names).items():
+        module, _, path = name.partition(":")
+        try:
+            function: Any = import_module(module)
+            for part in path.split("."):
+                function = getattr(function, part)
+            found = " ".join(inspect.signature(function).parameters)
+        except (ImportError, AttributeError) as error:
+            found = str(error)
+        if found != parameters:
+            changed.append(f"{name}({parameters.replace(' ', ', ')}) is now: {found}")
+    if changed:
+        raise RuntimeError(
+            f"this vLLM calls itself {VERSION}, but has been changed where engrampool takes its place: "
+            f"{'; '.join(changed)}. Install an unchanged vllm=={VERSION}, or unset {ENVIRONMENT_PREFIX}TARGET"
+        )

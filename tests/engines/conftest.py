@@ -1,0 +1,154 @@
+"""The engines' own code on a CPU, and a count of what was compared with it. `make test-engines` sets this up.
+
+Nothing of hashing, tables or layers is replaced. What is: packages that the engines import and that none of this calls,
+and in `test_vllm.py` the engine's config and its tensor-parallel group.
+"""
+
+import importlib.machinery
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+
+from engrampool_client.testing import ServerProcess, serve_process
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.spec import ModelSpec
+from small_model import CONFIG, TOKENIZER, small_spec, write_model
+
+HERE = find_spec("vllm") is not None
+_COMPARED: Counter[str] = Counter()
+# Imported by SGLang's configs of models that see; nothing here does.
+_UNUSED = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not HERE:
+        return
+    # Before Triton is imported: its kernels run in its interpreter, and vLLM keeps them though there is no GPU.
+    assert (os.environ.get("TRITON_INTERPRET"), os.environ.get("CUDA_VISIBLE_DEVICES")) == ("1", "")
+    for name in _UNUSED if find_spec("torchvision") is None else ():
+        module = MagicMock(name=f"torchvision{name}", __version__="0")
+        module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(f"torchvision{name}", None), []
+        sys.modules[f"torchvision{name}"] = module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "engines" in item.path.parts:
+            # The engines' packages warn of much when they are imported, and so does the interpreter.
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            # Forks come of a process that imports more than is installed here.
+            item.add_marker("executed")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for what, count in _COMPARED.items():
+        terminalreporter.write_line(f"compared: {count:>10,} values, {what}")
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[[str, str, np.ndarray, np.ndarray], None]:
+    """Assert that arrays are equal, and count their values under the engine's version and the code that made them."""
+
+    def same(engine: str, code: str, theirs: np.ndarray, ours: np.ndarray) -> None:
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.shape == theirs.shape
+        _COMPARED[f"{engine} {metadata.version(engine)} {code}"] += ours.size
+
+    return same
+
+
+@pytest.fixture(scope="session")
+def config() -> SimpleNamespace:
+    """What the engines read of a config.json: of a small model with V4.1's structure."""
+    tables = {table.layer: table.num_rows for table in small_spec().tables}
+    return SimpleNamespace(**CONFIG, engram_num_embeddings=[tables[layer] for layer in CONFIG["engram_layer_ids"]])
+
+
+@pytest.fixture(scope="session")
+def spec() -> ModelSpec:
+    return small_spec()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec) -> Iterator[ServerProcess]:
+    with serve_process(write_model(tmp_path_factory.mktemp("served") / "model", spec)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path() -> str:
+    return str(TOKENIZER.parent)
+
+
+@dataclass
+class Sequences:
+    """A batch of chunks of longer sequences, as an engine has them. starts: where each chunk begins in its sequence.
+
+    histories, dead: each sequence up to the end of its chunk.
+    """
+
+    starts: list[int]
+    histories: list[np.ndarray]
+    dead: list[np.ndarray]
+    depth: int = 3
+
+    @property
+    def bounds(self) -> np.ndarray:
+        lengths = [len(past) - start for past, start in zip(self.histories, self.starts, strict=True)]
+        return np.cumsum([0, *lengths]).astype(np.int32)
+
+    @property
+    def positions(self) -> np.ndarray:
+        runs = [np.arange(start, len(past)) for past, start in zip(self.histories, self.starts, strict=True)]
+        return np.concatenate(runs)
+
+    def before(self, values: list[np.ndarray], absent: int) -> np.ndarray:
+        """[requests, depth]: what stands before each chunk, the nearest first."""
+        rows = []
+        for one, start in zip(values, self.starts, strict=True):
+            nearest = one[max(0, start - self.depth) : start][::-1]
+            rows.append([*nearest.tolist(), *[absent] * (self.depth - len(nearest))])
+        return np.array(rows)
+
+    def chunks(self, values: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([one[start:] for one, start in zip(values, self.starts, strict=True)])
+
+    @property
+    def batch(self) -> TokenBatch:
+        return TokenBatch.of(
+            self.chunks(self.histories).astype(np.int32),
+            self.bounds,
+            self.before(self.histories, -1).astype(np.int32),
+            self.chunks(self.dead),
+            self.before(self.dead, 0).astype(np.bool_),
+        )
+
+
+@pytest.fixture(scope="session")
+def sequences() -> Callable[..., Sequences]:
+    """Random batches: chunks that begin a sequence, go on after a prefix, or are one token of decoding; dead spans."""
+
+    def make(seed: int, vocab: int, *, dead: bool = True, requests: int = 7, longest: int = 40) -> Sequences:
+        random = np.random.default_rng(seed)
+        made = Sequences([], [], [])
+        for number in range(requests):
+            prefix = 0 if number % 3 == 0 else int(random.integers(1, 9))
+            length = 1 if number % 4 == 3 else int(random.integers(1, longest))
+            # Some sequences repeat few tokens, so that n-grams come again.
+            tokens = random.integers(0, vocab if number % 2 else 50, prefix + length)
+            spans = (random.random(prefix + length) < 0.15) if dead else np.zeros(prefix + length, bool)
+            made.starts.append(prefix)
+            made.histories.append(tokens)
+            made.dead.append(spans)
+        return made
+
+    return make
