@@ -225,6 +225,8 @@ def _of_text(kind: Any, text: str) -> Any:
         return flags[text.lower()]
     if kind in (int, float):
         return kind(text)
+    if kind == Connections:
+        return text if text == "auto" else int(text)
     return tuple(map(int, text.split(","))) if kind == ClientConfig.__annotations__["heads"] else text
 
 

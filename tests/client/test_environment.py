@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engrampool_client import Client, SpecError
-from engrampool_client.config import ENVIRONMENT_PREFIX, ClientConfig, from_environment
+from engrampool_client.config import ENVIRONMENT_PREFIX, ClientConfig, Connections, from_environment
 from engrampool_client.integrations import vllm as plugin
 from engrampool_server.config import load_config
 
@@ -25,11 +25,13 @@ def test_every_setting_can_be_a_variable():
         float: ("0.25", 0.25),
         tuple[int, int] | None: ("2,5", (2, 5)),
         str | Path | None: ("a file", "a file"),
+        Connections: ("3", 3),
     }
     for setting in fields(ClientConfig):
         words = getattr(setting.type, "__args__", ())
         text, value = texts.get(setting.type) or (words[-1], words[-1])
         assert from_environment(environ(**{setting.name: text})) == {"target": ["a:1"], setting.name: value}
+    assert from_environment(environ(connections="auto"))["connections"] == "auto"
     made = from_environment(environ(target="a:1  b:2", model="m", version="v", keep_memory="0", timeout_s=""))
     assert made == {"target": ["a:1", "b:2"], "model": "m", "version": "v", "keep_memory": False}
 
@@ -41,6 +43,8 @@ def test_every_setting_can_be_a_variable():
         ({"timeout_s": "soon"}, "_TIMEOUT_S='soon' is not allowed: could not convert"),
         ({"timeout_s": "0"}, "_TIMEOUT_S='0' is not allowed: timeout_s must be positive"),
         ({"max_steps": "1.5"}, "_MAX_STEPS='1.5' is not allowed: invalid literal"),
+        ({"connections": "many"}, "_CONNECTIONS='many' is not allowed: invalid literal"),
+        ({"connections": "0"}, "_CONNECTIONS='0' is not allowed: connections must be positive"),
         ({"keep_memory": "yes"}, "_KEEP_MEMORY='yes' is not allowed: it must be true or false"),
         ({"heads": "5"}, "_HEADS='5' is not allowed: heads must be two integers"),
         ({"on_failure": "masks"}, "_ON_FAILURE='masks' is not allowed: on_failure must be 'raise' or 'mask'"),
