@@ -171,8 +171,12 @@ class GrpcLane:
 
     @property
     def full(self) -> bool:
-        """Whether so many calls are under way, wanted or not, that no more are begun before they have a place."""
-        return len(self._connection.streams) >= _MOST_STREAMS
+        """Whether so many calls are under way, wanted or not, that no more are begun before they have a place.
+
+        Those that are over count no more, as they are taken in when another is begun.
+        """
+        connection = self._connection
+        return len(connection.streams) - len(connection.ending) >= _MOST_STREAMS
 
     @property
     def has_ended_calls(self) -> bool:

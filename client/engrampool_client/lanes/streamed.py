@@ -49,16 +49,19 @@ class StreamedRequest:
         self._lane, self._deadline, self._answered, self._late = lane, deadline, answered, late
         self._message = b""  # that came, and was not taken in
         asked = wire.LookupRequest(*small.what[:2], small.tables(served.spec))
-        self._connection = lane.enter()
+        connection = self._connection = lane.enter()
+        stream = None
         try:
-            self._stream = self._connection.begin(wire.encode_request(asked), max(0.0, deadline - time.monotonic()))
-            self._connection.streams.add(self._stream)
+            stream = self._stream = connection.begin(wire.encode_request(asked), max(0.0, deadline - time.monotonic()))
+            connection.streams.add(stream)
             # While the server is at work.
             shapes = {layer: rows.shape for layer, rows in small.rows.items()}
             self._exchange = Exchange(served, asked, Landing(Delivery(list(shapes)), shapes, small.rows))
             self._places = {layer: place for place, layer in enumerate(shapes)}
         except BaseException:
-            lane.leave(self._connection)
+            if stream is not None:
+                connection.ending.append(stream)
+            lane.leave(connection)
             raise
 
     @property

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # it needs numba
     from engrampool_client.lanes.small import SmallRequest
 
 _T = TypeVar("_T")
+# Who comes as soon as that for the rows knows well enough when they came: no answer is late before.
+_AT_ONCE_S = 1e-3
 
 
 class Raced:
@@ -51,6 +53,8 @@ class Raced:
         self._request, self.small = request, request.small
         self._second: tuple[Endpoint, SmallRequest] | None = None
         self._asked_twice = False
+        # Whether it is known when the answer began: somebody looked for it at once, or before it was there.
+        self._known: bool | None = None
         self._took_s: float | None = None  # of what was waited for so far, once it had begun
 
     @property
@@ -97,7 +101,8 @@ class Raced:
     def _come(self, call: "Callable[[SmallRequest, float], _T]", until: float) -> "_T | Came":
         """What `call` gives, of whichever begins first; another is asked as well once the first is late."""
         begin = time.monotonic()
-        self._patient_until = min(self._patient_until, begin + self._patience_s)
+        if self._known is None:
+            self._patient_until, self._known = begin + self._patience_s, begin - self._since < _AT_ONCE_S
         while not self._request.begun:
             if (second := self._second) is not None:
                 chosen = first_to_answer([self._request, second[1]], min(until, self._patient_until))
@@ -109,6 +114,7 @@ class Raced:
             came = call(self._request, by)
             if came is not Came.LATER or self._request.begun:
                 return self._noted(came, begin)
+            self._known = True
             if self._asked_twice or time.monotonic() < self._late_at:
                 return self._not_yet()
             self._ask_another()
@@ -150,8 +156,11 @@ class Raced:
         return Came.NOTHING
 
     def _noted(self, came: "_T | Came", begin: float) -> "_T | Came":
-        """As it is, once it was noted how long it took: as far as somebody waited for it."""
-        if self._request.begun:
+        """As it is, once it was noted how long it took, as far as somebody waited for it.
+
+        Of an answer that lay there when somebody came, nobody knows.
+        """
+        if self._request.begun and self._known:
             now, nbytes, latency = time.monotonic(), self._small.nbytes, self._endpoint.latency
             if self._took_s is None:
                 self._took_s = now - self._since

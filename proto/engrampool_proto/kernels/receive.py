@@ -30,6 +30,8 @@ STATE_WORDS = SCRATCH + SCRATCH_WORDS
 NUMBER, ADDRESS, BYTES, ROW_BYTES, HAVE, PLACES, RUN_BYTES = range(7)
 ENTRY_WORDS = 7
 
+# What comes without a pause is taken for no longer than this beyond the time.
+_BEYOND_NS = 20_000_000
 _HEADER = frames.HEADER.size
 _END_BYTES = _HEADER + frames.TIMES.size
 _U = np.uint64
@@ -130,6 +132,7 @@ def take(fd: Any, buffer: Any, state: Any, layers: Any, number: Any, until: Any,
     is written elsewhere than into the buffer and the rows of `layers`, whatever comes.
     """
     scratch = state[SCRATCH:]
+    bound = max(until, now(scratch) + _BEYOND_NS)
     while True:
         there = state[END] - state[START]
         if state[LEFT] > 0:
@@ -145,6 +148,8 @@ def take(fd: Any, buffer: Any, state: Any, layers: Any, number: Any, until: Any,
                     return LOST if some == ENDED else LATER
                 state[CAME] += some
             else:
+                if now(scratch) >= bound:
+                    return LATER
                 got = _more(fd, buffer, state, until, spin_ns)
                 if got != 1:
                     return int(got)

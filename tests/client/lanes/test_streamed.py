@@ -262,7 +262,35 @@ def test_what_was_given_up_is_received_all_the_same_and_bounded(client):
     connection = connection_of(client)
     for _ in range(200):
         client.prefetch(TOKENS).cancel()
-        assert len(connection.streams) <= 64
+        assert len(connection.streams) - len(connection.ending) <= 64
+        assert len(connection.streams) <= 128
     eventually(lambda: len(connection.streams) == len(connection.ending) < 16, "all have come")
     assert not any(stream.cancelled() for stream in connection.streams)
+    at_rest(client)
+
+
+def test_after_many_at_once_steps_are_begun_by_their_callers_as_before(client, nobody_helps):
+    """Calls that are over, whose ends nobody has taken in yet, take no place from others."""
+    (endpoint,) = client._shards._open.values()
+    steps = []
+    while endpoint.sends is not None:
+        steps.append(client.prefetch(TOKENS, timeout_s=600.0))
+        assert len(steps) < 1000
+    assert all(right(client, step) for step in steps)
+    assert endpoint.sends is not None
+    assert right(client, client.prefetch(OTHERS), OTHERS)
+    at_rest(client)
+
+
+def test_ctrl_c_as_a_call_was_begun_leaves_its_place_to_others(client, monkeypatch):
+    connection, before = connection_of(client), len(connection_of(client).ending)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engrampool_client.lanes.streamed.Exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.prefetch(OTHERS)
+    assert len(connection.ending) == before + 1
     at_rest(client)

@@ -177,7 +177,7 @@ def test_one_that_breaks_in_mid_answer_is_not_asked_of_the_other():
     wanted, sent = whole_answer(COUNT, set())
     layer_2 = rows_frame(2, 0, wanted[2])
     with peer(lambda connection, number: connection.sendall(numbered(layer_2, number))) as one, peer(sent) as other:
-        asked = Asked(Server(one), Server(other))
+        asked = Asked(Server(one), Server(other), late_s=None)
         assert asked.to_the_end() is Came.NOTHING
         asked.request.let_go(None)
         assert not one.connections
@@ -217,7 +217,8 @@ def test_the_time_that_nobody_came_for_it_is_not_counted_against_a_server(monkey
     monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", 0.05)
     wanted, sent = whole_answer(COUNT, set())
     with peer(sent) as one, peer(silent) as other:
-        asked = Asked(Server(one), Server(other))
+        first = Server(one)
+        asked = Asked(first, Server(other))
         asked.request._since -= 100.0
         asked.request._late_at -= 100.0
         connection = asked.request._request.connection
@@ -225,6 +226,8 @@ def test_the_time_that_nobody_came_for_it_is_not_counted_against_a_server(monkey
             time.sleep(0)
         asked.check(wanted)
         assert asked.hedges == (0, 0)
+        assert not first.latency._first  # nobody knows how long it took
+        assert not first.latency._whole
 
 
 def test_who_does_not_wait_asks_another_once_it_is_late():
