@@ -76,9 +76,11 @@ class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
         self._cache = _Cache(self.py_func)
 
 
-def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
+def kernel(*signatures: Any, nogil: bool = True) -> Callable[[Kernel], Kernel]:
     """Compile a function for each of `signatures` at once, so that no request waits for a compiler.
 
+    nogil: let others have the GIL meanwhile. Where a thread of Python is busy it takes milliseconds to get it back, so
+    what never waits, and takes microseconds, keeps it.
     What was compiled ahead is read. Else what is compiled is kept in NUMBA_CACHE_DIR, else beside the source, else in
     the user's cache directory. Where none can be written it is compiled at each start; `not_kept` tells.
     """
@@ -87,7 +89,7 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
         if config.DISABLE_JIT:
             return function
         # As `njit` makes it, but for the cache.
-        compiled = _Dispatcher(function, targetoptions={"nopython": True, "nogil": True, "boundscheck": None})
+        compiled = _Dispatcher(function, targetoptions={"nopython": True, "nogil": nogil, "boundscheck": None})
         try:
             compiled.enable_caching()
             for signature in signatures:
@@ -98,7 +100,7 @@ def kernel(*signatures: Any) -> Callable[[Kernel], Kernel]:
                 _leave_ahead()
                 return compile_now(function)
             _not_kept[function.__name__] = f"{type(error).__name__}: {error}".replace(os.linesep, " ")
-            compiled = njit(list(signatures), nogil=True)(function)
+            compiled = njit(list(signatures), nogil=nogil)(function)
         kept: Kernel = compiled
         return kept
 

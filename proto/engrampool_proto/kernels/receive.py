@@ -37,7 +37,10 @@ _END_BYTES = _HEADER + frames.TIMES.size
 _U = np.uint64
 
 
-@kernel(types.int64(types.int64[:, ::1], types.int64, types.int64, types.uint8[:, ::1], types.int64[::1], types.int64))
+@kernel(
+    types.int64(types.int64[:, ::1], types.int64, types.int64, types.uint8[:, ::1], types.int64[::1], types.int64),
+    nogil=False,
+)
 def lay(layers: Any, place: Any, layer: Any, rows: Any, places: Any, run: Any) -> int:
     """Write an entry of `layers`, of which nothing is there yet; gives the bytes that are to come.
 

@@ -48,7 +48,8 @@ def _row(entry: Any, ids: Any, one: Any) -> Any:
         types.uint8[::1],
         types.int64[::1],
         types.int64[:, :, ::1],
-    )
+    ),
+    nogil=False,
 )
 def spread(ids: Any, layers: Any, starts: Any, shards: Any, out: Any, places: Any, parts: Any) -> None:
     """Write the ids of each shard to `out`, as they follow each other in a LOOKUP of its layers that it has rows of.
