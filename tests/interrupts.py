@@ -3,20 +3,22 @@
 import linecache
 import sys
 
+# On the way of a small step.
+SMALL_STEPS = (
+    *("/client.py", "/run.py", "/sent.py", "/step.py", "/delivery.py", "/workers.py", "/shards.py", "/native.py"),
+    *("/streamed.py", "/together.py", "/raced.py", "/replicas.py"),
+)
+
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that this thread runs in the client's rooms, once.
+    """Raises KeyboardInterrupt at the n-th line that this thread runs in these files of the client's, once.
 
     Not where a `with` begins, or ends: there it would come before a lock is let go of, which Ctrl-C cannot.
     """
 
-    ROOMS = (
-        *("/client.py", "/run.py", "/sent.py", "/step.py", "/delivery.py", "/workers.py", "/shards.py", "/native.py"),
-        *("/streamed.py", "/together.py", "/raced.py", "/replicas.py"),
-    )
-
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, files: tuple[str, ...] = SMALL_STEPS) -> None:
         self.left, self.raised, self.where = at, False, ""
+        self._files = files
 
     def __enter__(self) -> "Interrupt":
         sys.settrace(self._call)
@@ -27,7 +29,7 @@ class Interrupt:
 
     def _call(self, frame, event, arg):
         name = frame.f_code.co_filename
-        return self._line if "/engrampool_client/" in name and name.endswith(self.ROOMS) else None
+        return self._line if "/engrampool_client/" in name and name.endswith(self._files) else None
 
     def _line(self, frame, event, arg):
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)

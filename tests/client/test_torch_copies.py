@@ -22,7 +22,7 @@ from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.landing import zeros
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import LIMIT_S
+from server_fixtures import LIMIT_S, eventually
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-torch` installs it")
 pooled = importlib.import_module("engrampool_client.integrations.torch")
@@ -167,8 +167,8 @@ def test_it_is_copied_when_it_asks_if_so_told(driven, later):
 def test_a_small_step_is_received_by_the_layer_that_waits_unless_told_otherwise(
     client, spec, later, monkeypatch, setting, at_once
 ):
-    if not (client.compiled and client.direct):
-        pytest.skip("small steps need kernels and the direct lane")
+    assert client.compiled
+    eventually(lambda: client.direct, "the lane is there")
     pool, ids = pooled.EngramPool(client, staging=True, copy_on_arrival=setting), tokens(1, 3)
     told, add_callback = [], Step.add_callback
     monkeypatch.setattr(Step, "add_callback", lambda step, callback: told.append(1) or add_callback(step, callback))

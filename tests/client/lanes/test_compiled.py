@@ -2,8 +2,6 @@
 
 import gc
 import itertools
-import linecache
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -21,6 +19,7 @@ from engrampool_proto.kernels import receive
 from engrampool_proto.synthetic import synthetic_rows
 from exchanges import exchange_of
 from forks import child
+from interrupts import Interrupt
 from server_fixtures import LIMIT_S, eventually
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -89,36 +88,8 @@ def test_a_child_of_a_fork_takes_nothing_of_an_answer_that_a_thread_receives(ser
         assert client.stats.retries == 0
 
 
-class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that this thread runs on the way of a large answer, once.
-
-    Not where a `with` begins, or ends: there it would come before a lock is let go of, which Ctrl-C cannot.
-    """
-
-    FILES = ("/compiled.py", "/landing.py", "/native.py", "/plan.py", "/endpoint.py")
-
-    def __init__(self, at: int) -> None:
-        self.left, self.raised, self.where = at, False, ""
-
-    def __enter__(self) -> "Interrupt":
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_) -> None:
-        sys.settrace(None)
-
-    def _call(self, frame, event, arg):
-        name = frame.f_code.co_filename
-        return self._line if "/engrampool_client/" in name and name.endswith(self.FILES) else None
-
-    def _line(self, frame, event, arg):
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not self.raised and not line.lstrip().startswith("with "):
-            self.left -= 1
-            if self.left < 0:
-                self.raised, self.where = True, f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self._line
+# On the way of a large answer.
+FILES = ("/compiled.py", "/landing.py", "/native.py", "/plan.py", "/endpoint.py")
 
 
 @pytest.mark.parametrize("first", range(3))
@@ -132,7 +103,7 @@ def test_ctrl_c_at_any_line_leaves_nothing_behind(server, connections, first, mo
         ids = client.spec.hash(TokenBatch.of(TOKENS))
         out = {layer: np.zeros((len(TOKENS), 24, 264), np.uint8) for layer in ids}
         for at in itertools.count(first, 3):
-            interrupt = Interrupt(at)
+            interrupt = Interrupt(at, FILES)
             with suppress(KeyboardInterrupt), interrupt:
                 client.lookup(TOKENS, out=out)
             for array in out.values():
