@@ -5,7 +5,17 @@ import sys
 
 # On the way of a small step.
 SMALL_STEPS = (
-    *("/client.py", "/run.py", "/sent.py", "/step.py", "/delivery.py", "/workers.py", "/shards.py", "/native.py"),
+    *(
+        "/client.py",
+        "/run.py",
+        "/work.py",
+        "/sent.py",
+        "/step.py",
+        "/delivery.py",
+        "/workers.py",
+        "/shards.py",
+        "/native.py",
+    ),
     *("/streamed.py", "/together.py", "/raced.py", "/replicas.py"),
 )
 
