@@ -16,7 +16,7 @@ from engrampool_client.config import ClientSettings, wait_limit_s
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError
 from engrampool_client.lookup.delivery import Rows, Valid
 from engrampool_client.lookup.landing import Out
-from engrampool_client.lookup.query import IntArray
+from engrampool_client.lookup.query import IntArray, Ready
 from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.step import Step
 from engrampool_client.stats import Stats
@@ -228,7 +228,9 @@ class AsyncClient:
         layers: Sequence[int] | None = None,
         out: Out | None = None,
         timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
         ahead: bool = False,
+        ready: Ready | None = None,
     ) -> AsyncStep:
         """Start a lookup and return at once; arguments and errors are those of `Client.prefetch`."""
         step = self.client.prefetch(
@@ -240,7 +242,9 @@ class AsyncClient:
             layers=layers,
             out=out,
             timeout_s=timeout_s,
+            valid=valid,
             ahead=ahead,
+            ready=ready,
         )
         return AsyncStep(step)
 
@@ -250,10 +254,16 @@ class AsyncClient:
         *,
         out: Out | None = None,
         timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
         ahead: bool = False,
+        ready: Ready | None = None,
+        absent: bool = False,
     ) -> AsyncStep:
         """Start a lookup by row ids; arguments and errors are those of `Client.prefetch_rows`."""
-        return AsyncStep(self.client.prefetch_rows(rows, out=out, timeout_s=timeout_s, ahead=ahead))
+        step = self.client.prefetch_rows(
+            rows, out=out, timeout_s=timeout_s, valid=valid, ahead=ahead, ready=ready, absent=absent
+        )
+        return AsyncStep(step)
 
     def amend(
         self,
@@ -293,18 +303,44 @@ class AsyncClient:
         layers: Sequence[int] | None = None,
         out: Out | None = None,
         timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
     ) -> dict[int, Rows]:
         """`prefetch` and wait: layer -> uint8 [T, heads, row_bytes]. Whoever cancels it cancels the step."""
         step = self.prefetch(
-            tokens, query_start_loc, lookback, dead, lookback_dead, layers=layers, out=out, timeout_s=timeout_s
+            tokens,
+            query_start_loc,
+            lookback,
+            dead,
+            lookback_dead,
+            layers=layers,
+            out=out,
+            timeout_s=timeout_s,
+            valid=valid,
         )
         return await _all_rows(step)
 
     async def lookup_rows(
-        self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
+        self,
+        rows: Mapping[int, npt.NDArray[Any]],
+        *,
+        out: Out | None = None,
+        timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
+        absent: bool = False,
     ) -> dict[int, Rows]:
         """`prefetch_rows` and wait: layer -> uint8 [*ids.shape, row_bytes]. Whoever cancels it cancels the step."""
-        return await _all_rows(self.prefetch_rows(rows, out=out, timeout_s=timeout_s))
+        return await _all_rows(self.prefetch_rows(rows, out=out, timeout_s=timeout_s, valid=valid, absent=absent))
+
+    def hint(
+        self,
+        tokens: IntArray,
+        query_start_loc: IntArray | None = None,
+        lookback: IntArray | None = None,
+        dead: npt.ArrayLike | None = None,
+        lookback_dead: npt.ArrayLike | None = None,
+    ) -> bool:
+        """As `Client.hint`."""
+        return self.client.hint(tokens, query_start_loc, lookback, dead, lookback_dead)
 
     async def close(self) -> None:
         """End the connections; steps under way fail with StepCancelledError."""

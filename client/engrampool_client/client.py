@@ -18,9 +18,9 @@ from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
 from engrampool_client.errors import BatchError, PoolError, StepCancelledError
 from engrampool_client.event import Event
-from engrampool_client.lookup.delivery import Delivery, Rows
+from engrampool_client.lookup.delivery import Delivery, Rows, Valid
 from engrampool_client.lookup.landing import Out, by_layer, check_outs, zeros
-from engrampool_client.lookup.query import IntArray, RowQuery, TokenQuery, token_batch
+from engrampool_client.lookup.query import IntArray, Ready, RowQuery, TokenQuery, token_batch
 from engrampool_client.lookup.run import Lookups
 from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.step import Step
@@ -202,7 +202,9 @@ class Client:
         layers: Sequence[int] | None = None,
         out: Out | None = None,
         timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
         ahead: bool = False,
+        ready: Ready | None = None,
     ) -> Step:
         """Start the lookup of a batch's rows for `layers` (all by default) and return at once.
 
@@ -211,20 +213,27 @@ class Client:
         bool [R, <= n - 1]: tokens outside any n-gram. The arrays are copied; integers of any type that fit are taken,
         as flags 0 and 1.
 
-        out: layer -> uint8 [T, heads, row_bytes], C-contiguous and writable (pinned memory, say): the layer's rows are
-        written there, as they come, until the step is done. Or layer -> {segment: uint8 [T, heads, its bytes]}: these
-        segments of the rows (of V4.1 "values" and "scales") are written apart. Layers without any get arrays of the
-        client's.
+        out: layer -> uint8 [T, heads, row_bytes], writable (pinned memory, say): the layer's rows are written there, as
+        they come, until the step is done; where it is not C-contiguous they are copied there, once they came. Or
+        layer -> {segment: uint8 [T, heads, its bytes]}: these segments of the rows (of V4.1 "values" and "scales") are
+        copied apart. Layers without any get arrays of the client's.
+
+        valid: layer -> bool [T], where it is written which tokens have their rows, before the layer is handed over.
 
         timeout_s: the step's deadline, from now on. ahead: the step is for later, as chunks of a prompt that has just
         arrived are: steps without it overtake it.
+
+        ready: for tokens that are not there yet, as they are copied from a device: a thread of the client calls it, and
+        what was given is read when it returns (event.synchronize, say). It has to be int32 arrays, without flags, and
+        to stay until the step is done. What `ready` raises is raised by `Step.rows`; meanwhile it holds a thread.
 
         Raises BatchError for arrays that do not fit together, SpecError for an unknown layer, OverloadedError for more
         than `max_pending_bytes`. What takes longer to find out (a token id out of range, a batch over the server's
         limits, a failed call) is raised by `Step.rows`.
         """
         given = tokens, query_start_loc, lookback, dead, lookback_dead
-        return self._lookups.begin(TokenQuery(self.spec, given, self._layers(layers)), out, timeout_s, ahead)
+        query = TokenQuery(self.spec, given, self._layers(layers), ready)
+        return self._lookups.begin(query, out, timeout_s, ahead, valid=valid)
 
     def prefetch_rows(
         self,
@@ -232,16 +241,22 @@ class Client:
         *,
         out: Out | None = None,
         timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
         ahead: bool = False,
+        ready: Ready | None = None,
+        absent: bool = False,
     ) -> Step:
         """Start the lookup of rows by id: layer -> integer array of any shape; `Step.rows` gives [*shape, row_bytes].
 
         For engines that hash themselves. Ids [..., heads], as hashing gives them, are deduplicated and cached.
-        out, timeout_s, ahead: as for `prefetch`; out of these shapes.
+        absent: -1 stands for no row, and has zeros; else it is refused.
+        out, timeout_s, valid, ahead, ready: as for `prefetch`; out of these shapes, valid of the leading ones.
         Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
-        owned = {layer: ids.copy() if hasattr(ids, "copy") else ids for layer, ids in by_layer("rows", rows).items()}
-        return self._lookups.begin(RowQuery(self.spec, owned), out, timeout_s, ahead)
+        ids = by_layer("rows", rows)
+        if ready is None:
+            ids = {layer: one.copy() if hasattr(one, "copy") else one for layer, one in ids.items()}
+        return self._lookups.begin(RowQuery(self.spec, ids, ready, absent), out, timeout_s, ahead, valid=valid)
 
     def lookup(
         self,
@@ -254,16 +269,43 @@ class Client:
         layers: Sequence[int] | None = None,
         out: Out | None = None,
         timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
     ) -> dict[int, Rows]:
         """`prefetch` and wait, in the caller's own thread: layer -> uint8 [T, heads, row_bytes]."""
         given = tokens, query_start_loc, lookback, dead, lookback_dead
-        return self._lookups.run(TokenQuery(self.spec, given, self._layers(layers)), out, timeout_s)
+        return self._lookups.run(TokenQuery(self.spec, given, self._layers(layers)), out, timeout_s, valid)
 
     def lookup_rows(
-        self, rows: Mapping[int, npt.NDArray[Any]], *, out: Out | None = None, timeout_s: float | None = None
+        self,
+        rows: Mapping[int, npt.NDArray[Any]],
+        *,
+        out: Out | None = None,
+        timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
+        absent: bool = False,
     ) -> dict[int, Rows]:
         """`prefetch_rows` and wait, in the caller's own thread: layer -> uint8 [*ids.shape, row_bytes]."""
-        return self._lookups.run(RowQuery(self.spec, by_layer("rows", rows)), out, timeout_s)
+        return self._lookups.run(RowQuery(self.spec, by_layer("rows", rows), absent=absent), out, timeout_s, valid)
+
+    def hint(
+        self,
+        tokens: IntArray,
+        query_start_loc: IntArray | None = None,
+        lookback: IntArray | None = None,
+        dead: npt.ArrayLike | None = None,
+        lookback_dead: npt.ArrayLike | None = None,
+    ) -> bool:
+        """Have a batch's rows come into the cache and nowhere else, for steps that are not put together yet.
+
+        As a prompt's later chunks are, when it arrives. Arguments are those of `prefetch`. Returns at once: False if
+        nothing is asked for, as hints have `hint_bytes` on their way already, or the client is attached. What fails is
+        counted. Raises ValueError for a client without a cache, BatchError.
+        """
+        if self._config.cache_bytes == 0:
+            raise ValueError("a hint needs a client with cache_bytes")
+        batch = token_batch(tokens, query_start_loc, lookback, dead, lookback_dead)
+        batch.check_tokens(self.spec.vocab_size, self.spec.lookback)
+        return self._lookups.hint(TokenQuery(self.spec, batch, self.spec.layers))
 
     def amend(
         self,

@@ -51,6 +51,16 @@ class Receiver(Protocol):
         """In the child of a fork: let go without a word, and wait for nobody."""
 
 
+class Finisher(Protocol):
+    """Whoever brings rows into the form that the caller wants. It writes into the caller's arrays, at times twice."""
+
+    def finish(self, layer: int, rows: Rows, valid: Valid | None) -> Rows:
+        """What the caller gets of a layer. valid: which tokens have their rows; None for all."""
+
+    def failed(self, layer: int) -> None:
+        """A layer has no rows, and never will."""
+
+
 class Delivery:
     """The rows of one lookup on their way to the caller. Thread-safe.
 
@@ -65,6 +75,7 @@ class Delivery:
     elapsed_s: seconds from the beginning to the last row, once all rows are there.
     receiver: who has rows come in the threads that wait for them; None where they come by themselves.
     whole: whether nobody takes a layer before all are there.
+    finisher: has the last word on rows; None where they are as they come.
     """
 
     def __init__(
@@ -93,6 +104,7 @@ class Delivery:
         # What makes the rows that stand in for those that do not come; None if nothing does.
         self.blank, self._on_end = blank, on_end
         self.receiver: Receiver | None = None
+        self.finisher: Finisher | None = None
         # The lock itself, and not the condition, is what `with` takes: Ctrl-C can come between any two lines of Python,
         # and a condition's own line between having the lock and saying so would leave it taken for ever.
         self._lock = threading.RLock()
@@ -137,22 +149,34 @@ class Delivery:
 
     def _come(self, condition: Callable[[], bool], limit_s: float) -> bool:
         """Wait, and have the rows come in this thread as far as nobody else does that."""
-        if self.receiver is None:
-            return self._wait(condition, limit_s)
         until = time.monotonic() + limit_s
-        while (receiver := self.receiver) is not None:
-            receiver.receive(condition, until)
+        while True:
+            receiver, left_s = self.receiver, limit_s
+            if receiver is not None:
+                receiver.receive(condition, until)
+                if condition():
+                    return True
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    return False
+            self._wait(partial(self._may_come, condition, receiver, until), left_s)
             if condition():
                 return True
-            left_s = until - time.monotonic()
-            if left_s <= 0:
+            limit_s = until - time.monotonic()
+            if limit_s <= 0:
                 return False
-            self._wait(partial(self._may_come, condition, receiver, until), left_s)
-        return self._wait(condition, until - time.monotonic())
 
-    def _may_come(self, condition: Callable[[], bool], receiver: Receiver, until: float) -> bool:
-        """Whether one that waits while `receiver` is another's is to look again."""
-        return condition() or self.receiver is not receiver or receiver.open_to(until)
+    def _may_come(self, condition: Callable[[], bool], receiver: Receiver | None, until: float) -> bool:
+        """Whether one that waits while `receiver` is another's, or there is none, is to look again."""
+        if condition() or self.receiver is not receiver:
+            return True
+        return receiver is not None and receiver.open_to(until)
+
+    def receiver_came(self) -> None:
+        """Have the threads that wait already look at `receiver`, which came later than they did."""
+        self.rouse()
+        if self._callbacks:
+            self.attend()
 
     def rouse(self) -> None:
         """Have those who wait look again."""
@@ -214,6 +238,12 @@ class Delivery:
         """Hand over the rows of layers that are complete; of no effect once it was given up."""
         if not rows:
             return
+        if self.finisher is not None:
+            try:
+                with self.writing():
+                    rows = {layer: self.finisher.finish(layer, one, None) for layer, one in rows.items()}
+            except EngrampoolError:  # it was given up
+                return
         with self._lock:
             if self._closing:
                 return
@@ -317,7 +347,7 @@ class Delivery:
             return
         # Settled before anything is let go of: the last reference to a step may be among that.
         self.error, self._closing, self._done = error, True, True
-        self.blank = self._on_end = None
+        self.blank = self.finisher = self._on_end = None
         self._cancels, self._callbacks, self._idle_callbacks, self._writers = [], [], [], []
         self._calls.clear()
 
@@ -349,12 +379,10 @@ class Delivery:
             if not self._closing or self._writers:
                 return
             if not self._done:
-                if len(self.rows) < len(self.layers):
-                    missing = [layer for layer in self.layers if layer not in self.rows]
-                    for layer in missing:
-                        self._mask(layer)
-                else:
-                    missing = []
+                whole = len(self.rows) == len(self.layers)
+                missing = [] if whole else [layer for layer in self.layers if layer not in self.rows]
+                for layer in missing:
+                    self._mask(layer)
                 if self.error is None:
                     self.elapsed_s = max(self.arrived_s.values(), default=0.0)
                 self._done = True
@@ -363,7 +391,7 @@ class Delivery:
                 for layer in missing:
                     self._calls.extend((callback, layer) for callback in self._callbacks)
                 # They hold on to what they were made from.
-                self.blank, self._callbacks = None, []
+                self.blank, self.finisher, self._callbacks = None, None, []
                 if not self._telling:  # else they are about to be called
                     self._cancels.clear()
         if (on_end := self._on_end) is not None:
@@ -373,10 +401,15 @@ class Delivery:
             self._tell()
 
     def _mask(self, layer: int) -> None:
+        finisher = self.finisher
         if self.blank is None or not _may_be_masked(self.error):
+            if finisher is not None:
+                finisher.failed(layer)
             return
         try:
             rows, valid = self.blank(layer)
+            if finisher is not None:
+                rows = finisher.finish(layer, rows, valid)
         except Exception:  # the layer is settled all the same, by the error
             _log.exception("the rows of layer %s could not be masked", layer)
             return

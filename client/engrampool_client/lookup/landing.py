@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from engrampool_proto.errors import BatchError
 from engrampool_proto.spec import ModelSpec, TableSpec
 
 _UINT8 = np.dtype(np.uint8)
+_NONE: Mapping[int, Any] = {}
+# To find out whether arrays share memory, in steps of numpy's search; slices of one array take few.
+_MOST_WORK: Any = 1 << 16
 # By layer: an array for its rows, or one for each of some segments of them.
 Out = Mapping[int, Rows | Mapping[str, Rows]]
 
@@ -200,7 +203,8 @@ class CallersLanding(Landing):
     """Rows that go to a caller as they were asked for: into `out` where there is something. Raises BatchError."""
 
     def __init__(self, delivery: Delivery, shapes: Mapping[int, tuple[int, ...]], spec: ModelSpec, out: Out) -> None:
-        check_outs(spec, out, shapes)
+        if check_outs(spec, out, shapes):
+            raise BatchError("out must be C-contiguous where rows are written as they come")
         super().__init__(
             delivery, shapes, {layer: given for layer, given in out.items() if isinstance(given, np.ndarray)}
         )
@@ -259,10 +263,64 @@ def by_layer(name: str, given: Any) -> Mapping[int, Any]:
     return given
 
 
-def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int, ...]]) -> None:
-    """Raise BatchError for arrays that the rows of `shapes` cannot be written into, or that share memory."""
+class Finishing:
+    """The last word on a lookup's rows, as its caller wants them.
+
+    out: the caller's arrays. apart: those of `out` that rows are copied to, as they do not lie in order there.
+    valid: layer -> bool [T], where it is written which tokens have their rows. holes: layer -> bool [*ids.shape], rows
+    that there are not, once it is known: zeros.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        out: Out | None,
+        apart: Mapping[int, Rows],
+        valid: Mapping[int, Valid] | None,
+        holes: Mapping[int, npt.NDArray[np.bool_]],
+    ) -> None:
+        self._spec, self._out, self._apart, self._valid, self._holes = spec, out or {}, apart, valid or {}, holes
+
+    def finish(self, layer: int, rows: Rows, valid: Valid | None) -> Rows:
+        """As `Finisher` says."""
+        holes, out = self._holes.get(layer), self._out.get(layer)
+        if holes is not None:
+            rows = self._punch(layer, rows, holes, out)
+        if layer in self._apart:
+            self._apart[layer][...] = rows
+            rows = self._apart[layer]
+        if layer in self._valid:
+            self._valid[layer][...] = True if valid is None else valid
+        return rows
+
+    def failed(self, layer: int) -> None:
+        """As `Finisher` says."""
+        if layer in self._valid:
+            self._valid[layer][...] = False
+
+    def _punch(
+        self, layer: int, rows: Rows, holes: npt.NDArray[np.bool_], out: Rows | Mapping[str, Rows] | None
+    ) -> Rows:
+        if isinstance(out, Mapping):
+            for array in out.values():
+                array[holes] = 0
+        ours = not rows.flags.writeable
+        if ours:
+            try:
+                rows.flags.writeable = True
+            except ValueError:  # a message's own memory
+                rows = rows.copy()
+        rows[holes] = 0
+        return read_only(rows) if ours else rows
+
+
+def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int, ...]]) -> Mapping[int, Rows]:
+    """Those that rows are to be copied to, as they are not C-contiguous.
+
+    Raises BatchError for arrays that the rows of `shapes` cannot be written into, or that share memory.
+    """
     if out is None or _are_good(out, shapes):
-        return
+        return _NONE
     arrays: list[tuple[str, Rows]] = []
     for layer, given in by_layer("out", out).items():
         if layer not in shapes:
@@ -275,14 +333,39 @@ def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int,
         for name, array in given.items():
             cut = row_format.slice_of(name)
             arrays.append(_check_out(f"{name} of layer {layer}", array, (*shape[:-1], cut.stop - cut.start)))
-    lying = []
-    for what, array in arrays:
-        if array.nbytes:
-            first = array.__array_interface__["data"][0]
-            lying.append((first, first + array.nbytes - 1, what))
-    for (_, last, one), (first, _, other) in pairwise(sorted(lying)):
-        if first <= last:
+    arrays.sort(key=lambda named: int(named[1].__array_interface__["data"][0]))
+    for (one, array), (other, another) in combinations(arrays, 2):
+        if _share_memory(array, another):
             raise BatchError(f"out of {one} and out of {other} share memory; give each an array of its own")
+    return {
+        layer: given for layer, given in out.items() if isinstance(given, np.ndarray) and not given.flags.c_contiguous
+    }
+
+
+def check_valid(valid: Mapping[int, Valid] | None, shapes: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise BatchError for arrays that which tokens have their rows cannot be written into."""
+    for layer, array in by_layer("valid", valid or {}).items():
+        if layer not in shapes:
+            raise BatchError(f"valid has an array for layer {layer}, which is not asked for; {list(shapes)} are")
+        shape = valid_shape(shapes[layer])
+        if not isinstance(array, np.ndarray) or array.dtype != np.bool_ or array.shape != shape:
+            found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise BatchError(f"valid of layer {layer} must be a bool array {list(shape)}; it is {found}")
+        if not array.flags.writeable:
+            raise BatchError(f"valid of layer {layer} must be writable")
+
+
+def valid_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What has one flag for each token of a layer whose rows have this shape."""
+    return shape[:-2] if len(shape) > 2 else shape[:1]
+
+
+def _share_memory(one: Rows, other: Rows) -> bool:
+    """Whether they do, or it takes long to tell."""
+    try:
+        return np.may_share_memory(one, other) and np.shares_memory(one, other, max_work=_MOST_WORK)
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _are_good(out: Any, shapes: Mapping[int, tuple[int, ...]]) -> bool:
@@ -303,9 +386,14 @@ def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> tuple[str, Rows
     if not isinstance(array, np.ndarray) or array.dtype != _UINT8 or array.shape != shape:
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
         raise BatchError(f"out of {what} must be a uint8 array {list(shape)}; it is {found}")
-    flags = array.flags
-    if not flags.c_contiguous or not flags.writeable:
-        raise BatchError(f"out of {what} must be C-contiguous and writable")
+    if not array.flags.writeable:
+        raise BatchError(f"out of {what} must be writable")
+    if not array.flags.c_contiguous:
+        reach = 1  # one past the furthest byte of the dimensions of smaller strides
+        for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True)):
+            if n > 1 and stride < reach:
+                raise BatchError(f"out of {what} overlaps itself: its strides are {list(array.strides)}")
+            reach += stride * max(0, n - 1)
     return what, array
 
 
@@ -342,6 +430,6 @@ def zeros(shapes: Mapping[int, tuple[int, ...]], out: Out | None) -> Blank:
         rows = given if isinstance(given, np.ndarray) else np.zeros(shape, np.uint8)
         if rows is not given:
             rows.flags.writeable = False
-        return rows, np.zeros(shape[:-2] if len(shape) > 2 else shape[:1], np.bool_)
+        return rows, np.zeros(valid_shape(shape), np.bool_)
 
     return blank

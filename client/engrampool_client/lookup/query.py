@@ -1,7 +1,7 @@
 """What is asked for, checked: the rows of a batch of tokens, or rows by their ids; and tokens that may come next."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,8 @@ IntArray = npt.ArrayLike
 # Tokens, boundaries, look-back and the flags of both: as a caller gives them, and as kernels take them.
 Given = tuple[IntArray, IntArray | None, IntArray | None, npt.ArrayLike | None, npt.ArrayLike | None]
 Batch = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
+# Waits until what was given is there, a copy from a device, say.
+Ready = Callable[[], Any]
 _INT32 = np.dtype(np.int32)
 _NDIM = 1, 1, 2  # of tokens, boundaries and look-back
 _NO_FLAGS, _NO_LOOKBACK_FLAGS = np.empty(0, np.bool_), np.empty((0, 0), np.bool_)
@@ -81,17 +83,24 @@ class Sizes:
 class TokenQuery:
     """The rows of every token of a batch: [T, heads, row_bytes] a layer.
 
-    layers: ascending. num_tokens: T. key: the same for queries of the same sizes.
+    layers: ascending. num_tokens: T. key: the same for queries of the same sizes. ready: to be waited for before
+    anything but these is asked for; None if nothing is.
     """
 
-    def __init__(self, spec: ModelSpec, given: TokenBatch | Given, layers: Sequence[int]) -> None:
+    holes: Mapping[int, npt.NDArray[np.bool_]] = {}
+
+    def __init__(
+        self, spec: ModelSpec, given: TokenBatch | Given, layers: Sequence[int], ready: Ready | None = None
+    ) -> None:
         """given: a batch, or what a caller gave, which is looked at again until `own` is called.
 
-        Raises BatchError, but for what `own` says of arrays that are as kernels take them.
+        Raises BatchError, but for what `own` says of arrays that are as kernels take them, or that are not ready.
         """
-        self._spec, self.layers, self._given = spec, tuple(layers), given
+        self._spec, self.layers, self._given, self.ready = spec, tuple(layers), given, ready
         self._batch: TokenBatch | None = None
         arrays = None if isinstance(given, TokenBatch) else _plain(*given)
+        if arrays is None and ready is not None:
+            raise BatchError("tokens that come later must be int32 arrays, without flags")
         self._arrays = self._of_batch() if arrays is None else arrays
         self.num_tokens = len(self._arrays[0])
         self.key: Hashable = self.num_tokens, self.layers
@@ -105,7 +114,8 @@ class TokenQuery:
         return self._batch
 
     def own(self) -> None:
-        """From here on the caller may overwrite what was given. Raises BatchError."""
+        """What was given is there, and from here on the caller may overwrite it. Raises BatchError."""
+        self.ready = None
         self._arrays = self._of_batch()
 
     def _of_batch(self) -> Batch:
@@ -149,12 +159,19 @@ class RowQuery:
     """Rows by their ids: [*ids.shape, row_bytes] a layer.
 
     rows: layer -> what may be an array of ids, checked when they are asked for. layers: ascending. num_tokens: the most
-    entries that one of them has. Raises SpecError for an unknown layer.
+    entries that one of them has. ready: as of `TokenQuery`. holes: layer -> bool [*ids.shape], rows that there are not,
+    where there are some. Raises SpecError for an unknown layer.
     """
 
-    def __init__(self, spec: ModelSpec, rows: Mapping[int, Any]) -> None:
-        self._spec, self._rows = spec, rows
+    def __init__(
+        self, spec: ModelSpec, rows: Mapping[int, Any], ready: Ready | None = None, absent: bool = False
+    ) -> None:
+        """absent: whether -1 stands for no row."""
+        self._spec, self._rows, self.ready, self._absent = spec, rows, ready, absent
+        self.holes: dict[int, npt.NDArray[np.bool_]] = {}
         self.layers = tuple(sorted([spec.table(layer).layer for layer in rows]))
+        if ready is None:
+            self.own()
         arrays = [ids for ids in rows.values() if isinstance(ids, np.ndarray)]
         self.num_tokens = max((len(ids) for ids in arrays if ids.ndim), default=0)
 
@@ -186,7 +203,23 @@ class RowQuery:
         return True
 
     def own(self) -> None:
-        """As of `TokenQuery`: who gives them copies them."""
+        """As of `TokenQuery`; who gives them copies them."""
+        self.ready = None
+        if self._absent:
+            self._absent, self._rows = False, {layer: self._filled(layer, ids) for layer, ids in self._rows.items()}
+
+    def _filled(self, layer: int, ids: Any) -> Any:
+        """The ids with others in place of -1, of the same column, so that they are as hashing gives them."""
+        if not isinstance(ids, np.ndarray) or ids.dtype.kind != "i":
+            return ids
+        holes = np.asarray(ids) == -1
+        if not holes.any():
+            return ids
+        self.holes[layer] = holes
+        columns = np.asarray(ids).reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)
+        some = columns[np.argmax(columns != -1, axis=0), np.arange(columns.shape[1])]
+        filled = np.where(columns == -1, np.maximum(some, 0), columns)
+        return filled.reshape(ids.shape)
 
     def keys(self, layout: Layout, hashing: Hashing) -> dict[int, list[Keys]] | None:
         """Layer -> int64 [groups, T] of each part; None for ids that are not as hashing gives them, [..., heads].

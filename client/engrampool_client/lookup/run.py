@@ -4,6 +4,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Generic
@@ -21,8 +22,8 @@ from engrampool_client.errors import (
     StepCancelledError,
 )
 from engrampool_client.lookup.deadlines import Deadlines
-from engrampool_client.lookup.delivery import Delivery, Rows, in_callback
-from engrampool_client.lookup.landing import Out, check_outs, zeros
+from engrampool_client.lookup.delivery import Delivery, Finisher, Rows, Valid, in_callback
+from engrampool_client.lookup.landing import Finishing, Out, check_outs, check_valid, zeros
 from engrampool_client.lookup.query import Query, Recorder, RowQuery, Sizes, TokenQuery, candidates_batch
 from engrampool_client.lookup.sent import Sent
 from engrampool_client.lookup.small import Small
@@ -30,7 +31,6 @@ from engrampool_client.lookup.step import Step
 from engrampool_client.lookup.work import Lookup, V, Versions
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.stats import Stats
-from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 
 
@@ -60,6 +60,7 @@ class Lookups(Generic[V]):
         timeout_s: float | None,
         ahead: bool = False,
         instead_of: Step | None = None,
+        valid: Mapping[int, Valid] | None = None,
     ) -> Step:
         """As `Client.prefetch`.
 
@@ -68,13 +69,17 @@ class Lookups(Generic[V]):
         self.check_process()
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
-        check_outs(self._spec, out, sizes.shapes)
-        above = version.shards.sends
-        if instead_of is None and not ahead and above is not None and sizes.nbytes > above:
-            small = version.planner.small(query, out, sizes)
+        out, finisher = self._finisher(query, out, valid, sizes)
+        if query.ready is not None:
+            step = self._step(query, out, timeout_s, sizes, finisher)
+            lookup = self._lookup(step.delivery, query, out)
+            self._submit(Job(step.delivery, partial(self._plan_later, lookup, query, out), lookup.ask, ahead))
+            return step
+        if instead_of is None and not ahead:
+            small = self._small(query, out, sizes, version)
         if small is None:
             query.own()
-        step = self._step(query, out, timeout_s, sizes)
+        step = self._step(query, out, timeout_s, sizes, finisher)
         if small is not None and self._send(step.delivery, small, sizes, out, version):
             return step
         query.own()
@@ -94,13 +99,15 @@ class Lookups(Generic[V]):
             instead_of.delivery.on_idle(partial(self._submit_late, job, instead_of))
         return step
 
-    def run(self, query: Query, out: Out | None, timeout_s: float | None) -> dict[int, Rows]:
+    def run(
+        self, query: Query, out: Out | None, timeout_s: float | None, valid: Mapping[int, Valid] | None = None
+    ) -> dict[int, Rows]:
         """As `Client.lookup`: all of it in this thread."""
         self.check_process()
         sizes = self._versions.current.planner.sizes(query)
         query.own()
-        check_outs(self._spec, out, sizes.shapes)
-        step = self._step(query, out, timeout_s, sizes, waits=True)
+        out, finisher = self._finisher(query, out, valid, sizes)
+        step = self._step(query, out, timeout_s, sizes, finisher, waits=True)
         try:
             if self._closing.is_set():
                 raise PoolError("the client is closed")
@@ -117,14 +124,12 @@ class Lookups(Generic[V]):
             raise
         return {layer: step.rows(layer) for layer in step.layers}
 
-    def hint(self, batch: TokenBatch, candidates: npt.ArrayLike, chain: bool) -> bool:
-        """As `Step.hint`."""
+    def hint(self, query: TokenQuery) -> bool:
+        """As `Client.hint`."""
         self.check_process()
-        guessed = candidates_batch(batch, candidates, chain, self._spec)
         now = self._versions.current
-        if now.shards.attached or not guessed.num_tokens:
+        if now.shards.attached or not query.num_tokens:
             return False
-        query = TokenQuery(self._spec, guessed, list(self._spec.layers))
         nbytes = sum(map(math.prod, query.shapes(now.planner.layout).values()))
 
         def ended(delivery: Delivery) -> None:
@@ -142,6 +147,13 @@ class Lookups(Generic[V]):
             delivery.end(None)
             return False
         return True
+
+    def _hint_next(self, query: TokenQuery, candidates: npt.ArrayLike, chain: bool) -> bool:
+        """As `Step.hint`, of a step that asks for `query`."""
+        if query.ready is not None:
+            return False
+        guessed = candidates_batch(query.batch, candidates, chain, self._spec)
+        return self.hint(TokenQuery(self._spec, guessed, list(self._spec.layers)))
 
     def check_process(self) -> None:
         """Raise ForkedError in a child of the process that the client was made in."""
@@ -171,13 +183,34 @@ class Lookups(Generic[V]):
         self.workers.close(wait)
         self._deadlines.close(wait)
 
-    def _step(self, query: Query, out: Out | None, timeout_s: float | None, sizes: Sizes, waits: bool = False) -> Step:
+    def _finisher(
+        self, query: Query, out: Out | None, valid: Mapping[int, Valid] | None, sizes: Sizes
+    ) -> tuple[Out | None, Finisher | None]:
+        """Arrays that rows may be written into as they come, and who has the last word. Raises BatchError."""
+        apart = check_outs(self._spec, out, sizes.shapes)
+        if valid is not None:
+            check_valid(valid, sizes.shapes)
+        if not (apart or valid or query.holes or query.ready is not None):
+            return out, None
+        finishing = Finishing(self._spec, out, apart, valid, query.holes)
+        return None if out is None else {layer: out[layer] for layer in out if layer not in apart}, finishing
+
+    def _step(
+        self,
+        query: Query,
+        out: Out | None,
+        timeout_s: float | None,
+        sizes: Sizes,
+        finisher: Finisher | None,
+        waits: bool = False,
+    ) -> Step:
         """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else positive_s("timeout_s", timeout_s))
-        hint = partial(self.hint, query.batch) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
+        hint = partial(self._hint_next, query) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
         delivery = Delivery(
             query.layers, deadline, zeros(sizes.shapes, out) if self._masks else None, self._ended, waits
         )
+        delivery.finisher = finisher
         # Before it counts: whatever happens from there on, a step that is lost ends by itself.
         step = Step(delivery, self._stats, hint)
         if not self._stats.began(delivery, sizes.nbytes, None if waits else self._config.max_pending_bytes):
@@ -191,9 +224,38 @@ class Lookups(Generic[V]):
         except RuntimeError as failure:
             delivery.end(error := PoolError(f"the system gives the client no thread: {failure}"))
             raise error from failure
-        if self._recorder is not None:
+        if self._recorder is not None and query.ready is None:
             query.record(self._recorder)
         return step
+
+    def _small(self, query: Query, out: Out | None, sizes: Sizes, version: V) -> Small | None:
+        above = version.shards.sends
+        if above is None or sizes.nbytes <= above:
+            return None
+        return version.planner.small(query, out, sizes)
+
+    def _plan_later(self, lookup: Lookup[V], query: Query, out: Out | None) -> bool:
+        """In a thread of the client: wait for what is asked for, then as `begin`; whether `lookup` is to ask."""
+        delivery = lookup.delivery
+        if not delivery.done and query.ready is not None:
+            try:
+                query.ready()
+                query.own()
+                if self._recorder is not None:
+                    query.record(self._recorder)
+                version = self._versions.current
+                sizes = version.planner.sizes(query)
+                small = self._small(query, out, sizes, version)
+                if small is not None and not delivery.done and self._send(delivery, small, sizes, out, version):
+                    delivery.receiver_came()
+                    return False
+            except EngrampoolError as error:
+                delivery.end(error)
+            except Exception as error:
+                failure = PoolError(f"what the lookup was to wait for failed: {error!r}")
+                failure.__cause__ = error
+                delivery.end(failure)
+        return lookup.plan()
 
     def _send(self, delivery: Delivery, small: Small, sizes: Sizes, out: Out | None, version: V) -> bool:
         """Have it sent, in this thread, and its rows come in those that wait; whether that could be."""

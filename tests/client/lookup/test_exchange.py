@@ -214,8 +214,10 @@ def test_a_shard_is_asked_for_nothing_of_a_layer_without_ids():
         (2, np.empty((5, 3), np.int8), r"must be a uint8 array \[5, 3\]; it is int8 \[5, 3\]"),
         (2, np.empty((5, 4), np.uint8), r"it is uint8 \[5, 4\]"),
         (2, bytearray(15), "it is bytearray"),
-        (2, np.empty((5, 6), np.uint8)[:, ::2], "C-contiguous and writable"),
-        (2, np.frombuffer(bytes(15), np.uint8).reshape(5, 3), "C-contiguous and writable"),
+        (2, np.empty((5, 6), np.uint8)[:, ::2], "must be C-contiguous"),
+        (2, np.lib.stride_tricks.as_strided(np.empty(9, np.uint8), (5, 3), (1, 1)), "overlaps itself"),
+        (2, np.broadcast_to(np.empty((1, 3), np.uint8), (5, 3)), "must be writable"),
+        (2, np.frombuffer(bytes(15), np.uint8).reshape(5, 3), "must be writable"),
         (3, np.empty((5, 3), np.uint8), r"layer 3, which is not asked for; \[2, 9\] are"),
     ],
 )
