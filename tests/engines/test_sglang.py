@@ -396,16 +396,22 @@ class OnGpu(torch.Tensor):
     is_cuda = property(lambda self: True)
 
 
-def test_what_the_engines_kernel_makes_of_rows_is_what_it_makes_of_its_table(
-    ranks, engine, spec, same_bits, monkeypatch
-):
+def test_the_engines_kernel_makes_of_rows_what_it_makes_of_a_table(ranks, engine, spec, same_bits, monkeypatch):
     import sglang.kernels.ops.embeddings.engram_gather as kernels
+    import triton.runtime.interpreter as interpreter
+
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def load_by_truth(self, pointers, mask, *rest):
+        mask.data = mask.data.astype(bool)  # the interpreter makes an integer of it, and does not take that
+        return load(self, pointers, mask, *rest)
 
     def gather(weight_ptr, scale_ptr, ids, out, dim, block, row_lo=0, row_hi=1 << 62, sort_ids=False):
         """The engine's own, but for its check that this is a GPU."""
         numbers = {"DIM": dim, "BLK": block, "E8M0_ZERO": 2.0**-127, "HAS_DST": False}
         kernels._engram_gather_kernel[(len(ids),)](weight_ptr, scale_ptr, ids, ids, out, row_lo, row_hi, **numbers)
 
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load_by_truth)
     monkeypatch.setattr(engine.module, "engram_gather", gather)
     values, scales = checkpoint(spec, 1)
     ids = torch.arange(0, 4800, 100).view(2, 24)
@@ -476,6 +482,19 @@ def not_missing(found):
     return all(isinstance(one, torch.Tensor) and one.view(torch.int16).any() for one in found)
 
 
+def test_ranks_whose_rows_do_not_come_leave_out_their_columns_on_all_ranks(ranks, server):
+    """Whoever has what, each rank reads the same sum."""
+    group = ranks(2, timeout_s=0.3, on_failure="mask", breaker_failures=0).make()
+    group.known, group.parts = None, []
+    with group.at(0) as made:
+        decode(made)
+    with group.at(1) as made, server.frozen():
+        decode(made)
+    for first, second in zip(group.parts[:2], group.parts[2:], strict=True):
+        assert (first + second)[:, :12].view(torch.int16).any(-1).all()
+        assert not (first + second)[:, 12:].any()
+
+
 def test_a_staged_batch_that_never_runs_gives_its_rows_to_no_other(ranks, sequences):
     with ranks(1).make().at(0) as made:
         right = decode(made), prefill(made, sequences, seed=1)
@@ -498,6 +517,24 @@ def test_rows_are_of_the_forward_that_wants_them_or_of_none(ranks, engine):
         made.worker.start(torch.full((2, 2, 24), 1 << 30))
         with pytest.raises(Exception, match="row id 1073741824"):
             made.layers[0].embed(torch.zeros(2, 24, dtype=torch.int64))
+
+
+def test_what_the_host_hashed_waits_for_nothing_that_the_gpu_does(engine, monkeypatch):
+    """A lookup of staged rows begins on a stream of its own: the scheduler's waits for the forward that runs."""
+    current, began = [], []
+
+    @contextmanager
+    def stream(given):
+        current.append(given)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(engine.ours, "_worker", SimpleNamespace(start=lambda ids: began.append((ids, *current))))
+    hasher = SimpleNamespace(max_ngram_size=4, hash_windows=lambda tokens, blocked: (tokens + blocked, tokens))
+    assert engine.ours.Stager(hasher, torch.device("cuda")).hasher.hash_windows(1, 2) == (3, 1)
+    assert (began, current) == ([(3, "a stream of cuda")], [])
 
 
 def test_an_idle_rank_asks_nobody_and_waits_for_nobody(ranks):
@@ -726,7 +763,7 @@ def test_another_sglang_is_refused_by_its_version_and_by_its_functions(engine, m
     monkeypatch.setattr(engine.module, "EngramEmbedding", engine.Stock)
     plugin.check_parameters()
     monkeypatch.setattr(engine.module.Engram, "embed_rows", lambda self, ids: None)
-    monkeypatch.delattr(engine.staging.EngramRowStager, "_windows")
+    monkeypatch.delattr(engine.staging.EngramRowStager, "stage")
     with pytest.raises(
         RuntimeError, match=r"embed_rows\(self, hash_ids, forward_batch, cp_all_tokens\) is now: self ids;.*"
     ):

@@ -36,7 +36,6 @@ PARAMETERS = {
     f"{_ENGRAM}:engram_gather": "weight_ptr scale_ptr ids out dim block_size row_lo row_hi sort_ids",
     f"{_STAGER}.from_model": "model hasher device",
     f"{_STAGER}.stage": "self batch",
-    f"{_STAGER}._windows": "self batch",
     f"{_GRAPHS}:capture_cuda_graphs": "model_runner capture_decode_cuda_graph finalize defer_distributed_setup",
     f"{_GRAPHS}:capture_prefill_graph": "model_runner eager_runner force_for_draft_worker",
     f"{_GRAPHS}:capture_decode_graph": "model_runner",

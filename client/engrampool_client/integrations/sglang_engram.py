@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
+from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -216,21 +218,22 @@ class Stager(engram_staging.EngramRowStager):
     """In the place of the engine's: a prompt's lookup begins when its batch is made, and the layers wait for it."""
 
     def __init__(self, hasher: Any, device: torch.device) -> None:
-        self.hasher = hasher
+        # The engine's `stage` then copies nothing, and has a batch's tokens hashed here, if they are all known.
+        self.tables: list[Any] = []
+        self.hasher = SimpleNamespace(max_ngram_size=hasher.max_ngram_size, hash_windows=self._begin)
+        self._hash = hasher.hash_windows
         # What the host has hashed waits for no GPU, so nothing may be recorded where the scheduler's copies wait.
         self._idle = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def stage(self, batch: Any) -> list[tuple[int]] | None:
         """Begin the lookup of an extend batch's rows; None leaves it to the forward."""
-        if not batch.forward_mode.is_extend_without_speculative():
-            return None
-        windows = self._windows(batch)
-        if windows is None:
-            return None
-        ids, _ = self.hasher.hash_windows(*windows)
+        return None if super().stage(batch) is None else [(_worker.begun,)] * len(_worker.layers)
+
+    def _begin(self, tokens: torch.Tensor, blocked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, tokens = self._hash(tokens, blocked)
         with nullcontext() if self._idle is None else torch.cuda.stream(self._idle):
-            begun = _worker.start(ids)
-        return [(begun,)] * len(_worker.layers)
+            _worker.start(ids)
+        return ids, tokens
 
 
 def _from_model(_: type, model: torch.nn.Module, hasher: Any, device: torch.device) -> Stager:
@@ -316,7 +319,5 @@ def install() -> None:
 
 def _found(target: str) -> Any:
     """What stands at a hook's target now."""
-    from pkgutil import resolve_name
-
     place, _, name = target.rpartition(".")
     return vars(resolve_name(place))[name]
