@@ -296,20 +296,26 @@ class Comparison:
         self.group, self.same_bits = group, same_bits
         self.stocked = group.stock(spec)
 
-    def extend(self, made, staged=True):
+    def extend(self, made, staged=True, replayed=None):
+        """replayed: the same, and before each chunk what the engine has the forward run again of a prefix."""
         forwards = []
         for rank in range(self.group.size):
             with self.group.at(rank) as own:
                 batch = scheduled(made)
+                if replayed is not None:
+                    batch.encoder_swa_reset = [True] * len(batch.reqs)
                 if staged:
                     own.manager.prepare_for_forward(batch, chunked_req=None)
                     assert batch.engram_staged_rows is not None
                 else:  # as where a batch's newest tokens are on the GPU
                     own.manager._prepare_engram_history(batch)
-                forward, tokens = forward_of(batch, made)
+                if replayed is not None:
+                    batch.engram_history = torch.zeros(len(batch.reqs), 3, dtype=torch.int32)
+                forward, tokens = forward_of(batch, replayed or made)
                 forwards.append(forward)
                 ids = own.hasher(tokens, forward)
-        self.compare("prefill" if staged else "prefill, not staged", forwards, tokens, ids)
+        kind = ", not staged" * (not staged) + ", its prefixes again" * (replayed is not None)
+        self.compare(f"prefill{kind}", forwards, tokens, ids)
 
     def step(self, what, mode, tokens, positions, slots, **more):
         forwards = []
@@ -362,6 +368,43 @@ def test_layers_read_what_they_read_of_the_stocked_table(ranks, size, spec, sequ
                     commit_lens=torch.from_numpy(accepted),
                 )
             lengths += accepted
+
+
+def test_prefixes_that_a_forward_runs_again_are_looked_up_with_their_chunks(ranks, spec, sequences, same_bits):
+    """As with a bounded window of the encoder: up to 128 tokens of a prefix that was found are in the batch again."""
+    made = sequences(3, spec.vocab_size, longest=6)
+    whole = type(made)([0] * len(made.starts), made.histories, made.dead)
+    Comparison(ranks(2).make(), spec, same_bits).extend(made, replayed=whole)
+
+
+def test_ranks_of_other_tokens_have_no_part_in_it(ranks):
+    """With data-parallel attention, ranks of one group share the columns, and others have tokens of their own."""
+    group = ranks(1)
+    group.parallel.tp_size, group.parallel.attn_dp_size, group.parallel.attn_tp_size = 8, 4, 2
+    group.make()
+    assert [layer.embed.columns for layer in group.made[0].layers] == [slice(0, 12)] * 2
+    with group.at(0) as made:
+        group.known, group.parts = None, []
+        decode(made)
+    assert len(group.parts) == 2
+    alone = ranks(1)
+    alone.parallel.tp_size, alone.parallel.attn_dp_size = 8, 8
+    alone.known, alone.parts = None, []
+    with alone.make().at(0) as made:
+        assert not_missing(decode(made))
+    assert alone.parts == [], "it adds up nothing"
+
+
+def test_ids_of_a_gpu_are_copied_as_what_the_host_keeps(engine, monkeypatch):
+    """PyTorch waits for a copy to the host where types differ; the thread that launches kernels must not."""
+    started = []
+    staging = SimpleNamespace(start=lambda layer, ids: started.append((layer, ids.dtype, ids.tolist())))
+    monkeypatch.setattr(engine.ours, "Staging", lambda *_: staging)
+    worker = engine.ours._Worker()
+    worker.client = object()
+    worker.ready([1, 14], slice(1, 3), torch.device("cuda"))
+    worker.start(torch.arange(16).view(2, 2, 4).as_subclass(OnGpu))
+    assert started == [(1, torch.int32, [[1, 2], [9, 10]]), (14, torch.int32, [[5, 6], [13, 14]])]
 
 
 def test_a_forward_of_more_tokens_than_any_before_gets_more_memory(ranks, spec, same_bits):

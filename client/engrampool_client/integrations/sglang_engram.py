@@ -51,9 +51,12 @@ class _Worker:
         self.begun += 1
         self.dummy = self.quiet > 0
         if not self.dummy:
-            staging = self._staging_of(len(ids))
+            staging, ids = self._staging_of(len(ids)), ids[..., self._columns]
+            if ids.is_cuda:
+                # As the host's memory has them: where types differ, PyTorch waits for the copy.
+                ids = ids.int()
             for at, layer in enumerate(self.layers):
-                staging.start(layer, ids[:, at, self._columns])
+                staging.start(layer, ids[:, at])
         return self.begun
 
     def rows(self, layer: int) -> torch.Tensor | None:
