@@ -398,13 +398,18 @@ def test_ranks_of_other_tokens_have_no_part_in_it(ranks):
 def test_ids_of_a_gpu_are_copied_as_what_the_host_keeps(engine, monkeypatch):
     """PyTorch waits for a copy to the host where types differ; the thread that launches kernels must not."""
     started = []
-    staging = SimpleNamespace(start=lambda layer, ids: started.append((layer, ids.dtype, ids.tolist())))
-    monkeypatch.setattr(engine.ours, "Staging", lambda *_: staging)
-    worker = engine.ours._Worker()
-    worker.client = object()
-    worker.ready([1, 14], slice(1, 3), torch.device("cuda"))
-    worker.start(torch.arange(16).view(2, 2, 4).as_subclass(OnGpu))
-    assert started == [(1, torch.int32, [[1, 2], [9, 10]]), (14, torch.int32, [[5, 6], [13, 14]])]
+    monkeypatch.setattr(engine.ours, "_worker", SimpleNamespace(start=lambda ids: started.extend(ids)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    ids = torch.arange(16).view(2, 2, 4)
+    engine.ours._start(ids.as_subclass(OnGpu))
+    assert [(one.dtype, one.tolist()) for one in started] == [(torch.int32, ids[:, at].tolist()) for at in range(2)]
+
+
+def test_a_graph_of_a_whole_forward_is_refused_where_it_is_captured(engine, monkeypatch):
+    """It would have zeros for ever."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a graph of a whole forward is captured"):
+        engine.ours._start(torch.zeros(2, 2, 4).as_subclass(OnGpu))
 
 
 def test_a_forward_of_more_tokens_than_any_before_gets_more_memory(ranks, spec, same_bits):
@@ -414,9 +419,9 @@ def test_a_forward_of_more_tokens_than_any_before_gets_more_memory(ranks, spec, 
     group.known = None
     for rank in range(2):
         with group.at(rank) as made:
-            made.worker.start(ids[:3])  # and its model fails
+            made.worker.start(ids[:3].unbind(1))  # and its model fails
             for tokens in (5, 600, 2):
-                made.worker.start(ids[:tokens])
+                made.worker.start(ids[:tokens].unbind(1))
                 for at, layer in enumerate(made.layers):
                     group.parts = []
                     found = layer.embed(ids[:tokens, at], None)
@@ -554,15 +559,15 @@ def test_rows_are_of_the_forward_that_wants_them_or_of_none(ranks, engine):
     with ranks(1).make().at(0) as made:
         with pytest.raises(PoolError, match="no row ids of layer 14 were given"):
             made.layers[1].embed(torch.zeros(3, 24, dtype=torch.int64))
-        made.worker.start(torch.zeros(2, 2, 24, dtype=torch.int64))
+        made.worker.start([torch.zeros(2, 24, dtype=torch.int64)] * 2)
         with pytest.raises(PoolError, match="rows of 2 tokens were asked for, and of 3 are wanted"):
             made.layers[1].embed(torch.zeros(3, 24, dtype=torch.int64))
-        made.worker.start(torch.full((2, 2, 24), 1 << 30))
+        made.worker.start([torch.full((2, 24), 1 << 30)] * 2)
         with pytest.raises(Exception, match="row id 1073741824"):
             made.layers[0].embed(torch.zeros(2, 24, dtype=torch.int64))
 
 
-def test_what_the_host_hashed_waits_for_nothing_that_the_gpu_does(engine, monkeypatch):
+def test_what_the_host_hashed_waits_for_nothing_that_the_gpu_does(engine, spec, monkeypatch):
     """A lookup of staged rows begins on a stream of its own: the scheduler's waits for the forward that runs."""
     current, began = [], []
 
@@ -574,10 +579,11 @@ def test_what_the_host_hashed_waits_for_nothing_that_the_gpu_does(engine, monkey
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(engine.ours, "_worker", SimpleNamespace(start=lambda ids: began.append((ids, *current))))
-    hasher = SimpleNamespace(max_ngram_size=4, hash_windows=lambda tokens, blocked: (tokens + blocked, tokens))
-    assert engine.ours.Stager(hasher, torch.device("cuda")).hasher.hash_windows(1, 2) == (3, 1)
-    assert (began, current) == ([(3, "a stream of cuda")], [])
+    monkeypatch.setattr(engine.ours, "_worker", SimpleNamespace(start=lambda ids: began.append(list(current))))
+    hasher = SimpleNamespace(max_ngram_size=4, image_token_id=None)
+    stager = engine.ours.Stager(hasher, SimpleNamespace(spec=spec, compiled=False), torch.device("cuda"))
+    stager.hasher.hash_windows(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.bool))
+    assert (began, current) == ([["a stream of cuda"]], [])
 
 
 def test_an_idle_rank_asks_nobody_and_waits_for_nobody(ranks):
@@ -669,7 +675,7 @@ def test_pieces_of_a_decode_graph_are_replayed_with_the_rows_of_each_forward(ran
         batches = [torch.from_numpy(np.random.default_rng(seed).integers(0, 9000, (5, 2, 24))) for seed in range(3)]
         right = []
         for ids in batches:
-            made.worker.start(ids)
+            made.worker.start(ids.unbind(1))
             right.append([layer.embed(ids[:, at]) for at, layer in enumerate(made.layers)])
         before = made.worker.client.stats.bytes["wire"]
         forward, tokens = step("DECODE", np.zeros(5, np.int64), np.zeros(5, np.int64), np.arange(5))

@@ -32,6 +32,7 @@ PARAMETERS = {
     f"{_ENGRAM}:EngramHasher.__init__": "self layout tokenizer pad_id compressed_vocab_size",
     f"{_ENGRAM}:EngramHasher.forward": "self input_ids forward_batch",
     f"{_ENGRAM}:EngramHasher.hash_windows": "self tokens blocked",
+    f"{_ENGRAM}:compute_engram_hash_ids": "tokens blocked pad_id token_map multipliers primes offsets",
     f"{_ENGRAM}:shard_range": "num_embeddings column_bounds tp_rank tp_size",
     f"{_ENGRAM}:engram_gather": "weight_ptr scale_ptr ids out dim block_size row_lo row_hi sort_ids",
     f"{_STAGER}.from_model": "model hasher device",

@@ -4,13 +4,14 @@ For graphs that run Python between their pieces, or none. Imported by `sglang.py
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers import engram, engram_staging
@@ -22,9 +23,11 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_disagg, get_exec, get_flags, get_parallel, get_spec
 
 from engrampool_client.client import Client
+from engrampool_client.compute.forms import choose
 from engrampool_client.errors import PoolError
 from engrampool_client.integrations import engine
 from engrampool_client.integrations.staging import Staging
+from engrampool_proto.hashing import TokenBatch
 
 
 class _Worker:
@@ -46,18 +49,14 @@ class _Worker:
         """The model is made. layers: of its tables, in the order of hashes. columns: of the row ids, this rank's."""
         self.layers, self._columns, self._device = tuple(layers), columns, device
 
-    def start(self, ids: torch.Tensor) -> int:
-        """Begin the lookup of a forward's rows, and give the forward's number. ids: [tokens, layers, heads]."""
+    def start(self, ids: Sequence[torch.Tensor]) -> None:
+        """Begin the lookup of a forward's rows. ids: of each layer, [tokens, heads]."""
         self.begun += 1
         self.dummy = self.quiet > 0
         if not self.dummy:
-            staging, ids = self._staging_of(len(ids)), ids[..., self._columns]
-            if ids.is_cuda:
-                # As the host's memory has them: where types differ, PyTorch waits for the copy.
-                ids = ids.int()
-            for at, layer in enumerate(self.layers):
-                staging.start(layer, ids[:, at])
-        return self.begun
+            staging = self._staging_of(len(ids[0]))
+            for layer, own in zip(self.layers, ids, strict=True):
+                staging.start(layer, own[:, self._columns])
 
     def rows(self, layer: int) -> torch.Tensor | None:
         """As `Staging.rows`, of the last forward that began."""
@@ -173,7 +172,8 @@ def _between_pieces(forward_batch: Any) -> bool:
 @eager_on_graph
 def _start(ids: torch.Tensor) -> None:
     _refuse_capture(ids)
-    _worker.start(ids)
+    # As the host's memory has them: where types differ, PyTorch waits for the copy.
+    _worker.start((ids.int() if ids.is_cuda else ids).unbind(1))
 
 
 @eager_on_graph
@@ -220,11 +220,12 @@ def numbers(rows: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
 class Stager(engram_staging.EngramRowStager):
     """In the place of the engine's: a prompt's lookup begins when its batch is made, and the layers wait for it."""
 
-    def __init__(self, hasher: Any, device: torch.device) -> None:
+    def __init__(self, hasher: Any, client: Client, device: torch.device) -> None:
         # The engine's `stage` then copies nothing, and has a batch's tokens hashed here, if they are all known.
         self.tables: list[Any] = []
         self.hasher = SimpleNamespace(max_ngram_size=hasher.max_ngram_size, hash_windows=self._begin)
-        self._hash = hasher.hash_windows
+        self._image, self._layers = hasher.image_token_id, client.spec.layers
+        self._hashing = choose("auto" if client.compiled else "off").hashing(client.spec)
         # What the host has hashed waits for no GPU, so nothing may be recorded where the scheduler's copies wait.
         self._idle = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -232,11 +233,23 @@ class Stager(engram_staging.EngramRowStager):
         """Begin the lookup of an extend batch's rows; None leaves it to the forward."""
         return None if super().stage(batch) is None else [(_worker.begun,)] * len(_worker.layers)
 
-    def _begin(self, tokens: torch.Tensor, blocked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, tokens = self._hash(tokens, blocked)
+    def _begin(self, tokens: torch.Tensor, blocked: torch.Tensor) -> tuple[None, None]:
+        """Hash windows as `EngramHasher.hash_windows` does, by compiled code where there is any, and look them up.
+
+        tokens: [T, n], each token and those before it. blocked: which of them are before the sequence's start.
+        """
+        given = tokens.numpy()
+        dead = np.zeros(given.shape, np.bool_)
+        if self._image is not None:
+            dead = (given >= engram.MM_PAD_SHIFT_VALUE) | (given == self._image)
+        given = np.where(blocked.numpy(), -1, np.where(dead, 0, given)).astype(np.int32)
+        # Each token is a sequence's newest one, and its look-back is known.
+        bounds = np.arange(len(given) + 1, dtype=np.int32)
+        batch = TokenBatch.of(given[:, 0].copy(), bounds, given[:, 1:], dead[:, 0].copy(), dead[:, 1:])
+        ids = [ids.astype(np.int32) for ids in self._hashing.rows(batch, self._layers).values()]
         with nullcontext() if self._idle is None else torch.cuda.stream(self._idle):
-            _worker.start(ids)
-        return ids, tokens
+            _worker.start([torch.from_numpy(own) for own in ids])
+        return None, None
 
 
 def _from_model(_: type, model: torch.nn.Module, hasher: Any, device: torch.device) -> Stager:
@@ -252,7 +265,7 @@ def _from_model(_: type, model: torch.nn.Module, hasher: Any, device: torch.devi
         _worker.client, heads, tables[0].dim, hasher.token_map.cpu().numpy(), multipliers, hasher.pad_id
     )
     _worker.ready(made, tables[0].columns, torch.device(device))
-    return Stager(hasher, torch.device(device))
+    return Stager(hasher, _worker.client, torch.device(device))
 
 
 def _hashed(hash_ids: torch.Tensor, hasher: Any, input_ids: torch.Tensor, forward_batch: Any) -> None:
