@@ -10,6 +10,7 @@ import pytest
 
 from engrampool_client import Client, SpecError
 from engrampool_client.config import ENVIRONMENT_PREFIX, ClientConfig, Connections, from_environment
+from engrampool_client.integrations import sglang as sglang_plugin
 from engrampool_client.integrations import vllm as plugin
 from engrampool_server.config import load_config
 
@@ -72,11 +73,17 @@ def test_a_server_does_not_look_at_a_clients_variables():
     assert "environment" not in " ".join(resolved.sources.values())
 
 
-def test_the_plugin_does_nothing_unless_it_is_asked_for(monkeypatch):
-    script = "import sys; from engrampool_client.integrations.vllm import register; register(); print(*sys.modules)"
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_a_plugin_does_nothing_unless_it_is_asked_for(engine):
+    script = (
+        f"import sys; from engrampool_client.integrations.{engine} import register; register(); print(*sys.modules)"
+    )
     without = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     done = subprocess.run([sys.executable, "-c", script], env=without, capture_output=True, text=True, check=True)
-    assert not {"torch", "vllm"} & set(done.stdout.split())
+    assert not {"torch", "sglang", "vllm"} & set(done.stdout.split())
+
+
+def test_vllms_plugin_refuses_variables_and_versions(monkeypatch):
     monkeypatch.setenv(f"{ENVIRONMENT_PREFIX}TARGET", "a:1")
     monkeypatch.setenv(f"{ENVIRONMENT_PREFIX}TIMEOUT_S", "soon")
     with pytest.raises(ValueError, match="_TIMEOUT_S='soon'"):
@@ -85,3 +92,15 @@ def test_the_plugin_does_nothing_unless_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(plugin.metadata, "version", lambda _: "0.32.1")
     with pytest.raises(RuntimeError, match=r"this is vLLM 0\.32\.1: install vllm==0\.33\.0"):
         plugin.register()
+
+
+def test_sglangs_plugin_ends_the_process_over_variables_and_versions(monkeypatch):
+    """The engine logs exceptions of plugins, and goes on."""
+    monkeypatch.setenv(f"{ENVIRONMENT_PREFIX}TARGET", "a:1")
+    monkeypatch.setenv(f"{ENVIRONMENT_PREFIX}TIMEOUT_S", "soon")
+    with pytest.raises(SystemExit, match=r"engrampool: .*_TIMEOUT_S='soon'"):
+        sglang_plugin.register()
+    monkeypatch.delenv(f"{ENVIRONMENT_PREFIX}TIMEOUT_S")
+    monkeypatch.setattr(sglang_plugin.metadata, "version", lambda _: "0.5.22")
+    with pytest.raises(SystemExit, match=r"this is SGLang 0\.5\.22: install sglang==0\.5\.23"):
+        sglang_plugin.register()

@@ -1,7 +1,7 @@
 """The engines' own code on a CPU, and a count of what was compared with it. `make test-engines` sets this up.
 
 Nothing of hashing, tables or layers is replaced. What is: packages that the engines import and that none of this calls,
-and in `test_vllm.py` the engine's config and its tensor-parallel group.
+and in `test_vllm.py` and `test_sglang.py` the engine's config and its tensor-parallel group.
 """
 
 import importlib.machinery
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -25,8 +26,9 @@ from small_model import CONFIG, TOKENIZER, small_spec, write_model
 
 HERE = find_spec("vllm") is not None
 _COMPARED: Counter[str] = Counter()
-# Imported by SGLang's configs of models that see; nothing here does.
-_UNUSED = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
+# Imported by SGLang's configs of models that see, and by its scheduler's process; nothing here is either.
+_VISION = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
+_UNUSED = (*(f"torchvision{name}" for name in _VISION), "setproctitle", "uvicorn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,10 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     # Before Triton is imported: its kernels run in its interpreter, and vLLM keeps them though there is no GPU.
     assert (os.environ.get("TRITON_INTERPRET"), os.environ.get("CUDA_VISIBLE_DEVICES")) == ("1", "")
-    for name in _UNUSED if find_spec("torchvision") is None else ():
-        module = MagicMock(name=f"torchvision{name}", __version__="0")
-        module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(f"torchvision{name}", None), []
-        sys.modules[f"torchvision{name}"] = module
+    for name in [name for name in _UNUSED if find_spec(name.partition(".")[0]) is None]:
+        module = MagicMock(name=name, __version__="0")
+        module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+        sys.modules[name] = module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,6 +66,23 @@ def same() -> Callable[[str, str, np.ndarray, np.ndarray], None]:
         _COMPARED[f"{engine} {metadata.version(engine)} {code}"] += ours.size
 
     return same
+
+
+def _integers(tensor: Any) -> np.ndarray:
+    import torch
+
+    return tensor.contiguous().view(torch.int16).numpy()
+
+
+@pytest.fixture(scope="session")
+def same_bits(same: Callable[[str, str, np.ndarray, np.ndarray], None]) -> Callable[[str, str, Any, Any], None]:
+    """`same`, of tensors of bfloat16, to the bit."""
+
+    def same_bits(engine: str, code: str, theirs: Any, ours: Any) -> None:
+        assert str(theirs.dtype) == str(ours.dtype) == "torch.bfloat16"
+        same(engine, code, _integers(theirs), _integers(ours))
+
+    return same_bits
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,11 @@ docs/INTEGRATION_VLLM.md says how to use it. Here is what vLLM loads and whether
 `vllm_engram.py` has what then stands in the engine.
 """
 
-import inspect
 import os
 from importlib import import_module, metadata
-from typing import Any
 
 from engrampool_client.config import ENVIRONMENT_PREFIX, from_environment
+from engrampool_client.integrations import engine
 
 # What `vllm_engram.py` was written for, and run with.
 VERSION = "0.33.0"
@@ -51,29 +50,9 @@ def register() -> None:
 
 def check_version(found: str) -> None:
     """Raise RuntimeError for another vLLM than the one that this was written for, in whatever build (+cu130)."""
-    if found.partition("+")[0] != VERSION:
-        raise RuntimeError(
-            f"engrampool takes the place of parts of vLLM {VERSION}, and this is vLLM {found}: install "
-            f"vllm=={VERSION} or an engrampool for this one, or unset {ENVIRONMENT_PREFIX}TARGET to do without the pool"
-        )
+    engine.check_version("vLLM", VERSION, found)
 
 
 def check_parameters(names: dict[str, str] | None = None) -> None:
     """Raise RuntimeError if functions of vLLM are not those that this was written for."""
-    changed = []
-    for name, parameters in (PARAMETERS if names is None else names).items():
-        module, _, path = name.partition(":")
-        try:
-            function: Any = import_module(module)
-            for part in path.split("."):
-                function = getattr(function, part)
-            found = " ".join(inspect.signature(function).parameters)
-        except (ImportError, AttributeError) as error:
-            found = str(error)
-        if found != parameters:
-            changed.append(f"{name}({parameters.replace(' ', ', ')}) is now: {found}")
-    if changed:
-        raise RuntimeError(
-            f"this vLLM calls itself {VERSION}, but has been changed where engrampool takes its place: "
-            f"{'; '.join(changed)}. Install an unchanged vllm=={VERSION}, or unset {ENVIRONMENT_PREFIX}TARGET"
-        )
+    engine.check_parameters("vLLM", VERSION, PARAMETERS if names is None else names)

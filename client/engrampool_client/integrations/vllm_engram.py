@@ -15,12 +15,11 @@ from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.models.deepseek_v41.common import engram
 
 from engrampool_client.client import Client
-from engrampool_client.errors import FingerprintError, PoolError
+from engrampool_client.errors import PoolError
+from engrampool_client.integrations import engine
 from engrampool_client.integrations.staging import Staging
 from engrampool_client.integrations.vllm import check_parameters
 
-# Values that share a scale.
-_BLOCK = 32
 # Rows are made numbers of so many tokens at a time, which bounds what that takes.
 _AT_ONCE = 1024
 _MODES = (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE)
@@ -140,13 +139,7 @@ def check_served(client: Client, state: Any) -> None:
         for layer, orders in zip(layout.layer_ids, layout.primes, strict=True)
     }
     multipliers = {layer: state.multipliers[at].tolist() for at, layer in enumerate(layout.layer_ids)}
-    row_bytes = layout.head_dim + layout.head_dim // _BLOCK
-    client.check_layout(heads, row_bytes, state.token_map.cpu().numpy(), multipliers, state.pad_id)
-    expected = [("float8_e4m3fn", layout.head_dim), ("float8_e8m0fnu", layout.head_dim // _BLOCK)]
-    for table in client.spec.tables:
-        found = [(one.dtype, one.length) for one in table.row_format.segments]
-        if found != expected:
-            raise FingerprintError([f"{table.name}: rows of {expected} here, {found} there"])
+    engine.check_served(client, heads, layout.head_dim, state.token_map.cpu().numpy(), multipliers, state.pad_id)
 
 
 def _made(state: Any) -> None:

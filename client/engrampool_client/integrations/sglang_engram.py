@@ -1,0 +1,339 @@
+"""What stands in SGLang's Engram layers: tables without rows, and hooks that have rows come from the pool.
+
+For graphs that run Python between their pieces, or none. Imported by `sglang.py` alone.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from pkgutil import resolve_name
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.layers import engram, engram_staging
+from sglang.srt.layers.dp_attention import attn_tp_all_reduce
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
+from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph import eager_on_graph
+from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context import is_in_breakable_cuda_graph
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_disagg, get_exec, get_flags, get_parallel, get_spec
+
+from engrampool_client.client import Client
+from engrampool_client.compute.forms import choose
+from engrampool_client.errors import PoolError
+from engrampool_client.integrations import engine
+from engrampool_client.integrations.staging import Staging
+from engrampool_proto.hashing import TokenBatch
+
+
+class _Worker:
+    """What this process has. client: from the first table on. layers: once all tables are made, and checked.
+
+    begun: how many forwards there were. dummy: whether the last of them asks nobody. quiet: while it is not 0, those
+    that begin are of that kind.
+    """
+
+    client: Client | None = None
+    layers: tuple[int, ...] = ()
+    begun = 0
+    dummy = False
+    quiet = 0
+    _staging: Staging | None = None
+    _most = 512
+
+    def ready(self, layers: list[int], columns: slice, device: torch.device) -> None:
+        """The model is made. layers: of its tables, in the order of hashes. columns: of the row ids, this rank's."""
+        self.layers, self._columns, self._device = tuple(layers), columns, device
+
+    def start(self, ids: Sequence[torch.Tensor]) -> None:
+        """Begin the lookup of a forward's rows. ids: of each layer, [tokens, heads]."""
+        self.begun += 1
+        self.dummy = self.quiet > 0
+        if not self.dummy:
+            staging = self._staging_of(len(ids[0]))
+            for layer, own in zip(self.layers, ids, strict=True):
+                staging.start(layer, own[:, self._columns])
+
+    def rows(self, layer: int) -> torch.Tensor | None:
+        """As `Staging.rows`, of the last forward that began."""
+        if self.dummy:
+            return None
+        if self._staging is None:
+            raise PoolError(f"no row ids of layer {layer} were given")
+        return self._staging.rows(layer)
+
+    def copied(self) -> None:
+        """As `Staging.copied`."""
+        assert self._staging is not None
+        self._staging.copied()
+
+    def _staging_of(self, tokens: int) -> Staging:
+        """One whose memory does for so many tokens: SGLang sets no bound on them that holds for all forwards.
+
+        What was begun in a smaller one is over: its rows were read, or its model failed.
+        """
+        if self._staging is None or tokens > self._most:
+            self._most = max(self._most, 1 << (tokens - 1).bit_length())
+            assert self.client is not None
+            columns = self._columns.stop - self._columns.start
+            self._staging = Staging(self.client, self.layers, columns, self._most, self._device)
+        return self._staging
+
+    def close(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+        elif self.client is not None:
+            self.client.close()
+
+
+_worker = _Worker()
+
+
+class PooledTable(engram.EngramEmbedding):
+    """In the place of a layer's table: its parameters, of no rows, which the engine's own loader fills with none.
+
+    columns: of the row ids, those that this rank asks for. Ranks that have the same tokens add up what they have, as
+    they do with the engine's own tables.
+    """
+
+    def __init__(self, num_embeddings: int, dim: int, layer_id: int, column_bounds: tuple[int, ...]) -> None:
+        check_settings()
+        super().__init__(0, dim, layer_id, (0,) * len(column_bounds))
+        self.layer = layer_id
+        # The layer then looks up between the pieces of a prefill's graph.
+        self.staged_by_scheduler = True
+        heads, parallel = len(column_bounds) - 1, get_parallel()
+        self.ranks = parallel.attn_tp_size
+        if self.ranks > heads:
+            raise RuntimeError(f"{self.ranks} tensor-parallel ranks cannot share {heads} columns: at most one a column")
+        first, end = (heads * rank // self.ranks for rank in (parallel.attn_tp_rank, parallel.attn_tp_rank + 1))
+        self.columns = slice(first, end)
+        if _worker.client is None:
+            _worker.client = Client.from_environment(os.environ, heads=None if self.ranks == 1 else (first, end))
+
+    def forward(self, indices: torch.Tensor, forward_batch: Any = None, *, cp_all_tokens: bool = False) -> torch.Tensor:
+        """The numbers of a forward's rows, whose lookup began when they were hashed."""
+        values = self.new_rows(indices)
+        if indices.shape[0] == 0 or (forward_batch is not None and forward_batch.forward_mode.is_idle()):
+            return values.zero_()
+        fill = _fill.run_eager if _between_pieces(forward_batch) else _fill
+        fill(self, values, False)
+        return self._of_all_ranks(values)
+
+    def dequant_staged(self, begun: int, hash_shape: torch.Size) -> torch.Tensor:
+        """The numbers of rows whose lookup the stager began. hash_shape: [tokens, heads], with a graph's padding."""
+        if begun != _worker.begun:
+            raise PoolError("the rows of another forward were asked for since this one's")
+        values = torch.empty(*hash_shape, self.dim, dtype=torch.bfloat16, device=self.weight.device)
+        _fill.run_eager(self, values, True)
+        return self._of_all_ranks(values)
+
+    def _of_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        # Each rank has zeros where another one has numbers.
+        return attn_tp_all_reduce(values) if self.ranks > 1 else values
+
+
+def check_settings() -> None:
+    """Raise RuntimeError for a SGLang that was started in a way that this cannot serve."""
+    decode, prefill = (check_cuda_graph_backend(phase, Backend.FULL) for phase in (Phase.DECODE, Phase.PREFILL))
+    speculative = get_spec().speculative_algorithm and not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED)
+    unfit = [
+        (speculative, "with --cuda-graph-backend-decode disabled, as there is a --speculative-algorithm"),
+        (decode and not speculative, "with --cuda-graph-backend-decode breakable (or disabled)"),
+        (prefill, "with --cuda-graph-backend-prefill breakable (or disabled)"),
+        (get_parallel().attn_cp_size > 1, "without context parallelism"),
+        (get_exec().overlap.enable_two_batch_overlap, "without --enable-two-batch-overlap"),
+        (get_disagg().enable_pdmux, "without --enable-pdmux"),
+        (get_flags().capture.enable_torch_compile, "without --enable-torch-compile"),
+        (envs.SGLANG_ENABLE_DSV41_ENGRAM_HOST_TABLE.get(), "without SGLANG_ENABLE_DSV41_ENGRAM_HOST_TABLE"),
+        (envs.SGLANG_OPT_DSV41_ENGRAM_PEER_SHARDS.get(), "without SGLANG_OPT_DSV41_ENGRAM_PEER_SHARDS"),
+    ]
+    instead = [text for wrong, text in unfit if wrong]
+    if instead:
+        raise RuntimeError(
+            "rows come from the pool between the pieces of a graph, or without graphs, one forward at a time: start "
+            f"SGLang {'; '.join(instead)}"
+        )
+
+
+def _between_pieces(forward_batch: Any) -> bool:
+    """Whether the engine itself made the break in a prefill's graph that this runs in: there may be none within it."""
+    return (
+        forward_batch is not None
+        and forward_batch.forward_mode.is_extend_without_speculative()
+        and is_in_breakable_cuda_graph()
+    )
+
+
+@eager_on_graph
+def _start(ids: torch.Tensor) -> None:
+    _refuse_capture(ids)
+    # As the host's memory has them: where types differ, PyTorch waits for the copy.
+    _worker.start((ids.int() if ids.is_cuda else ids).unbind(1))
+
+
+@eager_on_graph
+def _fill(table: PooledTable, values: torch.Tensor, padded: bool) -> None:
+    """Wait for a layer's rows, and write their numbers. padded: there may be more values than rows, which are zero."""
+    _refuse_capture(values)
+    rows = _worker.rows(table.layer)
+    if rows is None:
+        values.zero_()
+        return
+    tokens = len(rows)
+    if tokens != len(values) and not (padded and tokens < len(values)):
+        raise PoolError(f"rows of {tokens} tokens were asked for, and of {len(values)} are wanted")
+    if values.is_cuda:
+        rows = rows.to(values.device, non_blocking=True)
+        _worker.copied()
+    if table.ranks == 1:
+        numbers(rows, table.dim, values[:tokens])
+        values[tokens:].zero_()
+    else:
+        values.zero_()
+        values[:tokens, table.columns] = numbers(rows, table.dim, values.new_empty(*rows.shape[:2], table.dim))
+
+
+def _refuse_capture(where: torch.Tensor) -> None:
+    if where.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a graph of a whole forward is captured: it would never take rows from the pool")
+
+
+def numbers(rows: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
+    """Rows as the engine has them. rows: uint8 [tokens, columns, row_bytes]. out: bfloat16 [tokens, columns, dim]."""
+    values, scales = rows[..., :dim].contiguous(), rows[..., dim:].contiguous()
+    if out.is_cuda:
+        places = torch.arange(out.numel() // dim, dtype=torch.int32, device=out.device)
+        flat = out.view(-1, dim)
+        engram.engram_gather(values.data_ptr(), scales.data_ptr(), places, flat, dim, engine.BLOCK)
+    else:
+        blocks = values.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, engine.BLOCK))
+        scaled = blocks * scales.view(torch.float8_e8m0fnu).float().unsqueeze(-1)
+        out.copy_(scaled.flatten(-2))
+    return out
+
+
+class Stager(engram_staging.EngramRowStager):
+    """In the place of the engine's: a prompt's lookup begins when its batch is made, and the layers wait for it."""
+
+    def __init__(self, hasher: Any, client: Client, device: torch.device) -> None:
+        # The engine's `stage` then copies nothing, and has a batch's tokens hashed here, if they are all known.
+        self.tables: list[Any] = []
+        self.hasher = SimpleNamespace(max_ngram_size=hasher.max_ngram_size, hash_windows=self._begin)
+        self._image, self._layers = hasher.image_token_id, client.spec.layers
+        self._hashing = choose("auto" if client.compiled else "off").hashing(client.spec)
+        # What the host has hashed waits for no GPU, so nothing may be recorded where the scheduler's copies wait.
+        self._idle = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def stage(self, batch: Any) -> list[tuple[int]] | None:
+        """Begin the lookup of an extend batch's rows; None leaves it to the forward."""
+        return None if super().stage(batch) is None else [(_worker.begun,)] * len(_worker.layers)
+
+    def _begin(self, tokens: torch.Tensor, blocked: torch.Tensor) -> tuple[None, None]:
+        """Hash windows as `EngramHasher.hash_windows` does, by compiled code where there is any, and look them up.
+
+        tokens: [T, n], each token and those before it. blocked: which of them are before the sequence's start.
+        """
+        given = tokens.numpy()
+        dead = np.zeros(given.shape, np.bool_)
+        if self._image is not None:
+            dead = (given >= engram.MM_PAD_SHIFT_VALUE) | (given == self._image)
+        given = np.where(blocked.numpy(), -1, np.where(dead, 0, given)).astype(np.int32)
+        # Each token is a sequence's newest one, and its look-back is known.
+        bounds = np.arange(len(given) + 1, dtype=np.int32)
+        batch = TokenBatch.of(given[:, 0].copy(), bounds, given[:, 1:], dead[:, 0].copy(), dead[:, 1:])
+        ids = [ids.astype(np.int32) for ids in self._hashing.rows(batch, self._layers).values()]
+        with nullcontext() if self._idle is None else torch.cuda.stream(self._idle):
+            _worker.start([torch.from_numpy(own) for own in ids])
+        return None, None
+
+
+def _from_model(_: type, model: torch.nn.Module, hasher: Any, device: torch.device) -> Stager:
+    """The model is made, and what it hashes by: compare that with what is served."""
+    layers = [one for one in model.modules() if isinstance(one, engram.Engram)]
+    tables = [layer.embed for layer in sorted(layers, key=lambda layer: layer.layer_hash_index)]
+    if not all(isinstance(table, PooledTable) for table in tables) or _worker.client is None:
+        raise RuntimeError("this model's tables are not in the pool: they were made before SGLang loaded its plugins")
+    made = [table.layer for table in tables]
+    heads = {layer: hasher.primes[at].flatten().tolist() for at, layer in enumerate(made)}
+    multipliers = {layer: hasher.multipliers[at].tolist() for at, layer in enumerate(made)}
+    engine.check_served(
+        _worker.client, heads, tables[0].dim, hasher.token_map.cpu().numpy(), multipliers, hasher.pad_id
+    )
+    _worker.ready(made, tables[0].columns, torch.device(device))
+    return Stager(hasher, _worker.client, torch.device(device))
+
+
+def _hashed(hash_ids: torch.Tensor, hasher: Any, input_ids: torch.Tensor, forward_batch: Any) -> None:
+    """A forward was hashed: begin the lookup of its rows, but for those that the stager asks for."""
+    mode = forward_batch.forward_mode
+    if forward_batch.engram_staged_rows is not None or input_ids.shape[0] == 0 or mode.is_idle():
+        return
+    if mode.is_decode() and forward_batch.out_cache_loc is not None:
+        # What pads a graph has no row. Its place in the cache is 0, by which the hasher itself knows it.
+        hash_ids = hash_ids.masked_fill((forward_batch.out_cache_loc == 0)[:, None, None], -1)
+    (_start.run_eager if _between_pieces(forward_batch) else _start)(hash_ids)
+
+
+def _quietly(run: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Forwards within this are for warming up, tuning and capturing: nobody is asked, and rows are zeros."""
+    worker = _worker
+    worker.quiet += 1
+    try:
+        return run(*arguments, **named)
+    finally:
+        worker.quiet -= 1
+
+
+def _closed(*_: Any) -> None:
+    """The scheduler ends: give up what is under way, and let go of the client."""
+    global _worker
+    worker, _worker = _worker, _Worker()
+    worker.close()
+
+
+_GRAPHS = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
+_HOOKS: dict[str, tuple[Callable[..., Any], HookType]] = {
+    "sglang.srt.layers.engram.EngramEmbedding": (PooledTable, HookType.REPLACE),
+    "sglang.srt.layers.engram.EngramHasher.forward": (_hashed, HookType.AFTER),
+    "sglang.srt.layers.engram_staging.EngramRowStager.from_model": (_from_model, HookType.REPLACE),
+    f"{_GRAPHS}.capture_cuda_graphs": (_quietly, HookType.AROUND),
+    f"{_GRAPHS}.capture_prefill_graph": (_quietly, HookType.AROUND),
+    f"{_GRAPHS}.capture_decode_graph": (_quietly, HookType.AROUND),
+    "sglang.srt.model_executor.runner.base_runner.BaseRunner._dummy_run": (_quietly, HookType.AROUND),
+    "sglang.srt.managers.scheduler.Scheduler.release_host_resources": (_closed, HookType.AFTER),
+}
+
+
+def install() -> None:
+    """Have all this put into the engine when it applies its plugins' hooks.
+
+    The engine logs what it cannot apply, and goes on. So its own function raises RuntimeError then.
+    """
+    before = {target: _found(target) for target in _HOOKS}
+    for target, (hook, kind) in _HOOKS.items():
+        HookRegistry.register(target, hook, kind)
+    apply = HookRegistry.apply_hooks
+
+    @wraps(apply)
+    def apply_hooks() -> None:
+        HookRegistry.apply_hooks = apply
+        apply()
+        missing = [target for target, function in before.items() if _found(target) is function]
+        if missing:
+            raise RuntimeError(
+                f"engrampool did not come to stand in SGLang's {', '.join(missing)}: its log says why. Take away a "
+                "plugin that is in the way, by SGLANG_PLUGINS=engrampool say, or unset ENGRAMPOOL_CLIENT_TARGET"
+            )
+
+    HookRegistry.apply_hooks = apply_hooks
+
+
+def _found(target: str) -> Any:
+    """What stands at a hook's target now."""
+    place, _, name = target.rpartition(".")
+    return vars(resolve_name(place))[name]
