@@ -16,7 +16,8 @@ _log = logging.getLogger("engrampool")
 class Early:
     """What is on its way for requests, by their numbers. Not thread-safe: its owner has a lock.
 
-    decodes: two areas that sampled tokens' rows take turns in. free: areas of a piece each.
+    decodes: two areas that sampled tokens' rows take turns in. free: areas of a piece each, of which a prompt fills
+    those of `ahead_tokens`.
     ages: of each number, how many requests have had it, so that a request is told from the next one.
     """
 
@@ -24,12 +25,13 @@ class Early:
         self,
         decodes: list[Area],
         free: list[Area],
+        ahead_tokens: int,
         requests: int,
         fetch: Callable[..., Fetch],
         counts: EngineCounts,
     ) -> None:
         self._decodes, self._free, self._fetch, self._counts = decodes, free, fetch, counts
-        self._ahead = sum(area.size for area in free)
+        self._ahead = ahead_tokens
         self._pieces: dict[int, list[Piece]] = {}
         self._has_pieces = np.zeros(requests, np.bool_)
         # Where the prompt ends of each request, and from where on tokens are sampled.

@@ -80,9 +80,7 @@ class Histories:
         if (stops > self.lengths[numbers]).any():
             at = int((stops > self.lengths[numbers]).argmax())
             known = self.lengths[numbers[at]]
-            raise BatchError(
-                f"request {numbers[at]} is to be read up to token {stops[at]}, and {known} are known of it"
-            )
+            raise BatchError(f"request {numbers[at]} is read up to token {stops[at]}, and {known} are known of it")
         bounds = np.zeros(len(numbers) + 1, np.int32)
         counts.cumsum(out=bounds[1:])
         owners, positions = _spread(starts, counts)

@@ -32,7 +32,8 @@ class Supply:
 
     requests: numbers of requests are 0 .. requests - 1; each has one token in a forward, or a chunk.
     timeout_s: a forward's deadline, from `start` on. agree: how the ranks of a group come to one outcome.
-    ahead_tokens: of prompts, so many are fetched before their forward at most, in pieces of `piece_tokens`; 0: none.
+    ahead_tokens: of a prompt, so many are fetched before their forward at most, in pieces of `piece_tokens`; 0: none.
+        There is memory for twice as many, as those of the forward before are still copied from.
     early_decode: whether a sampled token's rows are asked for when it is known; its next forward must have it alone.
     """
 
@@ -53,14 +54,14 @@ class Supply:
         self.counts = EngineCounts(landing.layers) if counts is None else counts
         self._timeout_s, self._agree, self._early_decode = timeout_s, agree, early_decode
         requests, whole = len(histories.lengths), landing.max_tokens
-        sizes = [whole, whole, requests, requests, *[piece_tokens] * -(-ahead_tokens // piece_tokens)]
+        sizes = [whole, whole, requests, requests, *[piece_tokens] * (2 * -(-ahead_tokens // piece_tokens))]
         bases = np.cumsum([0, *sizes]).tolist()
         self._rows = landing.memory(bases[-1])
         self._valid = {layer: np.zeros(bases[-1], np.bool_) for layer in landing.layers}
         areas = [Area(base, size, landing.event()) for base, size in zip(bases, sizes, strict=False)]
         # Forwards take turns in two areas: rows of one may be on their way to the device when the next one's come.
         self._turns = areas[:2]
-        self._early = Early(areas[2:4], areas[4:], requests, self._fetch, self.counts)
+        self._early = Early(areas[2:4], areas[4:], ahead_tokens, requests, self._fetch, self.counts)
         self._thread = ThreadPoolExecutor(1, "engrampool-engine")
         self._sampled: Future[None] | None = None
         self._forward: Forward | None = None

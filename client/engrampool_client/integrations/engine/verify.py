@@ -61,7 +61,8 @@ class Verifier:
     ) -> None:
         """Compare rows of some tokens with the table's.
 
-        ids, rows: [tokens, columns], of this rank's columns. valid: which tokens have theirs. Raises FingerprintError that names the first token that differs.
+        ids, rows: [tokens, columns], of this rank's columns. valid: which tokens have theirs.
+        Raises FingerprintError that names the first token that differs.
         """
         there = np.flatnonzero(valid)
         if self._table is None or not len(there):
