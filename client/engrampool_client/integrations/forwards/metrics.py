@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from engrampool_client.client import Client
-from engrampool_client.integrations.engine.counts import EngineCounts
+from engrampool_client.integrations.forwards.counts import EngineCounts
 from engrampool_client.metrics import register
 from engrampool_client.stats import WAIT_BOUNDS_S
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import numpy as np
 
 from engrampool_client.errors import EngrampoolError
-from engrampool_client.integrations.engine.areas import Area, Fetch, Forward, Piece
-from engrampool_client.integrations.engine.counts import EngineCounts
-from engrampool_client.integrations.engine.history import Flags, Numbers
+from engrampool_client.integrations.forwards.areas import Area, Fetch, Forward, Piece
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.history import Flags, Numbers
 
 _log = logging.getLogger("engrampool")
 

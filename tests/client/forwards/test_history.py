@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine_schedule import schedule
 from engrampool_client import BatchError
-from engrampool_client.integrations.engine.history import Histories
+from engrampool_client.integrations.forwards.history import Histories
 from engrampool_proto.hashing import TokenBatch
 
 DEPTH = 3

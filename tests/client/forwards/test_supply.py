@@ -9,8 +9,8 @@ import pytest
 
 from engine_schedule import schedule
 from engrampool_client import Client, DeadlineError, PoolError, StepCancelledError, UnavailableError
-from engrampool_client.integrations.engine.history import Histories
-from engrampool_client.integrations.engine.supply import Supply
+from engrampool_client.integrations.forwards.history import Histories
+from engrampool_client.integrations.forwards.supply import Supply
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.step import Step
 from engrampool_client.testing import serve_process
@@ -71,7 +71,7 @@ class Landing:
 
 
 class Scripted:
-    """A client whose answers come as `fate` says of each: "now", "late" (by a thread, in any order), "lost", "never"."""
+    """A client whose answers come as `fate` says of each: "now", "late" (in any order), "lost", "never"."""
 
     def __init__(self, spec, fate, seed=0):
         self.spec, self._fate, self._random = spec, fate, np.random.default_rng(seed)

@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from engrampool_client.client import Client
 from engrampool_client.errors import EngrampoolError
-from engrampool_client.integrations.engine.agreement import Agree, settle
-from engrampool_client.integrations.engine.areas import Area, Fetch, Forward, Landing
-from engrampool_client.integrations.engine.counts import EngineCounts
-from engrampool_client.integrations.engine.early import Early
-from engrampool_client.integrations.engine.history import Flags, Histories, Numbers
+from engrampool_client.integrations.forwards.agreement import Agree, settle
+from engrampool_client.integrations.forwards.areas import Area, Fetch, Forward, Landing
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.early import Early
+from engrampool_client.integrations.forwards.history import Flags, Histories, Numbers
+from engrampool_client.integrations.forwards.verify import Verifier
 
 # Rows are copied to the device in so many pieces at most; of more they are brought together before.
 _COPIES = 16
@@ -34,7 +35,7 @@ class Supply:
     timeout_s: a forward's deadline, from `start` on. agree: how the ranks of a group come to one outcome.
     ahead_tokens: of a prompt, so many are fetched before their forward at most, in pieces of `piece_tokens`; 0: none.
         There is memory for twice as many, as those of the forward before are still copied from.
-    early_decode: whether a sampled token's rows are asked for when it is known; its next forward must have it alone.
+    early_decode: whether a sampled token's rows are asked for when it is known. verifier: compares rows, if given.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class Supply:
         ahead_tokens: int = 0,
         piece_tokens: int = 1024,
         early_decode: bool = True,
+        verifier: Verifier | None = None,
     ) -> None:
         self.client, self.landing, self._histories = client, landing, histories
         self.counts = EngineCounts(landing.layers) if counts is None else counts
         self._timeout_s, self._agree, self._early_decode = timeout_s, agree, early_decode
+        self._verifier = verifier
         requests, whole = len(histories.lengths), landing.max_tokens
         sizes = [whole, whole, requests, requests, *[piece_tokens] * (2 * -(-ahead_tokens // piece_tokens))]
         bases = np.cumsum([0, *sizes]).tolist()
@@ -145,6 +148,11 @@ class Supply:
         finally:
             self._quiet -= 1
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether forwards are to ask nobody now."""
+        return self._quiet > 0
+
     def dummy(self, tokens: int) -> None:
         """A forward that nobody needs the outcome of: its rows are zeros."""
         self._end_forward()
@@ -228,6 +236,10 @@ class Supply:
                 self._receive_own(forward, layer)
                 has = self._valid[layer][forward.at]
             self.counts.waited(layer, time.perf_counter() - begin)
+            if self._verifier is not None:
+                chunks, rows = (forward.numbers, forward.starts, forward.counts), self._rows[layer]
+                with self._lock:
+                    self._verifier.rows(layer, chunks, has, rows, forward.at)
             flags[at] = has
             self._land(forward, layer)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from engrampool_client.errors import PoolError
-from engrampool_client.integrations.engine.history import Flags
+from engrampool_client.integrations.forwards.history import Flags
 
 # Every rank calls it with flags, as many as the others, and is given those that are set on all of them.
 Agree = Callable[[Flags], Flags]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_client.integrations.engine.history import Numbers
+from engrampool_client.integrations.forwards.history import Numbers
 from engrampool_client.lookup.step import Step
 
 

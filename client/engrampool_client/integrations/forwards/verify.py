@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.errors import FingerprintError
-from engrampool_client.integrations.engine.counts import EngineCounts
-from engrampool_client.integrations.engine.history import Batch, Histories, Numbers
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.history import Batch, Histories, Numbers
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.spec import ModelSpec
 
@@ -19,19 +19,20 @@ Table = Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.uint8]]
 class Verifier:
     """Compares a forward with the engine's own: for tests of an installation, as it takes its time.
 
-    table: rows of the same checkpoint, if there are any here; those of `sample` tokens of a forward are compared, other
-    ones each time.
+    columns: of the row ids, those that are fetched. table: rows of the same checkpoint, if there are any here; those of
+    `sample` tokens of a forward are compared, other ones each time.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
+        columns: slice,
         histories: Histories,
         counts: EngineCounts,
         table: Table | None = None,
         sample: int = 4,
     ) -> None:
-        self._spec, self._histories, self._counts = spec, histories, counts
+        self._spec, self._columns, self._histories, self._counts = spec, columns, histories, counts
         self._table, self._sample = table, sample
         self._random = np.random.default_rng(0)
 
@@ -57,26 +58,30 @@ class Verifier:
         self._say(differing, found)
 
     def rows(
-        self, layer: int, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_]
+        self,
+        layer: int,
+        chunks: tuple[Numbers, Numbers, Numbers],
+        valid: npt.NDArray[np.bool_],
+        memory: npt.NDArray[np.uint8],
+        at: Numbers,
     ) -> None:
-        """Compare rows of some tokens with the table's.
+        """Compare rows of some tokens with the table's. valid: which have theirs. at: where in `memory` each one's lie.
 
-        ids, rows: [tokens, columns], of this rank's columns. valid: which tokens have theirs.
-        Raises FingerprintError that names the first token that differs.
+        Raises FingerprintError that names the first that differs.
         """
         there = np.flatnonzero(valid)
         if self._table is None or not len(there):
             return
-        chosen = self._random.choice(there, min(self._sample, len(there)), replace=False)
+        chosen = np.sort(self._random.choice(there, min(self._sample, len(there)), replace=False))
         self._counts.verified += len(chosen)
-        right = self._table(layer, ids[chosen].reshape(-1).astype(np.int64)).reshape(rows[chosen].shape)
-        wrong = (rows[chosen] != right).any(axis=2)
+        ids = self._spec.hash(TokenBatch.of(*self._histories.batch(*chunks)), [layer])[layer][chosen, self._columns]
+        rows = memory[at[chosen]]
+        wrong = (rows != self._table(layer, ids.reshape(-1).astype(np.int64)).reshape(rows.shape)).any(axis=2)
         found = []
         if wrong.any():
-            at, head = (int(one) for one in np.argwhere(wrong)[0])
-            found.append(
-                f"layer {layer}: row {ids[chosen[at], head]} of token {chosen[at]} is not that of the local table"
-            )
+            one, column = (int(index) for index in np.argwhere(wrong)[0])
+            where = self._name(int(chosen[one]), *chunks)
+            found.append(f"layer {layer}: row {ids[one, column]} of {where} is not that of the local table")
         self._say(wrong.any(axis=1), found)
 
     def _say(self, differing: npt.NDArray[np.bool_], found: list[str]) -> None:
