@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import CompilationMode, CUDAGraphMode
@@ -22,9 +21,8 @@ from engrampool_client.client import Client
 from engrampool_client.config import ClientConfig, from_environment
 from engrampool_client.errors import FingerprintError, PoolError
 from engrampool_client.integrations import vllm_state
-from engrampool_client.integrations.forwards.agreement import Agree
+from engrampool_client.integrations.forwards.agreement import Agree, over
 from engrampool_client.integrations.forwards.counts import EngineCounts
-from engrampool_client.integrations.forwards.history import Flags
 from engrampool_client.integrations.forwards.settings import EngineSettings
 from engrampool_client.integrations.staging import Staging
 from engrampool_client.integrations.vllm import check_parameters
@@ -227,15 +225,7 @@ def _made(state: Any) -> None:
 def ranks_agree() -> Agree | None:
     """How the ranks of this one's tensor-parallel group come to one outcome; None if there is but this one."""
     group = get_tp_group()
-    if group.world_size == 1:
-        return None
-
-    def agree(flags: Flags) -> Flags:
-        votes = torch.from_numpy(flags.view(np.uint8).copy())
-        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-        return votes.numpy().view(np.bool_)
-
-    return agree
+    return None if group.world_size == 1 else over(group.cpu_group)
 
 
 def _feeder_of(vllm_config: Any, device: torch.device) -> Any:

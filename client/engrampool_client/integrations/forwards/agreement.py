@@ -1,6 +1,7 @@
 """One outcome for all ranks of a group: which tokens have their rows on every one of them, or an error on every one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,18 @@ from engrampool_client.integrations.forwards.history import Flags
 
 # Every rank calls it with flags, as many as the others, and is given those that are set on all of them.
 Agree = Callable[[Flags], Flags]
+
+
+def over(group: Any) -> Agree:
+    """By a process group of PyTorch's, of processors rather than GPUs (gloo). Needs torch."""
+    import torch
+
+    def agree(flags: Flags) -> Flags:
+        votes = torch.from_numpy(flags.view(np.uint8).copy())
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group)
+        return votes.numpy().view(np.bool_)
+
+    return agree
 
 
 def settle(layers: int, tokens: int, find: Callable[[Flags], None], agree: Agree | None) -> Flags:
