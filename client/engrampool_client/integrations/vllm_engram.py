@@ -317,6 +317,7 @@ def close() -> None:
     worker, _worker = _worker, _Worker()
     if worker.metrics is not None:
         worker.metrics.shutdown()
+        worker.metrics.server_close()
     if worker.supply is not None:
         worker.supply.close()
     elif worker.client is not None:

@@ -1,7 +1,10 @@
 """Rows of an engine's forwards: whatever comes late, in any order or not at all, each has its own or an error."""
 
+import os
+import signal
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +19,7 @@ from engrampool_client.lookup.step import Step
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
-from server_fixtures import LIMIT_S
+from server_fixtures import LIMIT_S, lasting_address
 
 DEPTH, NUMBERS, MAX_TOKENS = 3, 6, 48
 NOTHING = 0xEE  # what no row is made of
@@ -481,3 +484,53 @@ def test_a_server_that_is_silent_costs_forwards_their_rows_by_their_deadline(pac
         for layer, right in right_rows(spec, [prompt], ints(0), ints(0), ints(40)).items():
             np.testing.assert_array_equal(supply.landed(layer)[:40], right)
     assert (supply.counts.masked[1] > 0, supply.counts.failed > 0) == ((policy == "mask"), (policy == "raise"))
+
+
+@pytest.mark.parametrize("policy", ["mask", "raise"])
+def test_a_pool_that_is_killed_and_comes_back_costs_the_forwards_in_between(packed, spec, policy):
+    """By SIGKILL, in the midst of forwards that are prefetched; and back on the same port. No forward takes long."""
+    address, random = lasting_address(), np.random.default_rng(4)
+    prompt = random.integers(0, 1000, 300).tolist()
+    with ExitStack() as stack:
+        server = stack.enter_context(serve_process(packed, listen=address))
+        client = Client(server.address, on_failure=policy)
+        supply = stack.enter_context(supplying(client, spec, timeout_s=2.0, ahead_tokens=32))
+        chunk = ints(0), ints(100), ints(20)
+        right = right_rows(spec, [prompt], *chunk)
+
+        def forward():
+            """Whether its rows came, which are right then; a decode step's token is asked for early beside."""
+            supply.remove(0)
+            supply.add(0, prompt, 100)
+            supply.start(*chunk)
+            try:
+                valid = supply.wait()
+            except PoolError:
+                return False
+            for layer, rows in right.items():
+                landed = supply.landed(layer)[:20]
+                np.testing.assert_array_equal(landed, rows if valid.all() else np.zeros_like(rows))
+            return bool(valid.all())
+
+        assert [forward() for _ in range(3)] == [True] * 3
+        for pid in (server.process.pid, *server.worker_pids().values()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        server.wait_ended()
+        begin = time.monotonic()
+        away = [forward() for _ in range(30)]
+        assert not any(away)
+        # Far less than the deadlines of so many: once it is known to be away nobody waits for it.
+        assert time.monotonic() - begin < LIMIT_S
+        stack.enter_context(serve_process(packed, listen=address))
+        until = time.monotonic() + LIMIT_S
+        while not forward():
+            assert time.monotonic() < until
+        assert all(forward() for _ in range(5))
+        counts = supply.counts
+    if policy == "mask":
+        assert counts.masked[1] >= 30 * 20
+        assert counts.failed == 0
+    else:
+        assert counts.failed >= 30
+        assert counts.masked == {1: 0, 14: 0}

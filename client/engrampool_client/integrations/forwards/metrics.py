@@ -62,7 +62,7 @@ class EngineCollector(Collector):
 def serve(port: int, client: Client, counts: EngineCounts) -> Any:
     """Answer Prometheus on `port`, on every address, as vLLM does: the client's metrics and the engine's.
 
-    Gives what ends it: `shutdown`. Raises OSError if the port is taken.
+    Gives what ends it: `shutdown`, then `server_close`. Raises OSError if the port is taken.
     """
     registry = CollectorRegistry()
     register(client, registry=registry)
