@@ -104,6 +104,16 @@ class Forward:
     used: int = 0  # tokens of `area`
     error: BaseException | None = None
     over: bool = False
+    runs: list[tuple[int, int, int]] | None = None  # as `find_runs` has them
 
     def __len__(self) -> int:
         return len(self.at)
+
+    def find_runs(self) -> list[tuple[int, int, int]]:
+        """In how few pieces rows lie in the host's memory: where there, of which of the tokens on, how many."""
+        if self.runs is None:
+            begins = [0, *(np.flatnonzero(self.at[1:] - self.at[:-1] != 1) + 1).tolist()]
+            stops = [*begins[1:], len(self.at)]
+            places = self.at[begins].tolist()
+            self.runs = [(place, begin, stop - begin) for place, begin, stop in zip(places, begins, stops, strict=True)]
+        return self.runs

@@ -8,7 +8,7 @@ import numpy as np
 from engrampool_client.errors import EngrampoolError
 from engrampool_client.integrations.forwards.areas import Area, Fetch, Forward, Piece
 from engrampool_client.integrations.forwards.counts import EngineCounts
-from engrampool_client.integrations.forwards.history import Flags, Numbers
+from engrampool_client.integrations.forwards.history import Numbers
 
 _log = logging.getLogger("engrampool")
 
@@ -38,22 +38,29 @@ class Early:
         self._ends = np.zeros(requests, np.int64)
         self.ages = np.zeros(requests, np.int64)
         self._decoded: Fetch | None = None
+        # Numbers of requests whose prompts go on.
+        self._open: set[int] = set()
+        # Of sampled tokens, in their order: of which requests, and at which positions. None once one is not to be used.
+        self._decoding: tuple[Numbers, Numbers] | None = None
         # Where in memory the row of each request's sampled token is to be, or -1; and its position.
         self._decoded_at, self._decoded_position = np.full(requests, -1), np.zeros(requests, np.int64)
 
     def add(self, number: int, end: int) -> None:
         """A request whose prompt ends there."""
         self._ends[number] = end
+        if self._ahead:
+            self._open.add(number)
 
     def remove(self, number: int) -> None:
         """A request is no more."""
         self.ages[number] += 1
         self._ends[number] = 0
+        self._open.discard(number)
         self.forget(number)
 
     def forget(self, number: int) -> None:
         """What is on its way for a request is not to be used."""
-        self._decoded_at[number] = -1
+        self._decoded_at[number], self._decoding = -1, None
         self._has_pieces[number] = False
         for piece in self._pieces.pop(number, ()):
             self._free_again(piece)
@@ -62,10 +69,14 @@ class Early:
         """The position of the first token that is sampled after chunks that begin there."""
         return np.maximum(self._ends[numbers], starts + 1)
 
-    def prompts(self, numbers: Numbers, stops: Numbers) -> Flags:
-        """Which of these requests have more of their prompt to come after these positions."""
-        more: Flags = stops < self._ends[numbers]
-        return more
+    def go_on(self, numbers: Numbers, stops: Numbers) -> None:
+        """Fetch what comes next of the prompts of these requests, which are run up to these positions."""
+        if not self._open:
+            return
+        more = stops < self._ends[numbers]
+        self._open.difference_update(numbers[~more].tolist())
+        for number, stop in zip(numbers[more].tolist(), stops[more].tolist(), strict=True):
+            self.extend(number, stop)
 
     def extend(self, number: int, position: int) -> None:
         """Fetch the next pieces of a prompt from a position on, as far as there is memory that nobody reads."""
@@ -85,6 +96,8 @@ class Early:
             pieces.append(Piece(fetch, begin, stop))
             begin = stop
         self._has_pieces[number] = bool(pieces)
+        if not pieces:
+            del self._pieces[number]
 
     def decode(self, numbers: Numbers, positions: Numbers) -> None:
         """Fetch the rows of one token of each of these requests."""
@@ -97,17 +110,37 @@ class Early:
         fetch = self._decoded = self._fetch(area, area.base, numbers, positions, np.ones(len(numbers), np.int64))
         self._decoded_at[numbers] = fetch.base + np.arange(len(numbers))
         self._decoded_position[numbers] = positions
+        self._decoding = numbers, positions
 
-    def take(self, forward: Forward) -> None:
-        """Let a forward have what is on its way for its tokens."""
+    def take(self, forward: Forward) -> bool:
+        """Let a forward have what is on its way for its tokens. Gives whether that is all of them."""
+        numbers, starts, counts = forward.numbers, forward.starts, forward.counts
+        decoded = self._decoded
+        if decoded is not None and decoded.step.error is None:
+            if self._is_what_was_sampled(numbers, starts, len(forward)):
+                forward.at = np.arange(decoded.base, decoded.base + len(forward))
+                self._decoded_at[numbers], self._decoding = -1, None
+                self._use(forward, decoded, len(forward))
+                return True
+            at = self._decoded_at[numbers]
+            good = (at >= 0) & (self._decoded_position[numbers] == starts)
+            if good.any():
+                forward.at[(counts.cumsum() - counts)[good]] = at[good]
+                self._use(forward, decoded, int(good.sum()))
+            self._decoded_at[numbers], self._decoding = -1, None
+        if self._pieces:
+            self._take_pieces(forward)
+        return bool((forward.at >= 0).all())
+
+    def _is_what_was_sampled(self, numbers: Numbers, starts: Numbers, tokens: int) -> bool:
+        """Whether a forward has the very tokens that were sampled, in their order, as most have."""
+        if self._decoding is None or not tokens == len(numbers) == len(self._decoding[0]):
+            return False
+        return bool((numbers == self._decoding[0]).all() and (starts == self._decoding[1]).all())
+
+    def _take_pieces(self, forward: Forward) -> None:
         numbers, starts, counts = forward.numbers, forward.starts, forward.counts
         firsts = counts.cumsum() - counts
-        at = self._decoded_at[numbers]
-        good = (at >= 0) & (self._decoded_position[numbers] == starts)
-        if self._decoded is not None and self._decoded.step.error is None and good.any():
-            forward.at[firsts[good]] = at[good]
-            self._use(forward, self._decoded, int(good.sum()))
-        self._decoded_at[numbers] = -1
         for one in np.flatnonzero(self._has_pieces[numbers]):
             number, start, stop = int(numbers[one]), int(starts[one]), int(starts[one] + counts[one])
             left = []
@@ -123,6 +156,8 @@ class Early:
                     forward.spent.append(piece)
             self._pieces[number] = left
             self._has_pieces[number] = bool(left)
+            if not left:
+                del self._pieces[number]
 
     def _use(self, forward: Forward, fetch: Fetch, tokens: int) -> None:
         if fetch not in forward.early:

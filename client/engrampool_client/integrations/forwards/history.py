@@ -57,20 +57,22 @@ class Histories:
         tokens: of all requests, one after the other. Gives, for each request, whether it had just these there.
         Raises BatchError if there is a gap between what is known of a request and its tokens.
         """
-        if (starts > self.lengths[numbers]).any():
-            at = int((starts > self.lengths[numbers]).argmax())
-            raise BatchError(
-                f"request {numbers[at]} goes on at token {starts[at]}, and {self.lengths[numbers[at]]} are known of it"
-            )
-        stops = np.minimum(starts + counts, self._tokens.shape[1])
+        known = self.lengths[numbers]
+        if (starts > known).any():
+            at = int((starts > known).argmax())
+            raise BatchError(f"request {numbers[at]} goes on at token {starts[at]}, and {known[at]} are known of it")
+        stops = starts + counts
         owners, positions = _spread(starts, counts)
-        if (stops < starts + counts).any():
+        if len(stops) and stops.max() > self._tokens.shape[1]:
+            stops = np.minimum(stops, self._tokens.shape[1])
             kept = positions < self._tokens.shape[1]
             owners, positions, tokens = owners[kept], positions[kept], tokens[kept]
         rows = numbers[owners]
-        held = stops <= self.lengths[numbers]
-        held[owners[self._tokens[rows, positions] != tokens]] = False
-        self._tokens[rows, positions] = tokens
+        held: Flags = stops <= known
+        other = self._tokens[rows, positions] != tokens
+        if other.any():
+            held[owners[other]] = False
+            self._tokens[rows, positions] = tokens
         self.lengths[numbers] = stops
         return held
 
@@ -98,5 +100,8 @@ class Histories:
 
 def _spread(starts: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
     """Of every token of some chunks, which chunk it is in, and its position in its request."""
-    owners = np.arange(len(counts)).repeat(counts)
+    owners = np.arange(len(counts))
+    if (counts == 1).all():
+        return owners, starts
+    owners = owners.repeat(counts)
     return owners, np.arange(len(owners)) + (starts - counts.cumsum() + counts)[owners]

@@ -60,7 +60,6 @@ class Supply:
         sizes = [whole, whole, requests, requests, *[piece_tokens] * (2 * -(-ahead_tokens // piece_tokens))]
         bases = np.cumsum([0, *sizes]).tolist()
         self._rows = landing.memory(bases[-1])
-        self._valid = {layer: np.zeros(bases[-1], np.bool_) for layer in landing.layers}
         areas = [Area(base, size, landing.event()) for base, size in zip(bases, sizes, strict=False)]
         # Forwards take turns in two areas: rows of one may be on their way to the device when the next one's come.
         self._turns = areas[:2]
@@ -97,8 +96,9 @@ class Supply:
         self._join()
         with self._lock:
             held = self._histories.put(numbers, starts, counts, tokens)
-            for number in numbers[~held]:
-                self._early.forget(int(number))
+            if not held.all():
+                for number in numbers[~held].tolist():
+                    self._early.forget(number)
 
     def sampled(self, arrived: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
         """Tokens were sampled after the last forward. arrived: waits until they are there, in a thread of its own.
@@ -112,6 +112,11 @@ class Supply:
         with self._lock:
             ages, firsts = self._early.ages[forward.numbers], self._early.sampled_at(forward.numbers, forward.starts)
         self._sampled = self._thread.submit(self._take_sampled, arrived, forward.numbers, ages, firsts)
+
+    @property
+    def sampling(self) -> bool:
+        """Whether sampled tokens are waited for."""
+        return self._sampled is not None and not self._sampled.done()
 
     def _take_sampled(
         self,
@@ -177,10 +182,9 @@ class Supply:
             self._join()
             forward.area.copied.synchronize()
             with self._lock:
-                self._early.take(forward)
-                self._ask(forward, forward.at < 0, self.landing.layers)
-                for at in np.flatnonzero(self._early.prompts(numbers, starts + counts)):
-                    self._early.extend(int(numbers[at]), int(starts[at] + counts[at]))
+                if not self._early.take(forward):
+                    self._ask(forward, forward.at < 0, self.landing.layers)
+                self._early.go_on(numbers, starts + counts)
         except BaseException as error:
             forward.error = error
 
@@ -206,11 +210,12 @@ class Supply:
             raise
         finally:
             self._copied(forward)
-        for layer, has in zip(layers, valid, strict=True):
-            if not has.all():
+        if not valid.all():
+            for layer, has in zip(layers, valid, strict=True):
                 self.landing.clear(layer, np.flatnonzero(~has))
                 self.counts.masked[layer] += int((~has).sum())
-            if padded > len(forward):
+        if padded > len(forward):
+            for layer in layers:
                 self.landing.clear(layer, slice(len(forward), padded))
         self.counts.steps += 1
         self.counts.tokens += len(forward)
@@ -226,38 +231,47 @@ class Supply:
         layers = self.landing.layers
         for at, layer in enumerate(layers):
             begin = time.perf_counter()
-            for fetch in forward.early:
-                self._receive_early(fetch, layer, forward.deadline)
-            self._receive_own(forward, layer)
-            has = self._valid[layer][forward.at]
-            missing = ~has & self._is_early(forward)
-            if missing.any():
-                self._ask_again(forward, missing, layers[at:])
-                self._receive_own(forward, layer)
-                has = self._valid[layer][forward.at]
+            has = self._receive(forward, layer)
+            if has is not None:
+                missing = ~has & self._is_early(forward)
+                if missing.any():
+                    self._ask_again(forward, missing, layers[at:])
+                    has = self._receive(forward, layer)
             self.counts.waited(layer, time.perf_counter() - begin)
+            flags[at] = True if has is None else has
             if self._verifier is not None:
                 chunks, rows = (forward.numbers, forward.starts, forward.counts), self._rows[layer]
                 with self._lock:
-                    self._verifier.rows(layer, chunks, has, rows, forward.at)
-            flags[at] = has
+                    self._verifier.rows(layer, chunks, flags[at], rows, forward.at)
             self._land(forward, layer)
 
-    def _receive_own(self, forward: Forward, layer: int) -> None:
-        """Wait for a layer of what a forward asked for itself, which ends by the forward's deadline, and may raise."""
+    def _receive(self, forward: Forward, layer: int) -> Flags | None:
+        """Wait for a layer of all that was asked for. Gives which tokens have it, None for all.
+
+        What the forward asked for itself ends by its deadline, and may raise. What was asked for before has a deadline
+        of its own, and is asked for again if it fails, which then says why.
+        """
+        flawed: list[tuple[Fetch, Flags | None]] = []
+        for fetch in forward.early:
+            try:
+                fetch.step.rows(layer, max(0.0, forward.deadline - time.monotonic()))
+            except EngrampoolError:
+                flawed.append((fetch, None))
+            else:
+                if fetch.step.error is not None:
+                    flawed.append((fetch, fetch.step.valid(layer)))
         for fetch in forward.own:
             if layer in fetch.step.layers:
                 fetch.step.rows(layer)
-                self._valid[layer][fetch.base : fetch.base + fetch.tokens] = fetch.step.valid(layer)
-
-    def _receive_early(self, fetch: Fetch, layer: int, deadline: float) -> None:
-        """Wait for a layer of what was asked for before, and has a deadline of its own; note which tokens have it."""
-        has = self._valid[layer][fetch.base : fetch.base + fetch.tokens]
-        try:
-            fetch.step.rows(layer, max(0.0, deadline - time.monotonic()))
-            has[:] = fetch.step.valid(layer)
-        except EngrampoolError:  # it is asked for again, and that says why
-            has[:] = False
+                if fetch.step.error is not None:
+                    flawed.append((fetch, fetch.step.valid(layer)))
+        if not flawed:
+            return None
+        has, at = np.ones(len(forward), np.bool_), forward.at
+        for fetch, valid in flawed:
+            there = (at >= fetch.base) & (at < fetch.base + fetch.tokens)
+            has[there] = False if valid is None else valid[at[there] - fetch.base]
+        return has
 
     def _is_early(self, forward: Forward) -> Flags:
         """Of each token, whether its rows were asked for before the forward."""
@@ -289,7 +303,7 @@ class Supply:
         left = max(1e-3, forward.deadline - time.monotonic())
         forward.own.append(self._fetch(forward.area, base, numbers, starts, counts, layers=layers, timeout_s=left))
         forward.at[which] = base + np.arange(len(which))
-        forward.used += len(which)
+        forward.used, forward.runs = forward.used + len(which), None
 
     def _fetch(
         self, area: Area, base: int, numbers: Numbers, starts: Numbers, counts: Numbers, **settings: Any
@@ -303,15 +317,14 @@ class Supply:
         return Fetch(self.client.prefetch(*batch, out=out, **settings), area, base, tokens)
 
     def _land(self, forward: Forward, layer: int) -> None:
-        """Have a layer's rows copied to where it reads them."""
-        begins = np.flatnonzero(np.r_[True, np.diff(forward.at) != 1])
-        if len(begins) > _COPIES:
+        """Have a layer's rows copied to where it reads them, in as few pieces as they lie in."""
+        runs = forward.find_runs()
+        if len(runs) > _COPIES:
             rows, area = self._rows[layer], forward.area
             rows[area.base : area.base + len(forward)] = rows[forward.at]
-            self.landing.copy(layer, area.base, 0, len(forward))
-            return
-        for begin, stop in zip(begins, [*begins[1:], len(forward)], strict=True):
-            self.landing.copy(layer, int(forward.at[begin]), int(begin), int(stop - begin))
+            runs = [(area.base, 0, len(forward))]
+        for place, begin, tokens in runs:
+            self.landing.copy(layer, place, begin, tokens)
 
     def _copied(self, forward: Forward) -> None:
         """All copies of a forward's rows were issued, or none follows."""
@@ -334,8 +347,12 @@ class Supply:
 
     def close(self) -> None:
         """Give up what is under way, and close the client."""
+        self.release()
+        self.client.close()
+
+    def release(self) -> None:
+        """Give up what is under way, and leave the client to others."""
         self._end_forward()
         self._thread.shutdown()
         with self._lock:
             self._early.close()
-        self.client.close()
