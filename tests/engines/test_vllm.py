@@ -1,6 +1,8 @@
 """vLLM's own Engram layers with rows from a real server, against the same layers with the table that they stock."""
 
 import json
+import socket
+import urllib.request
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import pytest
 
 from engrampool_client import Client, DeadlineError, FingerprintError, PoolError
 from engrampool_client.integrations import vllm as plugin
+from engrampool_client.integrations.forwards.settings import ENGINE_PREFIX
 from engrampool_proto.synthetic import synthetic_rows
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-engines` installs it")
@@ -295,3 +298,48 @@ def test_an_index_that_does_not_name_the_tables_needs_no_files_of_them(tmp_path)
     exec(script.replace("/models/DeepSeek-V4.1/model.safetensors.index.json", str(index)))
     for files in (there, [*there, str(tmp_path / "tables.safetensors")]):
         assert filter_duplicate_safetensors_files(files, str(tmp_path), index.name) == there
+
+
+def test_ranks_come_to_one_outcome_in_each_layer(ranks, engine, some_ids, monkeypatch):
+    """What another rank says of a layer's tokens holds here; test_agreement.py has ranks that are processes."""
+    answers, asked = iter([[1, 1, 0, 1, 1, 1], [1] * 5 + [0], *[[1] * 6] * 3]), []
+
+    def agree(flags):
+        asked.append(flags.copy())
+        return flags & np.array(next(answers), bool)
+
+    monkeypatch.setattr(engine.ours, "over", lambda group: agree)
+    group = ranks(1)
+    monkeypatch.setattr(engine.ours, "get_tp_group", lambda: SimpleNamespace(world_size=2, cpu_group=None))
+    with group.make().at(0) as made:
+        first, second = forward(made, some_ids)
+        assert [bool(row.view(torch.int16).any()) for row in first] == [True, True, False, True, True]
+        assert isinstance(second, PoolError)
+        assert "another rank of this group" in str(second)
+        counts = made.worker.counts
+        assert (counts.masked, counts.failed, counts.steps, counts.tokens) == ({1: 1, 14: 0}, 1, 1, 5)
+        assert all(one.view(torch.int16).any() for one in forward(made, some_ids))
+        some_ids[2, 1, 3] = 1 << 30
+        for at, layer in enumerate(made.layers):
+            layer.prepare_embeddings(some_ids[:, at])
+        with pytest.raises(Exception, match="row id 1073741824"):
+            made.layers[1]._ready_rows(5)
+        assert asked[-1].tolist() == [False] * 6, "the others are told"
+        assert sum(made.worker.counts.waits[1].counts) == 2
+
+
+def test_a_worker_answers_prometheus_on_a_port_of_its_own(ranks, some_ids, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = ranks(1)
+    group.vllm_config.parallel_config.rank = 1
+    monkeypatch.setenv(f"{ENGINE_PREFIX}METRICS_PORT", str(port - 1))
+    with group.make().at(0) as made:
+        forward(made, some_ids)
+        found = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+        assert f'engrampool_engine_tokens_total{{model="{made.worker.client.spec.name}"}} 5.0' in found
+        assert "engrampool_client_steps_total" in found
+    group.close()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60)

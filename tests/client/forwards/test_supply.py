@@ -19,58 +19,14 @@ from engrampool_client.lookup.step import Step
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from landings import NOTHING, HostLanding
 from server_fixtures import LIMIT_S, lasting_address
 
 DEPTH, NUMBERS, MAX_TOKENS = 3, 6, 48
-NOTHING = 0xEE  # what no row is made of
 
 
-class Mark:
-    """As an event of a GPU: what was issued until now has come once `reached` is set."""
-
-    def __init__(self):
-        self.reached, self.waited_for = threading.Event(), threading.Event()
-        self.reached.set()
-
-    def record(self):
-        pass
-
-    def query(self):
-        return self.reached.is_set()
-
-    def synchronize(self):
-        self.waited_for.set()
-        assert self.reached.wait(LIMIT_S)
-
-
-class Landing:
-    """Of memory of the process. TorchLanding is held to the same by tests/engines."""
-
-    def __init__(self, spec, max_tokens=MAX_TOKENS):
-        self.layers, self.max_tokens = spec.layers, max_tokens
-        self.row_shape = {layer: (24, spec.table(layer).row_bytes) for layer in spec.layers}
-        self.marks, self.copies = [], 0
-        self._landed = {
-            layer: np.full((max_tokens, *shape), NOTHING, np.uint8) for layer, shape in self.row_shape.items()
-        }
-
-    def memory(self, tokens):
-        self.host = {layer: np.full((tokens, *shape), NOTHING, np.uint8) for layer, shape in self.row_shape.items()}
-        return self.host
-
-    def event(self):
-        self.marks.append(Mark())
-        return self.marks[-1]
-
-    def copy(self, layer, source, target, tokens):
-        self.copies += 1
-        self._landed[layer][target : target + tokens] = self.host[layer][source : source + tokens]
-
-    def clear(self, layer, tokens):
-        self._landed[layer][tokens] = 0
-
-    def landed(self, layer):
-        return self._landed[layer]
+def landing_of(spec):
+    return HostLanding({layer: (24, spec.table(layer).row_bytes) for layer in spec.layers}, MAX_TOKENS)
 
 
 class Scripted:
@@ -140,7 +96,7 @@ def right_rows(spec, truth, numbers, starts, counts):
 def supplying(client, spec, **settings):
     histories = Histories(NUMBERS, 400, DEPTH)
     settings = {"timeout_s": LIMIT_S, "ahead_tokens": 64, "piece_tokens": 16, **settings}
-    supply = Supply(client, Landing(spec), histories, **settings)
+    supply = Supply(client, landing_of(spec), histories, **settings)
     try:
         yield supply
     finally:
@@ -319,7 +275,7 @@ def test_rows_in_many_places_are_brought_together_before_they_are_copied(spec):
     client = Scripted(spec, lambda *_: "now")
     numbers = np.arange(40)
     histories = Histories(40, 20, DEPTH)
-    supply = Supply(client, Landing(spec), histories, timeout_s=LIMIT_S)
+    supply = Supply(client, landing_of(spec), histories, timeout_s=LIMIT_S)
     for number in numbers:
         supply.add(int(number), [3, int(number)], 0)
     supply.start(numbers, ints(*[1] * 40), ints(*[1] * 40))

@@ -1,4 +1,4 @@
-"""What an engine's adapter counts: plain numbers, which one thread writes. metrics.py shows them to Prometheus."""
+"""What an engine's adapter counts: plain numbers, cheap enough for every forward; metrics.py shows them."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
