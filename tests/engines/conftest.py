@@ -171,3 +171,43 @@ def sequences() -> Callable[..., Sequences]:
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def engine(server: ServerProcess) -> SimpleNamespace:
+    """vLLM's module with our plugin in it, put there by the engine's own loader; `Stock` is what it was."""
+    from vllm_ranks import with_plugin
+
+    return with_plugin(server)
+
+
+@pytest.fixture
+def ranks(engine, config, server, tokenizer_path, monkeypatch):
+    """Ranks of a size; made, and closed at the end."""
+    import torch
+
+    from vllm_ranks import Ranks
+
+    states = []
+
+    def state(layout):
+        """The engine's own hashes; it reads the tokenizer for as long as a second, so only once."""
+        with pytest.MonkeyPatch.context() as patch:
+            if states:
+                tokens = (states[0].token_map.tolist(), layout.compressed_vocab_size)
+                patch.setattr(engine.module, "build_compressed_token_map", lambda _: tokens)
+            model = SimpleNamespace(tokenizer=tokenizer_path, trust_remote_code=False, revision=None)
+            cache = SimpleNamespace(block_size=64, kv_cache=torch.zeros(1))
+            vllm_config = SimpleNamespace(model_config=model, use_v2_model_runner=True)
+            states.append(engine.module.NgramHashState(vllm_config, layout, cache))
+        return states[-1]
+
+    made = []
+
+    def ranks(size, **settings):
+        made.append(Ranks(engine, config, monkeypatch, size, state, **{"target": server.address, **settings}))
+        return made[-1]
+
+    yield ranks
+    for one in made:
+        one.close()

@@ -1,7 +1,8 @@
 """vLLM's own Engram layers with rows from a real server, against the same layers with the table that they stock."""
 
 import json
-from contextlib import contextmanager
+import socket
+import urllib.request
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,175 +11,13 @@ import numpy as np
 import pytest
 
 from engrampool_client import Client, DeadlineError, FingerprintError, PoolError
-from engrampool_client.config import ENVIRONMENT_PREFIX
 from engrampool_client.integrations import vllm as plugin
+from engrampool_client.integrations.forwards.settings import ENGINE_PREFIX
 from engrampool_proto.synthetic import synthetic_rows
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-engines` installs it")
 pytest.importorskip("vllm", reason="the engines are not there; `make test-engines` unpacks them")
-MAX_TOKENS = 200
-REPLACED = ("_create_embedding", "_init_staging", "prepare_embeddings", "_ready_rows")
-
-
-@pytest.fixture(scope="module")
-def engine(server):
-    """The engine's module with our plugin in it, put there by the engine's own loader; `Stock` is what it was."""
-    import vllm.models.deepseek_v41.common.engram as engram
-    import vllm.plugins
-    import vllm.v1.worker.gpu_worker as gpu_worker
-
-    stock = {name: vars(engram.Engram)[name] for name in REPLACED}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(f"{ENVIRONMENT_PREFIX}TARGET", raising=False)
-        patch.setattr(vllm.plugins, "plugins_loaded", False)
-        vllm.plugins.load_general_plugins()
-        assert {name: vars(engram.Engram)[name] for name in REPLACED} == stock, "it was not asked for"
-        patch.setenv(f"{ENVIRONMENT_PREFIX}TARGET", server.address)
-        for _ in range(2):  # as the engine may
-            patch.setattr(vllm.plugins, "plugins_loaded", False)
-            vllm.plugins.load_general_plugins()
-    from engrampool_client.integrations import vllm_engram
-
-    assert {name: vars(engram.Engram)[name].__module__ for name in REPLACED} == dict.fromkeys(
-        REPLACED, vllm_engram.__name__
-    )
-    return SimpleNamespace(
-        module=engram,
-        ours=vllm_engram,
-        Stock=type("Stock", (engram.Engram,), stock),
-        Worker=gpu_worker.Worker,
-    )
-
-
-class Ranks:
-    """The layers of a tensor-parallel group's ranks, all of them in this process, one after the other."""
-
-    def __init__(self, engine, config, patch, size, make_state, **settings):
-        self.engine, self.size, self.patch, self.made = engine, size, patch, []
-        self._make_state, self._config, self._settings = make_state, config, settings
-        modes = SimpleNamespace(cudagraph_mode=engine.ours.CUDAGraphMode.NONE, mode=engine.ours.CompilationMode.NONE)
-        self.compilation = modes
-        self.vllm_config = SimpleNamespace(
-            engram_config=SimpleNamespace(cpu_offload=False, dp_shared_memory=False, use_thp=False),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS),
-            compilation_config=modes,
-        )
-        module = engine.module
-        patch.setattr(module, "get_current_vllm_config", lambda: self.vllm_config)
-        patch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
-        patch.setattr(module, "get_tensor_model_parallel_rank", lambda: self.rank)
-        patch.setattr(module, "get_engram_dp_size", lambda: 1)
-        patch.setattr(module, "ColumnParallelLinear", lambda *_, **__: torch.nn.Identity())
-        patch.setattr(module, "tensor_model_parallel_all_gather", self._all_gather)
-        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4))
-        patch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-
-    @contextmanager
-    def at(self, rank):
-        """Within this, the process is that rank."""
-        self.rank = rank
-        self.patch.setattr(self.engine.ours, "_worker", self.made[rank].worker)
-        yield self.made[rank]
-
-    def make(self):
-        """Layers with pooled rows for each rank, as the model's constructor makes them."""
-        layout = self.engine.module.EngramLayout.from_config(self._config)
-        for name, value in self._settings.items():
-            self.patch.setenv(f"{ENVIRONMENT_PREFIX}{name.upper()}", str(value))
-        for rank in range(self.size):
-            self.made.append(SimpleNamespace(worker=self.engine.ours._Worker()))
-            with self.at(rank) as made:
-                made.layers = [self.layer(self.engine.module.Engram, layout, at) for at in range(len(layout.layer_ids))]
-                made.state = self._make_state(layout)
-        return self
-
-    def layer(self, kind, layout, at):
-        model = SimpleNamespace(hidden_size=8, hc_mult=4, rms_norm_eps=1e-6)
-        return kind(model, None, layout, at, False, f"layers.{at}.engram")
-
-    def _all_gather(self, rows, dim):
-        """What every rank has, this one's among it."""
-        return torch.cat(self.gathered, dim)
-
-    def embed(self, layers, hash_ids):
-        """What each rank's layer reads. layers: of each rank, the same one."""
-        self.gathered = []
-        for rank, layer in enumerate(layers):
-            with self.at(rank):
-                self.gathered.append(layer._ready_rows(len(hash_ids)).clone())
-        with self.at(0):
-            return list(self.gathered), layers[0].embed(hash_ids)
-
-    def close(self):
-        for rank in range(len(self.made)):
-            with self.at(rank):
-                self.engine.ours.close()
-
-
-@pytest.fixture
-def ranks(engine, config, server, tokenizer_path, monkeypatch):
-    """Ranks of a size; made, and closed at the end."""
-    states = []
-
-    def state(layout):
-        """The engine's own hashes; it reads the tokenizer for as long as a second, so only once."""
-        with pytest.MonkeyPatch.context() as patch:
-            if states:
-                tokens = (states[0].token_map.tolist(), layout.compressed_vocab_size)
-                patch.setattr(engine.module, "build_compressed_token_map", lambda _: tokens)
-            model = SimpleNamespace(tokenizer=tokenizer_path, trust_remote_code=False, revision=None)
-            cache = SimpleNamespace(block_size=64, kv_cache=torch.zeros(1))
-            vllm_config = SimpleNamespace(model_config=model, use_v2_model_runner=True)
-            states.append(engine.module.NgramHashState(vllm_config, layout, cache))
-        return states[-1]
-
-    made = []
-
-    def ranks(size, **settings):
-        made.append(Ranks(engine, config, monkeypatch, size, state, **{"target": server.address, **settings}))
-        return made[-1]
-
-    yield ranks
-    for one in made:
-        one.close()
-
-
-def stock_layers(ranks, layout, spec):
-    """For each rank, the engine's own layers, their tables loaded by its own loader from a checkpoint's tensors."""
-    made = []
-    for rank in range(ranks.size):
-        with ranks.at(rank):
-            layers = [ranks.layer(ranks.engine.Stock, layout, at) for at in range(len(layout.layer_ids))]
-        for layer, table in zip(layers, spec.tables, strict=True):
-            load(layer.embed_tokens, table)
-        made.append(layers)
-    return made
-
-
-def load(embedding, table):
-    rows = torch.from_numpy(synthetic_rows(table, np.arange(table.num_rows, dtype=np.uint64)))
-    embedding.weight.weight_loader(embedding.weight, rows[:, :256].contiguous().view(torch.float8_e4m3fn))
-    scales = rows[:, 256:].contiguous().view(torch.float8_e8m0fnu)
-    embedding.weight_scale_inv.weight_loader(embedding.weight_scale_inv, scales)
-
-
-def hashed(state, made):
-    """The engine's own row ids of a batch: int32 [T, layers, columns]."""
-    batch = made.batch
-    return state(
-        torch.from_numpy(batch.tokens),
-        torch.from_numpy(made.positions),
-        torch.from_numpy(batch.query_start_loc),
-        torch.from_numpy(batch.dead),
-        torch.from_numpy(batch.lookback),
-        torch.from_numpy(batch.lookback_dead),
-        None,
-        None,
-    )
-
-
-def bits(tensor):
-    return tensor.contiguous().view(torch.int16).numpy()
+from vllm_ranks import MAX_TOKENS, bits, hashed, load, stock_layers  # noqa: E402  (needs torch)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 8])
@@ -459,3 +298,48 @@ def test_an_index_that_does_not_name_the_tables_needs_no_files_of_them(tmp_path)
     exec(script.replace("/models/DeepSeek-V4.1/model.safetensors.index.json", str(index)))
     for files in (there, [*there, str(tmp_path / "tables.safetensors")]):
         assert filter_duplicate_safetensors_files(files, str(tmp_path), index.name) == there
+
+
+def test_ranks_come_to_one_outcome_in_each_layer(ranks, engine, some_ids, monkeypatch):
+    """What another rank says of a layer's tokens holds here; test_agreement.py has ranks that are processes."""
+    answers, asked = iter([[1, 1, 0, 1, 1, 1], [1] * 5 + [0], *[[1] * 6] * 3]), []
+
+    def agree(flags):
+        asked.append(flags.copy())
+        return flags & np.array(next(answers), bool)
+
+    monkeypatch.setattr(engine.ours, "over", lambda group: agree)
+    group = ranks(1)
+    monkeypatch.setattr(engine.ours, "get_tp_group", lambda: SimpleNamespace(world_size=2, cpu_group=None))
+    with group.make().at(0) as made:
+        first, second = forward(made, some_ids)
+        assert [bool(row.view(torch.int16).any()) for row in first] == [True, True, False, True, True]
+        assert isinstance(second, PoolError)
+        assert "another rank of this group" in str(second)
+        counts = made.worker.counts
+        assert (counts.masked, counts.failed, counts.steps, counts.tokens) == ({1: 1, 14: 0}, 1, 1, 5)
+        assert all(one.view(torch.int16).any() for one in forward(made, some_ids))
+        some_ids[2, 1, 3] = 1 << 30
+        for at, layer in enumerate(made.layers):
+            layer.prepare_embeddings(some_ids[:, at])
+        with pytest.raises(Exception, match="row id 1073741824"):
+            made.layers[1]._ready_rows(5)
+        assert asked[-1].tolist() == [False] * 6, "the others are told"
+        assert sum(made.worker.counts.waits[1].counts) == 2
+
+
+def test_a_worker_answers_prometheus_on_a_port_of_its_own(ranks, some_ids, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = ranks(1)
+    group.vllm_config.parallel_config.rank = 1
+    monkeypatch.setenv(f"{ENGINE_PREFIX}METRICS_PORT", str(port - 1))
+    with group.make().at(0) as made:
+        forward(made, some_ids)
+        found = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+        assert f'engrampool_engine_tokens_total{{model="{made.worker.client.spec.name}"}} 5.0' in found
+        assert "engrampool_client_steps_total" in found
+    group.close()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60)

@@ -1,5 +1,6 @@
 """Rows on their way to an engine that hashes itself: from its row ids to memory that its layers read. Needs torch."""
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import torch
 
 from engrampool_client.client import Client
 from engrampool_client.errors import PoolError
+from engrampool_client.integrations.forwards.agreement import Agree, settle
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.history import Flags
 from engrampool_client.lookup.step import Step
 
 # Forwards take turns in so many buffers: rows of one may be on their way to the device when the next one's come.
@@ -23,15 +27,24 @@ class Staging:
     layers: those that have rows. columns: row ids a token. max_tokens: of a forward at most.
     device: where row ids come from and rows go to. Of a GPU's ids a copy is issued where they are given, and a thread
         waits for it; rows land in pinned memory. Of the CPU's the lookup is begun where they are given.
+    agree: how the ranks of a group come to one outcome in each layer; None where there is but one.
 
     All layers of a forward are asked for at once, when the last one's ids came. A forward that is not finished, as its
     model failed, is given up by the next. Not thread-safe: a model runs one forward at a time.
     """
 
     def __init__(
-        self, client: Client, layers: Sequence[int], columns: int, max_tokens: int, device: torch.device
+        self,
+        client: Client,
+        layers: Sequence[int],
+        columns: int,
+        max_tokens: int,
+        device: torch.device,
+        agree: Agree | None = None,
+        counts: EngineCounts | None = None,
     ) -> None:
-        self.client, self.layers = client, tuple(layers)
+        self.client, self.layers, self._agree = client, tuple(layers), agree
+        self.counts = EngineCounts(self.layers) if counts is None else counts
         self._quiet = 0
         self._thread = ThreadPoolExecutor(1, "engrampool-engine") if device.type == "cuda" else None
         pinned = self._thread is not None
@@ -71,6 +84,7 @@ class Staging:
                 forward.give_up()
             self._turns.append(self._turns.pop(0))
             forward = self._forward = _Forward(self.client, self._turns[0], quiet)
+            self.counts.dummies += quiet
         forward.put(layer, ids)
         if len(forward.ids) == len(self.layers):
             forward.ask(self._thread)
@@ -79,7 +93,7 @@ class Staging:
         """Wait for a layer's rows, uint8 [tokens, columns, row_bytes] in memory of the host; None in a quiet forward.
 
         They are good until the next forward but one lands, or, once `copied` was told, until that copy has ended.
-        Raises what the lookup failed with; PoolError for a layer whose ids were not given.
+        Raises what the lookup failed with, on this rank or on another; PoolError for a layer whose ids were not given.
         """
         forward = self._forward
         if forward is None or layer not in forward.ids:
@@ -88,7 +102,18 @@ class Staging:
             return None
         if not forward.asked:
             forward.ask(self._thread)
-        return forward.rows(layer)
+        begin, tokens = time.perf_counter(), len(forward.ids[layer])
+        try:
+            valid = settle(1, tokens, lambda flags: forward.find(layer, flags), self._agree)[0]
+        except BaseException:
+            self.counts.failed += 1
+            raise
+        self.counts.waited(layer, time.perf_counter() - begin)
+        self.counts.steps += layer == self.layers[0]
+        self.counts.tokens += tokens if layer == self.layers[0] else 0
+        if not valid.all():
+            self.counts.masked[layer] += int((~valid).sum())
+        return forward.rows(layer, valid)
 
     def copied(self) -> None:
         """Say that a copy of rows to the GPU was issued, on the stream that is current."""
@@ -175,15 +200,24 @@ class _Forward:
         out = {layer: self._turn.rows_array[layer][: len(ids)] for layer, ids in wanted.items()}
         return self._client.prefetch_rows(wanted, out=out) if wanted else None
 
-    def rows(self, layer: int) -> torch.Tensor:
-        """As `Staging.rows`."""
+    def find(self, layer: int, flags: Flags) -> None:
+        """Wait for a layer's rows; set which tokens have theirs, those that ask for none among them."""
         step = self._step.result()
-        if step is not None and layer in step.layers:
-            step.rows(layer)
-            absent = self._absent.pop(layer, None)
-            if absent is not None:
-                self._turn.rows_array[layer][: len(absent)][absent] = 0
-        return self._turn.rows[layer][: len(self.ids[layer])]
+        if step is None or layer not in step.layers:
+            flags[:] = True
+            return
+        step.rows(layer)
+        flags[0] = step.valid(layer)
+        absent = self._absent.pop(layer, None)
+        if absent is not None:
+            self._turn.rows_array[layer][: len(absent)][absent] = 0
+            flags[0] |= absent.all(axis=1)
+
+    def rows(self, layer: int, valid: Flags) -> torch.Tensor:
+        """A layer's rows, once they are there; zeros of tokens that are not valid."""
+        if not valid.all():
+            self._turn.rows_array[layer][: len(valid)][~valid] = 0
+        return self._turn.rows[layer][: len(valid)]
 
     def give_up(self) -> None:
         """Nothing is written into the turn's memory any more once this returns."""

@@ -9,6 +9,7 @@ from importlib import import_module, metadata
 
 from engrampool_client.config import ENVIRONMENT_PREFIX, from_environment
 from engrampool_client.integrations import engine
+from engrampool_client.integrations.forwards.settings import EngineSettings
 
 # What `vllm_engram.py` was written for, and run with.
 VERSION = "0.33.0"
@@ -29,6 +30,16 @@ PARAMETERS = {
     f"{_ENGRAM}:EngramLayout.__init__": "self config",
     f"{_ENGRAM}:NgramHashState.__init__": "self vllm_config layout swa_cache_module",
     "vllm.compilation.breakable_cudagraph:eager_break_during_capture": "fn",
+    "vllm.v1.worker.gpu.model_states:resolve_model_state_cls": "vllm_config model",
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.__init__": "self vllm_config model encoder_cache device",
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.add_request": "self req_index new_req_data",
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.remove_request": "self req_id",
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_inputs": "self input_batch req_states",
+    "vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_dummy_inputs": "self num_reqs num_tokens",
+    "vllm.v1.worker.gpu.async_utils:AsyncOutput.__init__": (
+        "self model_runner_output sampler_output num_sampled_tokens main_stream copy_stream check_ep_fault "
+        "pending_aux_output"
+    ),
     "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "self",
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "self",
     "vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch": "self",
@@ -44,6 +55,7 @@ def register() -> None:
     if not os.environ.get(f"{ENVIRONMENT_PREFIX}TARGET"):
         return
     from_environment(os.environ)
+    EngineSettings.of(os.environ)
     check_version(metadata.version("vllm"))
     import_module("engrampool_client.integrations.vllm_engram").install()
 

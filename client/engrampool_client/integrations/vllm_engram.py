@@ -1,6 +1,8 @@
 """What stands in vLLM's Engram layers: a table without rows, and four methods that have rows come from the pool.
 
-For graphs that run Python between their pieces, or none (`--enforce-eager`). Imported by `vllm.py` alone.
+Where graphs run Python between their pieces, or there are none (`--enforce-eager`), rows come in a forward (`Staging`).
+Where a graph is of a whole forward they are there before it begins (`vllm_state.py`), and layers read them from memory
+of a fixed address. Imported by `vllm.py` alone.
 """
 
 import os
@@ -12,27 +14,45 @@ from typing import Any
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.distributed import get_tp_group
 from vllm.models.deepseek_v41.common import engram
 
 from engrampool_client.client import Client
+from engrampool_client.config import ClientConfig, from_environment
 from engrampool_client.errors import PoolError
-from engrampool_client.integrations import engine
+from engrampool_client.integrations import engine, vllm_state
+from engrampool_client.integrations.forwards.agreement import Agree, over
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.settings import EngineSettings
 from engrampool_client.integrations.staging import Staging
 from engrampool_client.integrations.vllm import check_parameters
 
 # Rows are made numbers of so many tokens at a time, which bounds what that takes.
 _AT_ONCE = 1024
-_MODES = (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE)
 
 
 class _Worker:
-    """What this process has. client: from the first Engram layer on. staging: once all layers are made, and checked."""
+    """What this process has. client: from the first Engram layer on.
+
+    whole: whether graphs are of whole forwards. Once all layers are made, and checked, there are counts, hashes (the
+    engine's own), and staging; or a feeder, once the model's state is made. metrics: what answers Prometheus.
+    """
 
     client: Client | None = None
     staging: Staging | None = None
+    feeder: Any = None
+    hashes: Any = None
+    metrics: Any = None
+    counts: EngineCounts | None = None
+    whole = False
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
+
+    @property
+    def supply(self) -> Any:
+        """Who has forwards that ask nobody; None before all is made."""
+        return self.staging if self.feeder is None else self.feeder.supply
 
 
 _worker = _Worker()
@@ -62,14 +82,29 @@ class PooledTable(engram.ParallelEngramEmbedding):
         raise PoolError("this table's rows are in the pool: Engram.prepare_embeddings asks for them")
 
 
-def _create_embedding(self: Any, layout: Any, layer_hash_index: int) -> PooledTable:
-    compilation = engram.get_current_vllm_config().compilation_config
-    if compilation.cudagraph_mode not in _MODES or compilation.mode != CompilationMode.NONE:
-        raise RuntimeError(
-            "rows come from the pool between the pieces of a graph, or without graphs: start vLLM with "
-            '--compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' and without VLLM_USE_BREAKABLE_CUDAGRAPH=0, or '
-            f"with --enforce-eager; now there are {compilation.cudagraph_mode} and {compilation.mode}"
+def check_mode(vllm_config: Any) -> bool:
+    """Whether graphs of whole forwards may run. Raises RuntimeError for what rows cannot come to."""
+    compilation = vllm_config.compilation_config
+    whole: bool = compilation.cudagraph_mode.has_mode(CUDAGraphMode.FULL)
+    refused = None
+    if compilation.mode != CompilationMode.NONE:
+        refused = f"compiled models ({compilation.mode}): start vLLM without VLLM_USE_BREAKABLE_CUDAGRAPH=0"
+    elif whole and not vllm_config.use_v2_model_runner:
+        refused = (
+            f"{compilation.cudagraph_mode} with the V1 model runner: start vLLM without VLLM_USE_V2_MODEL_RUNNER=0"
         )
+    elif whole and vllm_config.parallel_config.prefill_context_parallel_size > 1:
+        refused = f"{compilation.cudagraph_mode} with prefill context parallelism: start vLLM without"
+    if refused is not None:
+        raise RuntimeError(
+            f"rows cannot come from the pool to {refused}, or with --compilation-config "
+            '\'{"cudagraph_mode": "PIECEWISE"}\', or with --enforce-eager'
+        )
+    return whole
+
+
+def _create_embedding(self: Any, layout: Any, layer_hash_index: int) -> PooledTable:
+    _worker.whole = check_mode(engram.get_current_vllm_config())
     table = PooledTable(layout, layer_hash_index)
     if _worker.client is None:
         every = table.columns == slice(0, table.n_hash_cols)
@@ -89,7 +124,8 @@ def _init_staging(self: Any, max_tokens: int, head_dim: int) -> None:
 def prepare_embeddings(self: Any, hash_ids: torch.Tensor) -> None:
     """Start the lookup of a forward's rows. hash_ids: of all columns, -1 for tokens without rows."""
     assert hash_ids.shape[0] <= self.staged_rows.shape[0], "engram staging buffer too small"
-    _start(self, hash_ids)
+    if not _worker.whole:
+        _start(self, hash_ids)
 
 
 @eager_break_during_capture
@@ -101,7 +137,12 @@ def _start(layer: Any, hash_ids: torch.Tensor) -> None:
 
 def _ready_rows(self: Any, num_tokens: int) -> torch.Tensor:
     rows = self.staged_rows[:num_tokens]
-    _finish(self, rows)
+    if not _worker.whole:
+        _finish(self, rows)
+    elif _worker.feeder is not None:  # part of the graph, which reads this memory in every forward
+        table = self.embed_tokens
+        landed = _worker.feeder.supply.landed(table.layer)[:num_tokens]
+        _numbers_of(landed, table, rows[:, : table.columns.stop - table.columns.start])
     return rows
 
 
@@ -120,6 +161,10 @@ def _finish(layer: Any, staged: torch.Tensor) -> None:
     if staged.is_cuda:
         rows = rows.to(staged.device, non_blocking=True)
         _worker.staging.copied()
+    _numbers_of(rows, table, staged)
+
+
+def _numbers_of(rows: torch.Tensor, table: Any, staged: torch.Tensor) -> None:
     for at in range(0, len(rows), _AT_ONCE):
         numbers(rows[at : at + _AT_ONCE], table.dim, table.block_size, staged[at : at + _AT_ONCE])
 
@@ -149,13 +194,50 @@ def _made(state: Any) -> None:
     check_served(_worker.client, state)
     tables = [layer.embed_tokens for layer in _worker.layers]
     columns, staged = tables[0].columns, _worker.layers[0].staged_rows
-    _worker.staging = Staging(
+    _worker.counts, _worker.hashes = EngineCounts(table.layer for table in tables), state
+    port = EngineSettings.of(os.environ).metrics_port
+    if port is not None:
+        from engrampool_client.integrations.forwards import metrics
+
+        parallel = engram.get_current_vllm_config().parallel_config
+        at = port + parallel.data_parallel_rank * parallel.world_size + parallel.rank
+        _worker.metrics = metrics.serve(at, _worker.client, _worker.counts)
+    if not _worker.whole:
+        _worker.staging = Staging(
+            _worker.client,
+            [table.layer for table in tables],
+            columns.stop - columns.start,
+            len(staged),
+            staged.device,
+            agree=ranks_agree(),
+            counts=_worker.counts,
+        )
+
+
+def ranks_agree() -> Agree | None:
+    """How the ranks of this one's tensor-parallel group come to one outcome; None if there is but this one."""
+    group = get_tp_group()
+    return None if group.world_size == 1 else over(group.cpu_group)
+
+
+def _feeder_of(vllm_config: Any, device: torch.device) -> Any:
+    """What has the rows of each forward of this worker be there before it begins."""
+    given = from_environment(os.environ)
+    tables = [layer.embed_tokens for layer in _worker.layers]
+    assert _worker.client is not None
+    assert _worker.counts is not None
+    _worker.feeder = vllm_state.Feeder(
+        vllm_config,
         _worker.client,
-        [table.layer for table in tables],
-        columns.stop - columns.start,
-        len(staged),
-        staged.device,
+        tables,
+        _worker.hashes,
+        device,
+        timeout_s=given.get("timeout_s", ClientConfig.timeout_s),
+        agree=ranks_agree(),
+        counts=_worker.counts,
+        settings=EngineSettings.of(os.environ),
     )
+    return _worker.feeder
 
 
 def install() -> None:
@@ -163,6 +245,8 @@ def install() -> None:
     if engram.Engram.prepare_embeddings is prepare_embeddings:
         return
     check_parameters()
+    from vllm.v1.worker.gpu import model_states
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
     from vllm.v1.worker.gpu_worker import Worker
 
     for function in (_create_embedding, _init_staging, prepare_embeddings, _ready_rows):
@@ -175,6 +259,23 @@ def install() -> None:
         _made(self)
 
     engram.NgramHashState.__init__ = make_and_check
+    resolve = model_states.resolve_model_state_cls
+
+    @wraps(resolve)
+    def resolve_with_rows(vllm_config: Any, model: Any) -> Any:
+        found = resolve(vllm_config, model)
+        return vllm_state.with_rows(found, _feeder_of) if _worker.whole and _worker.hashes is not None else found
+
+    model_states.resolve_model_state_cls = resolve_with_rows
+    copied = AsyncOutput.__init__
+
+    @wraps(copied)
+    def copy_and_tell(self: Any, *arguments: Any, **named: Any) -> None:
+        copied(self, *arguments, **named)
+        if _worker.feeder is not None:
+            _worker.feeder.sampled(self)
+
+    AsyncOutput.__init__ = copy_and_tell
     for name in ("determine_available_memory", "compile_or_warm_up_model", "execute_dummy_batch"):
         setattr(Worker, name, _quietly(getattr(Worker, name)))
     Worker.shutdown = _closing(Worker.shutdown)
@@ -185,7 +286,7 @@ def _quietly(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(run)
     def quietly(self: Any, *arguments: Any, **named: Any) -> Any:
-        with _worker.staging.quiet() if _worker.staging is not None else nullcontext():
+        with _worker.supply.quiet() if _worker.supply is not None else nullcontext():
             return run(self, *arguments, **named)
 
     return quietly
@@ -206,7 +307,10 @@ def close() -> None:
     """Give up what is under way, and let go of the client."""
     global _worker
     worker, _worker = _worker, _Worker()
-    if worker.staging is not None:
-        worker.staging.close()
+    if worker.metrics is not None:
+        worker.metrics.shutdown()
+        worker.metrics.server_close()
+    if worker.supply is not None:
+        worker.supply.close()
     elif worker.client is not None:
         worker.client.close()

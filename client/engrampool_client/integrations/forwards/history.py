@@ -1,0 +1,107 @@
+"""Tokens of an engine's requests, from which batches are made: whatever is fetched, it is hashed from here."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_client.errors import BatchError
+
+Flags = npt.NDArray[np.bool_]
+Ids = npt.NDArray[np.int32]
+Numbers = npt.NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """What `Client.prefetch` takes, in its order."""
+
+    tokens: Ids
+    query_start_loc: Ids
+    lookback: Ids
+    dead: Flags | None
+    lookback_dead: Flags | None
+
+
+class Histories:
+    """Every request's tokens, by the number that the engine keeps it under. Not thread-safe.
+
+    requests: how many numbers there are, from 0 on. longest: tokens of a request at most; what is beyond is let go.
+    depth: how many tokens hashing looks back.
+    dead: says which of some token ids take part in no n-gram, as those of images; None: every token does.
+
+    Numbers of one call are different from each other. lengths: how many tokens of each request are known.
+    """
+
+    def __init__(
+        self, requests: int, longest: int, depth: int, dead: Callable[[Ids], npt.NDArray[np.bool_]] | None = None
+    ) -> None:
+        # The system gives memory to those parts only that are written.
+        self._tokens = np.zeros((requests, longest), np.int32)
+        self.lengths = np.zeros(requests, np.int64)
+        self._before, self._dead = np.arange(1, depth + 1), dead
+
+    def add(self, number: int, tokens: npt.ArrayLike) -> None:
+        """A request's prompt, or all that is known of one that goes on; in the place of the number's last request."""
+        given = np.asarray(tokens, np.int32)[: self._tokens.shape[1]]
+        self._tokens[number, : len(given)] = given
+        self.lengths[number] = len(given)
+
+    def remove(self, number: int) -> None:
+        """Forget a request."""
+        self.lengths[number] = 0
+
+    def put(self, numbers: Numbers, starts: Numbers, counts: Numbers, tokens: npt.NDArray[np.integer]) -> Flags:
+        """Write some tokens of each request from a position on; what was behind them is forgotten, as drafts are.
+
+        tokens: of all requests, one after the other. Gives, for each request, whether it had just these there.
+        Raises BatchError if there is a gap between what is known of a request and its tokens.
+        """
+        known = self.lengths[numbers]
+        if (starts > known).any():
+            at = int((starts > known).argmax())
+            raise BatchError(f"request {numbers[at]} goes on at token {starts[at]}, and {known[at]} are known of it")
+        stops = starts + counts
+        owners, positions = _spread(starts, counts)
+        if len(stops) and stops.max() > self._tokens.shape[1]:
+            stops = np.minimum(stops, self._tokens.shape[1])
+            kept = positions < self._tokens.shape[1]
+            owners, positions, tokens = owners[kept], positions[kept], tokens[kept]
+        rows = numbers[owners]
+        held: Flags = stops <= known
+        other = self._tokens[rows, positions] != tokens
+        if other.any():
+            held[owners[other]] = False
+            self._tokens[rows, positions] = tokens
+        self.lengths[numbers] = stops
+        return held
+
+    def batch(self, numbers: Numbers, starts: Numbers, counts: Numbers) -> Batch:
+        """A batch of one chunk of each request. Raises BatchError for tokens that are not known."""
+        stops = starts + counts
+        if (stops > self.lengths[numbers]).any():
+            at = int((stops > self.lengths[numbers]).argmax())
+            known = self.lengths[numbers[at]]
+            raise BatchError(f"request {numbers[at]} is read up to token {stops[at]}, and {known} are known of it")
+        bounds = np.zeros(len(numbers) + 1, np.int32)
+        counts.cumsum(out=bounds[1:])
+        owners, positions = _spread(starts, counts)
+        tokens = self._tokens[numbers[owners], positions]
+        before = starts[:, None] - self._before
+        lookback = self._tokens[numbers[:, None], np.maximum(before, 0)]
+        lookback[before < 0] = -1
+        if self._dead is None:
+            return Batch(tokens, bounds, lookback, None, None)
+        dead, lookback_dead = self._dead(tokens), self._dead(lookback)
+        if not (dead.any() or lookback_dead.any()):
+            return Batch(tokens, bounds, lookback, None, None)
+        return Batch(tokens, bounds, lookback, dead, lookback_dead)
+
+
+def _spread(starts: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
+    """Of every token of some chunks, which chunk it is in, and its position in its request."""
+    owners = np.arange(len(counts))
+    if (counts == 1).all():
+        return owners, starts
+    owners = owners.repeat(counts)
+    return owners, np.arange(len(owners)) + (starts - counts.cumsum() + counts)[owners]

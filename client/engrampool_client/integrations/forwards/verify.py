@@ -1,0 +1,96 @@
+"""Whether what is fetched is what the engine would have read itself: row ids against its own, rows against a table."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engrampool_client.errors import FingerprintError
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.history import Batch, Histories, Numbers
+from engrampool_proto.hashing import TokenBatch
+from engrampool_proto.spec import ModelSpec
+
+# layer, row ids -> their rows, uint8 [ids, row_bytes].
+Table = Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.uint8]]
+
+
+class Verifier:
+    """Compares a forward with the engine's own: for tests of an installation, as it takes its time.
+
+    columns: of the row ids, those that are fetched. table: rows of the same checkpoint, if there are any here; those of
+    `sample` tokens of a forward are compared, other ones each time.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        columns: slice,
+        histories: Histories,
+        counts: EngineCounts,
+        table: Table | None = None,
+        sample: int = 4,
+    ) -> None:
+        self._spec, self._columns, self._histories, self._counts = spec, columns, histories, counts
+        self._table, self._sample = table, sample
+        self._random = np.random.default_rng(0)
+
+    def ids(self, numbers: Numbers, starts: Numbers, counts: Numbers, engines: Mapping[int, npt.NDArray[Any]]) -> None:
+        """Compare row ids. engines: layer -> the engine's own of these chunks, [tokens, all columns].
+
+        Raises FingerprintError that names the first token that differs in each layer.
+        """
+        batch: Batch = self._histories.batch(numbers, starts, counts)
+        self._counts.verified += len(batch.tokens)
+        differing, found = np.zeros(len(batch.tokens), np.bool_), []
+        for layer, ours in self._spec.hash(TokenBatch.of(*batch), list(engines)).items():
+            wrong = (ours != engines[layer]).any(axis=1)
+            differing |= wrong
+            if wrong.any():
+                at = int(wrong.argmax())
+                head = int((ours[at] != engines[layer][at]).argmax())
+                where = self._name(at, numbers, starts, counts)
+                found.append(
+                    f"layer {layer}: {int(wrong.sum())} of {len(wrong)} tokens, the first {where}, head {head}: "
+                    f"row {ours[at, head]} here, {engines[layer][at, head]} by the engine"
+                )
+        self._say(differing, found)
+
+    def rows(
+        self,
+        layer: int,
+        chunks: tuple[Numbers, Numbers, Numbers],
+        valid: npt.NDArray[np.bool_],
+        memory: npt.NDArray[np.uint8],
+        at: Numbers,
+    ) -> None:
+        """Compare rows of some tokens with the table's. valid: which have theirs. at: where in `memory` each one's lie.
+
+        Raises FingerprintError that names the first that differs.
+        """
+        there = np.flatnonzero(valid)
+        if self._table is None or not len(there):
+            return
+        chosen = np.sort(self._random.choice(there, min(self._sample, len(there)), replace=False))
+        self._counts.verified += len(chosen)
+        ids = self._spec.hash(TokenBatch.of(*self._histories.batch(*chunks)), [layer])[layer][chosen, self._columns]
+        rows = memory[at[chosen]]
+        wrong = (rows != self._table(layer, ids.reshape(-1).astype(np.int64)).reshape(rows.shape)).any(axis=2)
+        found = []
+        if wrong.any():
+            one, column = (int(index) for index in np.argwhere(wrong)[0])
+            where = self._name(int(chosen[one]), *chunks)
+            found.append(f"layer {layer}: row {ids[one, column]} of {where} is not that of the local table")
+        self._say(wrong.any(axis=1), found)
+
+    def _say(self, differing: npt.NDArray[np.bool_], found: list[str]) -> None:
+        self._counts.differences += int(differing.sum())
+        if found:
+            raise FingerprintError(found)
+
+    @staticmethod
+    def _name(at: int, numbers: Numbers, starts: Numbers, counts: Numbers) -> str:
+        bounds = counts.cumsum()
+        owner = int(bounds.searchsorted(at, "right"))
+        return f"token {at} (request {numbers[owner]}, position {starts[owner] + at - (bounds[owner] - counts[owner])})"

@@ -1,0 +1,85 @@
+"""Ranks that are processes, with a real group (gloo) and real servers: whatever one of them meets, all end alike."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from engrampool_client.testing import serve_process
+from small_model import write_model
+
+pytest.importorskip("torch", reason="PyTorch is not installed; `make test-engines` installs it")
+# Of a forward, in seconds: what the ranks of the test wait for a server that is silent.
+TIMEOUT_S = 1.0
+
+
+@contextmanager
+def ranks(size, tmp_path, servers, policy):
+    """Processes that run a forward each for what `run` writes to them; server of each."""
+    with ExitStack() as stack:
+        made = []
+        for rank, server in enumerate(servers):
+            command = [
+                sys.executable,
+                "-m",
+                "rank_process",
+                *map(str, (rank, size, tmp_path / "store", server, policy, TIMEOUT_S)),
+            ]
+            environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+            stack.callback(_end, process)
+            made.append(process)
+        assert [_read(one) for one in made] == ["ready"] * size
+
+        def run(*lines):
+            for process, line in zip(made, lines or ["go"] * size, strict=True):
+                process.stdin.write(f"{line}\n")
+                process.stdin.flush()
+            return [_read(one) for one in made]
+
+        yield run
+
+
+def _read(process):
+    return json.loads(process.stdout.readline())
+
+
+def _end(process):
+    process.stdin.close()
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, spec):
+    return write_model(tmp_path_factory.mktemp("ranks") / "model", spec)
+
+
+@pytest.mark.parametrize("policy", ["raise", "mask"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_ranks_silent_server_is_the_outcome_of_all(tmp_path, model, server, size, policy):
+    with (
+        serve_process(model) as other,
+        ranks(size, tmp_path, [other.address, *[server.address] * (size - 1)], policy) as run,
+    ):
+        assert run() == [{"valid": True, "masked": False, "zeros": False}] * size
+        with other.frozen():
+            found = run()
+            if policy == "mask":
+                assert found == [{"valid": False, "masked": True, "zeros": True}] * size
+            else:
+                assert found[0]["error"] == "DeadlineError"
+                assert {one["error"] for one in found[1:]} == {"PoolError"}
+                assert all("another rank of this group" in one["text"] for one in found[1:])
+        while not all(one.get("valid") for one in run()):  # until it is awake, which the test's own limit bounds
+            pass
+
+
+def test_a_rank_that_fails_before_it_asks_leaves_nobody_waiting(tmp_path, server):
+    with ranks(2, tmp_path, [server.address] * 2, "mask") as run:
+        one, other = run("go", "fail")
+        assert (one["error"], other) == ("PoolError", {"error": "RuntimeError", "text": "told to fail"})
+        assert [one["valid"] for one in run()] == [True, True]
