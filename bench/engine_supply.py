@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ import numpy as np
 from engrampool_client import Client
 from engrampool_client.integrations.forwards.history import Histories
 from engrampool_client.integrations.forwards.supply import Supply
+from engrampool_client.lookup.delivery import Delivery
+from engrampool_client.lookup.step import Step
 from engrampool_client.testing import serve_process
 from engrampool_proto.spec import ModelSpec
 
@@ -62,6 +65,20 @@ class Nowhere:
         """Nothing."""
 
 
+class Instant:
+    """In the place of a client: its rows are there, whatever they are, and no thread but the caller's does anything."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec, self.stats = spec, SimpleNamespace(in_flight=0)
+
+    def prefetch(self, *_: Any, out: Any, layers: Any = None, **__: Any) -> Step:
+        """All of it, at once."""
+        delivery = Delivery(tuple(out))
+        delivery.arrived(out)
+        delivery.end(None)
+        return Step(delivery)
+
+
 def timed(call: Callable[[], object]) -> np.ndarray:
     """Milliseconds, and of this thread's CPU time."""
     begin, begin_cpu = time.perf_counter_ns(), time.thread_time_ns()
@@ -69,7 +86,9 @@ def timed(call: Callable[[], object]) -> np.ndarray:
     return np.array([time.perf_counter_ns() - begin, time.thread_time_ns() - begin_cpu]) / 1e6
 
 
-def measure(client: Client, requests: int, tokens: int, seconds: float, profile: cProfile.Profile | None) -> list[Any]:
+def measure(
+    client: Client | Instant, requests: int, tokens: int, seconds: float, profile: cProfile.Profile | None
+) -> list[Any]:
     """The adapter's times, and the client's, of forwards of so many requests with a chunk of `tokens` each."""
     random, vocab = np.random.default_rng(0), client.spec.vocab_size
     landing = Nowhere(client.spec, 8192)
@@ -90,7 +109,7 @@ def measure(client: Client, requests: int, tokens: int, seconds: float, profile:
         else:
             supply.add(0, random.integers(0, vocab, tokens), 0)
         while client.stats.in_flight or supply.sampling:
-            time.sleep(1e-3)
+            time.sleep(0 if isinstance(client, Instant) else 1e-3)
 
         def forward(position: int = position, ids: np.ndarray = ids) -> None:
             if tokens == 1:
@@ -123,13 +142,15 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a packed model of V4.1's layout")
     parser.add_argument("--seconds", type=float, default=15, help="for each kind of forward")
     parser.add_argument("--profile", action="store_true", help="profile half of the forwards, and say where time goes")
+    parser.add_argument("--instant", action="store_true", help="without a client, whose threads compete for the cores")
     chosen = parser.parse_args()
     profile = cProfile.Profile() if chosen.profile else None
     print("| forward | forwards | adapter | adapter, CPU | client alone | client alone, CPU |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     with serve_process(chosen.model) as server, Client(server.address) as client:
+        asked = Instant(client.spec) if chosen.instant else client
         for name, requests, tokens in (("64 requests decode", 64, 1), ("a chunk of 8192", 1, 8192)):
-            found = measure(client, requests, tokens, chosen.seconds, profile)
+            found = measure(asked, requests, tokens, chosen.seconds, profile)
             cells = [f"{statistics.median(column):.3f}" for column in zip(*found, strict=True)]
             print(f"| {name} | {len(found)} | {' | '.join(cells)} |", flush=True)
     if profile is not None:
