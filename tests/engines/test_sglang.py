@@ -927,3 +927,74 @@ def test_the_scheduler_closes_the_client_at_its_end(ranks, engine):
         )
         assert client.status()["why_unusable"] == "the client is closed"
         assert engine.ours._worker.client is None
+
+
+class Decoder:
+    """A small model of V4.1's order: sixteen layers over four streams, the engine's own Engram at 1 and 14.
+
+    The others are no engine's: what they know of the tokens before is a state a request, so that chunks of any length
+    give what the whole would.
+    """
+
+    def __init__(self, engrams, requests):
+        random = torch.Generator().manual_seed(0)
+        self.engrams = {number: (at, layer) for at, (number, layer) in enumerate(zip((1, 14), engrams, strict=True))}
+        self.words, self.head = (torch.randn(129_280, 16, generator=random).bfloat16() for _ in range(2))
+        self.mix = torch.randn(16, 2, 16, 16, generator=random).bfloat16() / 4
+        self.states = torch.zeros(16, requests, 16).bfloat16()
+
+    def __call__(self, tokens, lengths, ids, forward):
+        """The logits of each request's last token, [requests, 1000]."""
+        x = self.words[tokens][:, None].repeat(1, 4, 1)
+        for number in range(16):
+            if number in self.engrams:
+                at, layer = self.engrams[number]
+                x = layer(x, ids[:, at], forward, input_ids=tokens)
+            x = x + self._mixed(number, x.mean(1), lengths)[:, None]
+        ends = torch.as_tensor(lengths).cumsum(0) - 1
+        return x.mean(1)[ends] @ self.head[:1000].T
+
+    def _mixed(self, number, x, lengths):
+        came, seen = x @ self.mix[number, 0], []
+        for request, chunk in enumerate(came.split(list(lengths))):
+            for one in chunk:
+                self.states[number, request] = (self.states[number, request] * 0.75 + one).tanh()
+                seen.append(self.states[number, request].clone())
+        return torch.stack(seen) @ self.mix[number, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_of_sixteen_layers_has_the_same_logits(ranks, spec, sequences, same_bits, seed):
+    group = ranks(1).make()
+    whole = sequences(seed, spec.vocab_size, longest=20)
+    longer = [at for at, past in enumerate(whole.histories) if len(past) > 1]
+    whole = type(whole)([0] * len(longer), *([some[at] for at in longer] for some in (whole.histories, whole.dead)))
+    count = len(longer)
+    stocked, pooled = (Decoder(layers, count) for layers in (*group.stock(spec), group.made[0].layers))
+    with group.at(0) as made:
+
+        def both(what, tokens, lengths, ids, forward):
+            tokens = torch.where(tokens >= MM_PAD, IMAGE, tokens)
+            ours, theirs = pooled(tokens, lengths, ids, forward), stocked(tokens, lengths, ids, unstaged(forward))
+            same_bits("sglang", f"Engram at layers 1 and 14 of sixteen, logits, {what}", theirs, ours)
+            assert theirs.float().std() > 1
+            return theirs.argmax(-1)
+
+        # A prompt in two chunks, the first of them of one token for some.
+        cuts = [max(1, len(past) // 2) for past in whole.histories]
+        first = type(whole)(
+            [0] * count,
+            [past[:cut] for past, cut in zip(whole.histories, cuts, strict=True)],
+            [dead[:cut] for dead, cut in zip(whole.dead, cuts, strict=True)],
+        )
+        rest = type(whole)(cuts, whole.histories, whole.dead)
+        for chunk in (first, rest):
+            batch = scheduled(chunk)
+            made.manager.prepare_for_forward(batch, chunked_req=None)
+            forward, tokens = forward_of(batch, chunk)
+            sampled = both("prompt", tokens, np.diff(chunk.bounds).tolist(), made.hasher(tokens, forward), forward)
+        positions = np.array([len(past) for past in whole.histories])
+        for _ in range(8):
+            forward, tokens = step("DECODE", sampled, positions, np.arange(count), locations=[1] * count)
+            sampled = both("decode", tokens, [1] * count, made.hasher(tokens, forward), forward)
+            positions += 1
