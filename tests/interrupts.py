@@ -23,7 +23,8 @@ SMALL_STEPS = (
 class Interrupt:
     """Raises KeyboardInterrupt at the n-th line that this thread runs in these files of the client's, once.
 
-    Not where a `with` begins, or ends: there it would come before a lock is let go of, which Ctrl-C cannot.
+    Not where a `with` begins, or ends, nor at a `try`, where nothing is done: within a `with`, CPython 3.11 takes it
+    for a place outside. There it would come before a lock is let go of, which Ctrl-C cannot.
     """
 
     def __init__(self, at: int, files: tuple[str, ...] = SMALL_STEPS) -> None:
@@ -43,7 +44,7 @@ class Interrupt:
 
     def _line(self, frame, event, arg):
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not self.raised and not line.lstrip().startswith("with "):
+        if event == "line" and not self.raised and not line.lstrip().startswith(("with ", "try:")):
             self.left -= 1
             if self.left < 0:
                 self.raised, self.where = True, f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -7,13 +7,15 @@ import numpy as np
 from engrampool_client.compute.forms import Flags, Form, Hashing
 from engrampool_client.compute.index import Bytes, Groups, Index, Keys
 from engrampool_proto.kernels import entries, hot_rows, receive, spread  # noqa: F401 - the last two, if kept, too
-from engrampool_proto.kernels.ask import Ids
-from engrampool_proto.kernels.gather import first_outside, gather
+from engrampool_proto.kernels.ask import GivenIds, Ids
+from engrampool_proto.kernels.gather import first_outside, gather, gather_few
 from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowIds
 
 # Nobody can choose tokens whose keys lie close to each other in the table.
 _FACTOR = np.uint64(secrets.randbits(64) | 1)
+# Copying so many takes less than anybody waits for the GIL once it was let go of.
+_FEW_BYTES = 1 << 20
 _NO_FLAGS = np.empty(0, np.bool_)
 
 
@@ -40,6 +42,7 @@ class CompiledForm(Form):
     compiled = True
     index = CompiledIndex
     id_writer = Ids
+    given_writer = GivenIds
 
     def hashing(self, spec: ModelSpec) -> Hashing:
         """As of `Form`."""
@@ -59,6 +62,11 @@ class CompiledForm(Form):
     def gather(self, rows: Bytes, ids: RowIds, row_start: int, out: Bytes) -> None:
         """As of `Form`."""
         gather(rows, ids, row_start, out.reshape(-1))
+
+    def gather_held(self, rows: Bytes, ids: RowIds, row_start: int, out: Bytes) -> bool:
+        """As of `Form`."""
+        kernel = gather_few if out.nbytes <= _FEW_BYTES else gather
+        return kernel(rows, ids, row_start, out.reshape(-1)) < 0
 
     def place(self, fetched: Bytes, inverse: Keys, hit: Flags | None, to: Bytes) -> None:
         """As of `Form`."""

@@ -35,7 +35,7 @@ class Hashing(Protocol):
 
 
 class IdWriter(Protocol):
-    """Writes the row ids of some layers and columns; `Ids` in engrampool_proto.kernels."""
+    """Writes the row ids of some layers and columns; `Ids` and `GivenIds` in engrampool_proto.kernels."""
 
     def put(self, batch: Sequence[npt.NDArray[Any]], out: Bytes) -> bool:
         """Whether the batch can be. Else nothing is to be made of what was written."""
@@ -62,7 +62,8 @@ class Form:
     """What is computed, by numpy.
 
     compiled: whether it is by kernels. why: it is this form, for people. index: that of a cache. id_writer: of what
-    `hashing` gave, some layers, and columns of every table, None for all; where it is by kernels.
+    `hashing` gave, some layers, and columns of every table, None for all; where it is by kernels. given_writer:
+    likewise, of row ids of these tables, which are known.
 
     An entry is what one key decides, of `nbytes` bytes. T tokens have `groups` entries each.
     """
@@ -70,6 +71,7 @@ class Form:
     compiled = False
     index: type[Index] = Index
     id_writer: Callable[[Any, Sequence[int], slice | None], IdWriter] | None = None
+    given_writer: Callable[[Sequence[TableSpec]], IdWriter] | None = None
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -109,6 +111,13 @@ class Form:
             ids = ids - ids.dtype.type(row_start)
         # "raise" would gather into a buffer first, and the ids are known to be good.
         rows.take(ids, 0, out, "clip")
+
+    def gather_held(self, rows: Bytes, ids: RowIds, row_start: int, out: Bytes) -> bool:
+        """As `gather`, of what may not be held; whether all is. Else nothing is to be made of what was written."""
+        if not self.holds(ids, row_start, row_start + len(rows)):
+            return False
+        self.gather(rows, ids, row_start, out)
+        return True
 
     def place(self, fetched: Bytes, inverse: Keys, hit: Flags | None, to: Bytes) -> None:
         """Write entries to every place that they belong; those that `hit` has are there already.

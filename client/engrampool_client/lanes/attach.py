@@ -35,6 +35,7 @@ from engrampool_client.event import Event
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.served import ServedModel
+from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
 from engrampool_proto import wire
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, read_trailer
@@ -178,6 +179,24 @@ class AttachLane:
                     return None
                 work.append((layer, ids, table))
         return _Gather(self, exchange, work)
+
+    def read(self, small: Small) -> wire.ServerTimes | None:
+        """Copy the rows of a small lookup to where they belong, here and now; None if they are not attached.
+
+        What does not lie in memory takes longer than anybody may hold the GIL: `ask` has another way for that.
+        """
+        lease = self._current()
+        if lease is None:
+            return None
+        begin = time.perf_counter()
+        for layer, ids in small.tables(self._served.spec):
+            table = lease.tables.get(layer)
+            if table is None or not table.offer.in_memory:
+                return None
+            if not self.form.gather_held(table.rows, ids, table.offer.row_start, small.rows[layer]):
+                return None
+        took_us = round((time.perf_counter() - begin) * 1e6)
+        return wire.ServerTimes(0, took_us, took_us)
 
     def forked(self) -> None:
         """See `Lane`. Mapped memory is there in the child as well."""

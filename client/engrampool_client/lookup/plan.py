@@ -83,15 +83,18 @@ class Planner:
             form, writer = self.form, None
             if form.id_writer is not None and isinstance(query, TokenQuery):
                 writer = form.id_writer(self.hashing, query.layers, self.layout.heads)
+            elif form.given_writer is not None:
+                writer = form.given_writer([self.served.spec.table(layer) for layer in query.layers])
             sizes = Sizes(query.shapes(self.layout), self.served, writer)
             if len(self._sizes) >= _MOST_SIZES:
                 self._sizes.clear()
             self._sizes[query.key] = sizes
         return sizes
 
-    def small(self, query: Query, out: Out | None, sizes: Sizes) -> Small | None:
-        """What a step needs, if it is small and nothing but its rows need be asked for; else None."""
-        if not self._sends or not sizes.small or query.num_tokens >= self._least_tokens:
+    def small(self, query: Query, out: Out | None, sizes: Sizes, attached: bool = False) -> Small | None:
+        """What a small step needs, where nothing but its rows need be asked for; else None. attached: as of `plan`."""
+        least_tokens = _DEDUPE_TOKENS if attached else self._least_tokens
+        if not self._sends or not sizes.small or query.num_tokens >= least_tokens:
             return None
         return Small.of(query, out, sizes)
 

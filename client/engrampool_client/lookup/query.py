@@ -195,6 +195,8 @@ class RowQuery:
 
     def put_ids(self, sizes: Sizes, to: npt.NDArray[np.uint8]) -> bool:
         """As of `TokenQuery`."""
+        if sizes.writer is not None and sizes.writer.put([self._rows[layer] for layer in self.layers], to):
+            return True
         try:
             for layer, place in sizes.ids(to).items():
                 place[...] = row_ids(self._spec.table(layer), self._rows[layer])

@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Generic
@@ -28,7 +28,7 @@ from engrampool_client.lookup.query import Query, Recorder, RowQuery, Sizes, Tok
 from engrampool_client.lookup.sent import Sent
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.step import Step
-from engrampool_client.lookup.work import Lookup, V, Versions
+from engrampool_client.lookup.work import Lookup, V, Version, Versions
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.stats import Stats
 from engrampool_proto.spec import ModelSpec
@@ -70,20 +70,25 @@ class Lookups(Generic[V]):
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
         out, finisher = self._finisher(query, out, valid, sizes)
+        here, reads = instead_of is None and not ahead, _reads(version)
+        if query.ready is None:
+            if here:
+                small = self._small(query, out, sizes, version, reads)
+            if small is None:
+                query.own()
+        delivery = self._delivery(query, out, timeout_s, sizes, finisher)
+        hint = partial(self._hint_next, query) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
+        # Before it counts: whatever happens from there on, a step that is lost ends by itself.
+        step = Step(delivery, self._stats, hint)
+        self._begin(delivery, query, sizes)
         if query.ready is not None:
-            step = self._step(query, out, timeout_s, sizes, finisher)
-            lookup = self._lookup(step.delivery, query, out)
-            self._submit(Job(step.delivery, partial(self._plan_later, lookup, query, out), lookup.ask, ahead))
+            lookup = self._lookup(delivery, query, out)
+            self._submit(Job(delivery, partial(self._plan_later, lookup, query, out), lookup.ask, ahead))
             return step
-        if instead_of is None and not ahead:
-            small = self._small(query, out, sizes, version)
-        if small is None:
-            query.own()
-        step = self._step(query, out, timeout_s, sizes, finisher)
-        if small is not None and self._send(step.delivery, small, sizes, out, version):
+        if small is not None and self._go(delivery, small, reads, sizes, out, version):
             return step
         query.own()
-        lookup = self._lookup(step.delivery, query, out)
+        lookup = self._lookup(delivery, query, out)
         at_once = instead_of is None and not ahead and version.planner.plans_at_once(query)
         if at_once and not self._closing.is_set():
             self._plan_here(lookup)
@@ -104,25 +109,46 @@ class Lookups(Generic[V]):
     ) -> dict[int, Rows]:
         """As `Client.lookup`: all of it in this thread."""
         self.check_process()
-        sizes = self._versions.current.planner.sizes(query)
-        query.own()
+        version, small = self._versions.current, None
+        sizes = version.planner.sizes(query)
         out, finisher = self._finisher(query, out, valid, sizes)
-        step = self._step(query, out, timeout_s, sizes, finisher, waits=True)
+        reads = _reads(version)
+        if reads or version.shards.sends == 0:  # over gRPC it would gain nothing
+            small = version.planner.small(query, out, sizes, reads)
+        if small is None:
+            query.own()
+        delivery = self._delivery(query, out, timeout_s, sizes, finisher, waits=True)
+        todo: list[Lookup[V]] = []  # what neither `_read` nor `_send` brings
         try:
+            self._begin(delivery, query, sizes, waits=True)
             if self._closing.is_set():
                 raise PoolError("the client is closed")
-            self._lookup(step.delivery, query, out).run(self._config.spin_s)
+            sent = None
+            if small is not None and not reads:
+                sent = self._send(delivery, small, sizes, out, version, todo.append)
+            if sent is not None:
+                sent.attend_at = math.inf  # this thread comes for the rows
+                delivery.wait_for(lambda: delivery.ended or bool(todo), None)
+            elif small is None or not reads or not self._read(delivery, small, version):
+                query.own()
+                todo.append(self._lookup(delivery, query, out))
+            while todo:
+                todo[-1].run(self._config.spin_s)
+                todo.pop()
         except BaseException as error:
             while True:
                 try:
                     interrupted = StepCancelledError("the lookup was interrupted")
-                    step.delivery.end(error if isinstance(error, PoolError) else interrupted)
-                    step.delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
+                    delivery.end(error if isinstance(error, PoolError) else interrupted)
+                    delivery.give_up(interrupted)  # nothing is written any more, whoever was at it
+                    while todo:
+                        todo[-1].let_go()
+                        todo.pop()
                     break
                 except KeyboardInterrupt:  # once more: it must be over first
                     continue
             raise
-        return {layer: step.rows(layer) for layer in step.layers}
+        return self._taken(delivery)
 
     def hint(self, query: TokenQuery) -> bool:
         """As `Client.hint`."""
@@ -195,7 +221,7 @@ class Lookups(Generic[V]):
         finishing = Finishing(self._spec, out, apart, valid, query.holes)
         return None if out is None else {layer: out[layer] for layer in out if layer not in apart}, finishing
 
-    def _step(
+    def _delivery(
         self,
         query: Query,
         out: Out | None,
@@ -203,16 +229,19 @@ class Lookups(Generic[V]):
         sizes: Sizes,
         finisher: Finisher | None,
         waits: bool = False,
-    ) -> Step:
-        """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
+    ) -> Delivery:
+        """Of a lookup; `_begin` is to follow. waits: whether its caller does, until all of it is there."""
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else positive_s("timeout_s", timeout_s))
-        hint = partial(self._hint_next, query) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
-        delivery = Delivery(
-            query.layers, deadline, zeros(sizes.shapes, out) if self._masks else None, self._ended, waits
-        )
+        blank = zeros(sizes.shapes, out) if self._masks else None
+        delivery = Delivery(query.layers, deadline, blank, self._ended, waits)
         delivery.finisher = finisher
-        # Before it counts: whatever happens from there on, a step that is lost ends by itself.
-        step = Step(delivery, self._stats, hint)
+        return delivery
+
+    def _begin(self, delivery: Delivery, query: Query, sizes: Sizes, waits: bool = False) -> None:
+        """Count it, and see to its deadline. waits: its rows are none of those that wait for a caller.
+
+        Raises OverloadedError, PoolError.
+        """
         if not self._stats.began(delivery, sizes.nbytes, None if waits else self._config.max_pending_bytes):
             raise OverloadedError(
                 f"{self._stats.pending_bytes} bytes of rows are pending in this client, of max_pending_bytes "
@@ -226,13 +255,22 @@ class Lookups(Generic[V]):
             raise error from failure
         if self._recorder is not None and query.ready is None:
             query.record(self._recorder)
-        return step
 
-    def _small(self, query: Query, out: Out | None, sizes: Sizes, version: V) -> Small | None:
+    def _small(self, query: Query, out: Out | None, sizes: Sizes, version: V, reads: bool) -> Small | None:
         above = version.shards.sends
-        if above is None or sizes.nbytes <= above:
-            return None
-        return version.planner.small(query, out, sizes)
+        if reads or (above is not None and sizes.nbytes > above):
+            return version.planner.small(query, out, sizes, reads)
+        return None
+
+    def _go(self, delivery: Delivery, small: Small, reads: bool, sizes: Sizes, out: Out | None, version: V) -> bool:
+        """Have a small step's rows read from memory, or sent; whether that could be."""
+        if reads:
+            return self._read(delivery, small, version)
+        sent = self._send(delivery, small, sizes, out, version, self._submit_rest)
+        if sent is None:
+            return False
+        self._deadlines.look_by(sent.attend_at)
+        return True
 
     def _plan_later(self, lookup: Lookup[V], query: Query, out: Out | None) -> bool:
         """In a thread of the client: wait for what is asked for, then as `begin`; whether `lookup` is to ask."""
@@ -244,9 +282,9 @@ class Lookups(Generic[V]):
                 if self._recorder is not None:
                     query.record(self._recorder)
                 version = self._versions.current
-                sizes = version.planner.sizes(query)
-                small = self._small(query, out, sizes, version)
-                if small is not None and not delivery.done and self._send(delivery, small, sizes, out, version):
+                sizes, reads = version.planner.sizes(query), _reads(version)
+                small = None if delivery.done else self._small(query, out, sizes, version, reads)
+                if small is not None and self._go(delivery, small, reads, sizes, out, version):
                     delivery.receiver_came()
                     return False
             except EngrampoolError as error:
@@ -257,39 +295,93 @@ class Lookups(Generic[V]):
                 delivery.end(failure)
         return lookup.plan()
 
-    def _send(self, delivery: Delivery, small: Small, sizes: Sizes, out: Out | None, version: V) -> bool:
-        """Have it sent, in this thread, and its rows come in those that wait; whether that could be."""
-        if self._closing.is_set():  # who closes from here on gives it up
+    def _taken(self, delivery: Delivery) -> dict[int, Rows]:
+        """The rows of a lookup that has ended, as `Step.rows` has them."""
+        rows = {}
+        for layer in delivery.layers:
+            self._stats.waited(layer, 0.0)  # they are there, or never come
+            if layer not in delivery.rows:
+                assert delivery.error is not None
+                raise delivery.error
+            rows[layer] = delivery.rows[layer]
+        return rows
+
+    def _read(self, delivery: Delivery, small: Small, version: V) -> bool:
+        """Copy its rows from attached memory, in this thread; whether that could be."""
+        if self._closing.is_set():
             return False
+        try:
+            by = self._versions.enter()
+            try:
+                with delivery.writing():
+                    times = by.shards.read(small) if by is version else None
+            finally:
+                self._versions.leave(by)
+            if times is not None:
+                delivery.arrived(dict(small.given))
+                delivery.end(None, times)
+            return times is not None
+        except BaseException as error:
+            delivery.end(StepCancelledError("the lookup was interrupted"))  # unless it was given up, or has its rows
+            if isinstance(error, EngrampoolError):
+                return True
+            raise
+
+    def _send(
+        self,
+        delivery: Delivery,
+        small: Small,
+        sizes: Sizes,
+        out: Out | None,
+        version: V,
+        rest: Callable[[Lookup[V]], None],
+    ) -> Sent | None:
+        """Have it sent, in this thread, and its rows come in those that wait; None if that could not be.
+
+        rest: has what did not come this way asked for by others, or raises PoolError.
+        """
+        if self._closing.is_set():  # who closes from here on gives it up
+            return None
         by, sent = self._versions.enter(), None
         try:
             request = by.shards.send(small, delivery.deadline) if by is version else None
             if request is None:
-                return False
-            again = partial(self._send_again, delivery, small.ids, sizes, out, by)
+                return None
+            again = partial(self._leave_rest, delivery, small.ids, sizes, out, by, rest)
             left = partial(self._versions.leave, by)
-            sent = Sent(delivery, request, small.given, self.workers, self._config.spin_s, again, left)
+            sent = delivery.receiver = Sent(
+                delivery, request, small.given, self.workers, self._config.spin_s, again, left
+            )
         finally:
             if sent is None:  # else it leaves it, which may be as soon as others know of it
                 self._versions.leave(by)
-        delivery.receiver = sent
         delivery.on_cancel(sent.give_up)
         if delivery.ended:
             sent.end()
-        self._deadlines.look_by(sent.attend_at)
-        return True
+        return sent
 
-    def _send_again(self, delivery: Delivery, ids: Rows, sizes: Sizes, out: Out | None, by: V) -> None:
-        """Have a thread of the client ask for what is missing, by whatever way there is. Raises PoolError."""
+    def _leave_rest(
+        self,
+        delivery: Delivery,
+        ids: Rows,
+        sizes: Sizes,
+        out: Out | None,
+        by: V,
+        rest: Callable[[Lookup[V]], None],
+    ) -> None:
+        """Have what is missing asked for by whatever way there is. Raises PoolError."""
         missing = {layer: rows for layer, rows in sizes.ids(ids).items() if layer not in delivery.rows}
         query = RowQuery(self._spec, missing)
         if delivery.rows:
             out = None if out is None else {layer: given for layer, given in out.items() if layer in query.layers}
-        lookup = Lookup(delivery, query, out, self._versions, self._stats, self._closing, by=by)
+        rest(Lookup(delivery, query, out, self._versions, self._stats, self._closing, by=by))
+
+    def _submit_rest(self, lookup: Lookup[V]) -> None:
+        """Have a thread of the client do it. Raises PoolError."""
         try:
-            self._submit(Job(delivery, lookup.plan, lookup.ask))
-        except PoolError:  # else it may have been taken on, and leaves it itself
-            self._versions.leave(by)
+            self._submit(Job(lookup.delivery, lookup.plan, lookup.ask))
+        except PoolError:  # else it may have been taken on, and leaves the version itself
+            lookup.let_go()
             raise
 
     def _ended(self, delivery: Delivery) -> None:
@@ -328,6 +420,11 @@ class Lookups(Generic[V]):
     def _submit_late(self, job: Job, _: Step) -> None:
         with suppress(PoolError):  # the step has ended by it
             self._submit(job)
+
+
+def _reads(version: Version) -> bool:
+    """Whether what is small may well be read from memory, now."""
+    return version.shards.attached and not version.shards.sharded
 
 
 def _planned() -> bool:

@@ -196,13 +196,25 @@ class Sent:
         delivery, request = self._delivery, self._request
         try:
             came = request.ready(until, self._spin_s)
-            if came is None:
-                with delivery.writing():
-                    return request.take(until, self._spin_s)
-            return came
+            return self._taken(until) if came is None else came
         except EngrampoolError as error:
             delivery.end(error)  # unless it was given up, and that was it
             return Came.LATER
+
+    def _taken(self, until: float) -> int | Came:
+        """Have the next layer's rows written; where nobody takes a layer before all are there, as many as come."""
+        delivery, take = self._delivery, self._request.take
+        whole: list[int] = []
+        try:
+            with delivery.writing():
+                came = take(until, self._spin_s)
+                while delivery.whole and isinstance(came, int):
+                    whole.append(came)
+                    came = take(until, self._spin_s)
+                return came
+        finally:
+            if whole:
+                delivery.arrived(dict([self._rows[place] for place in whole]))
 
     def _pass_on(self) -> None:
         """Have what is missing come by other ways, unless nothing is, or nobody wants it."""

@@ -18,6 +18,7 @@ from engrampool_client.lookup.query import Query
 from engrampool_client.lookup.sent import Request
 from engrampool_client.lookup.small import Small
 from engrampool_client.stats import Stats
+from engrampool_proto.wire import ServerTimes
 
 
 class Asked(Protocol):
@@ -36,6 +37,13 @@ class Asked(Protocol):
 
     def send(self, small: Small, deadline: float) -> Request | None:
         """Have a small request sent at once; None if that cannot be."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no server holds all rows."""
+
+    def read(self, small: Small) -> ServerTimes | None:
+        """Copy its rows from a server's memory, where one holds all; None if that cannot be."""
 
 
 class Version(Protocol):

@@ -35,6 +35,7 @@ from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.pool.breaker import Breaker
 from engrampool_client.pool.latency import Latency
 from engrampool_client.stats import Stats
+from engrampool_proto.wire import ServerTimes
 
 if TYPE_CHECKING:  # it needs numba
     from engrampool_client.lanes.small import SmallRequest
@@ -197,6 +198,13 @@ class Endpoint:
             pass
         native.drop(connection)
         return None
+
+    def read(self, small: Small) -> ServerTimes | None:
+        """Copy what is small from attached memory; None if that cannot be."""
+        times = None if self._attach is None else self._attach.read(small)
+        if times is not None:
+            self._stats.count_bytes("attached", small.nbytes)
+        return times
 
     def _begin(self, small: Small, deadline: float) -> StreamedRequest | None:
         lane = self._lanes[0]

@@ -28,6 +28,7 @@ from engrampool_client.pool.together import Together
 from engrampool_client.stats import Stats
 from engrampool_proto.spec import ModelSpec, Shard, ShardMap
 from engrampool_proto.v1 import pool_pb2
+from engrampool_proto.wire import ServerTimes
 
 if TYPE_CHECKING:  # it needs numba
     from engrampool_client.pool.spread import Spread
@@ -212,6 +213,11 @@ class Shards:
                 return None
             parts.append((request, part.rows))
         return Together(small.what[2], parts)
+
+    def read(self, small: Small) -> ServerTimes | None:
+        """Copy its rows from a server's memory, where one holds all; None if that cannot be."""
+        read = (endpoint.read(small) for endpoint in self._sets[0].replicas)
+        return next((times for times in read if times is not None), None)
 
     def stop(self) -> None:
         """End what waits for a server, without waiting for that; `close` is to follow."""

@@ -21,8 +21,9 @@ from engrampool_proto.kernels.hasher import (
     polynomial,
     xor_mix,
 )
-from engrampool_proto.kernels.jit import kernel
+from engrampool_proto.kernels.jit import kernel, view
 from engrampool_proto.kernels.sockets import MESSAGE_WORDS, bytes_at, random_word, send_at_once
+from engrampool_proto.spec import TableSpec
 
 # int64 [ENTRY_WORDS], one a layer: by which kernel its ids are made, and their bytes; how many columns the table has,
 # and which of them are asked for. Then each constant of the kernel: an array's address and bytes, or a number.
@@ -111,14 +112,16 @@ def _put_ids(
         _hash(entry, own, own_bounds, own_lookback, dead, lookback_dead, whole)
         if entry[_ID_BYTES] == 4:
             nbytes = 4 * count * columns
-            narrow = out[begin : begin + nbytes].view(np.uint32)
-            for place in range(narrow.size):
-                narrow[place] = whole[place // columns, first + place % columns]
+            narrow = out[begin : begin + nbytes].view(np.uint32).reshape((count, columns))
+            for at in range(count):
+                for column in range(columns):
+                    narrow[at, column] = whole[at, first + column]
         else:
             nbytes = 8 * count * columns
-            wide = out[begin : begin + nbytes].view(np.uint64)
-            for place in range(wide.size):
-                wide[place] = whole[place // columns, first + place % columns]
+            wide = out[begin : begin + nbytes].view(np.uint64).reshape((count, columns))
+            for at in range(count):
+                for column in range(columns):
+                    wide[at, column] = whole[at, first + column]
         begin += (nbytes + frames.ALIGNMENT - 1) // frames.ALIGNMENT * frames.ALIGNMENT
     return True
 
@@ -153,6 +156,53 @@ class Ids:
         tokens, bounds, lookback, dead, lookback_dead = batch
         vocab_size, most_lookback = self._limits
         return _put_ids(tokens, bounds, lookback, dead, lookback_dead, self._entries, vocab_size, most_lookback, out)
+
+
+@kernel(
+    *(
+        types.boolean(view(ids), types.int64, types.int64, types.uint8[::1])
+        for ids in (types.uint32, types.uint64, types.int64)
+    ),
+    nogil=False,
+)
+def _put_given(ids: Any, num_rows: Any, id_bytes: Any, out: Any) -> bool:
+    """Write row ids as they go into a frame; False if one of them is none of the table's."""
+    held = _U(num_rows)
+    if id_bytes == 4:
+        narrow = out[: 4 * ids.size].view(np.uint32)
+        for at in range(ids.size):
+            row = _U(ids[at])  # a negative one is large
+            if row >= held:
+                return False
+            narrow[at] = row
+    else:
+        wide = out[: 8 * ids.size].view(np.uint64)
+        for at in range(ids.size):
+            row = _U(ids[at])
+            if row >= held:
+                return False
+            wide[at] = row
+    return True
+
+
+class GivenIds:
+    """As `Ids`, of row ids that are known."""
+
+    _DTYPES = tuple(map(np.dtype, (np.uint32, np.uint64, np.int64)))
+
+    def __init__(self, tables: Sequence[TableSpec]) -> None:
+        self._tables = [(table.num_rows, np.dtype(table.id_dtype).itemsize) for table in tables]
+
+    def put(self, batch: Sequence[npt.NDArray[Any]], out: npt.NDArray[np.uint8]) -> bool:
+        """As of `Ids`; False also for what numpy can put there. batch: the ids of each layer."""
+        begin = 0
+        for ids, (num_rows, id_bytes) in zip(batch, self._tables, strict=True):
+            if type(ids) is not np.ndarray or ids.dtype not in self._DTYPES:
+                return False
+            if not _put_given(ids.reshape(-1), num_rows, id_bytes, out[begin:]):
+                return False
+            begin += frames.padded(ids.size * id_bytes)
+        return True
 
 
 @kernel(types.uint64(types.int32, types.int64, types.int64, types.int64[::1], types.uint8[::1]), nogil=False)

@@ -93,12 +93,12 @@ def copy_row(to: Any, source: Any, nbytes: Any) -> None:
     _copy_32(to + last, source + last)
 
 
-@kernel(
-    *(
-        types.int64(view(types.uint8, 2), view(ids), types.int64, types.uint8[::1])
-        for ids in (types.uint32, types.uint64)
-    )
+_GATHER = tuple(
+    types.int64(view(types.uint8, 2), view(ids), types.int64, types.uint8[::1]) for ids in (types.uint32, types.uint64)
 )
+
+
+@kernel(*_GATHER)
 def gather(rows: npt.NDArray[np.uint8], ids: RowIds, row_start: int, out: npt.NDArray[np.uint8]) -> int:
     """Copy rows `ids` [N] into `out`. Gives the position of the first id that is not held and stops there; -1 for none.
 
@@ -132,6 +132,12 @@ def gather(rows: npt.NDArray[np.uint8], ids: RowIds, row_start: int, out: npt.ND
                 return int(at)
             copy_row(to + at * width, source + row * width, width)
     return -1
+
+
+@kernel(*_GATHER, nogil=False)
+def gather_few(rows: npt.NDArray[np.uint8], ids: RowIds, row_start: int, out: npt.NDArray[np.uint8]) -> int:
+    """As `gather`, with the GIL: for few rows, which take microseconds."""
+    return gather(rows, ids, row_start, out)
 
 
 @kernel(

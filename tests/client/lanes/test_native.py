@@ -31,6 +31,9 @@ from engrampool_proto.v1 import pool_pb2
 from exchanges import exchange_of
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
 
+# Row ids of a lookup that is no small one, for these have a way of their own.
+LARGE = np.ones(128, np.int64)
+
 pytestmark = pytest.mark.usefixtures("patient")
 MIB = 1 << 20
 
@@ -525,14 +528,14 @@ def test_a_lane_that_lets_in_and_does_not_answer_is_tried_less_and_less_often(pa
             patch.setattr(lane.Connection, "receive", silent)
             for _ in range(4):
                 eventually(lambda: made._idle, "a connection was opened")
-                assert client.lookup_rows({2: np.array([1])})[2].tobytes() == expected(2, [1])
+                assert client.lookup_rows({2: LARGE})[2].tobytes() == expected(2, LARGE)
                 assert "does not answer" in endpoint.why_not_direct
                 pauses.append(made._pause_s)
                 made._not_before = 0.0  # that time is over
                 made._want_one()
         assert pauses == [200.0, 400.0, 800.0, 1600.0]
         eventually(lambda: made._idle, "a connection was opened")
-        client.lookup_rows({2: np.array([1])})
+        client.lookup_rows({2: LARGE})
         assert made._pause_s == 100.0  # it answered
 
 
@@ -551,7 +554,7 @@ def test_deadlines_that_were_too_short_to_be_kept_do_not_end_the_use_of_the_lane
         def miss_one() -> None:
             eventually(lambda: made._idle, "a connection was opened")
             with pytest.raises(DeadlineError):
-                client.lookup_rows({2: np.array([1])})
+                client.lookup_rows({2: LARGE})
 
         with monkeypatch.context() as patch:
             patch.setattr(lane.Connection, "receive", late)

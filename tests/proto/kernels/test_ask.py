@@ -1,6 +1,8 @@
 """A small lookup from a batch to its frame: batches that cannot be, and what is sent. test_hasher.py has the ids."""
 
 import socket
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from engrampool_proto import frames
 from engrampool_proto.errors import BatchError
 from engrampool_proto.hashing import TokenBatch, XorMix
-from engrampool_proto.kernels.ask import Ids, send_lookup
+from engrampool_proto.kernels.ask import GivenIds, Ids, send_lookup
 from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 
@@ -67,3 +69,29 @@ def test_what_the_system_does_not_take_at_once_or_at_all_was_not_sent():
             theirs.close()
             assert send_lookup(ours.fileno(), 0, 1, counts, ids[:8]) == 0  # and no signal
         assert send_lookup(ours.fileno(), 0, 1, counts, ids[:8]) == 0
+
+
+@pytest.mark.parametrize("id_dtype", [np.uint32, np.uint64])
+@pytest.mark.parametrize("given", [np.uint32, np.uint64, np.int64, np.int32, np.uint8, ">i8", "strided"])
+def test_ids_that_are_given_go_into_the_frame_as_they_are(id_dtype, given):
+    table: Any = SimpleNamespace(num_rows=24, id_dtype=id_dtype)
+    ids = np.arange(12, dtype=np.int64 if given == "strided" else given).reshape(3, 4)
+    if given == "strided":
+        ids = ids.T
+    nbytes = 12 * np.dtype(id_dtype).itemsize
+    memory = np.full(nbytes + 32, 0xA5, np.uint8)
+    took = GivenIds([table]).put([ids], memory[16 : 16 + nbytes])
+    assert took == (given in (np.uint32, np.uint64, np.int64, "strided"))  # of the others numpy's way is
+    assert (memory[:16] == 0xA5).all()
+    assert (memory[16 + nbytes :] == 0xA5).all()
+    if took:
+        assert np.array_equal(memory[16 : 16 + nbytes].view(id_dtype), ids.reshape(-1))
+
+
+@pytest.mark.parametrize("bad", [-1, 30, 2**32, -(2**63)])
+def test_ids_that_a_table_has_not_are_not_put_there(bad):
+    memory = np.zeros(16, np.uint8)
+    writer, rows = GivenIds(SPEC.tables), [[0, 1]]
+    assert writer.put([np.array([29, 0])], memory)
+    assert not writer.put([np.array([0, bad])], memory)
+    assert not writer.put(rows, memory)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrampool_proto.kernels.gather import first_outside, gather
+from engrampool_proto.kernels.gather import first_outside, gather, gather_few
 
 WIDTHS = st.one_of(
     st.integers(1, 70), st.sampled_from([42, 63, 64, 65, 128, 255, 264, 512, 1000, 8191]), st.integers(1, 700)
@@ -44,8 +44,10 @@ def test_rows_are_copied_as_numpy_takes_them(width, num_rows, start, dtype, tabl
     ids = displaced(np.array([start + place for place in places], dtype), ids_by)
     space = np.full(out_by + len(ids) * width + GUARD, 0xAA, np.uint8)
     out = space[out_by : out_by + len(ids) * width]
-    assert gather(rows, ids, start, out) == -1
-    assert out.tobytes() == np.take(rows, np.array(places, np.int64), axis=0).tobytes()
+    for kernel in (gather, gather_few):
+        out[:] = 0
+        assert kernel(rows, ids, start, out) == -1
+        assert out.tobytes() == np.take(rows, np.array(places, np.int64), axis=0).tobytes()
     assert (space[:out_by] == 0xAA).all()
     assert (space[out_by + out.size :] == 0xAA).all()
 
@@ -88,6 +90,7 @@ def test_the_first_id_outside_is_found_by_both_kernels(num_rows, start, dtype, i
     at = bad[0] if bad else -1
     assert first_outside(array, start, start + num_rows) == at
     assert gather(rows, array, start, out) == at
+    assert gather_few(rows, array, start, out) == at
     good = ids[:at] if bad else ids
     assert out[: len(good) * 42].tobytes() == rows[[value - start for value in good]].tobytes()
     assert not out[len(good) * 42 :].any()
