@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,23 @@ class HotRows:
         if hinted:
             self.hinted_bytes += len(keys) * self.entry_bytes
         came, evicted, wasted = self._index.put(keys, groups, entries, self.rows, hinted)
+        self.filled += came
+        self.evicted += evicted
+        self.hinted_wasted_bytes += wasted * self.entry_bytes
+
+    def find_by(self, find: Callable[[Index, Bytes], tuple[int, int]], count: int) -> None:
+        """As `find`, of `count` entries, by what copies them at once. Not of a file.
+
+        find(index, rows) gives how many are there, and of how many the hint was taken.
+        """
+        hits, used = find(self._index, self.rows)
+        self.hits += hits
+        self.misses += count - hits
+        self.hinted_used_bytes += used * self.entry_bytes
+
+    def put_by(self, put: Callable[[Index, Bytes], tuple[int, int, int]]) -> None:
+        """As `put`, by what knows where the entries lie: put(index, rows) gives what `Index.put` does. Of no file."""
+        came, evicted, wasted = put(self._index, self.rows)
         self.filled += came
         self.evicted += evicted
         self.hinted_wasted_bytes += wasted * self.entry_bytes

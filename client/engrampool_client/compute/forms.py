@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.compute.index import Bytes, Index, Keys
+from engrampool_client.compute.layout import Layout
 from engrampool_client.config import Compiled
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.hashing import TokenBatch
@@ -41,6 +42,38 @@ class IdWriter(Protocol):
         """Whether the batch can be. Else nothing is to be made of what was written."""
 
 
+class KeyWriter(Protocol):
+    """Writes the keys of some layers and columns; `BatchKeys` in engrampool_proto.kernels."""
+
+    def put(
+        self, batch: Sequence[npt.NDArray[Any]], out: Keys
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
+        """Gives tokens, boundaries and look-back, copied; None for a batch that cannot be."""
+
+
+class Entries(Protocol):
+    """Finds, places and keeps the entries of small batches; `Entries` in engrampool_proto.kernels, which says how."""
+
+    def count(self, tokens: int) -> int:
+        """How many entries so many tokens have."""
+
+    def find(
+        self, index: Index, rows: Bytes, tokens: int, asked: Keys, to: Keys, found: Keys, results: Keys, ids: Bytes
+    ) -> tuple[int, int]:
+        """Copy what a cache has to its places, and write the ids of what it lacks."""
+
+    def place(self, layer: int, tokens: int, found: Keys, fetched: Bytes, to: int) -> None:
+        """Copy what came of a layer to its places."""
+
+    def keep(
+        self, index: Index, rows: Bytes, tokens: int, asked: Keys, found: Keys, fetched: Keys
+    ) -> tuple[int, int, int]:
+        """Let a cache have what came."""
+
+    def whole(self, layer: int, tokens: int, found: Keys) -> Flags:
+        """Which tokens the cache had all of a layer of."""
+
+
 class _NumpyHashing:
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -62,7 +95,8 @@ class Form:
     """What is computed, by numpy.
 
     compiled: whether it is by kernels. why: it is this form, for people. index: that of a cache. id_writer: of what
-    `hashing` gave, some layers, and columns of every table, None for all; where it is by kernels.
+    `hashing` gave, some layers, and columns of every table, None for all; where it is by kernels. small_entries: of
+    small batches, likewise.
 
     An entry is what one key decides, of `nbytes` bytes. T tokens have `groups` entries each.
     """
@@ -70,6 +104,7 @@ class Form:
     compiled = False
     index: type[Index] = Index
     id_writer: Callable[[Any, Sequence[int], slice | None], IdWriter] | None = None
+    small_entries: Callable[[Any, Sequence[int], Layout], tuple[KeyWriter, Entries]] | None = None
 
     def __init__(self, why: str) -> None:
         self.why = why

@@ -196,6 +196,31 @@ class Landing:
         return rows
 
 
+class Scratch:
+    """Memory that fetched rows lie in until they are where they belong: fresh pages cost more than the copy does.
+
+    most: buffers that are kept for the next lookups. Thread-safe.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._spare: list[Rows] = []  # the largest last
+
+    def take(self, nbytes: int) -> Rows:
+        """Uint8 [at least nbytes], to be given back."""
+        with self._lock:
+            if self._spare and self._spare[-1].size >= nbytes:
+                return self._spare.pop()
+        return np.empty(nbytes + nbytes // 4, np.uint8)  # the next one is seldom much larger
+
+    def give_back(self, buffer: Rows) -> None:
+        """Have it serve another lookup; nobody may refer to it any more."""
+        with self._lock:
+            self._spare.append(buffer)
+            self._spare.sort(key=len)
+            del self._spare[: -self._most]
+
+
 class CallersLanding(Landing):
     """Rows that go to a caller as they were asked for: into `out` where there is something. Raises BatchError."""
 

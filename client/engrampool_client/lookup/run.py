@@ -25,7 +25,7 @@ from engrampool_client.lookup.delivery import Delivery, Rows, in_callback
 from engrampool_client.lookup.landing import Out, check_outs, zeros
 from engrampool_client.lookup.query import Query, Recorder, RowQuery, Sizes, TokenQuery, candidates_batch
 from engrampool_client.lookup.sent import Sent
-from engrampool_client.lookup.small import Small
+from engrampool_client.lookup.small import Cached, Small
 from engrampool_client.lookup.step import Step
 from engrampool_client.lookup.work import Lookup, V, Versions
 from engrampool_client.lookup.workers import Job, Workers
@@ -66,20 +66,26 @@ class Lookups(Generic[V]):
         instead_of: a step whose rows, if any still come, are let in before this one is planned.
         """
         self.check_process()
-        version, small = self._versions.current, None
+        version, small, cached = self._versions.current, None, None
         sizes = version.planner.sizes(query)
         check_outs(self._spec, out, sizes.shapes)
-        above = version.shards.sends
-        if instead_of is None and not ahead and above is not None and sizes.nbytes > above:
-            small = version.planner.small(query, out, sizes)
-        if small is None:
+        here = instead_of is None and not ahead
+        if here:
+            above = version.shards.sends
+            if above is not None and sizes.nbytes > above:
+                small = version.planner.small(query, out, sizes)
+            if small is None and not version.shards.attached:
+                cached = version.planner.cached(query, out, sizes)
+        if small is None and cached is None:
             query.own()
         step = self._step(query, out, timeout_s, sizes)
         if small is not None and self._send(step.delivery, small, sizes, out, version):
             return step
+        if cached is not None and self._begin_cached(step.delivery, cached, out, version):
+            return step
         query.own()
         lookup = self._lookup(step.delivery, query, out)
-        at_once = instead_of is None and not ahead and version.planner.plans_at_once(query)
+        at_once = here and version.planner.plans_at_once(query)
         if at_once and not self._closing.is_set():
             self._plan_here(lookup)
             return step
@@ -92,6 +98,7 @@ class Lookups(Generic[V]):
         else:
             # It is referred to until then, or it would be cancelled.
             instead_of.delivery.on_idle(partial(self._submit_late, job, instead_of))
+            instead_of.delivery.attend()
         return step
 
     def run(self, query: Query, out: Out | None, timeout_s: float | None) -> dict[int, Rows]:
@@ -143,6 +150,9 @@ class Lookups(Generic[V]):
             return False
         return True
 
+    def _hint(self, query: TokenQuery, candidates: npt.ArrayLike, chain: bool) -> bool:
+        return self.hint(query.batch, candidates, chain)
+
     def check_process(self) -> None:
         """Raise ForkedError in a child of the process that the client was made in."""
         if self.forked is not None:
@@ -174,7 +184,7 @@ class Lookups(Generic[V]):
     def _step(self, query: Query, out: Out | None, timeout_s: float | None, sizes: Sizes, waits: bool = False) -> Step:
         """One that counts. waits: the caller does, itself, and its rows are none of those that wait for a caller."""
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else positive_s("timeout_s", timeout_s))
-        hint = partial(self.hint, query.batch) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
+        hint = partial(self._hint, query) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
         delivery = Delivery(
             query.layers, deadline, zeros(sizes.shapes, out) if self._masks else None, self._ended, waits
         )
@@ -210,12 +220,78 @@ class Lookups(Generic[V]):
         finally:
             if sent is None:  # else it leaves it, which may be as soon as others know of it
                 self._versions.leave(by)
-        delivery.receiver = sent
-        delivery.on_cancel(sent.give_up)
-        if delivery.ended:
-            sent.end()
-        self._deadlines.look_by(sent.attend_at)
+        self._receive_by(delivery, sent)
         return True
+
+    def _receive_by(self, delivery: Delivery, sent: Sent) -> None:
+        try:
+            delivery.receiver = sent
+            delivery.on_cancel(sent.give_up)
+            if delivery.ended:
+                sent.end()
+            self._deadlines.look_by(sent.attend_at)
+        except BaseException:  # nobody may know of it
+            sent.end()
+            raise
+
+    def _begin_cached(self, delivery: Delivery, cached: Cached, out: Out | None, version: V) -> bool:
+        """Hand over what the cache has, and have the rest sent, in this thread; whether that can be.
+
+        Raises PoolError.
+        """
+        if self._closing.is_set():
+            return False
+        by, passed_on = self._versions.enter(), False
+        try:
+            if by is not version:
+                return False
+            delivery.begin_work()
+            cached.find(delivery)
+            small, above, request = cached.small, by.shards.sends, None
+            if small is None:
+                self._keep(delivery, cached)
+                delivery.end(None)
+                return True
+            if above is not None and small.nbytes > above:
+                request = by.shards.send(small, delivery.deadline)
+            passed_on = True
+            if request is None:
+                self._ask_otherwise(delivery, cached, out, by, sent=False)
+                return True
+            again = partial(self._ask_otherwise, delivery, cached, out, by, sent=True)
+            left, before = partial(self._versions.leave, by), (delivery.end_work, partial(self._keep, delivery, cached))
+            sent = Sent(
+                delivery, request, small.given, self.workers, self._config.spin_s, again, left, cached.place, before
+            )
+            self._receive_by(delivery, sent)
+            return True
+        except BaseException as error:
+            delivery.end(error if isinstance(error, EngrampoolError) else StepCancelledError("it was interrupted"))
+            if passed_on or not isinstance(error, EngrampoolError):
+                raise
+            return True  # it was given up meanwhile
+        finally:
+            if not passed_on:
+                self._versions.leave(by)
+                delivery.end_work()
+
+    def _ask_otherwise(self, delivery: Delivery, cached: Cached, out: Out | None, by: V, sent: bool) -> None:
+        """Have a thread of the client ask for what the cache lacks, and is missing. Raises PoolError."""
+        plan = cached.otherwise(delivery, sent)
+        lookup = Lookup(delivery, cached.query(), out, self._versions, self._stats, self._closing, by=by, plan=plan)
+        try:
+            self._submit(Job(delivery, _planned, lookup.ask))
+        except BaseException:
+            lookup.leave()
+            raise
+
+    def _keep(self, delivery: Delivery, cached: Cached) -> None:
+        """Count the rows of a lookup that has all of them, and let the cache have what came."""
+        if delivery.error is None:
+            for source, nbytes in cached.sources.items():
+                self._stats.count_bytes(source, nbytes)
+            cached.keep()
+        cached.close(again=delivery.error is None)
 
     def _send_again(self, delivery: Delivery, ids: Rows, sizes: Sizes, out: Out | None, by: V) -> None:
         """Have a thread of the client ask for what is missing, by whatever way there is. Raises PoolError."""

@@ -87,15 +87,18 @@ class Sent:
         spin_s: float,
         again: Callable[[], None],
         left: Callable[[], None],
+        place: Callable[[int], None] | None = None,
+        before: Sequence[Callable[[], None]] = (),
     ) -> None:
-        """rows: by place, layer and what the caller gets of it. left: told of the end.
+        """rows: by place, layer and what the caller gets of it. left: told of the end, after `before`, the last first.
 
         again: told instead where the request came to nothing, to have by other ways what is missing.
+        place: puts a layer that came where the caller gets it; None where it comes there. Once more does no harm.
         """
         self._delivery, self._request, self._rows, self._workers = delivery, request, rows, workers
-        self._spin_s, self._again = spin_s, again
+        self._spin_s, self._again, self._place = spin_s, again, place
         # What is to be done at the end, the last first; each is taken by whoever does it, once.
-        self._ends = [left, self._let_go]
+        self._ends = [left, *before, self._let_go]
         # Taken by itself: see delivery.py.
         self._lock = threading.RLock()
         self._holder = 0  # the thread that has the claim
@@ -198,11 +201,23 @@ class Sent:
             came = request.ready(until, self._spin_s)
             if came is None:
                 with delivery.writing():
-                    return request.take(until, self._spin_s)
+                    return self._placed(request.take(until, self._spin_s))
+            if came is Came.ALL and self._place is not None:
+                with delivery.writing():
+                    return self._placed(came)
             return came
         except EngrampoolError as error:
             delivery.end(error)  # unless it was given up, and that was it
             return Came.LATER
+
+    def _placed(self, came: int | Came) -> int | Came:
+        """Put what came in its place, also a layer that came as this thread was interrupted."""
+        if self._place is not None and (isinstance(came, int) or came is Came.ALL):
+            there = self._delivery.rows
+            for layer, _ in [self._rows[came]] if isinstance(came, int) else self._rows:
+                if layer not in there:
+                    self._place(layer)
+        return came
 
     def _pass_on(self) -> None:
         """Have what is missing come by other ways, unless nothing is, or nobody wants it."""
@@ -215,7 +230,7 @@ class Sent:
                 if self._ended or delivery.given_up:
                     return
                 self._ended = True
-                self._ends[0] = _nothing  # what it is to let go of goes on being used
+                del self._ends[:-1]  # what they are to let go of goes on being used
             delivery.receiver = None
             self._again()
         except BaseException as error:
@@ -281,7 +296,3 @@ class Sent:
 
 def _planned() -> bool:
     return True
-
-
-def _nothing() -> None:
-    return

@@ -82,7 +82,7 @@ def _readable(ids: Any, stop: Any) -> Any:
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _row(mix: Any, modulus: Any, inverse: Any) -> Any:
+def row_of(mix: Any, modulus: Any, inverse: Any) -> Any:
     """The remainder of int64 `mix` by uint64 `modulus`, never negative."""
     # Of a negative x it is modulus - 1 - (~x mod modulus).
     sign = mix >> 63
@@ -157,7 +157,7 @@ def xor_mix(
                 if back == 0:
                     continue
                 while column < ends[back - 1]:
-                    out[position, column] = offsets[column] + _row(mix, moduli[column], inverses[column])
+                    out[position, column] = offsets[column] + row_of(mix, moduli[column], inverses[column])
                     column += 1
 
 
@@ -217,7 +217,7 @@ def identity(
 
 
 @kernel(types.void(*BATCH, view(types.int32), view(types.int64), types.int64, types.int64, _KEYS))
-def _xor_mix_keys(
+def xor_mix_keys(
     tokens: Any,
     bounds: Any,
     lookback: Any,
@@ -251,7 +251,7 @@ def _xor_mix_rows_of(keys: Any, moduli: Any, inverses: Any, offsets: Any, out: A
     """`XorMix.rows_of`; moduli, inverses, offsets: of the columns of `out`."""
     for at in range(keys.size):
         for column in range(moduli.size):
-            out[at, column] = offsets[column] + _row(keys[at], moduli[column], inverses[column])
+            out[at, column] = offsets[column] + row_of(keys[at], moduli[column], inverses[column])
 
 
 @kernel(
@@ -259,7 +259,7 @@ def _xor_mix_rows_of(keys: Any, moduli: Any, inverses: Any, offsets: Any, out: A
         *BATCH, view(types.uint64, 2), view(types.int64), view(types.uint64), view(types.uint64), types.int64, _KEYS
     )
 )
-def _polynomial_keys(
+def polynomial_keys(
     tokens: Any,
     bounds: Any,
     lookback: Any,
@@ -287,7 +287,7 @@ def _polynomial_keys(
 
 
 @kernel(types.void(*BATCH, types.int64, _KEYS))
-def _identity_keys(
+def identity_keys(
     tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, out: Any
 ) -> None:
     """`Identity.keys`."""
@@ -327,6 +327,15 @@ class Hasher:
         """The place in FAMILIES of the kernel that makes a layer's row ids, and what it takes besides."""
         kernels = self._kernels[layer]
         return FAMILIES.index(kernels.rows), kernels.rows_constants
+
+    def key_constants(self, layer: int) -> tuple[int, tuple[Any, ...], int]:
+        """The same of the one that makes a layer's keys, and how many groups it makes."""
+        kernels = self._kernels[layer]
+        return FAMILIES.index(kernels.rows), kernels.keys_constants, kernels.groups
+
+    def reduced(self, layer: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]] | None:
+        """Moduli of the layer's columns, whose rows are keys modulo these, and inverses; None where keys are rows."""
+        return self._kernels[layer].reduced
 
     def keys(self, batch: TokenBatch, layers: Iterable[int] | None = None) -> dict[int, npt.NDArray[np.int64]]:
         """`HashFamily.keys` of each layer's family: int64 [groups, T]. layers, errors: as of `rows`."""
@@ -388,7 +397,7 @@ def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> _Kernels:
     family, offsets = table.hash, table.head_offsets
     groups = len(family.groups())
     if isinstance(family, Identity):
-        return _Kernels(groups, identity, (family.num_rows, offsets[0]), _identity_keys, (family.num_rows,))
+        return _Kernels(groups, identity, (family.num_rows, offsets[0]), identity_keys, (family.num_rows,))
     moduli = np.array(family.head_rows(), np.uint64)
     inverses = np.uint64(2**64 - 1) // moduli
     if isinstance(family, XorMix):
@@ -396,14 +405,14 @@ def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> _Kernels:
         multipliers, stop = np.array(family.multipliers, np.int64), _or_none(family.stop)
         rows = (token_map, multipliers, ends, moduli, inverses, offsets, family.fill, stop)
         keys = (token_map, multipliers, family.fill, stop)
-        return _Kernels(groups, xor_mix, rows, _xor_mix_keys, keys, (moduli, inverses))
+        return _Kernels(groups, xor_mix, rows, xor_mix_keys, keys, (moduli, inverses))
     if isinstance(family, Polynomial):
         orders = np.repeat(np.arange(2, len(family.moduli) + 2), [len(heads) for heads in family.moduli])
         weights = np.zeros((len(moduli), family.lookback + 1), np.uint64)
         for column, factors in enumerate(f for heads in family.weights for f in heads):
             weights[column, : orders[column]] = factors[: orders[column]]
         constants, stop = (weights, orders, moduli, inverses), _or_none(family.stop)
-        return _Kernels(groups, polynomial, (*constants, offsets, stop), _polynomial_keys, (*constants, stop))
+        return _Kernels(groups, polynomial, (*constants, offsets, stop), polynomial_keys, (*constants, stop))
     raise SpecError(f"there is no kernel for hash family {family.FAMILY!r}; update the server, or this client")
 
 

@@ -115,21 +115,8 @@ def _oldest_first(ages: Any, base: Any, order: Any) -> None:
         order[at] = slot
 
 
-@kernel(
-    types.UniTuple(types.int64, 4)(
-        types.int64[::1],  # keys
-        types.int16[::1],  # groups
-        view(types.int32),  # rows
-        types.int8[::1],  # ages
-        types.boolean[::1],  # unused
-        types.uint8[:, ::1],  # memory
-        view(types.int64),  # new
-        view(types.uint8),  # new_groups
-        view(types.uint8, 2),  # entries
-        types.boolean,  # hinted
-    )
-)
-def put(
+@njit  # type: ignore[untyped-decorator]
+def keep(
     keys: Any,
     groups: Any,
     rows: Any,
@@ -138,16 +125,13 @@ def put(
     memory: Any,
     new: Any,
     new_groups: Any,
-    entries: Any,
+    sources: Any,
+    sizes: Any,
     hinted: Any,
-) -> tuple[int, int, int, int]:
-    """Keep `entries` [M, entry_bytes] under the keys `new` [M], in `memory` [rows, entry_bytes]; see `Index.put`.
-
-    Gives how many were kept, how many slots of these were empty, of how many others the hint was never taken, and how
-    many were not kept, being there already or too many for their set.
-    """
+) -> Any:
+    """`put` of entries that lie anywhere. sources, sizes: uint64 [M], where each is, and its bytes; zeros follow."""
     count, sets, width = new.size, keys.size // WAYS, _U(memory.shape[1])
-    source, target = _U(entries.ctypes.data), _U(memory.ctypes.data)
+    target = _U(memory.ctypes.data)
     # New keys by set: a table of sets, and of each of them a chain of its keys in the order given.
     bits = 1
     while 1 << bits < 2 * count:
@@ -199,10 +183,50 @@ def put(
             came += groups[slot] == NOBODY
             wasted += unused[slot]
             unused[slot] = hinted
-            copy_row(target + _U(rows[slot]) * width, source + _U(at) * width, width)
+            copy_row(target + _U(rows[slot]) * width, sources[at], sizes[at])
+            for byte in range(sizes[at], width):
+                memory[rows[slot], byte] = 0
             keys[slot] = new[at]
             groups[slot] = np.int16(new_groups[at])
             if rank + 1 < room:
                 at = after[at]
         kept += room
     return kept, came, wasted, count - kept
+
+
+@kernel(
+    types.UniTuple(types.int64, 4)(
+        types.int64[::1],  # keys
+        types.int16[::1],  # groups
+        view(types.int32),  # rows
+        types.int8[::1],  # ages
+        types.boolean[::1],  # unused
+        types.uint8[:, ::1],  # memory
+        view(types.int64),  # new
+        view(types.uint8),  # new_groups
+        view(types.uint8, 2),  # entries
+        types.boolean,  # hinted
+    )
+)
+def put(
+    keys: Any,
+    groups: Any,
+    rows: Any,
+    ages: Any,
+    unused: Any,
+    memory: Any,
+    new: Any,
+    new_groups: Any,
+    entries: Any,
+    hinted: Any,
+) -> tuple[int, int, int, int]:
+    """Keep `entries` [M, entry_bytes] under the keys `new` [M], in `memory` [rows, entry_bytes]; see `Index.put`.
+
+    Gives how many were kept, how many slots of these were empty, of how many others the hint was never taken, and how
+    many were not kept, being there already or too many for their set.
+    """
+    count, width, source = new.size, _U(memory.shape[1]), _U(entries.ctypes.data)
+    sources, sizes = np.empty(count, np.uint64), np.empty(count, np.uint64)
+    for at in range(count):
+        sources[at], sizes[at] = source + _U(at) * width, width
+    return keep(keys, groups, rows, ages, unused, memory, new, new_groups, sources, sizes, hinted)  # type: ignore[no-any-return]
