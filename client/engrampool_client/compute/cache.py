@@ -11,7 +11,6 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import xxhash
 
 from engrampool_client import private_files
 from engrampool_client.compute.file_rows import FileRows, sums_of
-from engrampool_client.compute.forms import NUMPY, Form
+from engrampool_client.compute.forms import NUMPY, Entries, Form
 from engrampool_client.compute.index import NOBODY, WAYS, Groups, Index, Keys
 from engrampool_client.errors import CacheFileError
 from engrampool_proto.spec import canonical_json
@@ -138,19 +137,21 @@ class HotRows:
         self.evicted += evicted
         self.hinted_wasted_bytes += wasted * self.entry_bytes
 
-    def find_by(self, find: Callable[[Index, Bytes], tuple[int, int]], count: int) -> None:
-        """As `find`, of `count` entries, by what copies them at once. Not of a file.
+    def find_small(self, entries: Entries, tokens: int, state: Keys, ids: Bytes) -> tuple[int, int, int, int]:
+        """As `find`, of a small batch, whose rows are copied at once. Not of a file.
 
-        find(index, rows) gives how many are there, and of how many the hint was taken.
+        Gives how many entries are missing, and the rest of what `Entries.find` does.
         """
-        hits, used = find(self._index, self.rows)
+        hits, used, found_bytes, same_bytes, id_bytes = entries.find(self._index, self.rows, tokens, state, ids)
+        missing = tokens * entries.each - hits
         self.hits += hits
-        self.misses += count - hits
+        self.misses += missing
         self.hinted_used_bytes += used * self.entry_bytes
+        return missing, found_bytes, same_bytes, id_bytes
 
-    def put_by(self, put: Callable[[Index, Bytes], tuple[int, int, int]]) -> None:
-        """As `put`, by what knows where the entries lie: put(index, rows) gives what `Index.put` does. Of no file."""
-        came, evicted, wasted = put(self._index, self.rows)
+    def put_small(self, entries: Entries, tokens: int, state: Keys) -> None:
+        """As `put`, of what came of a small batch."""
+        came, evicted, wasted = entries.keep(self._index, self.rows, tokens, state)
         self.filled += came
         self.evicted += evicted
         self.hinted_wasted_bytes += wasted * self.entry_bytes

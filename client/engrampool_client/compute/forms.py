@@ -52,25 +52,29 @@ class KeyWriter(Protocol):
 
 
 class Entries(Protocol):
-    """Finds, places and keeps the entries of small batches; `Entries` in engrampool_proto.kernels, which says how."""
+    """Finds, places and keeps the entries of small batches; `Entries` in engrampool_proto.kernels, which says how.
 
-    def count(self, tokens: int) -> int:
-        """How many entries so many tokens have."""
+    each: how many entries a token has.
+    """
 
-    def find(
-        self, index: Index, rows: Bytes, tokens: int, asked: Keys, to: Keys, found: Keys, results: Keys, ids: Bytes
-    ) -> tuple[int, int]:
+    each: int
+
+    def state(self, tokens: int, to: Sequence[int]) -> Keys:
+        """What is known of a lookup. to: of each layer the address of its rows. The key of each entry comes first."""
+
+    def find(self, index: Index, rows: Bytes, tokens: int, state: Keys, ids: Bytes) -> tuple[int, int, int, int, int]:
         """Copy what a cache has to its places, and write the ids of what it lacks."""
 
-    def place(self, layer: int, tokens: int, found: Keys, fetched: Bytes, to: int) -> None:
+    def missing(self, state: Keys) -> list[int]:
+        """How many rows are asked for, of each layer."""
+
+    def place(self, layer: int, tokens: int, state: Keys, fetched: Bytes) -> None:
         """Copy what came of a layer to its places."""
 
-    def keep(
-        self, index: Index, rows: Bytes, tokens: int, asked: Keys, found: Keys, fetched: Keys
-    ) -> tuple[int, int, int]:
+    def keep(self, index: Index, rows: Bytes, tokens: int, state: Keys) -> tuple[int, int, int]:
         """Let a cache have what came."""
 
-    def whole(self, layer: int, tokens: int, found: Keys) -> Flags:
+    def whole(self, layer: int, tokens: int, state: Keys) -> Flags:
         """Which tokens the cache had all of a layer of."""
 
 

@@ -24,6 +24,7 @@ from engrampool_client.lookup.query import Query, Sizes, TokenQuery
 from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.small import Cached, Small
 from engrampool_proto import wire
+from engrampool_proto.errors import BatchError
 
 # As many as the cache can tell apart.
 _MAX_GROUPS = 256
@@ -100,9 +101,12 @@ class Planner:
         """What a small step of a client with a cache needs; else None."""
         if self.cache is None or self.warm is not None or not self._sends or not sizes.small:
             return None
-        if not 0 < sizes.tokens < _DEDUPE_TOKENS:
+        if sizes.entries is None or not 0 < sizes.tokens < _DEDUPE_TOKENS:
             return None
-        return Cached.of(query, out, sizes, self.served, self.layout, self.hashing, self.cache, self.scratch)
+        try:
+            return Cached(self, self.cache, query, out, sizes)
+        except BatchError:  # which the step ends with, or whoever plans it otherwise knows better
+            return None
 
     def plans_at_once(self, query: Query) -> bool:
         """Whether to plan it takes no longer than to wake a thread for it, and may be all that is to be done."""

@@ -136,13 +136,12 @@ class TokenQuery:
         assert sizes.writer is not None
         return sizes.writer.put(self._arrays, to)
 
-    def put_keys(self, sizes: Sizes, to: Keys, layout: Layout, hashing: Hashing) -> bool:
+    def put_keys(self, writer: KeyWriter, to: Keys, layout: Layout, hashing: Hashing) -> bool:
         """Write the key of each entry, token by token; False for a batch that cannot be.
 
         From there on the caller may overwrite what was given.
         """
-        assert sizes.entries is not None
-        own = sizes.entries[0].put(self._arrays, to)
+        own = writer.put(self._arrays, to)
         if own is not None and self._batch is None and not isinstance(self._given, TokenBatch):
             self._given, self._arrays = (*own, None, None), (*own, *self._arrays[3:])
         return own is not None
@@ -203,7 +202,7 @@ class RowQuery:
             return False
         return True
 
-    def put_keys(self, sizes: Sizes, to: Keys, layout: Layout, hashing: Hashing) -> bool:
+    def put_keys(self, writer: KeyWriter, to: Keys, layout: Layout, hashing: Hashing) -> bool:
         """As of `TokenQuery`."""
         try:
             keys = self.keys(layout, hashing)

@@ -245,13 +245,13 @@ class Lookups(Generic[V]):
         try:
             if by is not version:
                 return False
-            delivery.begin_work()
             cached.find(delivery)
             small, above, request = cached.small, by.shards.sends, None
             if small is None:
                 self._keep(delivery, cached)
                 delivery.end(None)
                 return True
+            delivery.begin_work()
             if above is not None and small.nbytes > above:
                 request = by.shards.send(small, delivery.deadline)
             passed_on = True
@@ -273,7 +273,8 @@ class Lookups(Generic[V]):
         finally:
             if not passed_on:
                 self._versions.leave(by)
-                delivery.end_work()
+                if delivery.working:
+                    delivery.end_work()
 
     def _ask_otherwise(self, delivery: Delivery, cached: Cached, out: Out | None, by: V, sent: bool) -> None:
         """Have a thread of the client ask for what the cache lacks, and is missing. Raises PoolError."""

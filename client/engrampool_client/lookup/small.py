@@ -1,21 +1,22 @@
 """A small lookup by row ids, laid out as it is sent, and where its rows go."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.compute.cache import HotRows
-from engrampool_client.compute.forms import Hashing
-from engrampool_client.compute.layout import Layout
 from engrampool_client.lookup.delivery import Blank, Delivery, Rows, Valid
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.landing import Landing, Out, Scratch, read_only
+from engrampool_client.lookup.landing import Landing, Out, read_only
 from engrampool_client.lookup.query import Query, RowQuery, Sizes
-from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import frames, wire
+from engrampool_proto.errors import BatchError
 from engrampool_proto.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from engrampool_client.lookup.plan import Planner
 
 _IN_ORDER: Mapping[int, npt.NDArray[np.int64]] = {}
 
@@ -76,68 +77,45 @@ class Cached:
     in for rows that do not come, before there was this. exchange: what `otherwise` asks for.
     """
 
-    def __init__(
-        self,
-        query: Query,
-        sizes: Sizes,
-        arrays: tuple[dict[int, Rows], list[tuple[int, Rows]]],
-        served: ServedModel,
-        layout: Layout,
-        hashing: Hashing,
-        cache: HotRows,
-        scratch: Scratch,
-    ) -> None:
+    __slots__ = (
+        *("_cache", "_came", "_entries", "_given", "_memory", "_planner", "_rows", "_sizes", "_state", "_tokens"),
+        *("blank", "exchange", "small", "sources"),
+    )
+
+    def __init__(self, planner: "Planner", cache: HotRows, query: Query, out: Out | None, sizes: Sizes) -> None:
+        """Raises BatchError where rows are written apart, for a batch or ids that cannot be, and ids of no n-gram."""
+        arrays = _arrays(out, sizes)
         assert sizes.entries is not None
-        self._entries = sizes.entries[1]
-        self._sizes, self._served, self._layout, self._hashing = sizes, served, layout, hashing
-        self._cache, self._scratch, self._tokens = cache, scratch, sizes.tokens
-        self._rows, self._given = arrays[0], dict(arrays[1])
-        self._to = np.array([_address(rows) for rows in self._rows.values()], np.int64)
-        self._keys = np.empty(self._entries.count(sizes.tokens), np.int64)
-        self._found = np.full(len(self._keys), -1, np.int64)
-        # Layer -> what came of it, once it lies in its place.
-        self._came: dict[int, Rows] = {}
+        keys, entries = sizes.entries
+        if arrays is None:
+            raise BatchError("rows are written apart")
+        self._rows, self._given = arrays
+        self._planner, self._cache, self._sizes, self._entries = planner, cache, sizes, entries
+        tokens = self._tokens = sizes.tokens
+        self._state = entries.state(tokens, list(map(_address, self._rows.values())))
+        if not query.put_keys(keys, self._state[: tokens * entries.each], planner.layout, planner.hashing):
+            raise BatchError("its keys cannot be made")
+        self._came: dict[int, Rows] | None = None  # by layer, what lies in its place by now
         self._memory: Rows | None = None
         self.small: Small | None = None
         self.sources: dict[str, int] = {}
         self.blank: Blank | None = None
         self.exchange: Exchange | None = None
 
-    @classmethod
-    def of(
-        cls,
-        query: Query,
-        out: Out | None,
-        sizes: Sizes,
-        served: ServedModel,
-        layout: Layout,
-        hashing: Hashing,
-        cache: HotRows,
-        scratch: Scratch,
-    ) -> "Cached | None":
-        """None where rows are written apart, for a batch or row ids that cannot be, and for ids that no n-gram has."""
-        arrays = _arrays(out, sizes)
-        if arrays is None:
-            return None
-        cached = cls(query, sizes, arrays, served, layout, hashing, cache, scratch)
-        return cached if query.put_keys(sizes, cached._keys, layout, hashing) else None
-
     def find(self, delivery: Delivery) -> None:
         """Have what the cache has. Raises what the lookup was given up with."""
-        sizes, cache, tokens = self._sizes, self._cache, self._tokens
-        self.blank = delivery.blank
-        delivery.stand_in(self._blank)
-        ids = np.zeros(sizes.id_bytes, np.uint8)
-        counts = np.zeros((len(sizes.shapes), 3), np.int64)
-        rest = tokens, self._keys, self._to, self._found, counts, ids
+        cache, ids = self._cache, np.empty(self._sizes.id_bytes, np.uint8)
+        if delivery.blank is not None:
+            self.blank = delivery.blank
+            delivery.stand_in(self._blank)
         # The lock is held until the rows are copied: until then nobody may put others in their place.
         with delivery.writing(), cache.lock:
-            cache.find_by(lambda index, memory: self._entries.find(index, memory, *rest), len(self._keys))
-        asked, hit, same = counts.T.tolist()
-        self.sources = {"cache": sum(hit), "duplicate": sum(same)}
-        whole = {layer: self._given[layer] for layer, rows in zip(sizes.shapes, asked, strict=True) if not rows}
-        if len(whole) < len(asked):
-            self.small = self._small(dict(zip(sizes.shapes, asked, strict=True)), ids)
+            missing, hit, same, end = cache.find_small(self._entries, self._tokens, self._state, ids)
+        self.sources = {"cache": hit, "duplicate": same} if same else {"cache": hit}
+        if not missing:
+            delivery.arrived(dict(self._given))
+            return
+        self.small, whole = self._small(ids[:end])
         delivery.arrived(whole)
 
     def place(self, layer: int) -> None:
@@ -148,7 +126,7 @@ class Cached:
     def otherwise(self, delivery: Delivery, sent: bool) -> "Cached":
         """Have what is missing asked for by `exchange`. sent: `small` was, and what comes of that is nobody's."""
         assert self.small is not None
-        served, tables, shapes = self._served, [], {}
+        served, tables, shapes = self._planner.served, [], {}
         for layer, ids in self.small.tables(served.spec):
             if layer not in delivery.rows:
                 tables.append((layer, ids))
@@ -157,76 +135,74 @@ class Cached:
         self.exchange = Exchange(served, asked, _CachedLanding(self, delivery, shapes))
         memory, self._memory = self._memory, None
         if memory is not None and not sent:
-            self._scratch.give_back(memory)
+            self._planner.scratch.give_back(memory)
         return self
 
     def query(self) -> RowQuery:
         """The same lookup by row ids, whatever became of the caller's arrays."""
-        at, rows = 0, {}
+        planner, tokens, at, rows = self._planner, self._tokens, 0, {}
         for layer, shape in self._sizes.shapes.items():
-            table, parts = self._served.spec.table(layer), self._layout.parts[layer]
-            ids = np.empty((self._tokens, shape[-2]), table.id_dtype)
-            groups = sum(len(part.groups) for part in parts)
-            by_group = self._keys[at : at + self._tokens * groups].reshape(self._tokens, groups).T
-            at, group = at + by_group.size, 0
+            table, parts = planner.served.spec.table(layer), planner.layout.parts[layer]
+            ids, groups = np.empty((tokens, shape[-2]), table.id_dtype), sum(len(part.groups) for part in parts)
+            keys = iter(self._state[at : at + tokens * groups].reshape(tokens, groups).T.copy())
+            at += tokens * groups
             for part in parts:
                 for number, columns in enumerate(part.columns):
+                    some = np.empty((tokens, part.width), table.id_dtype)
+                    planner.hashing.rows_of(table, columns, next(keys), some)
                     first = part.first + number * part.width
-                    some = np.empty((self._tokens, part.width), table.id_dtype)
-                    self._hashing.rows_of(table, columns, np.ascontiguousarray(by_group[group]), some)
                     ids[:, first : first + part.width] = some
-                    group += 1
             rows[layer] = ids.reshape(shape[:-1])
-        return RowQuery(self._served.spec, rows)
+        return RowQuery(planner.served.spec, rows)
 
     def keep(self, hinted: bool = False) -> None:
-        """Let the cache have what came; all of it is there."""
-        if self.small is None:
-            return
-        came = np.array([_address(self._came[layer]) if layer in self._came else 0 for layer in self._sizes.shapes])
-        if all(layer in self._came for layer in self.small.rows):
-            rest = self._tokens, self._keys, self._found, came
+        """Let the cache have what came."""
+        if self._came is not None:
             with self._cache.lock:
-                self._cache.put_by(lambda index, memory: self._entries.keep(index, memory, *rest))
+                self._cache.put_small(self._entries, self._tokens, self._state)
 
     def close(self, again: bool = True) -> None:
         """Let go of the memory that rows came to. again: other lookups may have it."""
         memory, self._memory = self._memory, None
-        self._came, self.exchange, self.small = {}, None, None
+        self._came = self.exchange = self.small = None
         if memory is not None and again:
-            self._scratch.give_back(memory)
+            self._planner.scratch.give_back(memory)
 
     def put_in_place(self, layer: int, came: Rows) -> Rows:
         """As `place`, of rows that came elsewhere; gives the layer's rows."""
         self._place(layer, came)
-        return self._given[layer]
+        return dict(self._given)[layer]
 
     def _place(self, layer: int, came: Rows) -> None:
-        at = self._sizes.what[2].index(layer)
-        self._entries.place(at, self._tokens, self._found, came, int(self._to[at]))
-        self._came[layer] = came
+        if self._came is None:
+            self._came = {}
+        self._came[layer] = came  # before anybody has its address
+        self._entries.place(self._sizes.what[2].index(layer), self._tokens, self._state, came)
 
-    def _small(self, asked: dict[int, int], ids: npt.NDArray[np.uint8]) -> Small:
-        """asked: layer -> rows. ids: of those, as a frame has them."""
-        shapes, spec = self._sizes.shapes, self._served.spec
-        layers = {layer: rows for layer, rows in asked.items() if rows}
-        nbytes = sum(rows * shapes[layer][-1] for layer, rows in layers.items())
-        self._memory = self._scratch.take(nbytes)
-        at, begin, rows = 0, 0, {}
-        for layer, count in layers.items():
-            end = begin + count * shapes[layer][-1]
-            rows[layer] = self._memory[begin:end].reshape(count, -1)
-            begin = end
-            at += frames.padded(count * np.dtype(spec.table(layer).id_dtype).itemsize)
-        what = (*self._sizes.what[:2], tuple(layers))
-        given = [(layer, self._given[layer]) for layer in layers]
-        return Small(what, np.array(list(layers.values()), np.int64), ids[:at], rows, given, nbytes)
+    def _small(self, ids: npt.NDArray[np.uint8]) -> tuple[Small, dict[int, Rows]]:
+        """What is to be asked for; and the layers of which nothing is. ids: as a frame has them."""
+        what, whole, given, counts, nbytes = self._sizes.what, {}, [], [], 0
+        missing = self._entries.missing(self._state)
+        for (layer, handed), count, rows in zip(self._given, missing, self._rows.values(), strict=True):
+            if count:
+                given.append((layer, handed))
+                counts.append(count)
+                nbytes += count * rows.shape[1]
+            else:
+                whole[layer] = handed
+        memory, at, to = self._planner.scratch.take(nbytes), 0, {}
+        self._memory = memory
+        for (layer, _), count in zip(given, counts, strict=True):
+            width = self._rows[layer].shape[1]
+            to[layer] = memory[at : at + count * width].reshape(count, width)
+            at += count * width
+        return Small((what[0], what[1], tuple(to)), np.array(counts, np.int64), ids, to, given, nbytes), whole
 
     def _blank(self, layer: int) -> tuple[Rows, Valid]:
         """What there is of a layer whose rows did not come: tokens that the cache had whole, zeros elsewhere."""
-        valid = self._entries.whole(self._sizes.what[2].index(layer), self._tokens, self._found)
+        valid = self._entries.whole(self._sizes.what[2].index(layer), self._tokens, self._state)
         self._rows[layer].reshape(self._tokens, -1)[~valid] = 0
-        return self._given[layer], valid.reshape(self._sizes.shapes[layer][:-2])
+        return dict(self._given)[layer], valid.reshape(self._sizes.shapes[layer][:-2])
 
 
 class _CachedLanding(Landing):

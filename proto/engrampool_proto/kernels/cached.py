@@ -27,12 +27,10 @@ _LAYER_WORDS = 9
 # how many columns.
 _NUMBER, _COLUMN, _PLACE, _WIDTH = range(4)
 _GROUP_WORDS = 4
-# What `found` has of an entry: its row in the cache; that it is asked for; else it is that one, which came before, less
-# `_SAME`.
-_ASKED, _SAME = -1, -2
-# int64 [layers, RESULT_WORDS]: rows that are asked for, bytes that the cache had, and those that are others' as well.
-ROWS, HIT_BYTES, SAME_BYTES = range(3)
-RESULT_WORDS = 3
+# What is known of a lookup lies in one array, int64: of each entry its key; of each entry where it is found, its row in
+# the cache and 1; else 0, as it is asked for; else less the place of that one, which came before, and 1. Then of each
+# layer how many rows are asked for, the address of its rows, and of those that came.
+_WORDS_OF_ENTRY, _WORDS_OF_LAYER = 2, 3
 # Bytes that are asked for before they are copied.
 _AHEAD = np.int64(8192)
 
@@ -54,6 +52,14 @@ def _to(layer: Any, group: Any, token: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
+def _parts(state: Any, tokens: Any, layers: Any, groups: Any) -> Any:
+    """Keys, found, and of each layer the rows that are asked for, the address of its rows, and of what came."""
+    entries, count = tokens * groups.shape[0], layers.shape[0]
+    rows = state[2 * entries :]
+    return state[:entries], state[entries : 2 * entries], rows[:count], rows[count : 2 * count], rows[2 * count :]
+
+
+@njit  # type: ignore[untyped-decorator]
 def _numbers(tokens: Any, layers: Any, groups: Any, out: Any) -> None:
     """Write the cache's group of each entry."""
     at = 0
@@ -66,10 +72,11 @@ def _numbers(tokens: Any, layers: Any, groups: Any, out: Any) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _copy_found(tokens: Any, layers: Any, groups: Any, memory: Any, to: Any, found: Any, results: Any) -> None:
-    """Copy what was found to its places."""
+def _copy_found(tokens: Any, layers: Any, groups: Any, memory: Any, to: Any, found: Any) -> Any:
+    """Copy what was found to its places, and count that in `found`; gives the bytes."""
     source, width = _U(memory.ctypes.data), _U(memory.shape[1])
     ahead, at = _AHEAD // np.int64(memory.shape[1]) + 1, 0
+    copied = 0
     for place in range(layers.shape[0]):
         layer = layers[place]
         for token in range(tokens):
@@ -84,35 +91,41 @@ def _copy_found(tokens: Any, layers: Any, groups: Any, memory: Any, to: Any, fou
                 if found[at] >= 0:
                     nbytes = group[_WIDTH] * layer[_ROW_BYTES]
                     copy_row(_U(to[place] + _to(layer, group, token)), source + _U(found[at]) * width, _U(nbytes))
-                    results[place, HIT_BYTES] += nbytes
+                    copied += nbytes
+                found[at] += 1
                 at += 1
+    return copied
 
 
 @njit  # type: ignore[untyped-decorator]
-def _once(tokens: Any, layer: Any, groups: Any, first: Any, asked: Any, factor: Any, found: Any, result: Any) -> None:
-    """Have each entry of a layer that is missing be asked for once. first: the layer's first entry."""
+def _once(tokens: Any, layer: Any, groups: Any, first: Any, asked: Any, factor: Any, found: Any) -> Any:
+    """Have each entry of a layer that is missing be asked for once; gives the rows, and the bytes of the others.
+
+    first: the layer's first entry.
+    """
     bits = 1
     while 1 << bits < 2 * tokens:
         bits += 1
     table = np.empty(1 << bits, np.int64)
     mask, shift = _U((1 << bits) - 1), _U(64 - bits)
+    rows = same = 0
     for group in range(layer[_GROUPS]):
-        nbytes = groups[layer[_FIRST] + group, _WIDTH] * layer[_ROW_BYTES]
+        width = groups[layer[_FIRST] + group, _WIDTH]
         table[:] = -1
         for token in range(tokens):
             at = first + token * layer[_GROUPS] + group
-            if found[at] >= 0:
+            if found[at] > 0:
                 continue
             place = _U(asked[at]) * factor >> shift
             while table[place] >= 0 and asked[table[place]] != asked[at]:
                 place = (place + _U(1)) & mask
             if table[place] < 0:
                 table[place] = at
-                found[at] = _ASKED
-                result[ROWS] += groups[layer[_FIRST] + group, _WIDTH]
+                rows += width
             else:
-                found[at] = _SAME - table[place]
-                result[SAME_BYTES] += nbytes
+                found[at] = -1 - table[place]
+                same += width * layer[_ROW_BYTES]
+    return rows, same
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -130,7 +143,7 @@ def _put_ids(tokens: Any, layer: Any, groups: Any, first: Any, asked: Any, found
     at = first
     for _ in range(tokens):
         for number in range(layer[_FIRST], layer[_FIRST] + layer[_GROUPS]):
-            if found[at] == _ASKED:
+            if not found[at]:
                 group, key = groups[number], asked[at]
                 for column in range(group[_COLUMN], group[_COLUMN] + group[_WIDTH]):
                     row = row_of(key, moduli[column], inverses[column]) if layer[_MODULI] else _U(key)
@@ -140,7 +153,7 @@ def _put_ids(tokens: Any, layer: Any, groups: Any, first: Any, asked: Any, found
 
 
 @kernel(
-    types.UniTuple(types.int64, 2)(
+    types.UniTuple(types.int64, 5)(
         view(types.int64),  # keys
         view(types.int16),  # key_groups
         view(types.int32),  # rows
@@ -151,10 +164,7 @@ def _put_ids(tokens: Any, layer: Any, groups: Any, first: Any, asked: Any, found
         types.int64[:, ::1],  # groups
         types.uint64,  # factor
         types.int64,  # tokens
-        types.int64[::1],  # asked
-        types.int64[::1],  # to
-        types.int64[::1],  # found
-        types.int64[:, ::1],  # results
+        types.int64[::1],  # state
         types.uint8[::1],  # ids
     ),
     nogil=False,
@@ -170,31 +180,33 @@ def _find(
     groups: Any,
     factor: Any,
     tokens: Any,
-    asked: Any,
-    to: Any,
-    found: Any,
-    results: Any,
+    state: Any,
     ids: Any,
-) -> tuple[int, int]:
+) -> tuple[int, int, int, int, int]:
     """`Entries.find`."""
+    asked, found, missing, to, _ = _parts(state, tokens, layers, groups)
     numbers = np.empty(asked.size, np.uint8)
     _numbers(tokens, layers, groups, numbers)
     hits, used = hot_rows.find(keys, key_groups, rows, ages, unused, asked, numbers, found)
-    _copy_found(tokens, layers, groups, memory, to, found, results)
+    copied = _copy_found(tokens, layers, groups, memory, to, found)
+    same: Any = np.int64(0)
+    end: Any = np.int64(0)
     if hits == asked.size:
-        return hits, used
-    begin = 0
+        return hits, used, copied, same, end
     for place in range(layers.shape[0]):
-        layer, result = layers[place], results[place]
+        layer = layers[place]
         first = tokens * layer[_FIRST]
-        _once(tokens, layer, groups, first, asked, factor, found, result)
-        nbytes = result[ROWS] * layer[_ID_BYTES]
+        missing[place], others = _once(tokens, layer, groups, first, asked, factor, found)
+        same += others
+        begin, end = end, end + missing[place] * layer[_ID_BYTES]
         if layer[_ID_BYTES] == 4:
-            _put_ids(tokens, layer, groups, first, asked, found, ids[begin : begin + nbytes].view(np.uint32))
+            _put_ids(tokens, layer, groups, first, asked, found, ids[begin:end].view(np.uint32))
         else:
-            _put_ids(tokens, layer, groups, first, asked, found, ids[begin : begin + nbytes].view(np.uint64))
-        begin += (nbytes + frames.ALIGNMENT - 1) // frames.ALIGNMENT * frames.ALIGNMENT
-    return hits, used
+            _put_ids(tokens, layer, groups, first, asked, found, ids[begin:end].view(np.uint64))
+        while end % frames.ALIGNMENT:
+            ids[end] = 0
+            end += 1
+    return hits, used, copied, same, end
 
 
 @kernel(
@@ -203,28 +215,29 @@ def _find(
         types.int64[:, ::1],  # groups
         types.int64,  # place
         types.int64,  # tokens
-        types.int64[::1],  # found
+        types.int64[::1],  # state
         view(types.uint8, 2),  # fetched
-        types.int64,  # to
     ),
     nogil=False,
 )
-def _place(layers: Any, groups: Any, place: Any, tokens: Any, found: Any, fetched: Any, to: Any) -> None:
+def _place(layers: Any, groups: Any, place: Any, tokens: Any, state: Any, fetched: Any) -> None:
     """`Entries.place`."""
-    layer = layers[place]
+    _, found, _, addresses, came = _parts(state, tokens, layers, groups)
+    layer, to = layers[place], addresses[place]
     at = first = tokens * layer[_FIRST]
     source = _U(fetched.ctypes.data)
     for token in range(tokens):
         for number in range(layer[_FIRST], layer[_FIRST] + layer[_GROUPS]):
             group = groups[number]
             here, nbytes = _U(to + _to(layer, group, token)), _U(group[_WIDTH] * layer[_ROW_BYTES])
-            if found[at] == _ASKED:
+            if not found[at]:
                 copy_row(here, source, nbytes)
                 source += nbytes
-            elif found[at] <= _SAME:
-                other = (_SAME - found[at] - first) // layer[_GROUPS]
+            elif found[at] < 0:
+                other = (-1 - found[at] - first) // layer[_GROUPS]
                 copy_row(here, _U(to + _to(layer, group, other)), nbytes)
             at += 1
+    came[place] = np.int64(fetched.ctypes.data)
 
 
 @kernel(
@@ -238,9 +251,7 @@ def _place(layers: Any, groups: Any, place: Any, tokens: Any, found: Any, fetche
         types.int64[:, ::1],  # layers
         types.int64[:, ::1],  # groups
         types.int64,  # tokens
-        types.int64[::1],  # asked
-        types.int64[::1],  # found
-        types.int64[::1],  # fetched
+        types.int64[::1],  # state
     ),
     nogil=False,
 )
@@ -254,33 +265,33 @@ def _keep(
     layers: Any,
     groups: Any,
     tokens: Any,
-    asked: Any,
-    found: Any,
-    fetched: Any,
+    state: Any,
 ) -> tuple[int, int, int, int]:
-    """`Entries.keep`. fetched: of each layer the address of what came of it."""
-    count = 0
-    for at in range(found.size):
-        count += found[at] == _ASKED
-    new, numbers = np.empty(count, np.int64), np.empty(count, np.uint8)
-    sources, sizes = np.empty(count, np.uint64), np.empty(count, np.uint64)
-    at, one = 0, 0
+    """`Entries.keep`."""
+    asked, found, _, _, came = _parts(state, tokens, layers, groups)
+    new, numbers = np.empty(found.size, np.int64), np.empty(found.size, np.uint8)
+    sources, sizes = np.empty(found.size, np.uint64), np.empty(found.size, np.uint64)
+    at, count = 0, 0
     for place in range(layers.shape[0]):
-        layer, source = layers[place], _U(fetched[place])
+        layer, source = layers[place], _U(came[place])
         for _ in range(tokens):
             for number in range(layer[_FIRST], layer[_FIRST] + layer[_GROUPS]):
-                if found[at] == _ASKED:
+                if not found[at] and came[place]:
                     group = groups[number]
-                    new[one], numbers[one] = asked[at], group[_NUMBER]
-                    sources[one], sizes[one] = source, _U(group[_WIDTH] * layer[_ROW_BYTES])
-                    source += sizes[one]
-                    one += 1
+                    new[count], numbers[count] = asked[at], group[_NUMBER]
+                    sources[count], sizes[count] = source, _U(group[_WIDTH] * layer[_ROW_BYTES])
+                    source += sizes[count]
+                    count += 1
                 at += 1
-    return hot_rows.keep(keys, key_groups, rows, ages, unused, memory, new, numbers, sources, sizes, False)  # type: ignore[no-any-return]
+    some = new[:count], numbers[:count], sources[:count], sizes[:count]
+    return hot_rows.keep(keys, key_groups, rows, ages, unused, memory, *some, False)  # type: ignore[no-any-return]
 
 
 class Entries:
-    """The entries of small batches of one model, of some layers and columns: found, placed and kept."""
+    """The entries of small batches of one model, of some layers and columns: found, placed and kept.
+
+    each: how many entries a token has.
+    """
 
     def __init__(
         self,
@@ -298,6 +309,7 @@ class Entries:
         self._groups = np.array([group for some in groups.values() for group in some], np.int64).reshape(
             -1, _GROUP_WORDS
         )
+        self.each = len(self._groups)
         self._kept: list[npt.NDArray[np.uint64]] = []  # what the layers have the address of
         first = 0
         for entry, (layer, some) in zip(self._layers, groups.items(), strict=True):
@@ -312,51 +324,48 @@ class Entries:
             self._kept += kept
             first += len(some)
 
-    def count(self, tokens: int) -> int:
-        """How many entries so many tokens have."""
-        return tokens * len(self._groups)
+    def state(self, tokens: int, to: Sequence[int]) -> _Ints:
+        """What is known of a lookup: nothing yet. to: of each layer the address of its rows. Its keys come first."""
+        layers, entries = len(to), tokens * self.each
+        state = np.zeros(_WORDS_OF_ENTRY * entries + _WORDS_OF_LAYER * layers, np.int64)
+        state[-2 * layers : -layers] = to
+        return state
 
     def find(
-        self,
-        index: Index,
-        memory: npt.NDArray[np.uint8],
-        tokens: int,
-        asked: _Ints,
-        to: _Ints,
-        found: _Ints,
-        results: _Ints,
-        ids: npt.NDArray[np.uint8],
-    ) -> tuple[int, int]:
+        self, index: Index, memory: npt.NDArray[np.uint8], tokens: int, state: _Ints, ids: npt.NDArray[np.uint8]
+    ) -> tuple[int, int, int, int, int]:
         """Copy what the cache has to where it belongs, and write the ids of what it lacks, each once.
 
-        index, memory: the cache's. asked: the key of each entry, layer by layer, token by token. to: of each layer the
-        address of its rows. found: of each entry, written for `place`, `keep` and `whole`. results: zeros. ids: zeros,
-        as many bytes as all rows would take; the layers' follow each other as in a frame.
-        Gives how many entries were found, and of how many the hint was taken.
+        index, memory: the cache's. ids: as many bytes as those of all rows would take in a frame.
+        Gives how many entries were found, and of how many the hint was taken; the bytes of what was found, and of
+        entries that others are the same as; and how many bytes of ids there are, as they are in a frame.
         """
         arrays = index.keys, index.groups, index.rows, index.ages, index.unused
-        sizes = self._layers, self._groups, self._factor, tokens
-        hits, used = _find(*arrays, memory, *sizes, asked, to, found, results, ids)
-        return hits, used
+        return _find(*arrays, memory, self._layers, self._groups, self._factor, tokens, state, ids)
 
-    def place(self, layer: int, tokens: int, found: _Ints, fetched: npt.NDArray[np.uint8], to: int) -> None:
-        """Copy what came of a layer, by its place, in the order in which it was asked for, to all its places."""
-        _place(self._layers, self._groups, layer, tokens, found, fetched, to)
+    def missing(self, state: _Ints) -> list[int]:
+        """How many rows are asked for, of each layer."""
+        layers = len(self._layers)
+        rows: list[int] = state[-3 * layers : -2 * layers].tolist()
+        return rows
 
-    def keep(
-        self, index: Index, memory: npt.NDArray[np.uint8], tokens: int, asked: _Ints, found: _Ints, fetched: _Ints
-    ) -> tuple[int, int, int]:
-        """Let the cache have what came. fetched: of each layer the address of it.
+    def place(self, layer: int, tokens: int, state: _Ints, fetched: npt.NDArray[np.uint8]) -> None:
+        """Copy what came of a layer, by its place, in the order in which it was asked for, to all its places.
 
-        Gives as `Index.put` does.
+        fetched: to be kept alive until `keep`.
         """
+        _place(self._layers, self._groups, layer, tokens, state, fetched)
+
+    def keep(self, index: Index, memory: npt.NDArray[np.uint8], tokens: int, state: _Ints) -> tuple[int, int, int]:
+        """Let the cache have what came of layers that were placed. Gives as `Index.put` does."""
         arrays = index.keys, index.groups, index.rows, index.ages, index.unused
-        kept, came, wasted, _ = _keep(*arrays, memory, self._layers, self._groups, tokens, asked, found, fetched)
+        kept, came, wasted, _ = _keep(*arrays, memory, self._layers, self._groups, tokens, state)
         return came, kept - came, wasted
 
-    def whole(self, layer: int, tokens: int, found: _Ints) -> npt.NDArray[np.bool_]:
+    def whole(self, layer: int, tokens: int, state: _Ints) -> npt.NDArray[np.bool_]:
         """Which tokens the cache had all of a layer of: bool [T]."""
-        start = tokens * int(self._layers[layer, _FIRST])
-        of_layer = found[start : start + tokens * int(self._layers[layer, _GROUPS])]
-        whole: npt.NDArray[np.bool_] = np.logical_and.reduce(of_layer.reshape(tokens, -1) >= 0, axis=1)
+        groups = int(self._layers[layer, _GROUPS])
+        start = tokens * (self.each + int(self._layers[layer, _FIRST]))
+        found = state[start : start + tokens * groups].reshape(tokens, groups)
+        whole: npt.NDArray[np.bool_] = np.logical_and.reduce(found > 0, axis=1)
         return whole

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from engrampool_proto.kernels.gather import copy_row, prefetch
+from engrampool_proto.kernels.gather import LINE, copy_row, prefetch
 from engrampool_proto.kernels.jit import kernel, view
 
 _U = np.uint64
@@ -23,6 +23,8 @@ _LAST_KEY = np.uint64(8 * (WAYS - 1))
 _FOUND = 64
 # Sets that are asked for before they are looked through.
 _AHEAD = 16
+# Rows whose memory is asked for before they are written.
+_ROWS_AHEAD = 4
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -166,7 +168,7 @@ def keep(
         last[chain] = at
         counts[chain] += 1
     kept = came = wasted = 0
-    order = np.empty(WAYS, np.int64)
+    order, kept_at, kept_rows = np.empty(WAYS, np.int64), np.empty(count, np.int32), np.empty(count, np.int32)
     for chain in range(chains):
         base = touched[chain] * WAYS
         _oldest_first(ages, base, order)
@@ -183,14 +185,23 @@ def keep(
             came += groups[slot] == NOBODY
             wasted += unused[slot]
             unused[slot] = hinted
-            copy_row(target + _U(rows[slot]) * width, sources[at], sizes[at])
-            for byte in range(sizes[at], width):
-                memory[rows[slot], byte] = 0
+            kept_at[kept], kept_rows[kept] = at, rows[slot]
+            kept += 1
             keys[slot] = new[at]
             groups[slot] = np.int16(new_groups[at])
             if rank + 1 < room:
                 at = after[at]
-        kept += room
+    for one in range(kept):
+        if one + _ROWS_AHEAD < kept:
+            line = target + _U(kept_rows[one + _ROWS_AHEAD]) * width
+            end = line + width
+            while line < end:
+                prefetch(line)
+                line += LINE
+        at, row = kept_at[one], kept_rows[one]
+        copy_row(target + _U(row) * width, sources[at], sizes[at])
+        for byte in range(sizes[at], width):
+            memory[row, byte] = 0
     return kept, came, wasted, count - kept
 
 
