@@ -198,26 +198,28 @@ class Sent:
         """What comes next."""
         delivery, request = self._delivery, self._request
         try:
-            came = request.ready(until, self._spin_s)
+            came: int | Came | None = request.ready(until, self._spin_s)
             if came is None:
                 with delivery.writing():
-                    return self._placed(request.take(until, self._spin_s))
-            if came is Came.ALL and self._place is not None:
+                    came = request.take(until, self._spin_s)
+                    if self._place is not None:
+                        self._put_in_place(came, self._place)
+            elif came is Came.ALL and self._place is not None:
                 with delivery.writing():
-                    return self._placed(came)
+                    self._put_in_place(came, self._place)
             return came
         except EngrampoolError as error:
             delivery.end(error)  # unless it was given up, and that was it
             return Came.LATER
 
-    def _placed(self, came: int | Came) -> int | Came:
-        """Put what came in its place, also a layer that came as this thread was interrupted."""
-        if self._place is not None and (isinstance(came, int) or came is Came.ALL):
-            there = self._delivery.rows
-            for layer, _ in [self._rows[came]] if isinstance(came, int) else self._rows:
-                if layer not in there:
-                    self._place(layer)
-        return came
+    def _put_in_place(self, came: int | Came, place: Callable[[int], None]) -> None:
+        """Before it is handed over; at the end also a layer that came as this thread was interrupted."""
+        if isinstance(came, int):
+            place(self._rows[came][0])
+        elif came is Came.ALL:
+            for layer, _ in self._rows:
+                if layer not in self._delivery.rows:
+                    place(layer)
 
     def _pass_on(self) -> None:
         """Have what is missing come by other ways, unless nothing is, or nobody wants it."""

@@ -118,10 +118,18 @@ class Cached:
         self.small, whole = self._small(ids[:end])
         delivery.arrived(whole)
 
-    def place(self, layer: int) -> None:
-        """Put what came of a layer, where it was to come, in its place; as often as wanted. Within `writing`."""
-        assert self.small is not None
-        self._place(layer, self.small.rows[layer])
+    def place(self, layer: int, came: Rows | None = None) -> None:
+        """Put what came of a layer in its place; as often as wanted. Within `writing`.
+
+        came: where it came, if not where `small` has it.
+        """
+        if came is None:
+            assert self.small is not None
+            came = self.small.rows[layer]
+        if self._came is None:
+            self._came = {}
+        self._came[layer] = came  # before anybody has its address
+        self._entries.place(self._sizes.what[2].index(layer), self._tokens, self._state, came)
 
     def otherwise(self, delivery: Delivery, sent: bool) -> "Cached":
         """Have what is missing asked for by `exchange`. sent: `small` was, and what comes of that is nobody's."""
@@ -168,16 +176,9 @@ class Cached:
         if memory is not None and again:
             self._planner.scratch.give_back(memory)
 
-    def put_in_place(self, layer: int, came: Rows) -> Rows:
-        """As `place`, of rows that came elsewhere; gives the layer's rows."""
-        self._place(layer, came)
+    def given(self, layer: int) -> Rows:
+        """What the caller gets of a layer."""
         return dict(self._given)[layer]
-
-    def _place(self, layer: int, came: Rows) -> None:
-        if self._came is None:
-            self._came = {}
-        self._came[layer] = came  # before anybody has its address
-        self._entries.place(self._sizes.what[2].index(layer), self._tokens, self._state, came)
 
     def _small(self, ids: npt.NDArray[np.uint8]) -> tuple[Small, dict[int, Rows]]:
         """What is to be asked for; and the layers of which nothing is. ids: as a frame has them."""
@@ -202,7 +203,7 @@ class Cached:
         """What there is of a layer whose rows did not come: tokens that the cache had whole, zeros elsewhere."""
         valid = self._entries.whole(self._sizes.what[2].index(layer), self._tokens, self._state)
         self._rows[layer].reshape(self._tokens, -1)[~valid] = 0
-        return dict(self._given)[layer], valid.reshape(self._sizes.shapes[layer][:-2])
+        return self.given(layer), valid.reshape(self._sizes.shapes[layer][:-2])
 
 
 class _CachedLanding(Landing):
@@ -214,7 +215,8 @@ class _CachedLanding(Landing):
 
     def _rows(self, layer: int) -> Rows:
         with self.delivery.writing():
-            return self._plan.put_in_place(layer, self.array(layer).reshape(self.shapes[layer]))
+            self._plan.place(layer, self.array(layer).reshape(self.shapes[layer]))
+        return self._plan.given(layer)
 
 
 def _arrays(out: Out | None, sizes: Sizes) -> tuple[dict[int, Rows], list[tuple[int, Rows]]] | None:

@@ -148,6 +148,10 @@ def keep(
         if step < count:
             numbers[step] = _set_of(new[step], new_groups[step], sets)
             _ask_for_set(keys, groups, numbers[step])
+            first_slot = numbers[step] * _U(WAYS)
+            prefetch(_U(ages.ctypes.data) + first_slot)
+            prefetch(_U(unused.ctypes.data) + first_slot)
+            prefetch(_U(rows.ctypes.data) + first_slot * _U(4))
         if step < _AHEAD:
             continue
         at = step - _AHEAD

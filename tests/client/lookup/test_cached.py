@@ -1,4 +1,4 @@
-"""Small lookups of a client with a cache, of any family, columns and cuts: each byte is the table's, and asked for once."""
+"""Small lookups of a client with a cache, of any family, columns and cuts: each byte is the table's, asked for once."""
 
 import threading
 from dataclasses import replace
