@@ -90,7 +90,7 @@ def row_of(mix: Any, modulus: Any, inverse: Any) -> Any:
     return modulus - _U(1) - rest if sign else rest
 
 
-@kernel(types.boolean(*BATCH, types.int64))
+@kernel(types.boolean(*BATCH, types.int64), counted=0)
 def all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, vocab_size: Any) -> bool:
     """Whether every live token is in [0, vocab_size), and in [-1, vocab_size) for the look-back."""
     for at in range(tokens.size):
@@ -119,7 +119,8 @@ def all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookba
             out,
         )
         for out in _OUT
-    )
+    ),
+    counted=0,
 )
 def xor_mix(
     tokens: Any,
@@ -174,7 +175,8 @@ def xor_mix(
             out,
         )
         for out in _OUT
-    )
+    ),
+    counted=0,
 )
 def polynomial(
     tokens: Any,
@@ -206,7 +208,7 @@ def polynomial(
                 out[position, column] = offsets[column] + total
 
 
-@kernel(*(types.void(*BATCH, types.int64, types.uint64, out) for out in _OUT))
+@kernel(*(types.void(*BATCH, types.int64, types.uint64, out) for out in _OUT), counted=0)
 def identity(
     tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, offset: Any, out: Any
 ) -> None:
@@ -216,7 +218,7 @@ def identity(
         out[at, 0] = offset + (_U(0) if unreadable else _U(tokens[at]))
 
 
-@kernel(types.void(*BATCH, view(types.int32), view(types.int64), types.int64, types.int64, _KEYS))
+@kernel(types.void(*BATCH, view(types.int32), view(types.int64), types.int64, types.int64, _KEYS), counted=0)
 def xor_mix_keys(
     tokens: Any,
     bounds: Any,
@@ -245,7 +247,8 @@ def xor_mix_keys(
 
 
 @kernel(
-    *(types.void(view(types.int64), view(types.uint64), view(types.uint64), view(types.uint64), out) for out in _OUT)
+    *(types.void(view(types.int64), view(types.uint64), view(types.uint64), view(types.uint64), out) for out in _OUT),
+    counted=0,
 )
 def _xor_mix_rows_of(keys: Any, moduli: Any, inverses: Any, offsets: Any, out: Any) -> None:
     """`XorMix.rows_of`; moduli, inverses, offsets: of the columns of `out`."""
@@ -257,7 +260,8 @@ def _xor_mix_rows_of(keys: Any, moduli: Any, inverses: Any, offsets: Any, out: A
 @kernel(
     types.void(
         *BATCH, view(types.uint64, 2), view(types.int64), view(types.uint64), view(types.uint64), types.int64, _KEYS
-    )
+    ),
+    counted=0,
 )
 def polynomial_keys(
     tokens: Any,
@@ -286,7 +290,7 @@ def polynomial_keys(
                 out[column, position] = np.int64(total)
 
 
-@kernel(types.void(*BATCH, types.int64, _KEYS))
+@kernel(types.void(*BATCH, types.int64, _KEYS), counted=0)
 def identity_keys(
     tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, out: Any
 ) -> None:

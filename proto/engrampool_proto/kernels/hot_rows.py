@@ -68,7 +68,8 @@ def _slot_of(keys: Any, groups: Any, number: Any, key: Any, group: Any) -> Any:
         view(types.int64),  # asked
         view(types.uint8),  # asked_groups
         types.int64[::1],  # found
-    )
+    ),
+    counted=5,
 )
 def find(
     keys: Any, groups: Any, rows: Any, ages: Any, unused: Any, asked: Any, asked_groups: Any, found: Any
@@ -221,7 +222,8 @@ def keep(
         view(types.uint8),  # new_groups
         view(types.uint8, 2),  # entries
         types.boolean,  # hinted
-    )
+    ),
+    counted=6,
 )
 def put(
     keys: Any,
