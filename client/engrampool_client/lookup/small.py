@@ -1,4 +1,4 @@
-"""A small lookup by row ids, laid out as it is sent, and where its rows go."""
+"""Small lookups: by row ids, laid out as they are sent, and where their rows go; with a cache, which is asked first."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
