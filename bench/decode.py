@@ -4,9 +4,10 @@ A step takes 8 to 20 ms, so its lookup comes to processes that are asleep and to
 lookup here is made after such a pause. Meanwhile the process does nothing else, or another Python thread of it keeps
 the GIL busy. Three times are taken of each lookup, from before `prefetch`: when it returned, when the rows of the first
 Engram layer were there, when all were. Up to 512 tokens are a decode step, one token a sequence; more are a prefill,
-all of one sequence. Tokens are random, the rows are new to everybody, nothing is cached.
+all of one sequence. Tokens are random, the rows are new to everybody, and nothing is cached but where said.
 
 - grpc, direct, attached: engrampool, a client of each way to one server. `Client.prefetch`, then `Step.rows`.
+- cached, half: by name only. The direct lane, of a client with a cache that has all of a batch, or the half of it.
 - raw, raw-spin: bench/raw_lane.py, loops without the GIL over sockets, with nothing else on the way; hashed and sent
   where `prefetch` is. Both sides sleep until bytes come, or look for them for a while.
 - take: hashed, then `np.take` from tables in this process. It stands for pinned memory of this machine.
@@ -49,6 +50,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "direct": {"attach": "off"},
     "attached": {},
 }
+# Over the direct lane, with a cache: of batches that it has, or whose second half of the requests is new each time.
+CACHED = ("cached", "half")
+CACHE_BYTES = 512 << 20
 SYSTEMS = (*WAYS, "raw", "raw-spin", "take")
 TOKENS = (1, 8, 64, 256, 1024, 8192)
 THREADS = ("idle", "busy")
@@ -108,7 +112,7 @@ def opened(
 ) -> dict[str, System]:
     """The systems that are asked for, served until the stack is closed."""
     systems = {}
-    if WAYS.keys() & set(options.systems):
+    if {*WAYS, *CACHED} & set(options.systems):
         memory = tempfile.mkdtemp(prefix="engrampool-bench-", dir="/dev/shm")
         stack.callback(shutil.rmtree, memory)
         server = stack.enter_context(serve_process(workload.packed, workers=options.workers, memory=f"file:{memory}"))
@@ -119,6 +123,9 @@ def opened(
         if name in WAYS:
             client = stack.enter_context(Client(server.address, timeout_s=60, **WAYS[name]))
             assert (client.direct, client.attached) == (name != "grpc", name == "attached"), f"not {name}"
+            systems[name] = System(_product(client), server.process.pid)
+        elif name in CACHED:
+            client = stack.enter_context(Client(server.address, timeout_s=60, attach="off", cache_bytes=CACHE_BYTES))
             systems[name] = System(_product(client), server.process.pid)
         elif name == "take":
             systems[name] = System(_take(spec, tables))
@@ -213,6 +220,16 @@ def round_about(batches: list[TokenBatch]) -> Iterator[TokenBatch]:
         yield from batches
 
 
+def half_new(spec: ModelSpec, batches: list[TokenBatch]) -> Iterator[TokenBatch]:
+    """The same, the second half of whose tokens is new each time."""
+    random = np.random.default_rng(1)
+    for batch in round_about(batches):
+        tokens = batch.tokens.copy()
+        new = tokens[len(tokens) // 2 :]
+        new[...] = random.integers(0, spec.vocab_size, len(new))
+        yield TokenBatch(tokens, batch.query_start_loc, batch.lookback)
+
+
 def records(
     cases: Mapping[str, Case], systems: Mapping[str, System], workload: Workload, about: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
@@ -259,6 +276,11 @@ def main() -> None:
             out = {table.layer: np.zeros((tokens, table.heads, table.row_bytes), np.uint8) for table in spec.tables}
             check(systems, spec, tables, batches, out)
             following = {name: round_about(batches) for name in systems}
+            for name in set(CACHED) & set(systems):
+                for batch in batches:
+                    systems[name].start(batch, out)(spec.layers[-1])
+            if "half" in systems:
+                following["half"] = half_new(spec, batches)
             for pause_ms in options.pauses_ms:
                 for thread in options.threads:
                     cases = {name: Case() for name in systems}
@@ -303,7 +325,7 @@ def parse() -> argparse.Namespace:
     for name, quick, whole in (("rounds", 3, 7), ("seconds", 0.1, 0.3), ("vocab_size", 8_000, 80_000)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else whole)
-    for name, known in (("systems", SYSTEMS), ("threads", THREADS)):
+    for name, known in (("systems", (*SYSTEMS, *CACHED)), ("threads", THREADS)):
         unknown = [word for word in getattr(options, name) if word not in known]
         if unknown:
             parser.error(f"no such {name}: {', '.join(unknown)}; there are {', '.join(known)}")

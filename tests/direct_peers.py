@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import Identity
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec

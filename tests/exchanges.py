@@ -7,11 +7,11 @@ import numpy as np
 
 from engrampool_client.compute.forms import NUMPY
 from engrampool_client.compute.layout import Layout
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import CallersLanding, Landing
 from engrampool_client.lookup.query import RowQuery
-from engrampool_client.lookup.served import ServedModel
 
 
 def exchange_of(

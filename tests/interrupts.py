@@ -16,7 +16,7 @@ SMALL_STEPS = (
         "/shards.py",
         "/native.py",
     ),
-    *("/streamed.py", "/together.py", "/raced.py", "/replicas.py"),
+    *("/streamed.py", "/together.py", "/raced.py", "/replicas.py", "/lookup/small.py", "/compute/cache.py"),
 )
 
 

@@ -12,12 +12,12 @@ from typing import Any, Self, Unpack
 import numpy.typing as npt
 
 from engrampool_client.client import Client
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.config import ClientSettings, wait_limit_s
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError
 from engrampool_client.lookup.delivery import Rows, Valid
 from engrampool_client.lookup.landing import Out
 from engrampool_client.lookup.query import IntArray, Ready
-from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.step import Step
 from engrampool_client.stats import Stats
 from engrampool_client.status import ClientStatus, brief

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import choose
 from engrampool_client.compute.layout import Layout
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.config import ClientConfig, ClientSettings, bounded_s, from_environment
 from engrampool_client.doctor.record import Recorder
 from engrampool_client.engine_checks import check_fingerprint, check_layout, check_row_ids
@@ -22,7 +23,6 @@ from engrampool_client.lookup.delivery import Delivery, Rows, Valid
 from engrampool_client.lookup.landing import Out, by_layer, check_outs, zeros
 from engrampool_client.lookup.query import IntArray, Ready, RowQuery, TokenQuery, token_batch
 from engrampool_client.lookup.run import Lookups
-from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.step import Step
 from engrampool_client.pool.discovery import Servers
 from engrampool_client.pool.follower import VersionFollower

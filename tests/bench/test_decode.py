@@ -46,6 +46,16 @@ def test_every_system_is_measured(data):
             assert (record["prefetch_to_raw"], record["to_raw"]) == (1, 1)
 
 
+def test_a_cache_is_measured_by_name(data):
+    done = run(data, "--tokens=8", "--pauses-ms=1", "--threads=idle", "--systems=direct,cached,half")
+    assert done.returncode == 0, done.stderr
+    records = json.loads((data / "found.json").read_text())
+    assert [record["system"] for record in records] == ["direct", "cached", "half"]
+    for record in records:
+        assert 0 < record["prefetch_p50_ms"] <= record["first_layer_p50_ms"] <= record["p50_ms"]
+        assert record["calls"] > 0
+
+
 def test_wrong_bytes_fail_the_run(data):
     done = run(data, "--tokens=1", "--threads=idle", "--systems=take")
     assert done.returncode == 0, done.stderr

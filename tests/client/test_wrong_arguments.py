@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engrampool_client import AsyncClient, BatchError, Client, DeadlineError, ProtocolError, RecordError
-from engrampool_client.lookup.served import choose
+from engrampool_client.compute.served import choose
 from engrampool_proto.v1 import pool_pb2
 from server_fixtures import GatherGate, eventually, pack, running
 

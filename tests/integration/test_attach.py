@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engrampool_client.compute.served import choose
 from engrampool_client.lanes import attach as attach_module
 from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.grpc import GrpcLane
-from engrampool_client.lookup.served import choose
 from engrampool_client.testing import serve_process
 from engrampool_proto.v1 import pool_pb2
 from exchanges import exchange_of

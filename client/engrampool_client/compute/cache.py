@@ -21,7 +21,7 @@ import xxhash
 
 from engrampool_client import private_files
 from engrampool_client.compute.file_rows import FileRows, sums_of
-from engrampool_client.compute.forms import NUMPY, Form
+from engrampool_client.compute.forms import NUMPY, Entries, Form
 from engrampool_client.compute.index import NOBODY, WAYS, Groups, Index, Keys
 from engrampool_client.errors import CacheFileError
 from engrampool_proto.spec import canonical_json
@@ -133,6 +133,25 @@ class HotRows:
         if hinted:
             self.hinted_bytes += len(keys) * self.entry_bytes
         came, evicted, wasted = self._index.put(keys, groups, entries, self.rows, hinted)
+        self.filled += came
+        self.evicted += evicted
+        self.hinted_wasted_bytes += wasted * self.entry_bytes
+
+    def find_small(self, entries: Entries, tokens: int, state: Keys, ids: Bytes) -> tuple[int, int, int, int]:
+        """As `find`, of a small batch, whose rows are copied at once. Not of a file.
+
+        Gives how many entries are missing, and the rest of what `Entries.find` does.
+        """
+        hits, used, found_bytes, same_bytes, id_bytes = entries.find(self._index, self.rows, tokens, state, ids)
+        missing = tokens * entries.each - hits
+        self.hits += hits
+        self.misses += missing
+        self.hinted_used_bytes += used * self.entry_bytes
+        return missing, found_bytes, same_bytes, id_bytes
+
+    def put_small(self, entries: Entries, tokens: int, state: Keys) -> None:
+        """As `put`, of what came of a small batch."""
+        came, evicted, wasted = entries.keep(self._index, self.rows, tokens, state)
         self.filled += came
         self.evicted += evicted
         self.hinted_wasted_bytes += wasted * self.entry_bytes

@@ -1,13 +1,15 @@
 """The compiled form. Only `choose` imports it: numba takes longer to import than a command takes."""
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 
 from engrampool_client.compute.forms import Flags, Form, Hashing
 from engrampool_client.compute.index import Bytes, Groups, Index, Keys
-from engrampool_proto.kernels import entries, hot_rows, receive, spread  # noqa: F401 - the last two, if kept, too
-from engrampool_proto.kernels.ask import GivenIds, Ids
+from engrampool_client.compute.layout import Layout
+from engrampool_proto.kernels import cached, entries, hot_rows, receive, spread  # noqa: F401 - the last two, if kept, too
+from engrampool_proto.kernels.ask import BatchKeys, GivenIds, Ids
 from engrampool_proto.kernels.gather import first_outside, gather, gather_few
 from engrampool_proto.kernels.hasher import Hasher
 from engrampool_proto.spec import ModelSpec, RowIds
@@ -36,6 +38,20 @@ class CompiledIndex(Index):
         return came, kept - came, wasted + not_kept if hinted else wasted
 
 
+def _small_entries(hasher: Hasher, layers: Sequence[int], layout: Layout) -> tuple[BatchKeys, cached.Entries]:
+    groups, picks = {}, {}
+    for layer in layers:
+        parts = layout.parts[layer]
+        picks[layer] = [group for part in parts for group in part.groups]
+        groups[layer] = [
+            (part.number + at, columns.start, part.first + at * part.width, part.width)
+            for part in parts
+            for at, columns in enumerate(part.columns)
+        ]
+    heads = None if layout.heads is None else layout.heads.stop - layout.heads.start
+    return BatchKeys(hasher, picks), cached.Entries(hasher, groups, heads, int(_FACTOR))
+
+
 class CompiledForm(Form):
     """`Form` by kernels, which run without the GIL."""
 
@@ -43,6 +59,7 @@ class CompiledForm(Form):
     index = CompiledIndex
     id_writer = Ids
     given_writer = GivenIds
+    small_entries = staticmethod(_small_entries)
 
     def hashing(self, spec: ModelSpec) -> Hashing:
         """As of `Form`."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.compute.index import Bytes, Index, Keys
+from engrampool_client.compute.layout import Layout
 from engrampool_client.config import Compiled
 from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.hashing import TokenBatch
@@ -41,6 +42,42 @@ class IdWriter(Protocol):
         """Whether the batch can be. Else nothing is to be made of what was written."""
 
 
+class KeyWriter(Protocol):
+    """Writes the keys of some layers and columns; `BatchKeys` in engrampool_proto.kernels."""
+
+    def put(
+        self, batch: Sequence[npt.NDArray[Any]], out: Keys
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
+        """Gives tokens, boundaries and look-back, copied; None for a batch that cannot be."""
+
+
+class Entries(Protocol):
+    """Finds, places and keeps the entries of small batches; `Entries` in engrampool_proto.kernels, which says how.
+
+    each: how many entries a token has.
+    """
+
+    each: int
+
+    def state(self, tokens: int, to: Sequence[int]) -> Keys:
+        """What is known of a lookup. to: of each layer the address of its rows. The key of each entry comes first."""
+
+    def find(self, index: Index, rows: Bytes, tokens: int, state: Keys, ids: Bytes) -> tuple[int, int, int, int, int]:
+        """Copy what a cache has to its places, and write the ids of what it lacks."""
+
+    def missing(self, state: Keys) -> list[int]:
+        """How many rows are asked for, of each layer."""
+
+    def place(self, layer: int, tokens: int, state: Keys, fetched: Bytes) -> None:
+        """Copy what came of a layer to its places."""
+
+    def keep(self, index: Index, rows: Bytes, tokens: int, state: Keys) -> tuple[int, int, int]:
+        """Let a cache have what came."""
+
+    def whole(self, layer: int, tokens: int, state: Keys) -> Flags:
+        """Which tokens the cache had all of a layer of."""
+
+
 class _NumpyHashing:
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -63,7 +100,7 @@ class Form:
 
     compiled: whether it is by kernels. why: it is this form, for people. index: that of a cache. id_writer: of what
     `hashing` gave, some layers, and columns of every table, None for all; where it is by kernels. given_writer:
-    likewise, of row ids of these tables, which are known.
+    likewise, of row ids of these tables, which are known. small_entries: of small batches, likewise.
 
     An entry is what one key decides, of `nbytes` bytes. T tokens have `groups` entries each.
     """
@@ -72,6 +109,7 @@ class Form:
     index: type[Index] = Index
     id_writer: Callable[[Any, Sequence[int], slice | None], IdWriter] | None = None
     given_writer: Callable[[Sequence[TableSpec]], IdWriter] | None = None
+    small_entries: Callable[[Any, Sequence[int], Layout], tuple[KeyWriter, Entries]] | None = None
 
     def __init__(self, why: str) -> None:
         self.why = why

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engrampool_client.compute.forms import NUMPY, Form
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.errors import (
     DeadlineError,
     EngrampoolError,
@@ -34,7 +35,6 @@ from engrampool_client.errors import (
 from engrampool_client.event import Event
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
 from engrampool_proto import wire

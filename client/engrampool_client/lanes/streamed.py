@@ -6,13 +6,13 @@ from contextlib import suppress
 
 import grpc
 
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, from_rpc
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Landing
 from engrampool_client.lookup.sent import Came
-from engrampool_client.lookup.served import ServedModel
 from engrampool_client.lookup.small import Small
 from engrampool_proto import wire
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.errors import ProtocolError, RejectedError
 from engrampool_client.lookup.landing import Landing, PartLanding
-from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import wire
 from engrampool_proto.errors import WireError
 

@@ -6,7 +6,6 @@ that does not pay, rows are asked for as they are.
 
 import math
 import sys
-import threading
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,14 +16,15 @@ import numpy.typing as npt
 from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import NUMPY, Form
 from engrampool_client.compute.layout import Keys, Layout, Part
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.config import Hashing
 from engrampool_client.lookup.delivery import Delivery, Rows
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import CallersLanding, Landing, Out, Places, hand_over
 from engrampool_client.lookup.query import Query, Sizes, TokenQuery
-from engrampool_client.lookup.served import ServedModel
-from engrampool_client.lookup.small import Small
+from engrampool_client.lookup.small import Cached, Scratch, Small
 from engrampool_proto import wire
+from engrampool_proto.errors import BatchError
 
 # As many as the cache can tell apart.
 _MAX_GROUPS = 256
@@ -80,12 +80,14 @@ class Planner:
         """What follows from its layers and shapes. Thread-safe."""
         sizes = self._sizes.get(query.key)
         if sizes is None:
-            form, writer = self.form, None
+            form, writer, entries = self.form, None, None
             if form.id_writer is not None and isinstance(query, TokenQuery):
                 writer = form.id_writer(self.hashing, query.layers, self.layout.heads)
             elif form.given_writer is not None:
                 writer = form.given_writer([self.served.spec.table(layer) for layer in query.layers])
-            sizes = Sizes(query.shapes(self.layout), self.served, writer)
+            if form.small_entries is not None and self.cache is not None and query.num_tokens < _DEDUPE_TOKENS:
+                entries = form.small_entries(self.hashing, query.layers, self.layout)
+            sizes = Sizes(query.shapes(self.layout), self.served, writer, entries)
             if len(self._sizes) >= _MOST_SIZES:
                 self._sizes.clear()
             self._sizes[query.key] = sizes
@@ -97,6 +99,17 @@ class Planner:
         if not self._sends or not sizes.small or query.num_tokens >= least_tokens:
             return None
         return Small.of(query, out, sizes)
+
+    def cached(self, query: Query, out: Out | None, sizes: Sizes) -> Cached | None:
+        """What a small step of a client with a cache needs; else None."""
+        if self.cache is None or self.warm is not None or not self._sends or not sizes.small:
+            return None
+        if sizes.entries is None or not 0 < sizes.tokens < _DEDUPE_TOKENS:
+            return None
+        try:
+            return Cached(self, self.cache, query, out, sizes)
+        except BatchError:  # which the step ends with, or whoever plans it otherwise knows better
+            return None
 
     def plans_at_once(self, query: Query) -> bool:
         """Whether to plan it takes no longer than to wake a thread for it, and may be all that is to be done."""
@@ -133,31 +146,6 @@ class PlainPlan:
     def close(self, again: bool = True) -> None:
         """Let go of the request."""
         self.exchange = None
-
-
-class Scratch:
-    """Memory that fetched rows lie in until they are where they belong: fresh pages cost more than the copy does.
-
-    most: buffers that are kept for the next lookups. Thread-safe.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._spare: list[Rows] = []  # the largest last
-
-    def take(self, nbytes: int) -> Rows:
-        """Uint8 [at least nbytes], to be given back."""
-        with self._lock:
-            if self._spare and self._spare[-1].size >= nbytes:
-                return self._spare.pop()
-        return np.empty(nbytes + nbytes // 4, np.uint8)  # the next one is seldom much larger
-
-    def give_back(self, buffer: Rows) -> None:
-        """Have it serve another lookup; nobody may refer to it any more."""
-        with self._lock:
-            self._spare.append(buffer)
-            self._spare.sort(key=len)
-            del self._spare[: -self._most]
 
 
 class _Entries:
@@ -435,7 +423,7 @@ class _FetchedLanding(Landing):
         return self._plan.put_in_place(layer, self.array(layer).reshape(self.shapes[layer]))
 
 
-Plan = PlainPlan | EntriesPlan
+Plan = PlainPlan | EntriesPlan | Cached
 
 
 def _part_of(rows: Rows, part: Part) -> Rows:

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engrampool_client.compute.forms import Hashing, IdWriter
+from engrampool_client.compute.forms import Entries, Hashing, IdWriter, KeyWriter
 from engrampool_client.compute.layout import Keys, Layout
-from engrampool_client.lookup.served import ServedModel
+from engrampool_client.compute.served import ServedModel
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import BatchError
 from engrampool_proto.hashing import TokenBatch, exactly
@@ -47,13 +47,20 @@ class Sizes:
 
     shapes: layer -> shape of its rows. nbytes: of all rows. what: model, version and layers, ascending. counts: int64,
     ids of each layer. id_bytes: of all ids, as a frame has them. small: whether that is no more than a small lookup may
-    be. writer: of the layers' ids, where kernels make them.
+    be. writer: of the layers' ids, where kernels make them. entries: of the layers, where there is a cache and kernels
+    see to them. tokens: of each layer, if each has as many rows of as many tokens, else 0.
     """
 
     def __init__(
-        self, shapes: Mapping[int, tuple[int, ...]], served: ServedModel, writer: IdWriter | None = None
+        self,
+        shapes: Mapping[int, tuple[int, ...]],
+        served: ServedModel,
+        writer: IdWriter | None = None,
+        entries: tuple[KeyWriter, Entries] | None = None,
     ) -> None:
-        self.shapes, self.writer = shapes, writer
+        self.shapes, self.writer, self.entries = shapes, writer, entries
+        tokens = {math.prod(shape[:-2]) if len(shape) > 2 else 0 for shape in shapes.values()}
+        self.tokens = tokens.pop() if len(tokens) == 1 else 0
         self.nbytes = sum(map(math.prod, shapes.values()))
         self.what = served.spec.name, served.version, tuple(shapes)
         self.counts = np.array([math.prod(shape[:-1]) for shape in shapes.values()], np.int64)
@@ -139,6 +146,16 @@ class TokenQuery:
         assert sizes.writer is not None
         return sizes.writer.put(self._arrays, to)
 
+    def put_keys(self, writer: KeyWriter, to: Keys, layout: Layout, hashing: Hashing) -> bool:
+        """Write the key of each entry, token by token; False for a batch that cannot be.
+
+        From there on the caller may overwrite what was given.
+        """
+        own = writer.put(self._arrays, to)
+        if own is not None and self._batch is None and not isinstance(self._given, TokenBatch):
+            self._given, self._arrays = (*own, None, None), (*own, *self._arrays[3:])
+        return own is not None
+
     def keys(self, layout: Layout, hashing: Hashing) -> dict[int, list[Keys]]:
         """Layer -> int64 [groups, T] of each part. Raises BatchError."""
         found = hashing.keys(self.batch, self.layers)
@@ -202,6 +219,21 @@ class RowQuery:
                 place[...] = row_ids(self._spec.table(layer), self._rows[layer])
         except BatchError:  # which the step ends with, as whoever asks for them otherwise finds it out, too
             return False
+        return True
+
+    def put_keys(self, writer: KeyWriter, to: Keys, layout: Layout, hashing: Hashing) -> bool:
+        """As of `TokenQuery`."""
+        try:
+            keys = self.keys(layout, hashing)
+        except BatchError:  # as of `put_ids`
+            return False
+        if keys is None:
+            return False
+        at = 0
+        for found in keys.values():
+            by_token = np.concatenate(found).T
+            to[at : at + by_token.size].reshape(by_token.shape)[...] = by_token
+            at += by_token.size
         return True
 
     def own(self) -> None:

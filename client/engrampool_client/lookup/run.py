@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Generic
@@ -23,12 +23,11 @@ from engrampool_client.errors import (
 )
 from engrampool_client.lookup.deadlines import Deadlines
 from engrampool_client.lookup.delivery import Delivery, Finisher, Rows, Valid, in_callback
+from engrampool_client.lookup.here import Here, planned, reads_memory
 from engrampool_client.lookup.landing import Finishing, Out, check_outs, check_valid, zeros
-from engrampool_client.lookup.query import Query, Recorder, RowQuery, Sizes, TokenQuery, candidates_batch
-from engrampool_client.lookup.sent import Sent
-from engrampool_client.lookup.small import Small
+from engrampool_client.lookup.query import Query, Recorder, Sizes, TokenQuery, candidates_batch
 from engrampool_client.lookup.step import Step
-from engrampool_client.lookup.work import Lookup, V, Version, Versions
+from engrampool_client.lookup.work import Lookup, V, Versions
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.stats import Stats
 from engrampool_proto.spec import ModelSpec
@@ -46,11 +45,13 @@ class Lookups(Generic[V]):
         self._timeout_s, self._masks = bounded_s(config.timeout_s), config.on_failure == "mask"
         self.workers = Workers(config.max_steps, "engrampool")
         self._deadlines, self._made_by = Deadlines(), os.getpid()
+        self._here = Here(versions, self.workers, self._deadlines, closing, config.spin_s, self._submit)
         self.forked: ForkedError | None = None
 
     def open(self, spec: ModelSpec, stats: Stats, recorder: Recorder | None) -> None:
         """Be ready for lookups of that model. recorder: writes down what is asked for."""
         self._spec, self._stats, self._recorder = spec, stats, recorder
+        self._here.open(spec, stats)
         forks.watch(self)
 
     def begin(
@@ -70,12 +71,11 @@ class Lookups(Generic[V]):
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
         out, finisher = self._finisher(query, out, valid, sizes)
-        here, reads = instead_of is None and not ahead, _reads(version)
-        if query.ready is None:
-            if here:
-                small = self._small(query, out, sizes, version, reads)
-            if small is None:
-                query.own()
+        here = instead_of is None and not ahead and query.ready is None
+        if here:
+            small = self._here.small(query, out, sizes, version)
+        if small is None and query.ready is None:
+            query.own()
         delivery = self._delivery(query, out, timeout_s, sizes, finisher)
         hint = partial(self._hint_next, query) if self._config.cache_bytes and isinstance(query, TokenQuery) else None
         # Before it counts: whatever happens from there on, a step that is lost ends by itself.
@@ -85,12 +85,11 @@ class Lookups(Generic[V]):
             lookup = self._lookup(delivery, query, out)
             self._submit(Job(delivery, partial(self._plan_later, lookup, query, out), lookup.ask, ahead))
             return step
-        if small is not None and self._go(delivery, small, reads, sizes, out, version):
+        if small is not None and self._here.begin(delivery, small, sizes, out, version):
             return step
         query.own()
         lookup = self._lookup(delivery, query, out)
-        at_once = instead_of is None and not ahead and version.planner.plans_at_once(query)
-        if at_once and not self._closing.is_set():
+        if here and version.planner.plans_at_once(query) and not self._closing.is_set():
             self._plan_here(lookup)
             return step
         job = Job(step.delivery, lookup.plan, lookup.ask, ahead)
@@ -102,6 +101,7 @@ class Lookups(Generic[V]):
         else:
             # It is referred to until then, or it would be cancelled.
             instead_of.delivery.on_idle(partial(self._submit_late, job, instead_of))
+            instead_of.delivery.attend()
         return step
 
     def run(
@@ -112,24 +112,24 @@ class Lookups(Generic[V]):
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
         out, finisher = self._finisher(query, out, valid, sizes)
-        reads = _reads(version)
+        reads = reads_memory(version)
         if reads or version.shards.sends == 0:  # over gRPC it would gain nothing
             small = version.planner.small(query, out, sizes, reads)
         if small is None:
             query.own()
         delivery = self._delivery(query, out, timeout_s, sizes, finisher, waits=True)
-        todo: list[Lookup[V]] = []  # what neither `_read` nor `_send` brings
+        todo: list[Lookup[V]] = []  # what does not come here
         try:
             self._begin(delivery, query, sizes, waits=True)
             if self._closing.is_set():
                 raise PoolError("the client is closed")
             sent = None
             if small is not None and not reads:
-                sent = self._send(delivery, small, sizes, out, version, todo.append)
+                sent = self._here.send(delivery, small, sizes, out, version, todo.append)
             if sent is not None:
                 sent.attend_at = math.inf  # this thread comes for the rows
                 delivery.wait_for(lambda: delivery.ended or bool(todo), None)
-            elif small is None or not reads or not self._read(delivery, small, version):
+            elif small is None or not reads or not self._here.read(delivery, small, version):
                 query.own()
                 todo.append(self._lookup(delivery, query, out))
             while todo:
@@ -256,22 +256,6 @@ class Lookups(Generic[V]):
         if self._recorder is not None and query.ready is None:
             query.record(self._recorder)
 
-    def _small(self, query: Query, out: Out | None, sizes: Sizes, version: V, reads: bool) -> Small | None:
-        above = version.shards.sends
-        if reads or (above is not None and sizes.nbytes > above):
-            return version.planner.small(query, out, sizes, reads)
-        return None
-
-    def _go(self, delivery: Delivery, small: Small, reads: bool, sizes: Sizes, out: Out | None, version: V) -> bool:
-        """Have a small step's rows read from memory, or sent; whether that could be."""
-        if reads:
-            return self._read(delivery, small, version)
-        sent = self._send(delivery, small, sizes, out, version, self._submit_rest)
-        if sent is None:
-            return False
-        self._deadlines.look_by(sent.attend_at)
-        return True
-
     def _plan_later(self, lookup: Lookup[V], query: Query, out: Out | None) -> bool:
         """In a thread of the client: wait for what is asked for, then as `begin`; whether `lookup` is to ask."""
         delivery = lookup.delivery
@@ -282,9 +266,9 @@ class Lookups(Generic[V]):
                 if self._recorder is not None:
                     query.record(self._recorder)
                 version = self._versions.current
-                sizes, reads = version.planner.sizes(query), _reads(version)
-                small = None if delivery.done else self._small(query, out, sizes, version, reads)
-                if small is not None and self._go(delivery, small, reads, sizes, out, version):
+                sizes = version.planner.sizes(query)
+                small = None if delivery.done else self._here.small(query, out, sizes, version)
+                if small is not None and self._here.begin(delivery, small, sizes, out, version):
                     delivery.receiver_came()
                     return False
             except EngrampoolError as error:
@@ -306,84 +290,6 @@ class Lookups(Generic[V]):
             rows[layer] = delivery.rows[layer]
         return rows
 
-    def _read(self, delivery: Delivery, small: Small, version: V) -> bool:
-        """Copy its rows from attached memory, in this thread; whether that could be."""
-        if self._closing.is_set():
-            return False
-        try:
-            by = self._versions.enter()
-            try:
-                with delivery.writing():
-                    times = by.shards.read(small) if by is version else None
-            finally:
-                self._versions.leave(by)
-            if times is not None:
-                delivery.arrived(dict(small.given))
-                delivery.end(None, times)
-            return times is not None
-        except BaseException as error:
-            delivery.end(StepCancelledError("the lookup was interrupted"))  # unless it was given up, or has its rows
-            if isinstance(error, EngrampoolError):
-                return True
-            raise
-
-    def _send(
-        self,
-        delivery: Delivery,
-        small: Small,
-        sizes: Sizes,
-        out: Out | None,
-        version: V,
-        rest: Callable[[Lookup[V]], None],
-    ) -> Sent | None:
-        """Have it sent, in this thread, and its rows come in those that wait; None if that could not be.
-
-        rest: has what did not come this way asked for by others, or raises PoolError.
-        """
-        if self._closing.is_set():  # who closes from here on gives it up
-            return None
-        by, sent = self._versions.enter(), None
-        try:
-            request = by.shards.send(small, delivery.deadline) if by is version else None
-            if request is None:
-                return None
-            again = partial(self._leave_rest, delivery, small.ids, sizes, out, by, rest)
-            left = partial(self._versions.leave, by)
-            sent = delivery.receiver = Sent(
-                delivery, request, small.given, self.workers, self._config.spin_s, again, left
-            )
-        finally:
-            if sent is None:  # else it leaves it, which may be as soon as others know of it
-                self._versions.leave(by)
-        delivery.on_cancel(sent.give_up)
-        if delivery.ended:
-            sent.end()
-        return sent
-
-    def _leave_rest(
-        self,
-        delivery: Delivery,
-        ids: Rows,
-        sizes: Sizes,
-        out: Out | None,
-        by: V,
-        rest: Callable[[Lookup[V]], None],
-    ) -> None:
-        """Have what is missing asked for by whatever way there is. Raises PoolError."""
-        missing = {layer: rows for layer, rows in sizes.ids(ids).items() if layer not in delivery.rows}
-        query = RowQuery(self._spec, missing)
-        if delivery.rows:
-            out = None if out is None else {layer: given for layer, given in out.items() if layer in query.layers}
-        rest(Lookup(delivery, query, out, self._versions, self._stats, self._closing, by=by))
-
-    def _submit_rest(self, lookup: Lookup[V]) -> None:
-        """Have a thread of the client do it. Raises PoolError."""
-        try:
-            self._submit(Job(lookup.delivery, lookup.plan, lookup.ask))
-        except PoolError:  # else it may have been taken on, and leaves the version itself
-            lookup.let_go()
-            raise
-
     def _ended(self, delivery: Delivery) -> None:
         if (receiver := delivery.receiver) is not None:
             receiver.end()  # first: whoever is interrupted here is followed by another
@@ -399,7 +305,7 @@ class Lookups(Generic[V]):
         """Plan it in this thread: if the cache has all of it, no other is woken. Raises PoolError."""
         if lookup.plan():
             try:
-                self._submit(Job(lookup.delivery, _planned, lookup.ask))
+                self._submit(Job(lookup.delivery, planned, lookup.ask))
             except BaseException:
                 lookup.let_go()
                 raise
@@ -420,12 +326,3 @@ class Lookups(Generic[V]):
     def _submit_late(self, job: Job, _: Step) -> None:
         with suppress(PoolError):  # the step has ended by it
             self._submit(job)
-
-
-def _reads(version: Version) -> bool:
-    """Whether what is small may well be read from memory, now."""
-    return version.shards.attached and not version.shards.sharded
-
-
-def _planned() -> bool:
-    return True

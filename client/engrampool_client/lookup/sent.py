@@ -87,15 +87,18 @@ class Sent:
         spin_s: float,
         again: Callable[[], None],
         left: Callable[[], None],
+        place: Callable[[int], None] | None = None,
+        before: Sequence[Callable[[], None]] = (),
     ) -> None:
-        """rows: by place, layer and what the caller gets of it. left: told of the end.
+        """rows: by place, layer and what the caller gets of it. left: told of the end, after `before`, the last first.
 
         again: told instead where the request came to nothing, to have by other ways what is missing.
+        place: puts a layer that came where the caller gets it; None where it comes there. Once more does no harm.
         """
         self._delivery, self._request, self._rows, self._workers = delivery, request, rows, workers
-        self._spin_s, self._again = spin_s, again
+        self._spin_s, self._again, self._place = spin_s, again, place
         # What is to be done at the end, the last first; each is taken by whoever does it, once.
-        self._ends = [left, self._let_go]
+        self._ends = [left, *before, self._let_go]
         # Taken by itself: see delivery.py.
         self._lock = threading.RLock()
         self._holder = 0  # the thread that has the claim
@@ -195,26 +198,44 @@ class Sent:
         """What comes next."""
         delivery, request = self._delivery, self._request
         try:
-            came = request.ready(until, self._spin_s)
-            return self._taken(until) if came is None else came
+            came: int | Came | None = request.ready(until, self._spin_s)
+            if came is None:
+                return self._taken(until)
+            if came is Came.ALL and self._place is not None:
+                with delivery.writing():
+                    self._put_in_place(came, self._place)
+            return came
         except EngrampoolError as error:
             delivery.end(error)  # unless it was given up, and that was it
             return Came.LATER
 
     def _taken(self, until: float) -> int | Came:
         """Have the next layer's rows written; where nobody takes a layer before all are there, as many as come."""
-        delivery, take = self._delivery, self._request.take
+        delivery, take, place = self._delivery, self._request.take, self._place
         whole: list[int] = []
         try:
             with delivery.writing():
                 came = take(until, self._spin_s)
                 while delivery.whole and isinstance(came, int):
+                    if place is not None:
+                        self._put_in_place(came, place)
                     whole.append(came)
                     came = take(until, self._spin_s)
+                if place is not None:
+                    self._put_in_place(came, place)
                 return came
         finally:
             if whole:
-                delivery.arrived(dict([self._rows[place] for place in whole]))
+                delivery.arrived(dict([self._rows[one] for one in whole]))
+
+    def _put_in_place(self, came: int | Came, place: Callable[[int], None]) -> None:
+        """Before it is handed over; at the end also a layer that came as this thread was interrupted."""
+        if isinstance(came, int):
+            place(self._rows[came][0])
+        elif came is Came.ALL:
+            for layer, _ in self._rows:
+                if layer not in self._delivery.rows:
+                    place(layer)
 
     def _pass_on(self) -> None:
         """Have what is missing come by other ways, unless nothing is, or nobody wants it."""
@@ -227,7 +248,7 @@ class Sent:
                 if self._ended or delivery.given_up:
                     return
                 self._ended = True
-                self._ends[0] = _nothing  # what it is to let go of goes on being used
+                del self._ends[:-1]  # what they are to let go of goes on being used
             delivery.receiver = None
             self._again()
         except BaseException as error:
@@ -293,7 +314,3 @@ class Sent:
 
 def _planned() -> bool:
     return True
-
-
-def _nothing() -> None:
-    return

@@ -16,7 +16,7 @@ from engrampool_client.lookup.landing import Out
 from engrampool_client.lookup.plan import Plan, Planner
 from engrampool_client.lookup.query import Query
 from engrampool_client.lookup.sent import Request
-from engrampool_client.lookup.small import Small
+from engrampool_client.lookup.small import Cached, Small
 from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
 
@@ -97,13 +97,14 @@ class Lookup(Generic[V]):
         *,
         hinted: bool = False,
         by: V | None = None,
+        plan: Cached | None = None,
     ) -> None:
-        """by: a version that was entered already, to begin by."""
+        """by: a version that was entered already, to begin by. plan: what was planned by it; `ask` is to follow."""
         self.delivery, self.asked_bytes = delivery, 0
         self._query, self._out, self._versions, self._stats, self._closing = query, out, versions, stats, closing
         self._hinted, self._spin_s = hinted, 0.0
-        self._blank, self._by = delivery.blank, by
-        self._plan: Plan | None = None
+        self._blank, self._by = delivery.blank if plan is None else plan.blank, by
+        self._plan: Plan | None = plan
 
     def run(self, spin_s: float) -> None:
         """All of it, in this thread. spin_s: see `ClientConfig`."""
@@ -124,7 +125,7 @@ class Lookup(Generic[V]):
             self._failed(error)
         finally:
             if not more:
-                self._leave()
+                self.leave()
         return more
 
     def ask(self) -> None:
@@ -139,7 +140,7 @@ class Lookup(Generic[V]):
         except BaseException as error:
             self._failed(error)
         finally:
-            self._leave()
+            self.leave()
 
     def _prepare(self) -> bool:
         """Plan by the current version; whether something is to be asked for."""
@@ -196,7 +197,8 @@ class Lookup(Generic[V]):
         if by is not None:
             self._versions.leave(by)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """As `let_go`, and nobody works on it any more."""
         self.let_go()
         self.delivery.end_work()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 
 from engrampool_client.compute.forms import form_of
+from engrampool_client.compute.served import BRIEF, ServedModel
 from engrampool_client.config import ClientConfig, Connections
 from engrampool_client.errors import (
     DeadlineError,
@@ -29,7 +30,6 @@ from engrampool_client.lanes.streamed import STREAMED_ABOVE_BYTES, StreamedReque
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange, slowest
 from engrampool_client.lookup.landing import Landing
-from engrampool_client.lookup.served import BRIEF, ServedModel
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.pool.breaker import Breaker

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from engrampool_client.compute.forms import Form
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import FingerprintError, StepCancelledError
 from engrampool_client.lookup.delivery import Delivery
-from engrampool_client.lookup.served import ServedModel
 from engrampool_client.pool.discovery import Servers
 from engrampool_client.pool.version import Version
 from engrampool_client.stats import Stats

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engrampool_client.compute.forms import form_of
+from engrampool_client.compute.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.exchange import Exchange, Route, slowest
 from engrampool_client.lookup.sent import Part, Request
-from engrampool_client.lookup.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
 from engrampool_client.pool.discovery import Servers

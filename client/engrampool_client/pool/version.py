@@ -5,10 +5,10 @@ from pathlib import Path
 from engrampool_client.compute.cache import HotRows
 from engrampool_client.compute.forms import Form
 from engrampool_client.compute.layout import Layout
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.config import ClientConfig, columns
 from engrampool_client.event import Event
 from engrampool_client.lookup.plan import Planner
-from engrampool_client.lookup.served import ServedModel
 from engrampool_client.pool.discovery import Servers
 from engrampool_client.pool.shards import Shards
 from engrampool_client.stats import Stats

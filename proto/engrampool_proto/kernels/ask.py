@@ -1,10 +1,10 @@
-"""The client's side of the direct lane: a small lookup, from a batch of tokens to the frame that asks for its rows.
+"""The client's side of a small lookup: from a batch of tokens to its keys, or to the frame that asks for its rows.
 
 Few calls from Python, of few arguments each: a decode step makes them once in many milliseconds, and finds nothing of
 them in the processor's caches. They keep the GIL, as they wait for nothing: small batches take them microseconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,11 @@ from engrampool_proto.kernels.hasher import (
     Hasher,
     all_in_vocabulary,
     identity,
+    identity_keys,
     polynomial,
+    polynomial_keys,
     xor_mix,
+    xor_mix_keys,
 )
 from engrampool_proto.kernels.jit import kernel, view
 from engrampool_proto.kernels.sockets import MESSAGE_WORDS, bytes_at, random_word, send_at_once
@@ -28,6 +31,8 @@ from engrampool_proto.spec import TableSpec
 # int64 [ENTRY_WORDS], one a layer: by which kernel its ids are made, and their bytes; how many columns the table has,
 # and which of them are asked for. Then each constant of the kernel: an array's address and bytes, or a number.
 _FAMILY, _ID_BYTES, _HEADS, _START, _STOP = range(5)
+# Of keys: the kernel, how many groups the family has, and how many are asked for.
+_GROUPS, _PICKED = 1, 2
 _CONSTANTS, _MOST_CONSTANTS = 5, 8
 _ENTRY_WORDS = _CONSTANTS + 2 * _MOST_CONSTANTS
 _XOR_MIX, _POLYNOMIAL, _IDENTITY = (FAMILIES.index(one) for one in (xor_mix, polynomial, identity))
@@ -72,6 +77,58 @@ def _hash(entry: Any, tokens: Any, bounds: Any, lookback: Any, dead: Any, lookba
         identity(tokens, bounds, lookback, dead, lookback_dead, _number(entry, 0), _U(_number(entry, 1)), out)
 
 
+@njit  # type: ignore[untyped-decorator]
+def _hash_keys(entry: Any, tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, out: Any) -> None:
+    """The same of keys: int64 [groups, T]."""
+    if entry[_FAMILY] == _XOR_MIX:
+        token_map = carray(bytes_at(_U(entry[_CONSTANTS])), entry[_CONSTANTS + 1]).view(np.int32)
+        fill, stop = _number(entry, 2), _number(entry, 3)
+        xor_mix_keys(tokens, bounds, lookback, dead, lookback_dead, token_map, _ints(entry, 1), fill, stop, out)
+    elif entry[_FAMILY] == _POLYNOMIAL:
+        flat, orders = _words(entry, 0), _ints(entry, 1)
+        weights = flat.reshape((orders.size, flat.size // orders.size))
+        reduce = orders, _words(entry, 2), _words(entry, 3)
+        polynomial_keys(tokens, bounds, lookback, dead, lookback_dead, weights, *reduce, _number(entry, 4), out)
+    else:
+        identity_keys(tokens, bounds, lookback, dead, lookback_dead, _number(entry, 0), out)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _own(
+    tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, vocab_size: Any, most: Any, own: Any
+) -> Any:
+    """Copy a batch to `own`, one array after the other; whether it can be. `most`: columns of look-back.
+
+    It is looked at in the copy: whoever changes it meanwhile has other rows, and no more.
+    """
+    count, requests, width = tokens.size, lookback.shape[0], lookback.shape[1]
+    if bounds.size != requests + 1 or width > most or own.size != count + requests + 1 + requests * width:
+        return False
+    own_bounds, own_lookback = own[count : count + requests + 1], own[count + requests + 1 :]
+    for at in range(count):
+        own[at] = tokens[at]
+    for request in range(requests + 1):
+        own_bounds[request] = bounds[request]
+    for request in range(requests):
+        for back in range(width):
+            own_lookback[request * width + back] = lookback[request, back]
+    if own_bounds[0] != 0 or own_bounds[requests] != count:
+        return False
+    for request in range(requests):
+        if own_bounds[request + 1] < own_bounds[request]:
+            return False
+    before = own_lookback.reshape((requests, width))
+    return all_in_vocabulary(own[:count], own_bounds, before, dead, lookback_dead, vocab_size)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _parts(own: Any, count: Any, requests: Any) -> Any:
+    """The arrays in `own`."""
+    before = own[count + requests + 1 :]
+    width = before.size // requests if requests else 0
+    return own[:count], own[count : count + requests + 1], before.reshape((requests, width))
+
+
 @kernel(types.boolean(*BATCH, types.int64[:, ::1], types.int64, types.int64, types.uint8[::1]), nogil=False)
 def _put_ids(
     tokens: Any,
@@ -84,32 +141,18 @@ def _put_ids(
     most_lookback: Any,
     out: Any,
 ) -> bool:
-    """`Ids.put`. The batch is looked at in a copy: whoever changes it meanwhile has other rows, and no more."""
-    count, requests, width = tokens.size, lookback.shape[0], lookback.shape[1]
-    if bounds.size != requests + 1 or width > most_lookback:
+    """`Ids.put`."""
+    count, requests = tokens.size, lookback.shape[0]
+    own = np.empty(count + requests + 1 + lookback.size, np.int32)
+    if not _own(tokens, bounds, lookback, dead, lookback_dead, vocab_size, most_lookback, own):
         return False
-    own, own_bounds = np.empty(count, np.int32), np.empty(requests + 1, np.int32)
-    own_lookback = np.empty((requests, width), np.int32)
-    for at in range(count):
-        own[at] = tokens[at]
-    for request in range(requests + 1):
-        own_bounds[request] = bounds[request]
-    for request in range(requests):
-        for back in range(width):
-            own_lookback[request, back] = lookback[request, back]
-    if own_bounds[0] != 0 or own_bounds[requests] != count:
-        return False
-    for request in range(requests):
-        if own_bounds[request + 1] < own_bounds[request]:
-            return False
-    if not all_in_vocabulary(own, own_bounds, own_lookback, dead, lookback_dead, vocab_size):
-        return False
+    own_tokens, own_bounds, own_lookback = _parts(own, count, requests)
     begin = 0
     for table in range(entries.shape[0]):
         entry = entries[table]
         first, columns = entry[_START], entry[_STOP] - entry[_START]
         whole = np.empty((count, entry[_HEADS]), np.uint64)
-        _hash(entry, own, own_bounds, own_lookback, dead, lookback_dead, whole)
+        _hash(entry, own_tokens, own_bounds, own_lookback, dead, lookback_dead, whole)
         if entry[_ID_BYTES] == 4:
             nbytes = 4 * count * columns
             narrow = out[begin : begin + nbytes].view(np.uint32).reshape((count, columns))
@@ -126,6 +169,88 @@ def _put_ids(
     return True
 
 
+@kernel(
+    types.boolean(
+        *BATCH, types.int64[:, ::1], types.int64[::1], types.int64, types.int64, types.int32[::1], types.int64[::1]
+    ),
+    nogil=False,
+)
+def _put_keys(
+    tokens: Any,
+    bounds: Any,
+    lookback: Any,
+    dead: Any,
+    lookback_dead: Any,
+    entries: Any,
+    picks: Any,
+    vocab_size: Any,
+    most_lookback: Any,
+    own: Any,
+    out: Any,
+) -> bool:
+    """`BatchKeys.put`."""
+    count = tokens.size
+    if not _own(tokens, bounds, lookback, dead, lookback_dead, vocab_size, most_lookback, own):
+        return False
+    own_tokens, own_bounds, own_lookback = _parts(own, count, lookback.shape[0])
+    at, first = 0, 0
+    for table in range(entries.shape[0]):
+        entry = entries[table]
+        groups = entry[_PICKED]
+        whole = np.empty((entry[_GROUPS], count), np.int64)
+        _hash_keys(entry, own_tokens, own_bounds, own_lookback, dead, lookback_dead, whole)
+        for token in range(count):
+            for group in range(groups):
+                out[at] = whole[picks[first + group], token]
+                at += 1
+        first += groups
+    return True
+
+
+def _lay_constants(entry: npt.NDArray[np.int64], constants: Sequence[Any]) -> list[npt.NDArray[Any]]:
+    """Write what a kernel takes besides the batch to its entry; gives the arrays that it has the address of."""
+    kept = []
+    for place, constant in enumerate(constants):
+        at = _CONSTANTS + 2 * place
+        if isinstance(constant, np.ndarray):
+            kept.append(constant := np.ascontiguousarray(constant))
+            entry[at : at + 2] = constant.__array_interface__["data"][0], constant.nbytes
+        else:
+            entry[at] = np.int64(constant)
+    return kept
+
+
+class BatchKeys:
+    """The keys of batches of one model, of some groups of some layers: one for each entry, token by token."""
+
+    def __init__(self, hasher: Hasher, groups: Mapping[int, Sequence[int]]) -> None:
+        """groups: layer, ascending -> which of the family's groups, one of the entries of a token after the other."""
+        spec = hasher.spec
+        self._limits = spec.vocab_size, spec.lookback
+        self._entries = np.zeros((len(groups), _ENTRY_WORDS), np.int64)
+        self._picks = np.array([group for picked in groups.values() for group in picked], np.int64)
+        self._kept: list[npt.NDArray[Any]] = []
+        for entry, (layer, picked) in zip(self._entries, groups.items(), strict=True):
+            family, constants, count = hasher.key_constants(layer)
+            entry[[_FAMILY, _GROUPS, _PICKED]] = family, count, len(picked)
+            self._kept += _lay_constants(entry, constants)
+
+    def put(
+        self, batch: Sequence[npt.NDArray[Any]], out: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
+        """Write the keys of a batch to `out`, layer by layer; None for a batch that cannot be, as of `Ids.put`.
+
+        Gives tokens, boundaries and look-back as they were, in memory of their own.
+        """
+        tokens, bounds, lookback, dead, lookback_dead = batch
+        count, requests = len(tokens), len(lookback)
+        own, (vocab_size, most) = np.empty(count + requests + 1 + lookback.size, np.int32), self._limits
+        arrays = tokens, bounds, lookback, dead, lookback_dead
+        if not _put_keys(*arrays, self._entries, self._picks, vocab_size, most, own, out):
+            return None
+        return own[:count], own[count : count + requests + 1], own[count + requests + 1 :].reshape(lookback.shape)
+
+
 class Ids:
     """The row ids of batches of one model, of some layers and columns, written as they go into a frame."""
 
@@ -134,18 +259,12 @@ class Ids:
         spec = hasher.spec
         self._limits = spec.vocab_size, spec.lookback
         self._entries = np.zeros((len(layers), _ENTRY_WORDS), np.int64)
-        self._kept = []  # what the entries have the address of
+        self._kept: list[npt.NDArray[Any]] = []
         for entry, layer in zip(self._entries, layers, strict=True):
             table, (family, constants) = spec.table(layer), hasher.constants(layer)
             wanted, id_bytes = heads or slice(0, table.heads), np.dtype(table.id_dtype).itemsize
             entry[:_CONSTANTS] = family, id_bytes, table.heads, wanted.start, wanted.stop
-            for place, constant in enumerate(constants):
-                at = _CONSTANTS + 2 * place
-                if isinstance(constant, np.ndarray):
-                    self._kept.append(constant := np.ascontiguousarray(constant))
-                    entry[at : at + 2] = constant.__array_interface__["data"][0], constant.nbytes
-                else:
-                    entry[at] = np.int64(constant)
+            self._kept += _lay_constants(entry, constants)
 
     def put(self, batch: Sequence[npt.NDArray[Any]], out: npt.NDArray[np.uint8]) -> bool:
         """Write the ids of a batch to `out`, layer by layer, each padded; False for a batch that cannot be.

@@ -24,7 +24,8 @@ _AHEAD = np.uint64(4096)
         types.int64[::1],  # first
         types.int64[::1],  # counts
         types.int64[::1],  # inverse
-    )
+    ),
+    counted=0,
 )
 def distinct(keys: Any, hit: Any, factor: Any, first: Any, counts: Any, inverse: Any) -> int:
     """Write each key of a group to `first`, once, in the order in which they come, one group after the other.
@@ -73,7 +74,7 @@ def _ask_for(address: Any, nbytes: Any) -> None:
         line += LINE
 
 
-@kernel(types.void(view(types.int64), types.int64, types.int64, types.int64, types.int64, types.int64[::1]))
+@kernel(types.void(view(types.int64), types.int64, types.int64, types.int64, types.int64, types.int64[::1]), counted=0)
 def first_places(inverse: Any, groups: Any, heads: Any, first: Any, width: Any, places: Any) -> None:
     """Write to `places` where each entry that `distinct` gave belongs first, among rows [T, heads].
 
@@ -95,7 +96,8 @@ def first_places(inverse: Any, groups: Any, heads: Any, first: Any, width: Any, 
         types.int64,  # heads
         types.int64,  # first
         types.int64,  # width
-    )
+    ),
+    counted=2,
 )
 def repeat(rows: Any, places: Any, inverse: Any, groups: Any, heads: Any, first: Any, width: Any) -> int:
     """Copy entries from their first places to all others that they belong to; gives how many were copied.
@@ -128,7 +130,8 @@ def repeat(rows: Any, places: Any, inverse: Any, groups: Any, heads: Any, first:
         types.int64,  # nbytes
         types.Array(types.uint8, 2, "A", aligned=False),  # to
         types.boolean[::1],  # done
-    )
+    ),
+    counted=1,
 )
 def place(entries: Any, places: Any, nbytes: Any, to: Any, done: Any) -> int:
     """Copy entries to where they belong: entry `places[at]` to the `at`th place of `to`, token by token. Marks these.

@@ -82,7 +82,7 @@ def _readable(ids: Any, stop: Any) -> Any:
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _row(mix: Any, modulus: Any, inverse: Any) -> Any:
+def row_of(mix: Any, modulus: Any, inverse: Any) -> Any:
     """The remainder of int64 `mix` by uint64 `modulus`, never negative."""
     # Of a negative x it is modulus - 1 - (~x mod modulus).
     sign = mix >> 63
@@ -90,7 +90,7 @@ def _row(mix: Any, modulus: Any, inverse: Any) -> Any:
     return modulus - _U(1) - rest if sign else rest
 
 
-@kernel(types.boolean(*BATCH, types.int64))
+@kernel(types.boolean(*BATCH, types.int64), counted=0)
 def all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, vocab_size: Any) -> bool:
     """Whether every live token is in [0, vocab_size), and in [-1, vocab_size) for the look-back."""
     for at in range(tokens.size):
@@ -119,7 +119,8 @@ def all_in_vocabulary(tokens: Any, bounds: Any, lookback: Any, dead: Any, lookba
             out,
         )
         for out in _OUT
-    )
+    ),
+    counted=0,
 )
 def xor_mix(
     tokens: Any,
@@ -157,7 +158,7 @@ def xor_mix(
                 if back == 0:
                     continue
                 while column < ends[back - 1]:
-                    out[position, column] = offsets[column] + _row(mix, moduli[column], inverses[column])
+                    out[position, column] = offsets[column] + row_of(mix, moduli[column], inverses[column])
                     column += 1
 
 
@@ -174,7 +175,8 @@ def xor_mix(
             out,
         )
         for out in _OUT
-    )
+    ),
+    counted=0,
 )
 def polynomial(
     tokens: Any,
@@ -206,7 +208,7 @@ def polynomial(
                 out[position, column] = offsets[column] + total
 
 
-@kernel(*(types.void(*BATCH, types.int64, types.uint64, out) for out in _OUT))
+@kernel(*(types.void(*BATCH, types.int64, types.uint64, out) for out in _OUT), counted=0)
 def identity(
     tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, offset: Any, out: Any
 ) -> None:
@@ -216,8 +218,8 @@ def identity(
         out[at, 0] = offset + (_U(0) if unreadable else _U(tokens[at]))
 
 
-@kernel(types.void(*BATCH, view(types.int32), view(types.int64), types.int64, types.int64, _KEYS))
-def _xor_mix_keys(
+@kernel(types.void(*BATCH, view(types.int32), view(types.int64), types.int64, types.int64, _KEYS), counted=0)
+def xor_mix_keys(
     tokens: Any,
     bounds: Any,
     lookback: Any,
@@ -245,21 +247,23 @@ def _xor_mix_keys(
 
 
 @kernel(
-    *(types.void(view(types.int64), view(types.uint64), view(types.uint64), view(types.uint64), out) for out in _OUT)
+    *(types.void(view(types.int64), view(types.uint64), view(types.uint64), view(types.uint64), out) for out in _OUT),
+    counted=0,
 )
 def _xor_mix_rows_of(keys: Any, moduli: Any, inverses: Any, offsets: Any, out: Any) -> None:
     """`XorMix.rows_of`; moduli, inverses, offsets: of the columns of `out`."""
     for at in range(keys.size):
         for column in range(moduli.size):
-            out[at, column] = offsets[column] + _row(keys[at], moduli[column], inverses[column])
+            out[at, column] = offsets[column] + row_of(keys[at], moduli[column], inverses[column])
 
 
 @kernel(
     types.void(
         *BATCH, view(types.uint64, 2), view(types.int64), view(types.uint64), view(types.uint64), types.int64, _KEYS
-    )
+    ),
+    counted=0,
 )
-def _polynomial_keys(
+def polynomial_keys(
     tokens: Any,
     bounds: Any,
     lookback: Any,
@@ -286,8 +290,8 @@ def _polynomial_keys(
                 out[column, position] = np.int64(total)
 
 
-@kernel(types.void(*BATCH, types.int64, _KEYS))
-def _identity_keys(
+@kernel(types.void(*BATCH, types.int64, _KEYS), counted=0)
+def identity_keys(
     tokens: Any, bounds: Any, lookback: Any, dead: Any, lookback_dead: Any, num_rows: Any, out: Any
 ) -> None:
     """`Identity.keys`."""
@@ -327,6 +331,15 @@ class Hasher:
         """The place in FAMILIES of the kernel that makes a layer's row ids, and what it takes besides."""
         kernels = self._kernels[layer]
         return FAMILIES.index(kernels.rows), kernels.rows_constants
+
+    def key_constants(self, layer: int) -> tuple[int, tuple[Any, ...], int]:
+        """The same of the one that makes a layer's keys, and how many groups it makes."""
+        kernels = self._kernels[layer]
+        return FAMILIES.index(kernels.rows), kernels.keys_constants, kernels.groups
+
+    def reduced(self, layer: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]] | None:
+        """Moduli of the layer's columns, whose rows are keys modulo these, and inverses; None where keys are rows."""
+        return self._kernels[layer].reduced
 
     def keys(self, batch: TokenBatch, layers: Iterable[int] | None = None) -> dict[int, npt.NDArray[np.int64]]:
         """`HashFamily.keys` of each layer's family: int64 [groups, T]. layers, errors: as of `rows`."""
@@ -388,7 +401,7 @@ def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> _Kernels:
     family, offsets = table.hash, table.head_offsets
     groups = len(family.groups())
     if isinstance(family, Identity):
-        return _Kernels(groups, identity, (family.num_rows, offsets[0]), _identity_keys, (family.num_rows,))
+        return _Kernels(groups, identity, (family.num_rows, offsets[0]), identity_keys, (family.num_rows,))
     moduli = np.array(family.head_rows(), np.uint64)
     inverses = np.uint64(2**64 - 1) // moduli
     if isinstance(family, XorMix):
@@ -396,14 +409,14 @@ def _of_table(table: TableSpec, token_map: npt.NDArray[np.int32]) -> _Kernels:
         multipliers, stop = np.array(family.multipliers, np.int64), _or_none(family.stop)
         rows = (token_map, multipliers, ends, moduli, inverses, offsets, family.fill, stop)
         keys = (token_map, multipliers, family.fill, stop)
-        return _Kernels(groups, xor_mix, rows, _xor_mix_keys, keys, (moduli, inverses))
+        return _Kernels(groups, xor_mix, rows, xor_mix_keys, keys, (moduli, inverses))
     if isinstance(family, Polynomial):
         orders = np.repeat(np.arange(2, len(family.moduli) + 2), [len(heads) for heads in family.moduli])
         weights = np.zeros((len(moduli), family.lookback + 1), np.uint64)
         for column, factors in enumerate(f for heads in family.weights for f in heads):
             weights[column, : orders[column]] = factors[: orders[column]]
         constants, stop = (weights, orders, moduli, inverses), _or_none(family.stop)
-        return _Kernels(groups, polynomial, (*constants, offsets, stop), _polynomial_keys, (*constants, stop))
+        return _Kernels(groups, polynomial, (*constants, offsets, stop), polynomial_keys, (*constants, stop))
     raise SpecError(f"there is no kernel for hash family {family.FAMILY!r}; update the server, or this client")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from engrampool_proto.kernels.gather import copy_row, prefetch
+from engrampool_proto.kernels.gather import LINE, copy_row, prefetch
 from engrampool_proto.kernels.jit import kernel, view
 
 _U = np.uint64
@@ -23,6 +23,8 @@ _LAST_KEY = np.uint64(8 * (WAYS - 1))
 _FOUND = 64
 # Sets that are asked for before they are looked through.
 _AHEAD = 16
+# Rows whose memory is asked for before they are written.
+_ROWS_AHEAD = 4
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -66,7 +68,8 @@ def _slot_of(keys: Any, groups: Any, number: Any, key: Any, group: Any) -> Any:
         view(types.int64),  # asked
         view(types.uint8),  # asked_groups
         types.int64[::1],  # found
-    )
+    ),
+    counted=5,
 )
 def find(
     keys: Any, groups: Any, rows: Any, ages: Any, unused: Any, asked: Any, asked_groups: Any, found: Any
@@ -115,21 +118,8 @@ def _oldest_first(ages: Any, base: Any, order: Any) -> None:
         order[at] = slot
 
 
-@kernel(
-    types.UniTuple(types.int64, 4)(
-        types.int64[::1],  # keys
-        types.int16[::1],  # groups
-        view(types.int32),  # rows
-        types.int8[::1],  # ages
-        types.boolean[::1],  # unused
-        types.uint8[:, ::1],  # memory
-        view(types.int64),  # new
-        view(types.uint8),  # new_groups
-        view(types.uint8, 2),  # entries
-        types.boolean,  # hinted
-    )
-)
-def put(
+@njit  # type: ignore[untyped-decorator]
+def keep(
     keys: Any,
     groups: Any,
     rows: Any,
@@ -138,16 +128,13 @@ def put(
     memory: Any,
     new: Any,
     new_groups: Any,
-    entries: Any,
+    sources: Any,
+    sizes: Any,
     hinted: Any,
-) -> tuple[int, int, int, int]:
-    """Keep `entries` [M, entry_bytes] under the keys `new` [M], in `memory` [rows, entry_bytes]; see `Index.put`.
-
-    Gives how many were kept, how many slots of these were empty, of how many others the hint was never taken, and how
-    many were not kept, being there already or too many for their set.
-    """
+) -> Any:
+    """`put` of entries that lie anywhere. sources, sizes: uint64 [M], where each is, and its bytes; zeros follow."""
     count, sets, width = new.size, keys.size // WAYS, _U(memory.shape[1])
-    source, target = _U(entries.ctypes.data), _U(memory.ctypes.data)
+    target = _U(memory.ctypes.data)
     # New keys by set: a table of sets, and of each of them a chain of its keys in the order given.
     bits = 1
     while 1 << bits < 2 * count:
@@ -162,6 +149,10 @@ def put(
         if step < count:
             numbers[step] = _set_of(new[step], new_groups[step], sets)
             _ask_for_set(keys, groups, numbers[step])
+            first_slot = numbers[step] * _U(WAYS)
+            prefetch(_U(ages.ctypes.data) + first_slot)
+            prefetch(_U(unused.ctypes.data) + first_slot)
+            prefetch(_U(rows.ctypes.data) + first_slot * _U(4))
         if step < _AHEAD:
             continue
         at = step - _AHEAD
@@ -182,7 +173,7 @@ def put(
         last[chain] = at
         counts[chain] += 1
     kept = came = wasted = 0
-    order = np.empty(WAYS, np.int64)
+    order, kept_at, kept_rows = np.empty(WAYS, np.int64), np.empty(count, np.int32), np.empty(count, np.int32)
     for chain in range(chains):
         base = touched[chain] * WAYS
         _oldest_first(ages, base, order)
@@ -199,10 +190,60 @@ def put(
             came += groups[slot] == NOBODY
             wasted += unused[slot]
             unused[slot] = hinted
-            copy_row(target + _U(rows[slot]) * width, source + _U(at) * width, width)
+            kept_at[kept], kept_rows[kept] = at, rows[slot]
+            kept += 1
             keys[slot] = new[at]
             groups[slot] = np.int16(new_groups[at])
             if rank + 1 < room:
                 at = after[at]
-        kept += room
+    for one in range(kept):
+        if one + _ROWS_AHEAD < kept:
+            line = target + _U(kept_rows[one + _ROWS_AHEAD]) * width
+            end = line + width
+            while line < end:
+                prefetch(line)
+                line += LINE
+        at, row = kept_at[one], kept_rows[one]
+        copy_row(target + _U(row) * width, sources[at], sizes[at])
+        for byte in range(sizes[at], width):
+            memory[row, byte] = 0
     return kept, came, wasted, count - kept
+
+
+@kernel(
+    types.UniTuple(types.int64, 4)(
+        types.int64[::1],  # keys
+        types.int16[::1],  # groups
+        view(types.int32),  # rows
+        types.int8[::1],  # ages
+        types.boolean[::1],  # unused
+        types.uint8[:, ::1],  # memory
+        view(types.int64),  # new
+        view(types.uint8),  # new_groups
+        view(types.uint8, 2),  # entries
+        types.boolean,  # hinted
+    ),
+    counted=6,
+)
+def put(
+    keys: Any,
+    groups: Any,
+    rows: Any,
+    ages: Any,
+    unused: Any,
+    memory: Any,
+    new: Any,
+    new_groups: Any,
+    entries: Any,
+    hinted: Any,
+) -> tuple[int, int, int, int]:
+    """Keep `entries` [M, entry_bytes] under the keys `new` [M], in `memory` [rows, entry_bytes]; see `Index.put`.
+
+    Gives how many were kept, how many slots of these were empty, of how many others the hint was never taken, and how
+    many were not kept, being there already or too many for their set.
+    """
+    count, width, source = new.size, _U(memory.shape[1]), _U(entries.ctypes.data)
+    sources, sizes = np.empty(count, np.uint64), np.empty(count, np.uint64)
+    for at in range(count):
+        sources[at], sizes[at] = source + _U(at) * width, width
+    return keep(keys, groups, rows, ages, unused, memory, new, new_groups, sources, sizes, hinted)  # type: ignore[no-any-return]

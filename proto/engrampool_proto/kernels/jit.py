@@ -24,6 +24,8 @@ from engrampool_proto.kernels import NUMBA_IS_OTHERS
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
+# Items of a small batch, whatever they are: to hash, find or copy them takes a fraction of a millisecond.
+FEW = 1024
 AHEAD = Path(__file__).with_name("compiled")
 # As LLVM calls them, the best first, and what each has beyond the next. Everything else is "generic".
 _X86_LEVELS = {
@@ -64,23 +66,38 @@ class AheadCacheLocator(InTreeCacheLocator):  # type: ignore[misc]
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """numba's, for which a kernel is another one also where what it calls of another file has changed."""
+    """numba's, for which a kernel is another one also by `nogil`, and where what it calls elsewhere has changed."""
+
+    nogil = True
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        return (*super()._index_key(sig, codegen), _SOURCES)
+        return (*super()._index_key(sig, codegen), _SOURCES, self.nogil)
 
 
 class _Dispatcher(CPUDispatcher):  # type: ignore[misc]
     def enable_caching(self) -> None:
         """As numba does."""
         self._cache = _Cache(self.py_func)
+        self._cache.nogil = self.targetoptions["nogil"]
 
 
-def kernel(*signatures: Any, nogil: bool = True) -> Callable[[Kernel], Kernel]:
+class _BySize(_Dispatcher):
+    """Lets others have the GIL, but for a few items of one argument: `held` is the same, and keeps it."""
+
+    held: Any
+    counted: int
+
+    def __call__(self, *arguments: Any) -> Any:
+        few = arguments[self.counted].size <= FEW
+        return self.held(*arguments) if few else super().__call__(*arguments)
+
+
+def kernel(*signatures: Any, nogil: bool = True, counted: int | None = None) -> Callable[[Kernel], Kernel]:
     """Compile a function for each of `signatures` at once, so that no request waits for a compiler.
 
     nogil: let others have the GIL meanwhile. Where a thread of Python is busy it takes milliseconds to get it back, so
     what never waits, and takes microseconds, keeps it.
+    counted: the argument, an array, that says how much there is to do: of FEW items the GIL is kept.
     What was compiled ahead is read. Else what is compiled is kept in NUMBA_CACHE_DIR, else beside the source, else in
     the user's cache directory. Where none can be written it is compiled at each start; `not_kept` tells.
     """
@@ -89,12 +106,19 @@ def kernel(*signatures: Any, nogil: bool = True) -> Callable[[Kernel], Kernel]:
         if config.DISABLE_JIT:
             return function
         # As `njit` makes it, but for the cache.
-        compiled = _Dispatcher(function, targetoptions={"nopython": True, "nogil": nogil, "boundscheck": None})
+        options = {"nopython": True, "nogil": nogil, "boundscheck": None}
+        compiled = (_Dispatcher if counted is None else _BySize)(function, targetoptions=options)
+        forms = [compiled]
+        if counted is not None:
+            compiled.held = _Dispatcher(function, targetoptions={**options, "nogil": False})
+            compiled.counted = counted
+            forms.append(compiled.held)
         try:
-            compiled.enable_caching()
-            for signature in signatures:
-                compiled.compile(signature)
-            compiled.disable_compile()
+            for form in forms:
+                form.enable_caching()
+                for signature in signatures:
+                    form.compile(signature)
+                form.disable_compile()
         except Exception as error:  # no directory to write to, no space left in it, damaged files, whatever they hold
             if _reads_ahead:
                 _leave_ahead()

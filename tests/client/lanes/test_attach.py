@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from engrampool_client import Client
 from engrampool_client.compute.forms import form_of
 from engrampool_client.compute.layout import Layout
+from engrampool_client.compute.served import ServedModel, choose
 from engrampool_client.errors import (
     DeadlineError,
     OverloadedError,
@@ -37,7 +38,6 @@ from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.plan import Planner
 from engrampool_client.lookup.query import TokenQuery, token_batch
-from engrampool_client.lookup.served import ServedModel, choose
 from engrampool_client.lookup.workers import Workers
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, write_trailer
 from engrampool_proto.synthetic import synthetic_rows

@@ -6,8 +6,8 @@ from math import inf
 import numpy as np
 import pytest
 
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.lanes.grpc import GrpcLane
-from engrampool_client.lookup.served import ServedModel
 from exchanges import exchange_of
 from server_fixtures import SPEC
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from engrampool_client import DeadlineError, PoolError, StepCancelledError
+from engrampool_client.compute.served import ServedModel, choose
 from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lanes.lane import Lane
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.served import ServedModel, choose
 from engrampool_client.testing import FakeLane
 from engrampool_proto.synthetic import synthetic_rows
 from exchanges import exchange_of

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from engrampool_client import BatchError, ProtocolError
 from engrampool_client.compute.layout import Layout
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange, Route
 from engrampool_client.lookup.plan import Planner
 from engrampool_client.lookup.query import TokenQuery, row_ids, token_batch
-from engrampool_client.lookup.served import ServedModel
 from engrampool_proto import wire
 from engrampool_proto.hashing import Identity, TokenBatch
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec

@@ -59,9 +59,18 @@ def only_for_a_reason(monkeypatch):
     monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", LIMIT_S)
 
 
+# A cache that has fewer entries than a step of FEW asks for of either layer: of some it has nothing.
+CACHES = {"no cache": {}, "with a cache": {"cache_bytes": 8 * 2200}}
+
+
+@pytest.fixture(params=CACHES.values(), ids=list(CACHES))
+def cache(request) -> dict[str, int]:
+    return request.param
+
+
 @pytest.fixture
-def client(silent) -> Iterator[Client]:
-    with Client(silent.address, attach="off", max_steps=2) as client:
+def client(silent, cache) -> Iterator[Client]:
+    with Client(silent.address, attach="off", max_steps=2, **cache) as client:
         client.prefetch(FEW).wait()  # from here on there is a thread for deadlines
         eventually(lambda: client.direct, "the lane is there")
         yield client
@@ -110,8 +119,9 @@ class Threads:
 
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_between_prefetch_and_the_last_rows_no_other_thread_runs(client, tokens):
-    asked, alone = np.arange(tokens, dtype=np.int32), False
-    for _ in range(100):  # the threads for deadlines and for servers wake now and then, for reasons of their own
+    alone = False
+    for turn in range(100):  # the threads for deadlines and for servers wake now and then, for reasons of their own
+        asked = np.arange(tokens, dtype=np.int32) + 100 * turn
         eventually(lambda: client.direct and at_work(client) == (0, 0, 0), "nobody is at work")
         with Threads() as seen:
             step = client.prefetch(asked)
@@ -179,8 +189,8 @@ def test_a_wait_that_is_timed_settles_nothing_and_the_rows_come(client, silent):
 
 @pytest.mark.parametrize("waits", [False, True], ids=["nobody waits", "somebody waits"])
 @pytest.mark.parametrize("way", ["deadline", "cancelled", "dropped", "closed"])
-def test_a_step_ends_whether_or_not_somebody_waits(silent, way, waits):
-    client = Client(silent.address, attach="off", max_steps=1)
+def test_a_step_ends_whether_or_not_somebody_waits(silent, cache, way, waits):
+    client = Client(silent.address, attach="off", max_steps=1, **cache)
     with client:
         client.prefetch(FEW).wait()
         eventually(lambda: client.direct, "the lane is there")

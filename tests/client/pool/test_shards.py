@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrampool_client import Client, SpecError, UnavailableError
+from engrampool_client.compute.served import ServedModel
 from engrampool_client.lookup.exchange import Route
-from engrampool_client.lookup.served import ServedModel
 from engrampool_client.pool.discovery import Servers, resolve
 from engrampool_client.pool.endpoint import Endpoint
 from engrampool_client.pool.shards import Shards
