@@ -28,7 +28,7 @@ import processes
 from engrampool_client import Client
 from peers import engrampool_grpc
 from processes import family
-from workload import Batch, Rows, Workload
+from workload import ROW_BYTES, Batch, Rows, Workload, random_tokens
 
 START_S = 120.0
 WARM_UP = 3  # calls that do not count, at the beginning of each slice
@@ -91,14 +91,15 @@ def connect(stack: ExitStack, name: str, address: str, workload: Workload, token
     client = stack.enter_context(Client(lookups, timeout_s=60, attach="off", keep_memory=True, dedupe=name == "tokens"))
     if name == "fresh":
         return lambda batch: client.lookup_rows(batch.ids)
-    pool = workload.tokens("uniform")
-    shapes = {layer: (tokens, len(heads), 264) for layer, heads in workload.heads.items()}
+    pool = random_tokens(client.spec.vocab_size, workload.pool_tokens)
+    shapes = {layer: (tokens, len(heads), ROW_BYTES) for layer, heads in workload.heads.items()}
     out = {layer: np.zeros(shape, np.uint8) for layer, shape in shapes.items()}
     lookback = client.spec.lookback
 
     def fetch(batch: Batch) -> Rows:
-        before = pool[max(0, batch.start - lookback) : batch.start]
-        return client.lookup(pool[batch.start : batch.start + tokens], lookback=[before], out=out)
+        before = np.full((1, lookback), -1, np.int32)
+        before[0, : batch.start] = pool[max(0, batch.start - lookback) : batch.start][::-1]
+        return client.lookup(pool[batch.start : batch.start + tokens], lookback=before, out=out)
 
     return fetch
 
@@ -117,7 +118,11 @@ def record(name: str, tokens: int, case: Case, raw: dict[str, Case], nbytes: int
     found["cpu_s_per_gb"] = {what: round(value, 3) for what, value in zip(names, cpu, strict=True)}
     for beside, other in raw.items():
         ratios = sorted(theirs / ours for ours, theirs in zip(case.medians, other.medians, strict=True))
-        found[f"gb_per_s of {beside}'s"] = [round(statistics.median(ratios), 3), round(ratios[0], 3), round(ratios[-1], 3)]
+        found[f"gb_per_s of {beside}'s"] = [
+            round(statistics.median(ratios), 3),
+            round(ratios[0], 3),
+            round(ratios[-1], 3),
+        ]
         spent = [sum(one[0] + one[1] for one in each.cpu) for each in (case, other)]
         found[f"server cpu of {beside}'s"] = round(spent[0] / spent[1], 2)
     return found

@@ -39,9 +39,7 @@ def _accept(listener: socket.socket, *served: Any) -> None:
         threading.Thread(target=_answer, args=(connection, *served), daemon=True).start()
 
 
-def _answer(
-    connection: socket.socket, tables: list[np.ndarray], ids: list[list[np.ndarray]], piece_rows: int
-) -> None:
+def _answer(connection: socket.socket, tables: list[np.ndarray], ids: list[list[np.ndarray]], piece_rows: int) -> None:
     from engrampool_proto.kernels.gather import gather
 
     gathered = np.empty(piece_rows * ROW_BYTES, np.uint8)
