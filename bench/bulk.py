@@ -1,10 +1,10 @@
-"""Large lookups back to back: bytes a second, and what a gigabyte costs the server, beside the same bytes over raw sockets.
+"""Large lookups back to back: bytes a second, and what a gigabyte costs, beside the same bytes over raw sockets.
 
     python bench/bulk.py [--tokens 1024,4096] [--rounds 7] [--cases raw-socket,raw-gather,direct,...] [--workers N]
 
-One client process, one call at a time, and a server process for each system; the systems take turns slice by slice, and all
-have the same rows in the same order. `raw-socket` sends ready-made bytes, `raw-gather` gathers them first, which no server
-of scattered rows can do without. `direct` is a blocking `lookup_rows` into arrays that are there, `direct-2` and
+One client process, one call at a time, and a server process for each system; the systems take turns slice by slice, and
+all have the same rows in the same order. `raw-socket` sends ready-made bytes, `raw-gather` gathers them first, which no
+server of scattered rows can do without. `direct` is a blocking `lookup_rows` into arrays that are there, `direct-2` and
 `direct-4` the same over so many connections; `fresh` has the client make the arrays; `tokens` is a `lookup` of tokens,
 which hashes, and asks for each n-gram once. Prints one JSON object for each case and size; ratios are medians over the
 rounds. User and system time of the server is from /proc/PID/stat, of all its processes.

@@ -140,13 +140,17 @@ class Connection:
         """Answer until the connection ends. Raises CutError."""
         resources, state, fileno = self._resources, self._state, self._socket.fileno()
         small = self._buffer = np.empty(SMALL_REQUEST_BYTES, np.uint8)
-        gathered = np.empty(GATHERED_BYTES, np.uint8)
+        gathered = few = np.empty(GATHERED_BYTES, np.uint8)
         limits = resources.limits(PATIENCE_S, PROGRESS_BYTES)
         handles = Handles(resources.lookups, resources.metrics, GATHERED_BYTES // 2)
         bound = resources.lookups.in_flight
         slots, of_peers = bound.arrays
         place = bound.place_of(self.peer)
         while True:
+            if self._buffer is small:
+                gathered = few
+            elif gathered is few:
+                gathered = resources.take_buffer(resources.bulk_bytes)
             why = serve.serve(
                 fileno,
                 state,
@@ -176,9 +180,10 @@ class Connection:
                 return
             self._answerer.let_go()
             if self._buffer is not small:
-                left = self._buffer[state[serve.START] : state[serve.END]]  # less than a word
-                small[1 : 1 + len(left)] = left  # not at the beginning, as of a request whose time began before
-                self._buffer, state[serve.START], state[serve.END] = small, 1, 1 + len(left)
+                start, end = state[serve.START], state[serve.END]  # less than a word
+                # Not at the beginning, as of a request whose time began before.
+                small[1 : 1 + end - start] = self._buffer[start:end]
+                self._buffer, state[serve.START], state[serve.END] = small, 1, 1 + end - start
 
     def _answer_frame(self, handles: Handles) -> bool:
         """Do what the frame at the buffer's beginning asks for. False if that ends the connection; raises CutError."""
