@@ -140,17 +140,13 @@ class Connection:
         """Answer until the connection ends. Raises CutError."""
         resources, state, fileno = self._resources, self._state, self._socket.fileno()
         small = self._buffer = np.empty(SMALL_REQUEST_BYTES, np.uint8)
-        gathered = few = np.empty(GATHERED_BYTES, np.uint8)
+        gathered = np.empty(GATHERED_BYTES, np.uint8)
         limits = resources.limits(PATIENCE_S, PROGRESS_BYTES)
         handles = Handles(resources.lookups, resources.metrics, GATHERED_BYTES // 2)
         bound = resources.lookups.in_flight
         slots, of_peers = bound.arrays
         place = bound.place_of(self.peer)
         while True:
-            if self._buffer is small:
-                gathered = few
-            elif gathered is few:
-                gathered = resources.take_buffer(resources.bulk_bytes)
             why = serve.serve(
                 fileno,
                 state,

@@ -12,9 +12,8 @@ from engrampool_proto.v1 import pool_pb2
 from engrampool_server.answer.lookups import SMALL_REQUEST_BYTES, Job, Lookups
 from engrampool_server.telemetry.metrics import Metrics
 
-# What the loop gathers before it sends: few, so that what is gathered next overlaps with what the other side takes in;
-# of a large request many, as each call to send costs, too.
-GATHERED_BYTES, BULK_BYTES = 160 << 10, 1 << 20
+# What the loop gathers before it sends. More would leave the processor's nearest cache.
+GATHERED_BYTES = 160 << 10
 _MAX_TEXT_BYTES = 3000
 
 Buffer = npt.NDArray[np.uint8]
@@ -24,8 +23,7 @@ class Resources:
     """For all connections of a process, in whichever thread.
 
     buckets_us: bounds of the buckets of times. piece_bytes: at most so many bytes of rows are gathered at a time where
-    Python does it; bulk_bytes: where the loop does it for a large request. spin_s: how long the next request of a
-    connection is looked for without sleeping.
+    Python does it. spin_s: how long the next request of a connection is looked for without sleeping.
     """
 
     def __init__(self, lookups: Lookups, metrics: Metrics, max_request_bytes: int, spin_s: float = 0.0) -> None:
@@ -33,7 +31,6 @@ class Resources:
         self._spin_s = spin_s
         self.buckets_us = metrics.buckets_us
         self.piece_bytes = 2 * lookups.chunk_bytes
-        self.bulk_bytes = max(GATHERED_BYTES, min(BULK_BYTES, lookups.held_in_pieces))  # no more than is counted
         self._answers = metrics.answers_of_direct()
         # Counts that are no cells are one thread's at a time.
         self._counting = threading.Lock()

@@ -16,13 +16,11 @@ import pytest
 from direct_callers import Caller, be_patient, caller, way_in
 from engrampool_proto import frames, wire
 from engrampool_proto.kernels import serve
-from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.answer.lane import answers, connection, connection_limits, direct
 from engrampool_server.answer.lane.handles import Handles
-from engrampool_server.answer.lane.resources import BULK_BYTES, GATHERED_BYTES, Resources
-from engrampool_server.answer.lookups import Limits, Lookups
+from engrampool_server.answer.lane.resources import Resources
+from engrampool_server.answer.lookups import Lookups
 from engrampool_server.memory.tables import LoadedTable
-from engrampool_server.telemetry.metrics import Metrics
 from server_fixtures import RawPool, Running, eventually, expected, joined, pack, running, version_of
 
 MIB = 1 << 20
@@ -378,7 +376,7 @@ def test_the_memory_of_a_large_answer_goes_with_it(server, pool, monkeypatch):
 
     def noted(resources: Resources, nbytes: int) -> np.ndarray:
         buffer = take(resources, nbytes)
-        taken.append((nbytes, weakref.ref(buffer)))
+        taken.append(weakref.ref(buffer))
         return buffer
 
     monkeypatch.setattr(Resources, "take_buffer", noted)
@@ -387,15 +385,8 @@ def test_the_memory_of_a_large_answer_goes_with_it(server, pool, monkeypatch):
             lane.ask(pool.by_ids((2, MANY)))
             assert joined(lane.answer()) == {2: expected(2, MANY)}
         still_good(lane, pool)
-        assert [nbytes for nbytes, _ in taken].count(BULK_BYTES) == 2
-        eventually(lambda: not any(buffer() is not None for _, buffer in taken), "all of it is free")
-
-
-@pytest.mark.parametrize(("limit", "gathered"), [(2, GATHERED_BYTES), (MIB, MIB // 2), (16 * MIB, BULK_BYTES)])
-def test_no_more_is_gathered_at_once_than_is_counted_unless_that_is_next_to_nothing(limit, gathered):
-    metrics = Metrics()
-    lookups = Lookups(Limits(10_000, 16 * MIB, MIB), InFlight(limit), metrics, 0)
-    assert Resources(lookups, metrics, MIB).bulk_bytes == gathered
+        assert len(taken) >= 2
+        eventually(lambda: all(buffer() is None for buffer in taken), "all of it is free")
 
 
 # --- what goes wrong here
