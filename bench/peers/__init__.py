@@ -20,6 +20,7 @@ SYSTEMS = {
     "engrampool-direct": "engrampool_direct",
     "engrampool-attach": "engrampool_attach",
     "raw-socket": "raw_socket",
+    "raw-gather": "raw_gather",
     "numpy-take": "numpy_take",
     "torch-index-select": "torch_index_select",
     "arrow-flight": "arrow_flight",

@@ -10,7 +10,7 @@ import numpy as np
 
 from workload import KINDS, Batch, Rows, Workload
 
-_REQUEST = struct.Struct("<BII")  # kind, first token, tokens
+REQUEST = struct.Struct("<BII")  # kind, first token, tokens
 
 
 def missing() -> None:
@@ -38,8 +38,8 @@ def _accept(listener: socket.socket, ready: list[list[tuple[memoryview, int]]]) 
 def _answer(connection: socket.socket, ready: list[list[tuple[memoryview, int]]]) -> None:
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while len(request := connection.recv(_REQUEST.size, socket.MSG_WAITALL)) == _REQUEST.size:
-            kind, start, tokens = _REQUEST.unpack(request)
+        while len(request := connection.recv(REQUEST.size, socket.MSG_WAITALL)) == REQUEST.size:
+            kind, start, tokens = REQUEST.unpack(request)
             parts = [view[start * size : (start + tokens) * size] for view, size in ready[kind]]
             sent = connection.sendmsg(parts)
             for part in parts:
@@ -61,7 +61,7 @@ def connect(address: str, workload: Workload, tokens: int) -> Iterator[Callable[
         view = memoryview(buffer)
 
         def fetch(batch: Batch) -> Rows:
-            connection.sendall(_REQUEST.pack(KINDS.index(batch.kind), batch.start, batch.tokens))
+            connection.sendall(REQUEST.pack(KINDS.index(batch.kind), batch.start, batch.tokens))
             done = 0
             while done < len(view):
                 received = connection.recv_into(view[done:])

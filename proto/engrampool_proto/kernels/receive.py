@@ -30,6 +30,8 @@ STATE_WORDS = SCRATCH + SCRATCH_WORDS
 NUMBER, ADDRESS, BYTES, ROW_BYTES, HAVE, PLACES, RUN_BYTES = range(7)
 ENTRY_WORDS = 7
 
+# Bytes of rows that are waited for at a time.
+_FEW, _MANY = 64 << 10, 1 << 20
 # What comes without a pause is taken for no longer than this beyond the time.
 _BEYOND_NS = 20_000_000
 _HEADER = frames.HEADER.size
@@ -81,14 +83,14 @@ def _word(buffer: Any, at: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
-def _more(fd: Any, buffer: Any, state: Any, until: Any, spin_ns: Any) -> Any:
-    """Receive what comes into the buffer; gives 1, LATER or LOST."""
+def _more(fd: Any, buffer: Any, state: Any, least: Any, until: Any, spin_ns: Any) -> Any:
+    """Receive what comes into the buffer; gives 1, LATER or LOST. least: as of `receive_some`."""
     left = state[END] - state[START]
     for one in range(left):  # less than a frame's header and times
         buffer[one] = buffer[state[START] + one]
     state[START], state[END] = 0, left
     scratch = state[SCRATCH:]
-    got = receive_some(fd, _U(buffer.ctypes.data) + _U(left), buffer.size - left, until, spin_ns, scratch)
+    got = receive_some(fd, _U(buffer.ctypes.data) + _U(left), buffer.size - left, least, until, spin_ns, scratch)
     if got <= 0:
         return LOST if got == ENDED else LATER
     state[END] = left + got
@@ -107,7 +109,7 @@ def fill(fd: Any, buffer: Any, state: Any, nbytes: Any, until: Any, spin_ns: Any
     frame = np.int64(0)  # where the first one is that was not looked at
     while state[END] < nbytes:
         at = _U(buffer.ctypes.data) + _U(state[END])
-        got = receive_some(fd, at, buffer.size - state[END], until, spin_ns, scratch)
+        got = receive_some(fd, at, buffer.size - state[END], 1, until, spin_ns, scratch)
         if got <= 0:
             return LOST if got == ENDED else LATER
         state[END] += got
@@ -145,15 +147,18 @@ def take(fd: Any, buffer: Any, state: Any, layers: Any, number: Any, until: Any,
                 _put(entry, _U(buffer.ctypes.data) + _U(state[START]), some)
                 state[START] += some
             elif state[LEFT] >= buffer.size // 2 and not entry[PLACES]:
-                to = _U(entry[ADDRESS]) + _U(entry[HAVE])
-                some = receive_some(fd, to, state[LEFT], until, spin_ns, scratch)
+                to, left = _U(entry[ADDRESS]) + _U(entry[HAVE]), state[LEFT]
+                # Half of what is to come, so that the last of it is not waited for as a whole.
+                least = min(max(left // 2, min(left, _FEW)), _MANY)
+                some = receive_some(fd, to, left, least, until, spin_ns, scratch)
                 if some <= 0:
                     return LOST if some == ENDED else LATER
                 state[CAME] += some
             else:
                 if now(scratch) >= bound:
                     return LATER
-                got = _more(fd, buffer, state, until, spin_ns)
+                least = min(state[LEFT], buffer.size // 2)
+                got = _more(fd, buffer, state, least, until, spin_ns)
                 if got != 1:
                     return int(got)
                 continue
@@ -165,7 +170,7 @@ def take(fd: Any, buffer: Any, state: Any, layers: Any, number: Any, until: Any,
                 return LATER
             continue
         if there < _HEADER:
-            got = _more(fd, buffer, state, until, spin_ns)
+            got = _more(fd, buffer, state, 1, until, spin_ns)
             if got != 1:
                 return int(got)
             if state[END] - state[START] < _HEADER and now(scratch) >= until:
@@ -182,7 +187,7 @@ def take(fd: Any, buffer: Any, state: Any, layers: Any, number: Any, until: Any,
                 if layers[place, HAVE] != layers[place, BYTES]:
                     return ODD
             if there < _END_BYTES:
-                got = _more(fd, buffer, state, until, spin_ns)
+                got = _more(fd, buffer, state, 1, until, spin_ns)
                 if got != 1:
                     return int(got)
                 if state[END] - state[START] < _END_BYTES and now(scratch) >= until:

@@ -309,7 +309,7 @@ def serve(
             if have == buffer.size:
                 return LARGE
             until = state[DUE] if have else np.int64(-1)
-            got = receive_some(fd, base + _U(have), buffer.size - have, until, limits[SPIN], scratch)
+            got = receive_some(fd, base + _U(have), buffer.size - have, 1, until, limits[SPIN], scratch)
             if got == ENDED:
                 return CLOSED
             if got == LATE:

@@ -3,6 +3,7 @@
 Sockets are named by their descriptors, memory by its address; to keep both alive is for whoever calls such a loop.
 """
 
+import socket
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ _recv = types.ExternalFunction("recv", types.int64(_I, _U, _U, _I))
 _send = types.ExternalFunction("send", types.int64(_I, _U, _U, _I))
 _sendmsg = types.ExternalFunction("sendmsg", types.int64(_I, _U, _I))
 _poll = types.ExternalFunction("poll", _I(_U, _U, _I))
+_setsockopt = types.ExternalFunction("setsockopt", _I(_I, _I, _I, _U, types.uint32))
 _getrandom = types.ExternalFunction("getrandom", types.int64(_U, _U, types.uint32))
 _clock_gettime = types.ExternalFunction("clock_gettime", _I(_I, _U))
 _DONTWAIT, _NOSIGNAL = 0x40, 0x4000
 _POLLIN, _POLLOUT, _POLLOVER = 1, 4, 0x38  # the last: an error, the end, or no socket
 _MONOTONIC = 1
+_SOL_SOCKET, _RCVLOWAT = int(socket.SOL_SOCKET), int(socket.SO_RCVLOWAT)
 # Errors that come and go (no memory for a moment) are tried again so often; to look at errno is not for compiled code.
 _TRIES = 1000
 # Memory that the calls need: a pollfd, and a timespec; a msghdr of two pieces.
@@ -78,10 +81,19 @@ def _await(fd: Any, events: Any, until: Any, scratch: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
-def receive_some(fd: Any, at: Any, room: Any, until: Any, spin_ns: Any, scratch: Any) -> Any:
+def _wake_at(fd: Any, nbytes: Any, scratch: Any) -> None:
+    """Have the system wake who waits for the socket when so many bytes are there. Where it cannot, it wakes for any."""
+    scratch[0] = nbytes
+    _setsockopt(fd, np.int32(_SOL_SOCKET), np.int32(_RCVLOWAT), np.uint64(scratch.ctypes.data), np.uint32(4))
+
+
+@njit  # type: ignore[untyped-decorator]
+def receive_some(fd: Any, at: Any, room: Any, least: Any, until: Any, spin_ns: Any, scratch: Any) -> Any:
     """Receive up to `room` bytes, one at least; gives how many, ENDED, or LATE.
 
-    at: address. until: as of `now`; -1 to wait for as long as it takes. spin_ns: how long to look without sleeping.
+    at: address. least: sleep until so many are there, which must be on their way; late, or at the end, fewer are taken.
+    To be woken for each packet of many costs both sides more than to copy it. until: as of `now`; -1 to wait for as
+    long as it takes. spin_ns: how long to look without sleeping.
     """
     tries = 0
     spin_until = now(scratch) + spin_ns if spin_ns > 0 else 0
@@ -93,7 +105,14 @@ def receive_some(fd: Any, at: Any, room: Any, until: Any, spin_ns: Any, scratch:
             return got
         if spins:
             continue
+        if least > 1:
+            _wake_at(fd, least, scratch)
         ready = _await(fd, _POLLIN, until, scratch)
+        if least > 1:
+            _wake_at(fd, 1, scratch)  # whoever waits for the socket next, in whatever way, waits for any
+            if ready != 1:
+                got = _recv(fd, at, np.uint64(room), np.int32(_DONTWAIT))
+                return got if got > 0 else ready
         if ready != 1:
             return ready
         tries += 1
@@ -105,7 +124,7 @@ def receive_all(fd: Any, at: Any, nbytes: Any, until: Any, spin_ns: Any, scratch
     """Receive so many bytes; gives how many came until the end, or until it was late."""
     got = 0
     while got < nbytes:
-        some = receive_some(fd, at + np.uint64(got), nbytes - got, until, spin_ns if got == 0 else 0, scratch)
+        some = receive_some(fd, at + np.uint64(got), nbytes - got, 1, until, spin_ns if got == 0 else 0, scratch)
         if some <= 0:
             break
         got += some
@@ -180,7 +199,7 @@ def pass_over(fd: Any, waste: Any, nbytes: Any, patience_ns: Any, progress: Any,
     until, seen, came = now(scratch) + patience_ns, np.int64(0), np.int64(0)
     while came < nbytes:
         room = min(waste.size, nbytes - came)
-        some = receive_some(fd, np.uint64(waste.ctypes.data), room, until, 0, scratch)
+        some = receive_some(fd, np.uint64(waste.ctypes.data), room, 1, until, 0, scratch)
         if some == LATE and came - seen >= progress:
             until, seen = now(scratch) + patience_ns, came
             continue

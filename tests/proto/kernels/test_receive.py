@@ -1,8 +1,11 @@
 """Answers received by compiled loops: bit by bit, whatever comes, and not a byte elsewhere than where rows belong."""
 
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from engrampool_proto import frames, wire
 from engrampool_proto.kernels import receive
+from server_fixtures import eventually
 
 NUMBER = 0xFEDC_BA98_7654_3210
 # As small as it may be, so that short answers go every way.
@@ -27,13 +31,19 @@ def rows_of(layer: int, rows: int, row_bytes: int) -> bytes:
     return np.random.default_rng(layer).bytes(rows * row_bytes)
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        return ours, listener.accept()[0]
+
+
 class Receiving:
     """One answer that is received, with guards around everything that is written into.
 
     scattered: its rows belong among others, in another order, so many of them side by side; 0 for in order, and whole.
     """
 
-    def __init__(self, layers: Sequence[tuple[int, int, int]] = LAYERS, scattered: int = 0) -> None:
+    def __init__(self, layers: Sequence[tuple[int, int, int]] = LAYERS, scattered: int = 0, tcp: bool = False) -> None:
         others = OTHERS if scattered else 0
         sizes = (BUFFER, *((count + others) * row_bytes for _, count, row_bytes in layers))
         self._blocks = [np.full(size + 2 * GUARD, FILL, np.uint8) for size in sizes]
@@ -49,7 +59,7 @@ class Receiving:
             nbytes = receive.lay(self.layers, place, layer, self._into[place], self._first[place], run)
             assert nbytes == count * row_bytes
         self.state = np.zeros(receive.STATE_WORDS, np.int64)
-        self.ours, self.theirs = socket.socketpair()
+        self.ours, self.theirs = tcp_pair() if tcp else socket.socketpair()
 
     @property
     def rows(self) -> list[np.ndarray]:
@@ -61,6 +71,11 @@ class Receiving:
                 rows = rows[places]
             found.append(rows.reshape(-1))
         return found
+
+    @property
+    def wakes_at(self) -> int:
+        """How many bytes wake whoever waits."""
+        return self.ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
 
     def take(self, until: int = 0) -> int:
         got = receive.take(self.ours.fileno(), self.buffer, self.state, self.layers, np.uint64(NUMBER), until, 0)
@@ -74,8 +89,10 @@ class Receiving:
 
 
 @contextmanager
-def receiving(layers: Sequence[tuple[int, int, int]] = LAYERS, scattered: int = 0) -> Iterator[Receiving]:
-    made = Receiving(layers, scattered)
+def receiving(
+    layers: Sequence[tuple[int, int, int]] = LAYERS, scattered: int = 0, tcp: bool = False
+) -> Iterator[Receiving]:
+    made = Receiving(layers, scattered, tcp)
     with made.ours, made.theirs:
         yield made
 
@@ -183,6 +200,74 @@ def test_the_connection_may_end_at_any_byte(answer, cut, splits, scattered):
             assert made.take() == made.take(2**62) == receive.LOST
         for rows, wanted in zip(made.rows, have, strict=True):
             assert rows.tobytes() == wanted + bytes([FILL]) * (rows.size - len(wanted))
+
+
+BULK = ((2, 1000, 264),)
+ROWS = rows_of(*BULK[0])
+FIRST = frames.rows_start(NUMBER, 2, 0, len(ROWS)) + ROWS[:5000]
+
+
+@contextmanager
+def meanwhile(made: Receiving, happens: Callable[[], object]) -> Iterator[None]:
+    """Within it, `happens` is called as soon as whoever receives sleeps until much is there."""
+
+    def run() -> None:
+        eventually(lambda: made.wakes_at > 1, "it sleeps until much is there")
+        happens()
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(run)
+        yield
+        done.result()
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+@pytest.mark.parametrize("scattered", [0, 1])
+def test_who_sleeps_until_much_is_there_is_woken_by_the_last_of_it(tcp, scattered):
+    with receiving(BULK, scattered, tcp) as made:
+        made.theirs.sendall(FIRST)
+        with meanwhile(made, lambda: made.theirs.sendall(ROWS[5000:])):
+            assert made.take(2**62) == 0
+        assert made.wakes_at == 1
+        assert made.rows[0].tobytes() == ROWS
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+@pytest.mark.parametrize("scattered", [0, 1])
+@pytest.mark.parametrize("more", [0, 1000])  # bytes, fewer than are slept for
+@pytest.mark.parametrize("ours", [False, True])
+def test_who_sleeps_until_much_is_there_is_woken_by_the_end(tcp, scattered, more, ours):
+    """ours: whoever gives the lookup up ends the connection."""
+    with receiving(BULK, scattered, tcp) as made:
+
+        def end() -> None:
+            made.theirs.sendall(ROWS[5000 : 5000 + more])
+            if ours:
+                made.ours.shutdown(socket.SHUT_RDWR)
+            else:
+                made.theirs.close()
+
+        made.theirs.sendall(FIRST)
+        with meanwhile(made, end):
+            assert made.take(2**62) == receive.LOST
+        assert made.wakes_at == 1
+        if not ours:  # what comes before the end is taken
+            assert made.rows[0][: 5000 + more].tobytes() == ROWS[: 5000 + more]
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+@pytest.mark.parametrize("scattered", [0, 1])
+def test_of_bytes_that_come_slowly_each_is_taken_in_the_end(tcp, scattered):
+    with receiving(BULK, scattered, tcp) as made:
+        made.theirs.sendall(FIRST)
+        for start in range(5000, 8000, 1000):
+            came = made.state[receive.CAME]
+            with meanwhile(made, partial(made.theirs.sendall, ROWS[start : start + 1000])):
+                while came < len(FIRST) + start + 1000 - 5000:
+                    assert made.take(time.monotonic_ns() + 20_000_000) == receive.LATER
+                    assert made.wakes_at == 1
+                    came = made.state[receive.CAME]
+            assert made.rows[0][: start + 1000].tobytes() == ROWS[: start + 1000]
 
 
 numbers = st.one_of(st.integers(0, 2000), st.sampled_from(HUGE), st.integers(0, 2**64 - 1))

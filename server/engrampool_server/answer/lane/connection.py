@@ -176,9 +176,10 @@ class Connection:
                 return
             self._answerer.let_go()
             if self._buffer is not small:
-                left = self._buffer[state[serve.START] : state[serve.END]]  # less than a word
-                small[1 : 1 + len(left)] = left  # not at the beginning, as of a request whose time began before
-                self._buffer, state[serve.START], state[serve.END] = small, 1, 1 + len(left)
+                start, end = state[serve.START], state[serve.END]  # less than a word
+                # Not at the beginning, as of a request whose time began before.
+                small[1 : 1 + end - start] = self._buffer[start:end]
+                self._buffer, state[serve.START], state[serve.END] = small, 1, 1 + end - start
 
     def _answer_frame(self, handles: Handles) -> bool:
         """Do what the frame at the buffer's beginning asks for. False if that ends the connection; raises CutError."""

@@ -4,6 +4,7 @@ and others notice nothing.
 
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -368,6 +369,24 @@ def test_who_vanishes_at_any_point_leaves_nothing(server, pool):
                 step(lane)
                 if half:
                     lane.socket.shutdown(socket.SHUT_WR)
+
+
+def test_the_memory_of_a_large_answer_goes_with_it(server, pool, monkeypatch):
+    take, taken = Resources.take_buffer, []
+
+    def noted(resources: Resources, nbytes: int) -> np.ndarray:
+        buffer = take(resources, nbytes)
+        taken.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(Resources, "take_buffer", noted)
+    with caller(server) as lane:
+        for _ in range(2):
+            lane.ask(pool.by_ids((2, MANY)))
+            assert joined(lane.answer()) == {2: expected(2, MANY)}
+        still_good(lane, pool)
+        assert len(taken) >= 2
+        eventually(lambda: all(buffer() is None for buffer in taken), "all of it is free")
 
 
 # --- what goes wrong here
