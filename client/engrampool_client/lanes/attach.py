@@ -37,7 +37,7 @@ from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
-from engrampool_proto import wire
+from engrampool_proto import frames, wire
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, read_trailer
 from engrampool_proto.v1 import pool_pb2
 
@@ -68,11 +68,12 @@ class _NotHereError(EngrampoolError):
 class _Table:
     """A table that is mapped, for as long as somebody refers to its rows.
 
-    offer: of the server. rows: uint8 [n, row_bytes], read-only: those from offer.row_start on.
+    offer: of the server. rows: uint8 [n, row_bytes], read-only: those from offer.row_start on. dtype: of row ids.
     """
 
     offer: pool_pb2.MappedTable
     rows: npt.NDArray[np.uint8]
+    dtype: np.dtype[Any]
 
 
 class _Gather:
@@ -188,11 +189,14 @@ class AttachLane:
         lease = self._current()
         if lease is None:
             return None
-        begin = time.perf_counter()
-        for layer, ids in small.tables(self._served.spec):
+        begin, at = time.perf_counter(), 0
+        for layer, count in zip(small.rows, small.counts.tolist(), strict=True):
             table = lease.tables.get(layer)
             if table is None or not table.offer.in_memory:
                 return None
+            nbytes = count * table.dtype.itemsize
+            ids = small.ids[at : at + nbytes].view(table.dtype)
+            at += frames.padded(nbytes)
             if not self.form.gather_held(table.rows, ids, table.offer.row_start, small.rows[layer]):
                 return None
         took_us = round((time.perf_counter() - begin) * 1e6)
@@ -302,7 +306,8 @@ def _map(offer: pool_pb2.MappedTable, served: ServedModel) -> _Table:
         raise _NotHereError(f"{offer.path} cannot be mapped: {error}") from error
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return _Table(offer, np.frombuffer(memory, np.uint8, wanted.nbytes).reshape(-1, spec.row_bytes))
+    rows = np.frombuffer(memory, np.uint8, wanted.nbytes).reshape(-1, spec.row_bytes)
+    return _Table(offer, rows, np.dtype(spec.id_dtype))
 
 
 def _check_file(status: os.stat_result, offer: pool_pb2.MappedTable) -> None:
