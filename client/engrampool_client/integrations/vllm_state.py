@@ -68,7 +68,7 @@ class Feeder:
             counts=counts,
             ahead_tokens=tokens if settings.ahead_tokens is None else settings.ahead_tokens,
             # A token that is sampled beside drafts is run together with the next ones, which are not known yet.
-            early_decode=drafts == 0,
+            early_decode=settings.early_decode and drafts == 0,
             verifier=self._verifier,
         )
 

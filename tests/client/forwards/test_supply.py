@@ -339,6 +339,26 @@ def test_a_sampled_token_that_cannot_be_asked_for_early_is_asked_for_by_its_forw
     assert "not asked for early: the device is gone" in caplog.text
 
 
+def test_what_cannot_be_begun_early_is_no_error_of_the_engines_step(spec, monkeypatch, caplog):
+    client = Scripted(spec, lambda *_: "now")
+    with supplying(client, spec) as supply:
+
+        def fail(*_, **__):
+            raise RuntimeError("no thread can be started")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "prefetch", fail)
+            supply.add(0, list(range(40)), 0)
+        supply.start(ints(0), ints(0), ints(40))
+        assert supply.wait().all()
+        monkeypatch.setattr(supply._thread, "submit", fail)
+        supply.sampled(lambda: 1 / 0)
+        supply.learn(ints(0), ints(40), ints(1), ints(7))
+        supply.start(ints(0), ints(40), ints(1))
+        assert supply.wait().all()
+    assert "not asked for early: no thread can be started" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_what_stops_a_start_is_raised_by_wait_once_the_other_ranks_know(spec, monkeypatch, kind):
     told = []
