@@ -123,7 +123,7 @@ class Feeder:
             counts = np.diff(bounds).astype(np.int64)
             starts = positions[bounds[:-1]]
             which = np.flatnonzero(sampled)
-            self.supply.learn(numbers[which], starts[which], counts[which], ids[sampled.repeat(counts)])
+            self.supply.learn(numbers[which], starts[which], counts[which], ids[: bounds[-1]][sampled.repeat(counts)])
         return numbers, starts, counts
 
     def _engines_own(self, batch: Any, inputs: Mapping[str, Any]) -> dict[int, Ids]:
