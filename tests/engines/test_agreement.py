@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
@@ -34,12 +35,17 @@ def ranks(size, tmp_path, servers, policy):
             made.append(process)
         assert [_read(one) for one in made] == ["ready"] * size
 
+        def begin(rank):
+            made[rank].stdin.write("go\n")
+            made[rank].stdin.flush()
+
         def run(*lines):
             for process, line in zip(made, lines or ["go"] * size, strict=True):
                 process.stdin.write(f"{line}\n")
                 process.stdin.flush()
             return [_read(one) for one in made]
 
+        run.begin, run.processes = begin, made
         yield run
 
 
@@ -49,7 +55,7 @@ def _read(process):
 
 def _end(process):
     process.stdin.close()
-    assert process.wait(60) == 0
+    assert process.wait(60) in (0, -signal.SIGKILL)
     process.stdout.close()
 
 
@@ -83,3 +89,11 @@ def test_a_rank_that_fails_before_it_asks_leaves_nobody_waiting(tmp_path, server
         one, other = run("go", "fail")
         assert (one["error"], other) == ("PoolError", {"error": "RuntimeError", "text": "told to fail"})
         assert [one["valid"] for one in run()] == [True, True]
+
+
+def test_a_rank_that_is_killed_leaves_nobody_waiting(tmp_path, server):
+    with ranks(2, tmp_path, [server.address] * 2, "mask") as run:
+        assert [one["valid"] for one in run()] == [True, True]
+        run.begin(0)  # it waits for the other one, which never comes
+        run.processes[1].kill()
+        assert "error" in _read(run.processes[0])

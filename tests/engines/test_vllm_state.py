@@ -439,3 +439,15 @@ def test_which_way_rows_come_follows_from_the_graphs(ranks, engine):
     group.compilation.mode = compiled.VLLM_COMPILE
     with pytest.raises(RuntimeError, match="without VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
         group.make()
+
+
+def test_spans_of_images_break_n_grams_as_the_engine_has_them(ranks, runner_module, interpreted, spec):
+    image, text = [129264] * 3, list(range(300, 309))
+    whole = [*text[:4], *image, *text[4:]]
+    chunks = [Moment(added=[(0, whole, 0)], chunks=[(0, 0, whole[:6], 0)], sampled=[[]])]
+    chunks += [Moment(chunks=[(0, 6, whole[6:], 0)], sampled=[[11]]), Moment(chunks=[(0, 12, [11], 0)], sampled=[[12]])]
+    with engine_of(ranks, runner_module) as engine:
+        for moment in chunks:
+            engine.begin(moment)
+            assert_right(engine, spec)
+            engine.end(moment)

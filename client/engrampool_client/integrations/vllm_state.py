@@ -68,7 +68,7 @@ class Feeder:
             counts=counts,
             ahead_tokens=tokens if settings.ahead_tokens is None else settings.ahead_tokens,
             # A token that is sampled beside drafts is run together with the next ones, which are not known yet.
-            early_decode=drafts == 0,
+            early_decode=settings.early_decode and drafts == 0,
             verifier=self._verifier,
         )
 
@@ -123,7 +123,7 @@ class Feeder:
             counts = np.diff(bounds).astype(np.int64)
             starts = positions[bounds[:-1]]
             which = np.flatnonzero(sampled)
-            self.supply.learn(numbers[which], starts[which], counts[which], ids[sampled.repeat(counts)])
+            self.supply.learn(numbers[which], starts[which], counts[which], ids[: bounds[-1]][sampled.repeat(counts)])
         return numbers, starts, counts
 
     def _engines_own(self, batch: Any, inputs: Mapping[str, Any]) -> dict[int, Ids]:

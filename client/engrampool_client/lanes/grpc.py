@@ -11,7 +11,6 @@ from functools import partial
 import grpc
 import grpc.experimental
 
-from engrampool_client.compute.served import DESCRIBE
 from engrampool_client.errors import (
     DeadlineError,
     PoolError,
@@ -22,6 +21,7 @@ from engrampool_client.errors import (
 )
 from engrampool_client.event import Event
 from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.lookup.served import DESCRIBE
 from engrampool_proto.v1 import pool_pb2
 from engrampool_proto.wire import SERVICE
 
@@ -31,8 +31,8 @@ _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     # Channels of equal options would share one connection, and several connections are asked for on purpose.
     ("grpc.use_local_subchannel_pool", 1),
-    # A worker that restarts is back in less than gRPC's own second. A server that comes back after long is found in
-    # half a second: a breaker's probe, one a second, is refused without a try until then.
+    # A worker that restarts is back in less than gRPC's own second. A server that was away for long is tried every half
+    # second: until gRPC tries, a breaker's probe is refused without a word to the server.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
     # How long a try to connect may take, by its old name.

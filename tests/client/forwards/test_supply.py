@@ -19,6 +19,7 @@ from engrampool_client.lookup.step import Step
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.synthetic import synthetic_rows
+from interrupts import Interrupt
 from landings import NOTHING, HostLanding
 from server_fixtures import LIMIT_S, lasting_address
 
@@ -339,6 +340,26 @@ def test_a_sampled_token_that_cannot_be_asked_for_early_is_asked_for_by_its_forw
     assert "not asked for early: the device is gone" in caplog.text
 
 
+def test_what_cannot_be_begun_early_is_no_error_of_the_engines_step(spec, monkeypatch, caplog):
+    client = Scripted(spec, lambda *_: "now")
+    with supplying(client, spec) as supply:
+
+        def fail(*_, **__):
+            raise RuntimeError("no thread can be started")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "prefetch", fail)
+            supply.add(0, list(range(40)), 0)
+        supply.start(ints(0), ints(0), ints(40))
+        assert supply.wait().all()
+        monkeypatch.setattr(supply._thread, "submit", fail)
+        supply.sampled(lambda: 1 / 0)
+        supply.learn(ints(0), ints(40), ints(1), ints(7))
+        supply.start(ints(0), ints(40), ints(1))
+        assert supply.wait().all()
+    assert "not asked for early: no thread can be started" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_what_stops_a_start_is_raised_by_wait_once_the_other_ranks_know(spec, monkeypatch, kind):
     told = []
@@ -364,6 +385,33 @@ def test_what_stops_a_start_is_raised_by_wait_once_the_other_ranks_know(spec, mo
             supply.wait()
         assert [len(one) for one in told] == [7, 7]
         assert not any(one.any() for one in told)
+
+
+def test_ctrl_c_at_any_line_of_a_forward_leaves_the_next_one_well(spec):
+    """A prompt's chunk, and a token that was sampled: wherever it comes, the next forward has rows of its own."""
+    prompt, files = list(range(30)), ("/supply.py", "/early.py", "/history.py", "/agreement.py", "/areas.py")
+    right = right_rows(spec, [[*prompt, 7]], ints(0), ints(0), ints(31))
+    at, raised = 0, True
+    while raised:
+        client = Scripted(spec, lambda *_: "late", at)
+        with supplying(client, spec, ahead_tokens=16, piece_tokens=8) as supply:
+            with Interrupt(at, files) as interrupt, suppress(KeyboardInterrupt):
+                supply.add(0, prompt, 0)
+                supply.start(ints(0), ints(0), ints(30))
+                supply.wait()
+                supply.sampled(lambda: (np.array([[7]]), np.array([1])))
+                supply.learn(ints(0), ints(30), ints(1), ints(7))
+                supply.start(ints(0), ints(30), ints(1))
+                supply.wait()
+            raised = interrupt.raised
+            supply.remove(0)
+            supply.add(0, [*prompt, 7], 0)
+            supply.start(ints(0), ints(0), ints(31))
+            assert supply.wait().all(), interrupt.where
+            for layer, rows in right.items():
+                np.testing.assert_array_equal(supply.landed(layer)[:31], rows, interrupt.where)
+        at += 1
+    assert at > 100
 
 
 def test_another_ranks_error_is_an_error_here_and_its_masked_tokens_are_masked_here(spec):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engrampool_client.errors import EngrampoolError
 from engrampool_client.integrations.forwards.areas import Area, Fetch, Forward, Piece
 from engrampool_client.integrations.forwards.counts import EngineCounts
 from engrampool_client.integrations.forwards.history import Numbers
@@ -89,7 +88,7 @@ class Early:
             chunk = (np.array([one]) for one in (number, begin, stop - begin))
             try:
                 fetch = self._fetch(area, area.base, *chunk, ahead=True)
-            except EngrampoolError as error:  # the forward asks itself, and says what is wrong
+            except Exception as error:  # the forward asks itself, and says what is wrong
                 _log.debug("a prompt's rows are not asked for early: %s", error)
                 break
             self._free.pop(0)

@@ -25,6 +25,9 @@ class EngineSettings:
     ahead_tokens: int | None = None
     """Of a prompt, so many tokens' rows are fetched before their forward at most; None: as many as a forward has."""
 
+    early_decode: bool = True
+    """Ask for a sampled token's rows when its copy has come to the host, before its forward is prepared."""
+
     def __post_init__(self) -> None:
         if self.metrics_port is not None and not 0 < self.metrics_port < 1 << 16:
             raise ValueError("a port is 1 .. 65535")

@@ -111,7 +111,10 @@ class Supply:
         self._join()
         with self._lock:
             ages, firsts = self._early.ages[forward.numbers], self._early.sampled_at(forward.numbers, forward.starts)
-        self._sampled = self._thread.submit(self._take_sampled, arrived, forward.numbers, ages, firsts)
+        try:
+            self._sampled = self._thread.submit(self._take_sampled, arrived, forward.numbers, ages, firsts)
+        except RuntimeError as error:  # there can be no thread for it: the engine goes on, and the forward asks itself
+            _log.warning("sampled tokens' rows are not asked for early: %s", error)
 
     @property
     def sampling(self) -> bool:
