@@ -277,6 +277,7 @@ class AsyncClient:
         layers: Sequence[int] | None = None,
         out: Out | None = None,
         timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
     ) -> AsyncStep:
         """Start a step in place of `step`; arguments and errors are those of `Client.amend`."""
         amended = self.client.amend(
@@ -289,6 +290,7 @@ class AsyncClient:
             layers=layers,
             out=out,
             timeout_s=timeout_s,
+            valid=valid,
         )
         return AsyncStep(amended)
 

@@ -253,7 +253,7 @@ class Client:
         out, timeout_s, valid, ahead, ready: as for `prefetch`; out of these shapes, valid of the leading ones.
         Raises as `prefetch` does; bad row ids are raised by `Step.rows`.
         """
-        ids = by_layer("rows", rows)
+        ids = dict(by_layer("rows", rows))
         if ready is None:
             ids = {layer: one.copy() if hasattr(one, "copy") else one for layer, one in ids.items()}
         return self._lookups.begin(RowQuery(self.spec, ids, ready, absent), out, timeout_s, ahead, valid=valid)
@@ -319,19 +319,20 @@ class Client:
         layers: Sequence[int] | None = None,
         out: Out | None = None,
         timeout_s: float | None = None,
+        valid: Mapping[int, Valid] | None = None,
     ) -> Step:
         """Start a step in place of `step`, whose tokens turned out to be others, as when drafts are rejected.
 
         With a cache, rows of the old step that are on their way are let in first, so that only what changed is asked
         for. Without one the old step is cancelled. Either way it is not to be used any more, nor are its `out` arrays
-        until the new step is done. Arguments and errors are those of `prefetch`.
+        until the new step is done. Arguments and errors are those of `prefetch`, which has more of them.
         """
         given = tokens, query_start_loc, lookback, dead, lookback_dead
         query = TokenQuery(self.spec, given, self._layers(layers))
         query.own()  # what is wrong with it is said first
         if self.cache is None or step.delivery.working is None:
             step.cancel()
-        return self._lookups.begin(query, out, timeout_s, instead_of=step)
+        return self._lookups.begin(query, out, timeout_s, instead_of=step, valid=valid)
 
     def dummy(self, num_tokens: int, *, layers: Sequence[int] | None = None, out: Out | None = None) -> Step:
         """A step of `num_tokens` whose rows are zero and whose tokens are not valid; no server is asked.

@@ -11,6 +11,7 @@ from functools import partial
 import grpc
 import grpc.experimental
 
+from engrampool_client.compute.served import DESCRIBE
 from engrampool_client.errors import (
     DeadlineError,
     PoolError,
@@ -21,7 +22,6 @@ from engrampool_client.errors import (
 )
 from engrampool_client.event import Event
 from engrampool_client.lookup.exchange import Exchange
-from engrampool_client.lookup.served import DESCRIBE
 from engrampool_proto.v1 import pool_pb2
 from engrampool_proto.wire import SERVICE
 

@@ -402,20 +402,18 @@ class Delivery:
 
     def _mask(self, layer: int) -> None:
         finisher = self.finisher
-        if self.blank is None or not _may_be_masked(self.error):
-            if finisher is not None:
-                finisher.failed(layer)
-            return
-        try:
-            rows, valid = self.blank(layer)
-            if finisher is not None:
-                rows = finisher.finish(layer, rows, valid)
-        except Exception:  # the layer is settled all the same, by the error
-            _log.exception("the rows of layer %s could not be masked", layer)
-            return
-        valid.flags.writeable = False
-        self.valid[layer] = valid
-        self.rows[layer] = rows
+        if self.blank is not None and _may_be_masked(self.error):
+            try:
+                rows, valid = self.blank(layer)
+                if finisher is not None:
+                    rows = finisher.finish(layer, rows, valid)
+                valid.flags.writeable = False
+                self.valid[layer], self.rows[layer] = valid, rows
+                return
+            except Exception:  # the layer is settled all the same, by the error
+                _log.exception("the rows of layer %s could not be masked", layer)
+        if finisher is not None:
+            finisher.failed(layer)
 
     def _tell(self) -> None:
         while self._calls:

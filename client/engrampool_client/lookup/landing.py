@@ -304,8 +304,8 @@ class Finishing:
         if isinstance(out, Mapping):
             for array in out.values():
                 array[holes] = 0
-        ours = not rows.flags.writeable
-        if ours:
+        ours = layer in self._apart or not isinstance(out, np.ndarray)
+        if not rows.flags.writeable:
             try:
                 rows.flags.writeable = True
             except ValueError:  # a message's own memory
@@ -342,9 +342,13 @@ def check_outs(spec: ModelSpec, out: Out | None, shapes: Mapping[int, tuple[int,
     }
 
 
-def check_valid(valid: Mapping[int, Valid] | None, shapes: Mapping[int, tuple[int, ...]]) -> None:
-    """Raise BatchError for arrays that which tokens have their rows cannot be written into."""
-    for layer, array in by_layer("valid", valid or {}).items():
+def check_valid(valid: Mapping[int, Valid], shapes: Mapping[int, tuple[int, ...]], out: Out | None) -> None:
+    """Raise BatchError for arrays that flags of tokens cannot be written into, or that share memory, or with `out`."""
+    named: list[tuple[str, npt.NDArray[Any]]] = []
+    for layer, given in (out or {}).items():
+        arrays = {"": given} if isinstance(given, np.ndarray) else given
+        named += [(f"out of {name} of layer {layer}".replace("of  ", ""), array) for name, array in arrays.items()]
+    for layer, array in by_layer("valid", valid).items():
         if layer not in shapes:
             raise BatchError(f"valid has an array for layer {layer}, which is not asked for; {list(shapes)} are")
         shape = valid_shape(shapes[layer])
@@ -353,6 +357,11 @@ def check_valid(valid: Mapping[int, Valid] | None, shapes: Mapping[int, tuple[in
             raise BatchError(f"valid of layer {layer} must be a bool array {list(shape)}; it is {found}")
         if not array.flags.writeable:
             raise BatchError(f"valid of layer {layer} must be writable")
+        _check_strides(f"valid of layer {layer}", array)
+        for other, another in named:
+            if _share_memory(array, another):
+                raise BatchError(f"valid of layer {layer} and {other} share memory; give each an array of its own")
+        named.append((f"valid of layer {layer}", array))
 
 
 def valid_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -360,7 +369,7 @@ def valid_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:-2] if len(shape) > 2 else shape[:1]
 
 
-def _share_memory(one: Rows, other: Rows) -> bool:
+def _share_memory(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
     """Whether they do, or it takes long to tell."""
     try:
         return np.may_share_memory(one, other) and np.shares_memory(one, other, max_work=_MOST_WORK)
@@ -388,13 +397,19 @@ def _check_out(what: str, array: Any, shape: tuple[int, ...]) -> tuple[str, Rows
         raise BatchError(f"out of {what} must be a uint8 array {list(shape)}; it is {found}")
     if not array.flags.writeable:
         raise BatchError(f"out of {what} must be writable")
-    if not array.flags.c_contiguous:
-        reach = 1  # one past the furthest byte of the dimensions of smaller strides
-        for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True)):
-            if n > 1 and stride < reach:
-                raise BatchError(f"out of {what} overlaps itself: its strides are {list(array.strides)}")
-            reach += stride * max(0, n - 1)
+    _check_strides(f"out of {what}", array)
     return what, array
+
+
+def _check_strides(what: str, array: npt.NDArray[Any]) -> None:
+    """Raise BatchError for an array of single bytes of which some are in more than one place."""
+    if array.flags.c_contiguous:
+        return
+    reach = 1  # one past the furthest byte of the dimensions of smaller strides
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True)):
+        if n > 1 and stride < reach:
+            raise BatchError(f"{what} overlaps itself: its strides are {list(array.strides)}")
+        reach += stride * max(0, n - 1)
 
 
 def hand_over(table: TableSpec, rows: Rows, out: Rows | Mapping[str, Rows] | None) -> Rows:

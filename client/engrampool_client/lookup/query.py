@@ -105,6 +105,9 @@ class TokenQuery:
         """
         self._spec, self.layers, self._given, self.ready = spec, tuple(layers), given, ready
         self._batch: TokenBatch | None = None
+        if ready is not None and not isinstance(given, TokenBatch):
+            # Of other kinds of array with the same memory, and of the same dtype by another name.
+            given = self._given = tuple(map(_as_int32, given))
         arrays = None if isinstance(given, TokenBatch) else _plain(*given)
         if arrays is None and ready is not None:
             raise BatchError("tokens that come later must be int32 arrays, without flags")
@@ -324,6 +327,13 @@ def _plain(
         if type(array) is not np.ndarray or array.dtype is not _INT32 or array.ndim != ndim:
             return None
     return *arrays, _NO_FLAGS, _NO_LOOKBACK_FLAGS
+
+
+def _as_int32(array: Any) -> Any:
+    """The same memory as a plain array of int32, if it can be; else what was given."""
+    if not isinstance(array, np.ndarray) or array.dtype != _INT32:
+        return array
+    return np.asarray(array).view(np.int32)
 
 
 def row_ids(table: TableSpec, ids: Any) -> npt.NDArray[Any]:

@@ -30,6 +30,7 @@ from engrampool_client.lookup.step import Step
 from engrampool_client.lookup.work import Lookup, V, Versions
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.stats import Stats
+from engrampool_proto.errors import BatchError
 from engrampool_proto.spec import ModelSpec
 
 
@@ -83,7 +84,7 @@ class Lookups(Generic[V]):
         self._begin(delivery, query, sizes)
         if query.ready is not None:
             lookup = self._lookup(delivery, query, out)
-            self._submit(Job(delivery, partial(self._plan_later, lookup, query, out), lookup.ask, ahead))
+            self._submit(Job(delivery, partial(self._plan_later, lookup, query, out, sizes, ahead), lookup.ask, ahead))
             return step
         if small is not None and self._here.begin(delivery, small, sizes, out, version):
             return step
@@ -214,8 +215,11 @@ class Lookups(Generic[V]):
     ) -> tuple[Out | None, Finisher | None]:
         """Arrays that rows may be written into as they come, and who has the last word. Raises BatchError."""
         apart = check_outs(self._spec, out, sizes.shapes)
+        if out is not None:  # the caller may use the dicts for the next step
+            out = {layer: given if isinstance(given, np.ndarray) else dict(given) for layer, given in out.items()}
         if valid is not None:
-            check_valid(valid, sizes.shapes)
+            check_valid(valid, sizes.shapes, out)
+            valid = dict(valid)
         if not (apart or valid or query.holes or query.ready is not None):
             return out, None
         finishing = Finishing(self._spec, out, apart, valid, query.holes)
@@ -256,28 +260,36 @@ class Lookups(Generic[V]):
         if self._recorder is not None and query.ready is None:
             query.record(self._recorder)
 
-    def _plan_later(self, lookup: Lookup[V], query: Query, out: Out | None) -> bool:
+    def _plan_later(self, lookup: Lookup[V], query: Query, out: Out | None, sizes: Sizes, ahead: bool) -> bool:
         """In a thread of the client: wait for what is asked for, then as `begin`; whether `lookup` is to ask."""
-        delivery = lookup.delivery
-        if not delivery.done and query.ready is not None:
-            try:
-                query.ready()
-                query.own()
-                if self._recorder is not None:
-                    query.record(self._recorder)
-                version = self._versions.current
-                sizes = version.planner.sizes(query)
-                small = None if delivery.done else self._here.small(query, out, sizes, version)
-                if small is not None and self._here.begin(delivery, small, sizes, out, version):
-                    delivery.receiver_came()
+        delivery, ready = lookup.delivery, query.ready
+        try:
+            if ready is not None and not delivery.done and not self._closing.is_set():
+                with self.workers.held():
+                    ready()
+                if not delivery.done and self._begin_later(delivery, query, out, sizes, ahead):
                     return False
-            except EngrampoolError as error:
-                delivery.end(error)
-            except Exception as error:
-                failure = PoolError(f"what the lookup was to wait for failed: {error!r}")
-                failure.__cause__ = error
-                delivery.end(failure)
+        except EngrampoolError as error:
+            delivery.end(error)
+        except BaseException as error:
+            failure = PoolError(f"what the lookup was to wait for failed: {error!r}")
+            failure.__cause__ = error
+            delivery.end(failure)
         return lookup.plan()
+
+    def _begin_later(self, delivery: Delivery, query: Query, out: Out | None, sizes: Sizes, ahead: bool) -> bool:
+        """What was waited for is there: begin the lookup if it is small; whether it was. Raises BatchError."""
+        query.own()
+        version = self._versions.current
+        if version.planner.sizes(query).shapes != sizes.shapes:
+            raise BatchError("arrays that were given to be filled later have other shapes by now")
+        if self._recorder is not None:
+            query.record(self._recorder)
+        small = None if ahead else self._here.small(query, out, sizes, version)
+        if small is None or not self._here.begin(delivery, small, sizes, out, version):
+            return False
+        delivery.receiver_came()
+        return True
 
     def _taken(self, delivery: Delivery) -> dict[int, Rows]:
         """The rows of a lookup that has ended, as `Step.rows` has them."""

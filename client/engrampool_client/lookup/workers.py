@@ -4,6 +4,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -15,6 +16,7 @@ from engrampool_client.lookup.delivery import Delivery
 _MOST_HELD = 16
 # How long anybody waits for a call that does not end though nobody wants its answer.
 HELD_S = 2.0
+_LOOK_S = 0.05
 _log = logging.getLogger("engrampool")
 
 
@@ -99,10 +101,25 @@ class Workers:
         left = {threading.current_thread()}
         while others := self._threads - left:
             thread = others.pop()
-            thread.join(HELD_S)
+            thread.join(HELD_S if len(left) == 1 else _LOOK_S)  # together, and not one after the other
             if thread.is_alive() and self._nothing_is_wanted():
                 _log.warning("closing without the end of %s, which a call holds", thread.name)
                 left.add(thread)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it a thread that plans waits for what is none of ours; so another one may be started in its place."""
+        with self._lock:
+            held = self._held < _MOST_HELD
+            if held:
+                self._held += 1
+                self._staff()
+        try:
+            yield
+        finally:
+            if held:
+                with self._lock:
+                    self._held -= 1
 
     def _nothing_is_wanted(self) -> bool:
         """Whether all that threads are at are calls whose lookups were given up."""

@@ -354,3 +354,112 @@ def test_rows_that_came_into_the_cache_serve_a_batch_of_another_form(process):
         assert not client.hint(np.empty(0, np.int32))
     with Client(process.address, attach="off") as client, pytest.raises(ValueError, match="cache_bytes"):
         client.hint(TOKENS)
+
+
+# --- what a caller does with what it gave
+
+
+@pytest.mark.parametrize("by", ["tokens", "ids"])
+def test_what_was_given_is_what_was_given_when_the_step_began(process, by):
+    """The dicts may be the next step's at once, and arrays may be put into them before this step's are there."""
+    later, other = threading.Event(), TOKENS + 10
+    with Client(process.address, attach="off", cache_bytes=1 << 20) as client:
+        ids, others = ids_of(client, TOKENS), ids_of(client, other)
+        wanted = rows_of(client, ids)
+        arrays = {layer: np.full(rows.shape, 7, np.uint8) for layer, rows in wanted.items()}
+        flags = {layer: np.zeros(5, np.bool_) for layer in wanted}
+        given, out, valid = dict(ids), dict(arrays), dict(flags)
+        settings = {"out": out, "valid": valid, "ready": later.wait}
+        step = client.prefetch_rows(given, **settings) if by == "ids" else client.prefetch(TOKENS, **settings)
+        for layer in wanted:
+            given[layer] = others[layer][:1]
+            out[layer], valid[layer] = np.zeros(1, np.uint8), np.zeros(1, np.bool_)
+        later.set()
+        assert same(step, wanted)
+        assert all(step.rows(layer) is arrays[layer] and flags[layer].all() for layer in wanted)
+        segments = {layer: {"scales": np.zeros((5, rows.shape[1], 8), np.uint8)} for layer, rows in wanted.items()}
+        kept = {layer: given["scales"] for layer, given in segments.items()}
+        step = client.prefetch(TOKENS, out=segments, ahead=True)
+        for apart in segments.values():
+            apart.clear()
+        assert same(step, wanted)
+        assert all(np.array_equal(kept[layer], rows[..., 256:]) for layer, rows in wanted.items())
+
+
+def test_arrays_that_changed_their_shape_meanwhile_are_refused(process):
+    later, tokens = threading.Event(), TOKENS.copy()
+    with Client(process.address, attach="off") as client:
+        out = {
+            layer: np.full(rows.shape, 7, np.uint8) for layer, rows in rows_of(client, ids_of(client, TOKENS)).items()
+        }
+        ids = ids_of(client, tokens)
+        step = client.prefetch_rows(ids, out=out, ready=later.wait)
+        for some in ids.values():
+            some.resize((9, some.shape[1]), refcheck=False)
+        later.set()
+        with pytest.raises(BatchError, match="other shapes by now"):
+            step.wait()
+        assert all((rows == 7).all() for rows in out.values())
+
+
+def test_arrays_of_int32_by_another_name_may_be_filled_later(client):
+    named = TOKENS.astype(np.dtype("i4", metadata={"from": "elsewhere"}))
+    assert same(client.prefetch(named, ready=lambda: None), rows_of(client, ids_of(client, TOKENS)))
+    lasting = np.frombuffer(bytearray(TOKENS.tobytes()), np.int32).view(np.recarray)
+    assert same(client.prefetch(lasting, ready=lambda: None), rows_of(client, ids_of(client, TOKENS)))
+
+
+def test_flags_that_share_memory_are_refused(client):
+    shapes = {layer: rows.shape for layer, rows in rows_of(client, ids_of(client, TOKENS)).items()}
+    one = np.zeros(5, np.bool_)
+    layer = client.spec.layers[0]
+    out = np.zeros(shapes[layer], np.uint8)
+    for arguments, text in (
+        ({"valid": dict.fromkeys(shapes, one)}, "and valid of layer 1 share memory"),
+        ({"valid": {layer: np.lib.stride_tricks.as_strided(one, (5,), (0,))}}, "overlaps itself"),
+        ({"valid": {layer: out.reshape(-1)[:5].view(np.bool_)}, "out": {layer: out}}, "out of layer 1 share memory"),
+    ):
+        with pytest.raises(BatchError, match=text):
+            client.prefetch(TOKENS, **arguments)
+    eventually(lambda: not client.stats.pending_bytes, "nothing is left")
+
+
+# --- threads that wait for what does not come
+
+
+def test_steps_that_wait_hold_up_no_other_step_nor_close(process):
+    later, told = threading.Event(), threading.Event()
+    with Client(process.address, attach="off", max_steps=1) as client:
+        wanted = rows_of(client, ids_of(client, TOKENS))
+        waiting = [client.prefetch(TOKENS, ready=later.wait) for _ in range(6)]
+        many = np.arange(3000, dtype=np.int32)
+        large = client.prefetch(many)
+        large.wait()
+        small = client.prefetch(TOKENS)
+        small.add_callback(lambda step, layer: told.set())
+        assert told.wait(LIMIT_S)
+        client.close()
+        assert all(isinstance(step.error, StepCancelledError) for step in waiting)
+        later.set()
+        assert same(small, wanted)
+
+
+def test_a_step_that_is_over_reads_nothing_when_its_ids_are_said_to_be_there(process, tmp_path):
+    later = threading.Event()
+    with Client(process.address, attach="off", record=tmp_path / "asked") as client:
+        ids = ids_of(client, TOKENS)
+        step = client.prefetch_rows(ids, ready=later.wait)
+        step.cancel()
+        before = (tmp_path / "asked").stat().st_size
+        later.set()
+        eventually(lambda: at_work(client) == (0, 0, 0), "nothing is left")
+        client.lookup(TOKENS)
+    assert before < (tmp_path / "asked").stat().st_size < before + 4 * sum(some.nbytes for some in ids.values())
+
+
+def test_even_an_exit_is_how_the_step_ends(client):
+    def ready():
+        raise SystemExit("over")
+
+    with pytest.raises(PoolError, match="over"):
+        client.prefetch(TOKENS, ready=ready).wait()
