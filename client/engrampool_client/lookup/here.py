@@ -41,7 +41,8 @@ class Here(Generic[V]):
     def small(self, query: Query, out: Out | None, sizes: Sizes, version: V) -> Small | Cached | None:
         """What a step needs to be begun here; None if it is not to be."""
         small, shards, planner = None, version.shards, version.planner
-        reads, above = reads_memory(version), shards.sends
+        above = shards.sends
+        reads = above is None and reads_memory(version)
         if reads or (above is not None and sizes.nbytes > above):
             small = planner.small(query, out, sizes, reads)
         if small is None and not shards.attached:
@@ -52,7 +53,7 @@ class Here(Generic[V]):
         """Begin a step; whether that could be. Raises PoolError."""
         if isinstance(small, Cached):
             return self._find(delivery, small, out, version)
-        if reads_memory(version):
+        if version.shards.sends is None and reads_memory(version):
             return self.read(delivery, small, version)
         sent = self.send(delivery, small, sizes, out, version, self._submit_rest)
         if sent is None:
@@ -163,13 +164,14 @@ class Here(Generic[V]):
             delivery.begin_work()
             if above is not None and small.nbytes > above:
                 request = by.shards.send(small, delivery.deadline)
-            passed_on = True
             if request is None:
+                passed_on = True
                 self._ask_otherwise(delivery, cached, out, by, sent=False)
                 return True
             again = partial(self._ask_otherwise, delivery, cached, out, by, sent=True)
             left, before = partial(self._versions.leave, by), (delivery.end_work, partial(self._keep, delivery, cached))
             sent = Sent(delivery, request, small.given, self._workers, self._spin_s, again, left, cached.place, before)
+            passed_on = True
             self._receive_by(delivery, sent)
             self._deadlines.look_by(sent.attend_at)
             return True
@@ -190,7 +192,7 @@ class Here(Generic[V]):
         lookup = Lookup(delivery, cached.query(), out, self._versions, self._stats, self._closing, by=by, plan=plan)
         try:
             self._submit(Job(delivery, planned, lookup.ask))
-        except BaseException:
+        except PoolError:  # else it may have been taken on, and leaves by itself
             lookup.leave()
             raise
 
