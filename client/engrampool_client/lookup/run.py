@@ -254,8 +254,8 @@ class Lookups(Generic[V]):
             delivery.begin_work()
             if above is not None and small.nbytes > above:
                 request = by.shards.send(small, delivery.deadline)
-            passed_on = True
             if request is None:
+                passed_on = True
                 self._ask_otherwise(delivery, cached, out, by, sent=False)
                 return True
             again = partial(self._ask_otherwise, delivery, cached, out, by, sent=True)
@@ -263,6 +263,7 @@ class Lookups(Generic[V]):
             sent = Sent(
                 delivery, request, small.given, self.workers, self._config.spin_s, again, left, cached.place, before
             )
+            passed_on = True
             self._receive_by(delivery, sent)
             return True
         except BaseException as error:
@@ -282,7 +283,7 @@ class Lookups(Generic[V]):
         lookup = Lookup(delivery, cached.query(), out, self._versions, self._stats, self._closing, by=by, plan=plan)
         try:
             self._submit(Job(delivery, _planned, lookup.ask))
-        except BaseException:
+        except PoolError:  # else it may have been taken on, and leaves by itself
             lookup.leave()
             raise
 
