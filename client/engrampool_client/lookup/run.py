@@ -70,7 +70,8 @@ class Lookups(Generic[V]):
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
         check_outs(self._spec, out, sizes.shapes)
-        reads, above = _reads(version), version.shards.sends
+        above = version.shards.sends
+        reads = above is None and _reads(version)
         if instead_of is None and not ahead and (reads or (above is not None and sizes.nbytes > above)):
             small = version.planner.small(query, out, sizes, reads)
         if small is None:
@@ -110,8 +111,9 @@ class Lookups(Generic[V]):
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
         check_outs(self._spec, out, sizes.shapes)
-        reads = _reads(version)
-        if reads or version.shards.sends == 0:  # over gRPC it would gain nothing
+        above = version.shards.sends
+        reads = above is None and _reads(version)
+        if reads or above == 0:  # over gRPC it would gain nothing
             small = version.planner.small(query, out, sizes, reads)
         if small is None:
             query.own()
