@@ -74,7 +74,8 @@ class Scratch:
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._lock = most, threading.Lock()
+        # Taken again where garbage is collected within it: what a lost lookup had is given back then.
+        self._most, self._lock = most, threading.RLock()
         self._spare: list[Rows] = []  # the largest last
 
     def take(self, nbytes: int) -> Rows:

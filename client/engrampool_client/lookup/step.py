@@ -1,5 +1,7 @@
 """What a caller holds of a lookup: one batch's rows on their way to the layers that read them."""
 
+import gc
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,17 @@ from engrampool_client.errors import BatchError, DeadlineError, EngrampoolError,
 from engrampool_client.lookup.delivery import Delivery, Rows, Valid
 from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
+
+_collector = 0  # the thread that collects garbage now
+
+
+def _collecting(phase: str, _: object) -> None:
+    global _collector
+    _collector = threading.get_ident() if phase == "start" else 0
+
+
+# Garbage is collected in the midst of anything, with any lock held: a step that is lost so waits for nobody.
+gc.callbacks.append(_collecting)
 
 
 class Step:
@@ -171,4 +184,5 @@ class Step:
         """Nobody can take the rows any more, and what they would be written into may be used for something else."""
         delivery = getattr(self, "delivery", None)  # it is not there if making one failed
         if delivery is not None and not delivery.done:
-            delivery.give_up(StepCancelledError("nobody refers to the step any more"))
+            lost = StepCancelledError("nobody refers to the step any more")
+            delivery.give_up(lost, wait=_collector != threading.get_ident())

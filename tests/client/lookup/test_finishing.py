@@ -1,5 +1,6 @@
 """Rows in the caller's own form: arrays of any strides, flags of tokens, rows that there are not, what comes later."""
 
+import gc
 import threading
 from collections.abc import Iterator
 
@@ -392,7 +393,7 @@ def test_arrays_that_changed_their_shape_meanwhile_are_refused(process):
         out = {
             layer: np.full(rows.shape, 7, np.uint8) for layer, rows in rows_of(client, ids_of(client, TOKENS)).items()
         }
-        ids = ids_of(client, tokens)
+        ids = {layer: some.copy() for layer, some in ids_of(client, tokens).items()}
         step = client.prefetch_rows(ids, out=out, ready=later.wait)
         for some in ids.values():
             some.resize((9, some.shape[1]), refcheck=False)
@@ -463,3 +464,29 @@ def test_even_an_exit_is_how_the_step_ends(client):
 
     with pytest.raises(PoolError, match="over"):
         client.prefetch(TOKENS, ready=ready).wait()
+
+
+def test_a_step_that_is_lost_in_a_circle_waits_for_nobody(process):
+    """Its collector may hold a lock that whoever writes the step's rows waits for, the cache's say."""
+    with Client(process.address, attach="off", cache_bytes=1 << 20) as client:
+        step = client.prefetch(TOKENS, ready=threading.Event().wait, timeout_s=2 * LIMIT_S)
+        delivery, lock = step.delivery, client.cache.lock
+        writes, wants = threading.Event(), threading.Thread(target=lambda: written(delivery, writes, lock))
+        circle = [step]
+        circle.append(circle)
+        with lock:
+            wants.start()
+            assert writes.wait(LIMIT_S)
+            del step, circle
+            gc.collect()
+            assert delivery.given_up
+            assert not delivery.ended, "somebody writes yet"
+        wants.join()
+        assert delivery.ended
+
+
+def written(delivery, writes, lock):
+    with delivery.writing():
+        writes.set()
+        with lock:
+            pass

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import llvmlite.binding
+import numpy as np
 import pytest
 
 import engrampool_proto
 from engrampool_client.testing import serve_process
-from engrampool_proto.kernels import jit
+from engrampool_proto.kernels import entries, hasher, hot_rows, jit
 from server_fixtures import RawPool, expected, pack, rows_of, version_of
 
 # Numba looks for a writable directory in several places. None is left here, as in a read-only container without a home.
@@ -184,3 +185,16 @@ def test_the_level_is_one_of_which_nothing_is_missing(monkeypatch, machine, feat
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
     assert jit.level() == level
+
+
+def test_a_few_items_keep_the_gil_and_more_let_others_have_it(monkeypatch):
+    def asked(items: int) -> int:
+        keys, first, inverse = np.zeros((1, items), np.int64), np.empty(items, np.int64), np.empty(items, np.int64)
+        return entries.distinct(keys, np.empty(0, np.bool_), np.uint64(3), first, np.empty(1, np.int64), inverse)
+
+    for kernel in (entries.distinct, entries.place, hot_rows.find, hot_rows.put, hasher.xor_mix, hasher.xor_mix_keys):
+        assert (kernel.targetoptions["nogil"], kernel.held.targetoptions["nogil"]) == (True, False)
+    held, sizes = entries.distinct.held, []
+    monkeypatch.setattr(entries.distinct, "held", lambda *given: sizes.append(given[0].size) or held(*given))
+    assert [asked(items) for items in (1, jit.FEW, jit.FEW + 1)] == [1, 1, 1]
+    assert sizes == [1, jit.FEW]
