@@ -345,7 +345,7 @@ class Comparison:
 def test_layers_read_what_they_read_of_the_stocked_table(ranks, size, spec, sequences, same_bits):
     compared = Comparison(ranks(size).make(), spec, same_bits)
     for seed in range(3):
-        made = sequences(seed, spec.vocab_size, longest=(3, 8, 30)[seed])
+        made = sequences(seed, spec.vocab_size, longest=(3, 8, 16)[seed])
         compared.extend(made, staged=seed != 1)
         # Decode steps upon it, in a graph that is for more requests than there are.
         random, lengths = np.random.default_rng(seed), np.array([len(past) for past in made.histories])
