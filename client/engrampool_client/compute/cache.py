@@ -11,7 +11,8 @@ import mmap
 import os
 import struct
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,21 @@ _SAVE_BYTES = 8 << 20  # copied while the lock is held
 _POPULATE_BYTES = 4 << 20  # had while no other thread can map memory
 
 
+_holding = threading.local()
+
+
+def holds_a_cache() -> bool:
+    """Whether this thread holds a cache, or is about to: then it must wait for nobody who may want it."""
+    return getattr(_holding, "depth", 0) > 0
+
+
 class HotRows:
     """A bounded set of entries under exact keys, set-associative; the least used of a full set make room.
 
     nbytes: the most that it takes, rows and index together; all of that memory is taken at once.
     entry_bytes: of one entry. form: what the index is worked by.
 
-    lock: the caller's to hold over `find` and the copying of what it found, and over `put`: rows move at any `put`.
+    held: for the caller's `with`, over `find` and the copying of what it found, and over `put`: rows move at any `put`.
     rows: uint8 [rows, entry_bytes]; `find` says which.
     hits, misses: entries asked for. evicted: entries that had to go. filled: entries held.
     hinted_bytes: put with `hinted`, that is fetched before anybody asked; of them hinted_used_bytes were found at least
@@ -75,7 +84,7 @@ class HotRows:
         self._begin(form.index.empty(sets), rows, None)
 
     def _begin(self, index: Index, rows: Bytes, file: FileRows | None) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # by `held` alone
         self.rows = rows
         self._file = file
         self.hits = self.misses = self.evicted = self.filled = 0
@@ -156,6 +165,16 @@ class HotRows:
         self.evicted += evicted
         self.hinted_wasted_bytes += wasted * self.entry_bytes
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it the index and the rows are this thread's."""
+        _holding.depth = getattr(_holding, "depth", 0) + 1
+        try:
+            with self.lock:
+                yield
+        finally:
+            _holding.depth -= 1
+
     def save(self, path: Path, version: str, layout: dict[str, Any], max_bytes: int | None = None) -> None:
         """Write the entries to a file for `open`, the most used first; of `max_bytes` at most, or all that are held.
 
@@ -166,7 +185,7 @@ class HotRows:
         appears under its name when it is whole. Raises ValueError where `max_bytes` does not hold the index, OSError.
         """
         private_files.check_replaceable(path)
-        with self.lock:
+        with self.held():
             index = self._index.copy()
         slots = np.flatnonzero(index.groups != NOBODY)
         # A file's own rows lie in that order already.
@@ -199,7 +218,7 @@ class HotRows:
                 file.seek(rows_at)
                 for start in range(0, len(slots), step):
                     part = slots[start : start + step]
-                    with self.lock:
+                    with self.held():
                         copied = self.rows.take(index.rows[part], axis=0)
                         now = self._index
                         same = (now.keys[part] == index.keys[part]) & (now.groups[part] == index.groups[part])

@@ -336,7 +336,7 @@ class EntriesPlan:
                     groups = one.asked_groups
                     for start in range(0, len(fetched), _PUT_ENTRIES):
                         some = slice(start, start + _PUT_ENTRIES)
-                        with cache.lock:
+                        with cache.held():
                             cache.put(one.asked_keys[some], groups[some], fetched[some], hinted)
 
     def _take(self, cache: HotRows) -> int:
@@ -349,7 +349,7 @@ class EntriesPlan:
         groups = np.concatenate([major[1] for major in majors])
         # The lock is held until the rows are copied: until then nobody may put others in their place.
         # Within `writing`, not around it: who leaves that last settles the step, which calls the caller's own code.
-        with self._delivery.writing(), cache.lock:
+        with self._delivery.writing(), cache.held():
             slots = cache.find(keys, groups)
             start = taken = 0
             for layer, parts in self._entries.items():

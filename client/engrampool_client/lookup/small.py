@@ -136,7 +136,7 @@ class Cached:
             self.blank = delivery.blank
             delivery.stand_in(self._blank)
         # The lock is held until the rows are copied: until then nobody may put others in their place.
-        with delivery.writing(), cache.lock:
+        with delivery.writing(), cache.held():
             missing, hit, same, end = cache.find_small(self._entries, self._tokens, self._state, ids)
         self.sources = {"cache": hit, "duplicate": same} if same else {"cache": hit}
         if not missing:
@@ -193,7 +193,7 @@ class Cached:
     def keep(self, hinted: bool = False) -> None:
         """Let the cache have what came."""
         if self._came is not None:
-            with self._cache.lock:
+            with self._cache.held():
                 self._cache.put_small(self._entries, self._tokens, self._state)
 
     def close(self, again: bool = True) -> None:

@@ -1,7 +1,5 @@
 """What a caller holds of a lookup: one batch's rows on their way to the layers that read them."""
 
-import gc
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,22 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.compute.cache import holds_a_cache
 from engrampool_client.config import wait_limit_s
 from engrampool_client.errors import BatchError, DeadlineError, EngrampoolError, StepCancelledError
 from engrampool_client.lookup.delivery import Delivery, Rows, Valid
 from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
-
-_collector = 0  # the thread that collects garbage now
-
-
-def _collecting(phase: str, _: object) -> None:
-    global _collector
-    _collector = threading.get_ident() if phase == "start" else 0
-
-
-# Garbage is collected in the midst of anything, with any lock held: a step that is lost so waits for nobody.
-gc.callbacks.append(_collecting)
 
 
 class Step:
@@ -185,4 +173,5 @@ class Step:
         delivery = getattr(self, "delivery", None)  # it is not there if making one failed
         if delivery is not None and not delivery.done:
             lost = StepCancelledError("nobody refers to the step any more")
-            delivery.give_up(lost, wait=_collector != threading.get_ident())
+            # Garbage may be collected in the midst of anything: who writes may wait for what this thread holds.
+            delivery.give_up(lost, wait=not holds_a_cache())

@@ -429,7 +429,7 @@ def test_flags_that_share_memory_are_refused(client):
 
 
 def test_steps_that_wait_hold_up_no_other_step_nor_close(process):
-    later, told = threading.Event(), threading.Event()
+    later, told = threading.Event(), threading.Semaphore(0)
     with Client(process.address, attach="off", max_steps=1) as client:
         wanted = rows_of(client, ids_of(client, TOKENS))
         waiting = [client.prefetch(TOKENS, ready=later.wait) for _ in range(6)]
@@ -437,8 +437,8 @@ def test_steps_that_wait_hold_up_no_other_step_nor_close(process):
         large = client.prefetch(many)
         large.wait()
         small = client.prefetch(TOKENS)
-        small.add_callback(lambda step, layer: told.set())
-        assert told.wait(LIMIT_S)
+        small.add_callback(lambda step, layer: told.release())
+        assert all(told.acquire(timeout=LIMIT_S) for _ in small.layers)
         client.close()
         assert all(isinstance(step.error, StepCancelledError) for step in waiting)
         later.set()
@@ -474,7 +474,7 @@ def test_a_step_that_is_lost_in_a_circle_waits_for_nobody(process):
         writes, wants = threading.Event(), threading.Thread(target=lambda: written(delivery, writes, lock))
         circle = [step]
         circle.append(circle)
-        with lock:
+        with client.cache.held():
             wants.start()
             assert writes.wait(LIMIT_S)
             del step, circle
