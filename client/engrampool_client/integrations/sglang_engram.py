@@ -46,7 +46,6 @@ class _Worker:
 
     client: Client | None = None
     layers: tuple[int, ...] = ()
-    counts = EngineCounts(())
     metrics: Any = None
     agree: Agree | None = None
     begun = 0
@@ -56,6 +55,9 @@ class _Worker:
     _most = 512
     # Of the last forward, if it could not be asked for: its tokens, and why.
     _failed: tuple[int, Exception] | None = None
+
+    def __init__(self) -> None:
+        self.counts = EngineCounts(())
 
     def ready(self, layers: list[int], columns: slice, device: torch.device) -> None:
         """The model is made. layers: of its tables, in the order of hashes. columns: of the row ids, this rank's."""
