@@ -1,10 +1,12 @@
 """One rank of a group, in a process of its own: `python -m rank_process WAY RANK SIZE STORE SERVER POLICY TIMEOUT_S`.
 
 For each line of standard input it runs a forward, all ranks the same one, and says what became of it in a line of JSON.
-A line "fail" has the forward fail before it asks for anything. WAY: rows come "before" a forward, or "in" it.
+A line "fail" has the forward fail before it asks for anything, "die" ends the process there.
+WAY: rows come "before" a forward, or "in" it.
 """
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -28,6 +30,8 @@ def main(way: str, rank: int, size: int, store: str, server: str, policy: str, t
     run, close = (_before if way == "before" else _in)(client, width, timeout_s, agreement.over(dist.group.WORLD))
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
+        if line.strip() == "die":
+            os._exit(0)
         try:
             valid, rows = run(line.strip() == "fail")
             zeros = not any(one.any() for one in rows)

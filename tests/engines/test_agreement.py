@@ -44,7 +44,8 @@ def ranks(way, size, tmp_path, servers, policy):
 
 
 def _read(process):
-    return json.loads(process.stdout.readline())
+    line = process.stdout.readline()
+    return json.loads(line) if line else None
 
 
 def _end(process):
@@ -87,3 +88,11 @@ def test_a_rank_that_fails_before_it_asks_leaves_nobody_waiting(tmp_path, server
         assert (one["error"], other["error"]) == ("PoolError", error)
         assert text in other["text"]
         assert [one["valid"] for one in run()] == [True, True]
+
+
+@pytest.mark.parametrize("way", ["before", "in"])
+def test_a_rank_that_dies_is_an_error_of_the_others(tmp_path, server, way):
+    with ranks(way, 2, tmp_path, [server.address] * 2, "mask") as run:
+        one, dead = run("go", "die")
+        assert dead is None
+        assert "error" in one, "it does not wait for a vote that never comes"
