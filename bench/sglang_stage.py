@@ -58,7 +58,7 @@ def main() -> None:
         stock.offsets = torch.from_numpy(np.array([table.head_offsets for table in spec.tables]).astype(np.int64))
         stager = ours.Stager(stock, client, torch.device("cpu"))
         worker = ours._worker
-        worker.client = client
+        worker.client, ours.get_parallel = client, lambda: SimpleNamespace(attn_tp_size=1)
         worker.ready(list(spec.layers), slice(0, spec.tables[0].heads), torch.device("cpu"))
         start = worker.start
         random = np.random.default_rng(0)

@@ -1,10 +1,12 @@
-"""One rank of a group, in a process of its own: `python -m rank_process RANK SIZE STORE SERVER POLICY TIMEOUT_S`.
+"""One rank of a group, in a process of its own: `python -m rank_process WAY RANK SIZE STORE SERVER POLICY TIMEOUT_S`.
 
 For each line of standard input it runs a forward, all ranks the same one, and says what became of it in a line of JSON.
-A line "fail" has the forward fail before it asks for anything.
+A line "fail" has the forward fail before it asks for anything, "die" ends the process there.
+WAY: rows come "before" a forward, or "in" it.
 """
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -16,34 +18,72 @@ from engrampool_client.integrations.forwards import agreement
 from engrampool_client.integrations.forwards.history import Histories
 from engrampool_client.integrations.forwards.supply import Supply
 from engrampool_client.integrations.forwards.torch_landing import TorchLanding
+from engrampool_client.integrations.staging import Staging
 
 
-def main(rank: int, size: int, store: str, server: str, policy: str, timeout_s: float) -> None:
+def main(way: str, rank: int, size: int, store: str, server: str, policy: str, timeout_s: float) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     width = 24 // size
     client = Client(
         server, heads=(rank * width, (rank + 1) * width), on_failure=policy, timeout_s=timeout_s, breaker_failures=0
     )
-    rows = {layer: (width, client.spec.table(layer).row_bytes) for layer in client.spec.layers}
-    landing = TorchLanding(client.spec.layers, rows, 8, torch.device("cpu"))
-    supply = Supply(client, landing, Histories(1, 20, 3), timeout_s=timeout_s, agree=agreement.over(dist.group.WORLD))
-    supply.add(0, [1, 2, 3, 4, 5], 0)
-    numbers, starts, counts = (np.array([one]) for one in (0, 0, 5))
+    run, close = (_before if way == "before" else _in)(client, width, timeout_s, agreement.over(dist.group.WORLD))
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
+        if line.strip() == "die":
+            os._exit(0)
         try:
-            if line.strip() == "fail":
-                supply.failed(5, RuntimeError("told to fail"))
-            else:
-                supply.start(numbers, starts, counts)
-            valid = supply.wait()
-            zeros = not any(supply.landed(layer)[:5].any() for layer in client.spec.layers)
-            print(json.dumps({"valid": bool(valid.all()), "masked": not valid.any(), "zeros": zeros}), flush=True)
+            valid, rows = run(line.strip() == "fail")
+            zeros = not any(one.any() for one in rows)
+            print(json.dumps({"valid": all(valid), "masked": not any(valid), "zeros": zeros}), flush=True)
         except Exception as error:
             print(json.dumps({"error": type(error).__name__, "text": str(error)}), flush=True)
-    supply.close()
+    close()
     dist.destroy_process_group()
 
 
+def _before(client, width, timeout_s, agree):
+    """A forward of `Supply`: which tokens are valid, and each layer's rows; and what closes it."""
+    layers = client.spec.layers
+    shape = {layer: (width, client.spec.table(layer).row_bytes) for layer in layers}
+    landing = TorchLanding(layers, shape, 8, torch.device("cpu"))
+    supply = Supply(client, landing, Histories(1, 20, 3), timeout_s=timeout_s, agree=agree)
+    supply.add(0, [1, 2, 3, 4, 5], 0)
+    numbers, starts, counts = (np.array([one]) for one in (0, 0, 5))
+
+    def run(fail):
+        if fail:
+            supply.failed(5, RuntimeError("told to fail"))
+        else:
+            supply.start(numbers, starts, counts)
+        valid = supply.wait()
+        return valid.reshape(-1).tolist(), [supply.landed(layer)[:5] for layer in layers]
+
+    return run, supply.close
+
+
+def _in(client, width, timeout_s, agree):
+    """The same of `Staging`, whose layers come to an outcome each."""
+    staging = Staging(client, client.spec.layers, width, 8, torch.device("cpu"), agree=agree)
+    ids = torch.arange(5 * width).view(5, width)
+
+    def run(fail):
+        before = sum(staging.counts.masked.values())
+        for layer in staging.layers:
+            staging.start(layer, ids + (1 << 30) * fail)
+        rows, error = [], None
+        for layer in staging.layers:
+            try:
+                rows.append(staging.rows(layer))
+            except Exception as raised:
+                error = raised
+        if error is not None:
+            raise error
+        masked = sum(staging.counts.masked.values()) - before
+        return [at >= masked for at in range(5 * len(rows))], rows
+
+    return run, staging.close
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6], float(sys.argv[6]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:7], float(sys.argv[7]))

@@ -18,8 +18,8 @@ TIMEOUT_S = 1.0
 
 
 @contextmanager
-def ranks(size, tmp_path, servers, policy):
-    """Processes that run a forward each for what `run` writes to them; server of each."""
+def ranks(way, size, tmp_path, servers, policy):
+    """Processes that run a forward each for what `run` writes to them; way: as rank_process.py has it."""
     with ExitStack() as stack:
         made = []
         for rank, server in enumerate(servers):
@@ -27,7 +27,7 @@ def ranks(size, tmp_path, servers, policy):
                 sys.executable,
                 "-m",
                 "rank_process",
-                *map(str, (rank, size, tmp_path / "store", server, policy, TIMEOUT_S)),
+                *map(str, (way, rank, size, tmp_path / "store", server, policy, TIMEOUT_S)),
             ]
             environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
@@ -50,7 +50,8 @@ def ranks(size, tmp_path, servers, policy):
 
 
 def _read(process):
-    return json.loads(process.stdout.readline())
+    line = process.stdout.readline()
+    return json.loads(line) if line else None
 
 
 def _end(process):
@@ -65,11 +66,11 @@ def model(tmp_path_factory, spec):
 
 
 @pytest.mark.parametrize("policy", ["raise", "mask"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_one_ranks_silent_server_is_the_outcome_of_all(tmp_path, model, server, size, policy):
+@pytest.mark.parametrize(("way", "size"), [("before", 2), ("before", 4), ("in", 2)])
+def test_one_ranks_silent_server_is_the_outcome_of_all(tmp_path, model, server, way, size, policy):
     with (
         serve_process(model) as other,
-        ranks(size, tmp_path, [other.address, *[server.address] * (size - 1)], policy) as run,
+        ranks(way, size, tmp_path, [other.address, *[server.address] * (size - 1)], policy) as run,
     ):
         assert run() == [{"valid": True, "masked": False, "zeros": False}] * size
         with other.frozen():
@@ -84,16 +85,20 @@ def test_one_ranks_silent_server_is_the_outcome_of_all(tmp_path, model, server, 
             pass
 
 
-def test_a_rank_that_fails_before_it_asks_leaves_nobody_waiting(tmp_path, server):
-    with ranks(2, tmp_path, [server.address] * 2, "mask") as run:
+@pytest.mark.parametrize(
+    ("way", "error", "text"), [("before", "RuntimeError", "told to fail"), ("in", "BatchError", "row id 1073741824")]
+)
+def test_a_rank_that_fails_before_it_asks_leaves_nobody_waiting(tmp_path, server, way, error, text):
+    with ranks(way, 2, tmp_path, [server.address] * 2, "mask") as run:
         one, other = run("go", "fail")
-        assert (one["error"], other) == ("PoolError", {"error": "RuntimeError", "text": "told to fail"})
+        assert (one["error"], other["error"]) == ("PoolError", error)
+        assert text in other["text"]
         assert [one["valid"] for one in run()] == [True, True]
 
 
-def test_a_rank_that_is_killed_leaves_nobody_waiting(tmp_path, server):
-    with ranks(2, tmp_path, [server.address] * 2, "mask") as run:
-        assert [one["valid"] for one in run()] == [True, True]
-        run.begin(0)  # it waits for the other one, which never comes
-        run.processes[1].kill()
-        assert "error" in _read(run.processes[0])
+@pytest.mark.parametrize("way", ["before", "in"])
+def test_a_rank_that_dies_is_an_error_of_the_others(tmp_path, server, way):
+    with ranks(way, 2, tmp_path, [server.address] * 2, "mask") as run:
+        one, dead = run("go", "die")
+        assert dead is None
+        assert "error" in one, "it does not wait for a vote that never comes"

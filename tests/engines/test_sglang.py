@@ -1,7 +1,9 @@
 """SGLang's own Engram layers with rows from a real server, against the same layers with the table that they stock."""
 
 import json
+import socket
 import sys
+import urllib.request
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +17,8 @@ import pytest
 from engrampool_client import Client, DeadlineError, FingerprintError, PoolError
 from engrampool_client.config import ENVIRONMENT_PREFIX
 from engrampool_client.integrations import sglang as plugin
+from engrampool_client.integrations.forwards import metrics
+from engrampool_client.integrations.forwards.settings import ENGINE_PREFIX
 from engrampool_proto.synthetic import synthetic_rows
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-engines` installs it")
@@ -86,19 +90,30 @@ class Ranks:
             capture=SimpleNamespace(enable_torch_compile=False),
         )
         self.backends = {"decode": "breakable", "prefill": "breakable"}
-        self.parallel = SimpleNamespace(tp_size=size, attn_tp_size=size, attn_cp_size=1, attn_dp_size=1)
+        self.parallel = SimpleNamespace(
+            tp_size=size,
+            attn_tp_size=size,
+            attn_cp_size=1,
+            attn_dp_size=1,
+            attn_dp_enabled=False,
+            dp_rank=None,
+            launch_world_size=size,
+            attn_tp_group=SimpleNamespace(cpu_group="processors"),
+        )
+        self.votes, self.others = [], None
         for place in (engine.module, engine.ours):
             patch.setattr(place, "get_parallel", lambda: self.parallel)
         for name in ("get_spec", "get_exec", "get_disagg", "get_flags"):
             patch.setattr(engine.ours, name, lambda: self.settings)
         patch.setattr(engine.ours, "check_cuda_graph_backend", lambda phase, backend: self.backends[phase] == backend)
+        patch.setattr(engine.ours, "over", {"processors": self._agree}.__getitem__)
         patch.setattr(engine.ours, "attn_tp_all_reduce", self._all_reduce)
         patch.setattr(engine.module, "tensor_model_parallel_all_reduce", self._all_reduce)
 
     @contextmanager
     def at(self, rank):
         """Within this, the process is that rank."""
-        self.parallel.tp_rank = self.parallel.attn_tp_rank = rank
+        self.parallel.tp_rank = self.parallel.attn_tp_rank = self.parallel.launch_world_rank = rank
         self.patch.setattr(self.engine.ours, "_worker", self.made[rank].worker)
         yield self.made[rank]
 
@@ -153,6 +168,11 @@ class Ranks:
             return self.known
         self.parts.append(values.clone())
         return values
+
+    def _agree(self, flags):
+        """What all ranks say of a layer's tokens. others: what the other ones said, in their turn, before."""
+        self.votes.append(flags.copy())
+        return flags if self.others is None else flags & next(self.others)
 
     def run(self, layers, hash_ids, at, forward, prepare=lambda rank: None):
         """What each rank has of a layer's rows, and what the layer makes of all of them. layers: of each rank."""
@@ -392,7 +412,7 @@ def test_ranks_of_other_tokens_have_no_part_in_it(ranks):
     alone.known, alone.parts = None, []
     with alone.make().at(0) as made:
         assert not_missing(decode(made))
-    assert alone.parts == [], "it adds up nothing"
+    assert alone.parts == alone.votes == [], "it adds up nothing, and asks nobody"
 
 
 def test_ids_of_a_gpu_are_copied_as_what_the_host_keeps(engine, monkeypatch):
@@ -530,17 +550,55 @@ def not_missing(found):
     return all(isinstance(one, torch.Tensor) and one.view(torch.int16).any() for one in found)
 
 
-def test_ranks_whose_rows_do_not_come_leave_out_their_columns_on_all_ranks(ranks, server):
-    """Whoever has what, each rank reads the same sum."""
-    group = ranks(2, timeout_s=0.3, on_failure="mask", breaker_failures=0).make()
-    group.known, group.parts = None, []
+@pytest.mark.parametrize("policy", ["mask", "raise"])
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_one_ranks_silent_server_is_the_outcome_of_all(ranks, server, sequences, policy, kind):
+    """The ranks run one after the other, each a group of its own; test_agreement.py has ranks that are processes."""
+    run = decode if kind == "decode" else lambda made: prefill(made, sequences)
+    silent = ranks(2, timeout_s=0.3, on_failure=policy, breaker_failures=0).make()
+    silent.known, silent.parts = None, []
+    with silent.at(1) as made, server.frozen():
+        first = run(made)
+        tokens = len(silent.votes[0]) - 1
+        masked = [made.worker.counts.masked]
+    other = ranks(2, timeout_s=60, on_failure=policy).make()
+    other.known, other.parts, other.others = None, [], iter(silent.votes)
+    with other.at(0) as made:
+        second = run(made)
+        masked.append(made.worker.counts.masked)
+        assert made.worker.client.stats.bytes["wire"] > 0
+    assert [len(one) for one in silent.votes] == [len(one) for one in other.votes] == [tokens + 1] * 2
+    assert all(one.all() for one in other.votes), "this one has its rows"
+    if policy == "mask":
+        assert [one.any().item() for one in first + second] == [False] * 4
+        assert masked == [{1: tokens, 14: tokens}] * 2
+    else:
+        assert [type(one) for one in first + second] == [DeadlineError] * 2 + [PoolError] * 2
+        assert all("another rank of this group" in str(one) for one in second)
+        assert silent.parts == other.parts == [], "nobody adds up what others have not"
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_what_stops_a_lookup_from_beginning_is_told_to_the_other_ranks(ranks, engine, sequences, kind, monkeypatch):
+    """The engine may begin it long before the forward, where nobody would catch it, and the others would wait."""
+    run = decode if kind == "decode" else lambda made: prefill(made, sequences)
+    group = ranks(2).make()
+    with group.at(0) as made, monkeypatch.context() as patch:
+        group.known, group.parts = None, []
+        error = PoolError("there is no memory")
+
+        def fail(*_, **__):
+            raise error
+
+        patch.setattr(engine.ours, "Staging", fail)
+        assert run(made) == [error] * 2
+        patch.setattr(engine.ours.Stager, "_hash", fail)
+        assert run(made) == [error] * 2
+        assert [vote.any() for vote in group.votes] == [False] * 4
+        assert made.worker.counts.failed == 4
     with group.at(0) as made:
-        decode(made)
-    with group.at(1) as made, server.frozen():
-        decode(made)
-    for first, second in zip(group.parts[:2], group.parts[2:], strict=True):
-        assert (first + second)[:, :12].view(torch.int16).any(-1).all()
-        assert not (first + second)[:, 12:].any()
+        assert len(run(made)) == len(group.parts) == 2
+        assert all(vote.all() for vote in group.votes[4:])
 
 
 def test_a_staged_batch_that_never_runs_gives_its_rows_to_no_other(ranks, sequences):
@@ -597,6 +655,80 @@ def test_an_idle_rank_asks_nobody_and_waits_for_nobody(ranks):
             for one in read(made, made.hasher(numbers, forward), forward):
                 assert (one.shape, one.view(torch.int16).any().item()) == ((tokens, 24, 256), False)
         assert stats.bytes["wire"] == 0
+
+
+# --- what operators see
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_rank_answers_prometheus_until_the_scheduler_ends(ranks, engine, monkeypatch):
+    port = free_port()
+    monkeypatch.setenv(f"{ENGINE_PREFIX}METRICS_PORT", str(port))
+    with ranks(1).make().at(0) as made:
+        decode(made, tokens=5)
+        name = made.worker.client.spec.name
+        found = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+        assert f'engrampool_engine_tokens_total{{model="{name}"}} 5.0' in found
+        assert f'engrampool_engine_wait_seconds_count{{layer="14",model="{name}"}} 1.0' in found
+        assert "engrampool_client_steps_total" in found
+        engine.ours._closed()
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("attn_dp_enabled", "dp_rank", "number"),
+    [(False, None, 1), (False, 3, 7), (True, 1, 1)],
+    ids=["one replica", "the fourth replica", "data-parallel attention"],
+)
+def test_each_rank_has_a_port_of_its_own(ranks, monkeypatch, attn_dp_enabled, dp_rank, number):
+    ports = []
+    monkeypatch.setattr(metrics, "serve", lambda port, client, counts: ports.append(port))
+    monkeypatch.setenv(f"{ENGINE_PREFIX}METRICS_PORT", "9400")
+    group = ranks(2)
+    group.parallel.attn_dp_enabled, group.parallel.dp_rank = attn_dp_enabled, dp_rank
+    group.make()
+    assert ports == [9400 + number - 1, 9400 + number]
+
+
+def test_forwards_that_ask_nobody_are_counted(ranks, engine):
+    with ranks(1).make().at(0) as made:
+        engine.ours._quietly(decode, made)
+        decode(made)
+        counts = made.worker.counts
+        assert (counts.dummies, counts.steps, counts.tokens, counts.failed) == (1, 1, 5, 0)
+
+
+def test_a_prompts_row_ids_are_compared_with_the_engines_own(ranks, sequences, monkeypatch):
+    monkeypatch.setenv(f"{ENGINE_PREFIX}VERIFY", "1")
+    group = ranks(2).make()
+    group.known = None
+    with group.at(1) as made:
+        group.parts, counts = [], made.worker.counts
+        prefill(made, sequences)
+        tokens = counts.tokens
+        assert (counts.verified, counts.differences) == (tokens, 0)
+        theirs = made.manager.engram_stager._engines
+
+        def other(*windows):
+            ids, rest = theirs(*windows)
+            ids[2, 1, 5] += 1
+            return ids, rest
+
+        monkeypatch.setattr(made.manager.engram_stager, "_engines", other)
+        group.votes.clear()
+        found = prefill(made, sequences)
+        said = rf"layer 14: 1 of {tokens} tokens, the first token 2 of the batch, head 5: row \d+ here, \d+ by"
+        for one in found:
+            with pytest.raises(FingerprintError, match=said):
+                raise one
+        assert [vote.any() for vote in group.votes] == [False] * 2, "it is an error of all ranks"
+        assert (counts.verified, counts.differences) == (2 * tokens, 1)
 
 
 # --- what asks nobody, and graphs
@@ -761,6 +893,23 @@ def checkpoint_of(model, spec, *, tables):
             yield f"{name}.embed.weight", values
             yield f"{name}.embed.scale", scales
         yield f"{name}.wkv.weight", torch.full_like(model.model.layers[layer].engram.wkv.weight, layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("METRICS_PORT", "0", "METRICS_PORT='0' is not allowed: a port is 1 .. 65535"),
+        ("AHEAD_TOKENS", "0", "AHEAD_TOKENS is for vLLM, and does nothing with SGLang: unset it"),
+        ("VERIFY_CHECKPOINT", "/models", "VERIFY_CHECKPOINT is for vLLM"),
+    ],
+)
+def test_a_setting_that_is_wrong_or_does_nothing_ends_the_process(engine, monkeypatch, name, value, said):
+    monkeypatch.setattr(engine.plugins, "_plugins_loaded", False)
+    monkeypatch.delitem(sys.modules, engine.ours.__name__)
+    monkeypatch.setenv(f"{ENVIRONMENT_PREFIX}TARGET", "a:1")
+    monkeypatch.setenv(f"{ENGINE_PREFIX}{name}", value)
+    with pytest.raises(SystemExit, match=f"engrampool: {ENGINE_PREFIX}{said}"):
+        engine.plugins.load_plugins()
 
 
 @pytest.mark.parametrize("tables", [True, False])

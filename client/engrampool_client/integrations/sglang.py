@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 
 from engrampool_client.config import ENVIRONMENT_PREFIX, from_environment
 from engrampool_client.integrations import engine
+from engrampool_client.integrations.forwards.settings import ENGINE_PREFIX, EngineSettings
 
 # What `sglang_engram.py` was written for, and run with.
 VERSION = "0.5.23"
@@ -62,11 +63,19 @@ def register() -> None:
         return
     try:
         from_environment(os.environ)
+        check_settings(EngineSettings.of(os.environ))
         check_version(metadata.version("sglang"))
         check_parameters()
         import_module(_OURS).install()
     except Exception as error:
         raise SystemExit(f"engrampool: {error}") from error
+
+
+def check_settings(settings: EngineSettings) -> None:
+    """Raise ValueError, which names the variable, for a setting that nothing here goes by."""
+    for name in ("ahead_tokens", "verify_checkpoint"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"{ENGINE_PREFIX}{name.upper()} is for vLLM, and does nothing with SGLang: unset it")
 
 
 def check_version(found: str) -> None:

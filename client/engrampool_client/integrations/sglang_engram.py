@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers import engram, engram_staging
@@ -26,42 +27,88 @@ from engrampool_client.client import Client
 from engrampool_client.compute.forms import choose
 from engrampool_client.errors import PoolError
 from engrampool_client.integrations import engine
+from engrampool_client.integrations.forwards.agreement import Agree, over, settle
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.history import Flags
+from engrampool_client.integrations.forwards.settings import EngineSettings
+from engrampool_client.integrations.forwards.verify import compare_ids
 from engrampool_client.integrations.staging import Staging
 from engrampool_proto.hashing import TokenBatch
 
 
 class _Worker:
-    """What this process has. client: from the first table on. layers: once all tables are made, and checked.
+    """What this process has. client: from the first table on. layers, counts: once all tables are made, and checked.
 
+    metrics: what answers Prometheus. agree: how the ranks that have the same tokens come to one outcome.
     begun: how many forwards there were. dummy: whether the last of them asks nobody. quiet: while it is not 0, those
     that begin are of that kind.
     """
 
     client: Client | None = None
     layers: tuple[int, ...] = ()
+    metrics: Any = None
+    agree: Agree | None = None
     begun = 0
     dummy = False
     quiet = 0
     _staging: Staging | None = None
     _most = 512
+    # Of the last forward, if it could not be asked for: its tokens, and why.
+    _failed: tuple[int, Exception] | None = None
+
+    def __init__(self) -> None:
+        self.counts = EngineCounts(())
 
     def ready(self, layers: list[int], columns: slice, device: torch.device) -> None:
         """The model is made. layers: of its tables, in the order of hashes. columns: of the row ids, this rank's."""
         self.layers, self._columns, self._device = tuple(layers), columns, device
+        self.counts, parallel = EngineCounts(layers), get_parallel()
+        if parallel.attn_tp_size > 1:
+            self.agree = over(parallel.attn_tp_group.cpu_group)
+        port = EngineSettings.of(os.environ).metrics_port
+        if port is not None:
+            from engrampool_client.integrations.forwards import metrics
+
+            # With data-parallel attention all of a replica's ranks are counted together, and there is but one replica.
+            replica = 0 if parallel.attn_dp_enabled else parallel.dp_rank or 0
+            at = port + replica * parallel.launch_world_size + parallel.launch_world_rank
+            assert self.client is not None
+            self.metrics = metrics.serve(at, self.client, self.counts)
 
     def start(self, ids: Sequence[torch.Tensor]) -> None:
-        """Begin the lookup of a forward's rows. ids: of each layer, [tokens, heads]."""
-        self.begun += 1
-        self.dummy = self.quiet > 0
-        if not self.dummy:
+        """Begin the lookup of a forward's rows; `rows` raises what stops it. ids: of each layer, [tokens, heads]."""
+        self._next_forward()
+        if self.dummy:
+            return
+        try:
             staging = self._staging_of(len(ids[0]))
             for layer, own in zip(self.layers, ids, strict=True):
                 staging.start(layer, own[:, self._columns])
+        except Exception as error:
+            self._failed = len(ids[0]), error  # not raised here, where no other rank would learn of it
+
+    def failed(self, tokens: int, error: Exception) -> None:
+        """In the place of `start`: so many tokens were to be asked for, and cannot be. `rows` raises it."""
+        self._next_forward()
+        self._failed = tokens, error
+
+    def _next_forward(self) -> None:
+        self.begun += 1
+        self.dummy, self._failed = self.quiet > 0, None
+        self.counts.dummies += self.dummy
 
     def rows(self, layer: int) -> torch.Tensor | None:
         """As `Staging.rows`, of the last forward that began."""
         if self.dummy:
             return None
+        if self._failed is not None:
+            tokens, error = self._failed
+
+            def find(_: Flags) -> None:
+                raise error
+
+            self.counts.failed += 1
+            settle(1, tokens, find, self.agree)
         if self._staging is None:
             raise PoolError(f"no row ids of layer {layer} were given")
         return self._staging.rows(layer)
@@ -77,13 +124,19 @@ class _Worker:
         What was begun in a smaller one is over: its rows were read, or its model failed.
         """
         if self._staging is None or tokens > self._most:
-            self._most = max(self._most, 1 << (tokens - 1).bit_length())
+            most = max(self._most, 1 << (tokens - 1).bit_length())
             assert self.client is not None
             columns = self._columns.stop - self._columns.start
-            self._staging = Staging(self.client, self.layers, columns, self._most, self._device)
+            self._staging = Staging(
+                self.client, self.layers, columns, most, self._device, agree=self.agree, counts=self.counts
+            )
+            self._most = most
         return self._staging
 
     def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.shutdown()
+            self.metrics.server_close()
         if self._staging is not None:
             self._staging.close()
         elif self.client is not None:
@@ -226,6 +279,7 @@ class Stager(engram_staging.EngramRowStager):
         self.hasher = SimpleNamespace(max_ngram_size=hasher.max_ngram_size, hash_windows=self._begin)
         self._image, self._layers = hasher.image_token_id, client.spec.layers
         self._hashing = choose("auto" if client.compiled else "off").hashing(client.spec)
+        self._engines = hasher.hash_windows if EngineSettings.of(os.environ).verify else None
         # What the host has hashed waits for no GPU, so nothing may be recorded where the scheduler's copies wait.
         self._idle = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -234,10 +288,25 @@ class Stager(engram_staging.EngramRowStager):
         return None if super().stage(batch) is None else [(_worker.begun,)] * len(_worker.layers)
 
     def _begin(self, tokens: torch.Tensor, blocked: torch.Tensor) -> tuple[None, None]:
-        """Hash windows as `EngramHasher.hash_windows` does, by compiled code where there is any, and look them up.
+        """Look up the rows of windows, in the place of `EngramHasher.hash_windows`.
 
         tokens: [T, n], each token and those before it. blocked: which of them are before the sequence's start.
         """
+        try:
+            ids = self._hash(tokens, blocked)
+            if self._engines is not None:
+                found = self._engines(tokens, blocked)[0].numpy()
+                engines = {layer: found[:, at] for at, layer in enumerate(_worker.layers)}
+                compare_ids(ids, engines, _worker.counts, lambda at: f"token {at} of the batch")
+        except Exception as error:
+            _worker.failed(len(tokens), error)
+            return None, None
+        with nullcontext() if self._idle is None else torch.cuda.stream(self._idle):
+            _worker.start([torch.from_numpy(own) for own in ids.values()])
+        return None, None
+
+    def _hash(self, tokens: torch.Tensor, blocked: torch.Tensor) -> dict[int, npt.NDArray[np.int32]]:
+        """Row ids of each layer, by compiled code where there is any."""
         given = tokens.numpy()
         dead = np.zeros(given.shape, np.bool_)
         if self._image is not None:
@@ -246,10 +315,7 @@ class Stager(engram_staging.EngramRowStager):
         # Each token is a sequence's newest one, and its look-back is known.
         bounds = np.arange(len(given) + 1, dtype=np.int32)
         batch = TokenBatch.of(given[:, 0].copy(), bounds, given[:, 1:], dead[:, 0].copy(), dead[:, 1:])
-        ids = [ids.astype(np.int32) for ids in self._hashing.rows(batch, self._layers).values()]
-        with nullcontext() if self._idle is None else torch.cuda.stream(self._idle):
-            _worker.start([torch.from_numpy(own) for own in ids])
-        return None, None
+        return {layer: ids.astype(np.int32) for layer, ids in self._hashing.rows(batch, self._layers).items()}
 
 
 def _from_model(_: type, model: torch.nn.Module, hasher: Any, device: torch.device) -> Stager:

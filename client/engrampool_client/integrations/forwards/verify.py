@@ -42,20 +42,8 @@ class Verifier:
         Raises FingerprintError that names the first token that differs in each layer.
         """
         batch: Batch = self._histories.batch(numbers, starts, counts)
-        self._counts.verified += len(batch.tokens)
-        differing, found = np.zeros(len(batch.tokens), np.bool_), []
-        for layer, ours in self._spec.hash(TokenBatch.of(*batch), list(engines)).items():
-            wrong = (ours != engines[layer]).any(axis=1)
-            differing |= wrong
-            if wrong.any():
-                at = int(wrong.argmax())
-                head = int((ours[at] != engines[layer][at]).argmax())
-                where = self._name(at, numbers, starts, counts)
-                found.append(
-                    f"layer {layer}: {int(wrong.sum())} of {len(wrong)} tokens, the first {where}, head {head}: "
-                    f"row {ours[at, head]} here, {engines[layer][at, head]} by the engine"
-                )
-        self._say(differing, found)
+        ours = self._spec.hash(TokenBatch.of(*batch), list(engines))
+        compare_ids(ours, engines, self._counts, lambda at: self._name(at, numbers, starts, counts))
 
     def rows(
         self,
@@ -82,15 +70,41 @@ class Verifier:
             one, column = (int(index) for index in np.argwhere(wrong)[0])
             where = self._name(int(chosen[one]), *chunks)
             found.append(f"layer {layer}: row {ids[one, column]} of {where} is not that of the local table")
-        self._say(wrong.any(axis=1), found)
-
-    def _say(self, differing: npt.NDArray[np.bool_], found: list[str]) -> None:
-        self._counts.differences += int(differing.sum())
-        if found:
-            raise FingerprintError(found)
+        _say(self._counts, wrong.any(axis=1), found)
 
     @staticmethod
     def _name(at: int, numbers: Numbers, starts: Numbers, counts: Numbers) -> str:
         bounds = counts.cumsum()
         owner = int(bounds.searchsorted(at, "right"))
         return f"token {at} (request {numbers[owner]}, position {starts[owner] + at - (bounds[owner] - counts[owner])})"
+
+
+def compare_ids(
+    ours: Mapping[int, npt.NDArray[Any]],
+    engines: Mapping[int, npt.NDArray[Any]],
+    counts: EngineCounts,
+    name: Callable[[int], str],
+) -> None:
+    """Compare row ids of some tokens, [tokens, columns] of each layer. name: what a token is called.
+
+    Raises FingerprintError that names the first token that differs in each layer.
+    """
+    differing, found = np.zeros(len(next(iter(ours.values()))), np.bool_), []
+    counts.verified += len(differing)
+    for layer, own in ours.items():
+        wrong = (own != engines[layer]).any(axis=1)
+        differing |= wrong
+        if wrong.any():
+            at = int(wrong.argmax())
+            head = int((own[at] != engines[layer][at]).argmax())
+            found.append(
+                f"layer {layer}: {int(wrong.sum())} of {len(wrong)} tokens, the first {name(at)}, head {head}: "
+                f"row {own[at, head]} here, {engines[layer][at, head]} by the engine"
+            )
+    _say(counts, differing, found)
+
+
+def _say(counts: EngineCounts, differing: npt.NDArray[np.bool_], found: list[str]) -> None:
+    counts.differences += int(differing.sum())
+    if found:
+        raise FingerprintError(found)
