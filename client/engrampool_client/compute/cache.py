@@ -52,8 +52,9 @@ _holding = threading.local()
 
 
 def holds_a_cache() -> bool:
-    """Whether this thread holds a cache, or is about to: then it must wait for nobody who may want it."""
-    return getattr(_holding, "depth", 0) > 0
+    """Whether this thread holds a cache: then it must wait for nobody who may want it."""
+    lock: threading.Lock | None = getattr(_holding, "lock", None)
+    return lock is not None and lock.locked()  # where Ctrl-C came, the lock may be another thread's by now
 
 
 class HotRows:
@@ -168,12 +169,10 @@ class HotRows:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within it the index and the rows are this thread's."""
-        _holding.depth = getattr(_holding, "depth", 0) + 1
-        try:
-            with self.lock:
-                yield
-        finally:
-            _holding.depth -= 1
+        _holding.lock = self.lock
+        with self.lock:
+            yield
+        _holding.lock = None
 
     def save(self, path: Path, version: str, layout: dict[str, Any], max_bytes: int | None = None) -> None:
         """Write the entries to a file for `open`, the most used first; of `max_bytes` at most, or all that are held.
