@@ -71,7 +71,7 @@ def same() -> Callable[[str, str, np.ndarray, np.ndarray], None]:
 def _integers(tensor: Any) -> np.ndarray:
     import torch
 
-    return tensor.contiguous().view(torch.int16).numpy()
+    return tensor.contiguous().view(torch.int16).cpu().numpy()
 
 
 @pytest.fixture(scope="session")
