@@ -15,6 +15,7 @@ from engrampool_client.errors import PoolError
 from engrampool_client.integrations.forwards.agreement import Agree, settle
 from engrampool_client.integrations.forwards.counts import EngineCounts
 from engrampool_client.integrations.forwards.history import Flags
+from engrampool_client.integrations.forwards.verify import RowCheck
 from engrampool_client.lookup.step import Step
 
 # Forwards take turns in so many buffers: rows of one may be on their way to the device when the next one's come.
@@ -28,6 +29,7 @@ class Staging:
     device: where row ids come from and rows go to. Of a GPU's ids a copy is issued where they are given, and a thread
         waits for it; rows land in pinned memory. Of the CPU's the lookup is begun where they are given.
     agree: how the ranks of a group come to one outcome in each layer; None where there is but one.
+    check: compares some rows of each forward, if given.
 
     All layers of a forward are asked for at once, when the last one's ids came. A forward that is not finished, as its
     model failed, is given up by the next. Not thread-safe: a model runs one forward at a time.
@@ -42,8 +44,9 @@ class Staging:
         device: torch.device,
         agree: Agree | None = None,
         counts: EngineCounts | None = None,
+        check: RowCheck | None = None,
     ) -> None:
-        self.client, self.layers, self._agree = client, tuple(layers), agree
+        self.client, self.layers, self._agree, self._check = client, tuple(layers), agree, check
         self.counts = EngineCounts(self.layers) if counts is None else counts
         self._quiet = 0
         self._thread = ThreadPoolExecutor(1, "engrampool-engine") if device.type == "cuda" else None
@@ -104,7 +107,7 @@ class Staging:
             forward.ask(self._thread)
         begin, tokens = time.perf_counter(), len(forward.ids[layer])
         try:
-            valid = settle(1, tokens, lambda flags: forward.find(layer, flags), self._agree)[0]
+            valid = settle(1, tokens, lambda flags: self._find(forward, layer, flags), self._agree)[0]
         except BaseException:
             self.counts.failed += 1
             raise
@@ -114,6 +117,13 @@ class Staging:
         if not valid.all():
             self.counts.masked[layer] += int((~valid).sum())
         return forward.rows(layer, valid)
+
+    def _find(self, forward: "_Forward", layer: int, flags: Flags) -> None:
+        forward.find(layer, flags)
+        if self._check is not None:
+            ids, rows = forward.ids[layer], self._turns[0].rows_array[layer]
+            there = np.flatnonzero(flags[0] & (ids >= 0).all(axis=1))
+            self._check.compare(layer, there, lambda chosen: (ids[chosen], rows[chosen]), "token {}".format)
 
     def copied(self) -> None:
         """Say that a copy of rows to the GPU was issued, on the stream that is current."""

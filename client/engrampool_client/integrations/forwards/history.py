@@ -1,7 +1,7 @@
 """Tokens of an engine's requests, from which batches are made: whatever is fetched, it is hashed from here."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +41,19 @@ class Histories:
         self.lengths = np.zeros(requests, np.int64)
         self._before, self._dead = np.arange(1, depth + 1), dead
 
-    def add(self, number: int, tokens: npt.ArrayLike) -> None:
-        """A request's prompt, or all that is known of one that goes on; in the place of the number's last request."""
-        given = np.asarray(tokens, np.int32)[: self._tokens.shape[1]]
-        self._tokens[number, : len(given)] = given
-        self.lengths[number] = len(given)
+    def add(self, number: int, tokens: npt.ArrayLike, first: int = 0) -> None:
+        """A request's prompt, or all that is known of one that goes on; in the place of the number's last request.
+
+        first: the position of the first of them; those before are of no request, and not to be read.
+        """
+        given = np.asarray(tokens, np.int32)[: max(0, self._tokens.shape[1] - first)]
+        self._tokens[number, first : first + len(given)] = given
+        self.lengths[number] = first + len(given)
+
+    def holds(self, number: int, first: int, tokens: npt.NDArray[np.integer[Any]]) -> bool:
+        """Whether a request has just these tokens from position `first` on."""
+        stop = first + len(tokens)
+        return bool(stop <= self.lengths[number] and (self._tokens[number, first:stop] == tokens).all())
 
     def remove(self, number: int) -> None:
         """Forget a request."""
