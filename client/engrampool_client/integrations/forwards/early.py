@@ -87,8 +87,9 @@ class Early:
         while pieces and pieces[0].stop <= position:
             self._free_again(pieces.pop(0))
         begin = pieces[-1].stop if pieces else position
-        end = min(int(self._ends[number]), position + (self._ahead if most is None else min(most, self._ahead)))
-        while begin < end and self.has_room:
+        end = int(self._ends[number])
+        last = min(end, position + (self._ahead if most is None else min(most, self._ahead)))
+        while begin < last and self.has_room:
             area = self._free[0]
             stop = min(end, begin + area.size)
             chunk = (np.array([one]) for one in (number, begin, stop - begin))
@@ -103,7 +104,7 @@ class Early:
         self._has_pieces[number] = bool(pieces)
         if not pieces:
             del self._pieces[number]
-        return begin >= end
+        return begin >= last
 
     @property
     def has_room(self) -> bool:
