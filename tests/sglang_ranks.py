@@ -69,6 +69,24 @@ def with_plugin(server):
         plugins.HookRegistry.reset()
 
 
+def hasher_maker(engine, config, tokenizer_path):
+    """Makes the engine's own hashes of a layout; it reads the tokenizer for as long as a second, so only once."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokens = engine.module.build_compressed_token_map(tokenizer)
+
+    def make(layout):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.module, "build_compressed_token_map", lambda _: tokens)
+            numbers = config.engram_pad_token_id, config.engram_compressed_vocab_size
+            made = engine.module.EngramHasher(layout, tokenizer, *numbers)
+        made.image_token_id = IMAGE
+        return made
+
+    return make
+
+
 class Ranks:
     """The layers of a tensor-parallel group's ranks, all of them in this process, one after the other."""
 

@@ -30,6 +30,7 @@ from sglang_ranks import (  # noqa: E402  (needs torch)
     checkpoint,
     exact_numbers,
     forward_of,
+    hasher_maker,
     scheduled,
     step,
     unstaged,
@@ -45,21 +46,7 @@ def engine(server):
 
 @pytest.fixture(scope="module")
 def make_hasher(engine, config, tokenizer_path):
-    """The engine's own hashes; it reads the tokenizer for as long as a second, so only once."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    tokens = engine.module.build_compressed_token_map(tokenizer)
-
-    def make(layout):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.module, "build_compressed_token_map", lambda _: tokens)
-            numbers = config.engram_pad_token_id, config.engram_compressed_vocab_size
-            made = engine.module.EngramHasher(layout, tokenizer, *numbers)
-        made.image_token_id = IMAGE
-        return made
-
-    return make
+    return hasher_maker(engine, config, tokenizer_path)
 
 
 @pytest.fixture
@@ -414,7 +401,7 @@ def test_a_prompts_row_ids_are_compared_with_the_engines_own(ranks, sequences, m
         monkeypatch.setattr(made.hasher, "hash_windows", other)
         group.votes.clear()
         found = prefill(made, sequences)
-        said = rf"layer 14: 1 of {tokens} tokens, the first token 2 \(request \d+, position 2\), head 5: row \d+ here, \d+ by"
+        said = rf"layer 14: 1 of {tokens} tokens, the first token 2 \(request \d+, position 2\), head 5: row \d+ here"
         for one in found:
             with pytest.raises(FingerprintError, match=said):
                 raise one
