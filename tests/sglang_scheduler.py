@@ -131,7 +131,7 @@ class Loop:
         def ingest_requests():
             one.gracefully_exit = ingest(one) is False
 
-        one.ingest_requests = ingest_requests
+        one.ingest_requests, one.gracefully_exit = ingest_requests, False
         one.event_loop_normal()
 
     def _run(self, batch, **_):
