@@ -153,13 +153,13 @@ class Engine:
                     self.aborted += 1
 
 
-def nothing_is_left(made, engine):
+def nothing_is_left(made, engine, ahead=AHEAD):
     """Once nothing waits, nothing is kept or held, and what was asked for early is served or thrown away."""
     engine._ran(None, SimpleNamespace(**IDLE))
     prompts = made.worker.prompts
     kept = len(prompts._histories.lengths)
     assert (len(prompts._held), sorted(prompts._free), prompts._histories.lengths.any()) == (0, [*range(kept)], False)
-    assert len(prompts.supply._early._free) == 2 * AHEAD / PIECE, "that is all memory for what is asked for early"
+    assert len(prompts.supply._early._free) == 2 * ahead / PIECE, "that is all memory for what is asked for early"
 
 
 IDLE = {
@@ -206,10 +206,9 @@ def test_a_retracted_request_is_asked_for_as_what_it_is_then(ranks, engine, spec
 
         def ingest(scheduler):
             running.turns += 1
-            if running.turns == 1:
-                for name in "ab":
-                    prompt = running.random.integers(0, 900, 60).tolist()
-                    scheduler._add_request_to_queue(running.loop.request(name, prompt, 60))
+            if running.turns in (1, 4):
+                prompt = running.random.integers(0, 900, 60).tolist()
+                scheduler._add_request_to_queue(running.loop.request(f"{running.turns}", prompt, 60))
             return len(running.loop.finished) < 2
 
         running.run(150, ingest)
@@ -266,7 +265,7 @@ def test_a_pool_that_is_killed_and_comes_back_costs_the_forwards_in_between(
                     running.run(1)
                 away.clear()
                 running.run(15)
-            nothing_is_left(made, engine.ours)
+            nothing_is_left(made, engine.ours, CHUNK)
 
 
 # --- what is asked for, and when
