@@ -198,21 +198,26 @@ def test_forwards_of_a_scheduler_read_what_they_read_of_the_stocked_table(
         nothing_is_left(made, engine.ours)
 
 
-def test_a_retracted_request_is_asked_for_as_what_it_is_then(ranks, engine, spec, same_bits):
-    """Memory is for the prompts of two, and not for all that they write: one of them waits again, with what it has."""
+def test_a_retracted_request_is_asked_for_as_what_it_is_then(ranks, engine, spec, same_bits, monkeypatch):
+    """By the engine's own switch for tests: again and again one of several waits anew, with what it has by then."""
+    import sglang.srt.managers.scheduler as scheduler_module
+
+    monkeypatch.setattr(scheduler_module, "TEST_RETRACT", True)
+    monkeypatch.setattr(scheduler_module, "TEST_RETRACT_INTERVAL", 4)
     group = ranks(1).make()
     with group.at(0) as made:
-        running = Engine(group, spec, same_bits, 0, kv_tokens=200)
+        running = Engine(group, spec, same_bits, 0)
 
         def ingest(scheduler):
             running.turns += 1
-            if running.turns in (1, 4):
-                prompt = running.random.integers(0, 900, 60).tolist()
-                scheduler._add_request_to_queue(running.loop.request(f"{running.turns}", prompt, 60))
-            return len(running.loop.finished) < 2
+            if running.turns == 1:
+                for name in "abc":
+                    prompt = running.random.integers(0, 900, 50).tolist()
+                    scheduler._add_request_to_queue(running.loop.request(name, prompt, 20))
+            return len(running.loop.finished) < 3
 
         running.run(150, ingest)
-        assert [len(one.output_ids) for one in running.loop.finished] == [60, 60]
+        assert [len(one.output_ids) for one in running.loop.finished] == [20] * 3
         assert sum(one.retraction_count for one in running.loop.finished) > 0
         assert made.worker.counts.early["served"] > 0
         nothing_is_left(made, engine.ours)
