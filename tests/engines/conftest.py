@@ -1,4 +1,4 @@
-"""The engines' own code on a CPU, and a count of what was compared with it. `make test-engines` sets this up.
+"""The engines' own code, and a count of what was compared with it. `make test-engines` sets this up, on a CPU.
 
 Nothing of hashing, tables or layers is replaced. What is: packages that the engines import and that none of this calls,
 and in `test_vllm.py` and `test_sglang.py` the engine's config and its tensor-parallel group.
@@ -29,17 +29,37 @@ _COMPARED: Counter[str] = Counter()
 # Imported by SGLang's configs of models that see, and by its scheduler's process; nothing here is either.
 _VISION = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
 _UNUSED = (*(f"torchvision{name}" for name in _VISION), "setproctitle", "uvicorn")
+# And of what they have compiled for a GPU.
+_COMPILED = ("sgl_kernel", "flashinfer", "deep_gemm", "torchvision")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not HERE:
         return
-    # Before Triton is imported: its kernels run in its interpreter, and vLLM keeps them though there is no GPU.
-    assert (os.environ.get("TRITON_INTERPRET"), os.environ.get("CUDA_VISIBLE_DEVICES")) == ("1", "")
     for name in [name for name in _UNUSED if find_spec(name.partition(".")[0]) is None]:
         module = MagicMock(name=name, __version__="0")
         module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
         sys.modules[name] = module
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # Before Triton is imported: its kernels run in its interpreter, and vLLM keeps them though there is no GPU.
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    else:
+        sys.meta_path.append(_Compiled())
+
+
+class _Compiled:
+    """Finds the modules of those packages that are not installed, of any name."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in _COMPILED else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
+        module = MagicMock(name=spec.name, __version__="99.0")
+        module.__spec__, module.__path__ = spec, []
+        return module
+
+    def exec_module(self, module: Any) -> None:
+        """There is nothing to run."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
