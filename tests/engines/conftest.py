@@ -26,11 +26,13 @@ from small_model import CONFIG, TOKENIZER, small_spec, write_model
 
 HERE = find_spec("vllm") is not None
 _COMPARED: Counter[str] = Counter()
+_KEPT: list[Any] = []
 # Imported by SGLang's configs of models that see, and by its scheduler's process; nothing here is either.
 _VISION = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
 _UNUSED = (*(f"torchvision{name}" for name in _VISION), "setproctitle", "uvicorn")
-# And of what they have compiled for a GPU.
+# What they have compiled for a GPU: modules under these names, and what vLLM asks of its own while it is imported.
 _COMPILED = ("sgl_kernel", "flashinfer", "deep_gemm", "torchvision")
+_SUPPORT = ("cutlass_scaled_mm_supports_block_fp8", "cutlass_scaled_mm_supports_fp8", "cutlass_group_gemm_supported")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,14 +46,30 @@ def pytest_configure(config: pytest.Config) -> None:
         # Before Triton is imported: its kernels run in its interpreter, and vLLM keeps them though there is no GPU.
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     else:
-        sys.meta_path.append(_Compiled())
+        _go_without_compiled_code()
+
+
+def _go_without_compiled_code() -> None:
+    """Have the engines be imported on a GPU without it. None of it has a part in what is tested."""
+    import torch
+
+    sys.meta_path.append(_Compiled())
+    sys.modules["vllm.vllm_flash_attn"] = _Compiled().create_module(
+        importlib.machinery.ModuleSpec("vllm.vllm_flash_attn", None)
+    )
+    library = torch.library.Library("_C", "FRAGMENT")
+    for name in _SUPPORT:
+        library.define(f"{name}(int capability) -> bool")
+        library.impl(name, lambda capability: False, "CompositeExplicitAutograd")
+    _KEPT.append(library)
 
 
 class _Compiled:
-    """Finds the modules of those packages that are not installed, of any name."""
+    """Finds modules that are not installed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in _COMPILED else None
+        wanted = name.partition(".")[0] in _COMPILED or name.startswith("vllm._")
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if wanted else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
         module = MagicMock(name=spec.name, __version__="99.0")
