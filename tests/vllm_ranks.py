@@ -83,7 +83,8 @@ class Ranks:
 
     def make(self):
         """Layers with pooled rows for each rank, as the model's constructor makes them."""
-        layout = self.engine.module.EngramLayout.from_config(self._config)
+        with self.device:  # as an engine builds its model
+            layout = self.engine.module.EngramLayout.from_config(self._config)
         for name, value in self._settings.items():
             self.patch.setenv(f"{ENVIRONMENT_PREFIX}{name.upper()}", str(value))
         for rank in range(self.size):
@@ -96,7 +97,7 @@ class Ranks:
 
     def layer(self, kind, layout, at):
         model = SimpleNamespace(hidden_size=8, hc_mult=4, rms_norm_eps=1e-6)
-        with self.device:  # as an engine builds its model
+        with self.device:
             return kind(model, None, layout, at, False, f"layers.{at}.engram")
 
     def _all_gather(self, rows, dim):
