@@ -34,7 +34,7 @@ class PooledTable(qwen4_exp.Qwen4ExpPinnedHostEmbedding):
         embedding.weight = torch.nn.Parameter(embedding.weight[:0], requires_grad=False)
         super().__init__(embedding)
         # The loader copies what a checkpoint's rows have in common with these.
-        self.shard_indices = type(self.shard_indices)(*[0] * 8)
+        self.shard_indices = type(embedding.shard_indices)(*[0] * 8)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The numbers of a forward's rows, whose lookup began with its batch. input_ids: [tokens, heads]."""
