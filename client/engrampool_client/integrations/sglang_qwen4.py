@@ -132,7 +132,7 @@ def _fill(table: PooledTable, output: torch.Tensor) -> None:
         return
     if len(rows) != len(output):
         raise PoolError(f"rows of {len(rows)} tokens were asked for, and of {len(output)} are wanted")
-    if output.is_cuda:
+    if rows.device != output.device:
         rows = rows.to(output.device, non_blocking=True)
         worker().copied()
     output[:, table.columns].copy_(rows.view(table.weight.dtype))
