@@ -57,12 +57,17 @@ def qwen4(engine):
     embedding = nvidia.Qwen4ExpNGramEmbedding
     own = {name: vars(embedding)[name].__wrapped__ for name in ("__init__", "load_weights")}
     stock = type("Stock", (embedding,), {**own, "start_prefetch": ours._start_one})
-    pinned, base = ours.PooledTable.__bases__[0], common.Qwen4ExpPLEEmbedding
-    device = next(one for one in base.__subclasses__() if one.__name__ == "Qwen4ExpPLEDeviceEmbedding")
     return SimpleNamespace(
-        common=common, module=nvidia, parallel=parallel_state, ours=ours, worker=engine.ours, engine=engine,
-        Stock=stock, Pinned=pinned, Device=device,
-    )  # fmt: skip
+        common=common,
+        module=nvidia,
+        parallel=parallel_state,
+        ours=ours,
+        worker=engine.ours,
+        engine=engine,
+        Stock=stock,
+        Pinned=engine.Pinned,
+        Device=engine.Device,
+    )
 
 
 def in_memory(pinned):
