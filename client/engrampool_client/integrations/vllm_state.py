@@ -46,7 +46,9 @@ class Feeder:
         drafts = vllm_config.num_speculative_tokens
         # What is sampled last, and drafts beyond it, may be more than a request can have.
         longest = vllm_config.model_config.max_model_len + drafts + 1
-        self._histories = Histories(requests, longest, hashes.lookback_depth, lambda ids: ids == IMAGE_SENTINEL_BASE_ID)
+        self._histories = Histories(
+            requests, longest, hashes.lookback_depth, IMAGE_SENTINEL_BASE_ID, compiled=client.compiled
+        )
         self._numbers: dict[str, int] = {}
         self._host = _Host(tokens, requests, device)
         columns = tables[0].columns
