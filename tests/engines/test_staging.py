@@ -141,9 +141,9 @@ def test_ctrl_c_at_any_line_of_waiting_tells_the_other_ranks_and_once(server):
             made = Staging(client, [1, 14], 24, 10, torch.device("cpu"), agree=agree)
             start(made)
             told.clear()
-            with Interrupt(at, ("/staging.py", "/agreement.py"), ("return self._agree(",)) as interrupt:
-                with suppress(KeyboardInterrupt):
-                    made.rows(1)
+            files, never = ("/staging.py", "/agreement.py"), ("return self._agree(",)  # as in test_supply.py
+            with Interrupt(at, files, never) as interrupt, suppress(KeyboardInterrupt):
+                made.rows(1)
             raised = interrupt.raised
             assert told == [5], interrupt.where
             at += 1

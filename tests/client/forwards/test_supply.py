@@ -426,7 +426,7 @@ def test_ctrl_c_at_any_line_of_waiting_tells_the_other_ranks_and_once(spec):
         with supplying(client, spec, agree=agree, ahead_tokens=0) as supply:
             supply.add(0, [1, 2, 3], 0)
             supply.start(ints(0), ints(0), ints(3))
-            # CPython looks for signals where functions begin and end: not between what it is told after and its telling.
+            # CPython looks for signals where functions begin and end: not between the line before and this one.
             with Interrupt(at, files, ("return self._agree(",)) as interrupt, suppress(KeyboardInterrupt):
                 supply.wait()
             raised = interrupt.raised
