@@ -50,7 +50,7 @@ def main(way: str, rank: int, size: int, together: int, store: str, server: str,
 
 
 def _before(client, width, timeout_s, agree):
-    """A forward of `Supply`: which tokens are valid, and each layer's rows; one for others' sake; and what closes it."""
+    """A forward of `Supply`: which tokens are valid, and each layer's rows; a dummy one; and what closes it."""
     layers = client.spec.layers
     shape = {layer: (width, client.spec.table(layer).row_bytes) for layer in layers}
     landing = TorchLanding(layers, shape, 8, torch.device("cpu"))

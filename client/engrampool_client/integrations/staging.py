@@ -182,7 +182,7 @@ class _Forward:
                 raise
 
     def find(self, layer: int, flags: Flags) -> None:
-        """Wait for a layer's rows; set which tokens have theirs, those that ask for none among them."""
+        """Wait for a layer's rows; set which tokens have theirs."""
         if self._error is not None:
             raise self._error
         assert self._step is not None

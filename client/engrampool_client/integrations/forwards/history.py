@@ -128,7 +128,7 @@ class Histories:
         dead, lookback_dead = batch.tokens == self._dead, batch.lookback == self._dead
         if not (dead.any() or lookback_dead.any()):
             return batch
-        return batch._replace(dead=dead, lookback_dead=lookback_dead)
+        return Batch(batch.tokens, batch.query_start_loc, batch.lookback, dead, lookback_dead)
 
 
 def _spread(starts: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
