@@ -11,7 +11,7 @@ from engrampool_proto import __version__, wire
 from engrampool_proto.segment import boot_id
 from engrampool_proto.spec import canonical_json
 from engrampool_proto.v1 import pool_pb2
-from engrampool_server.answer import peers
+from engrampool_server.answer import gate
 from engrampool_server.answer.lane.direct import DirectLane
 from engrampool_server.answer.lookups import (
     SMALL_REQUEST_BYTES,
@@ -121,7 +121,8 @@ class PoolService:
             if self._direct is None:
                 text = "this server has no direct lane; look up over gRPC"
                 raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "no-direct-lane", text)
-            return self._direct.admit_one(peers.of_call(context.peer()))
+            who = gate.caller()
+            return self._direct.admit_one(gate.payer(context), b"" if who is None else who.key)
         except RefusedError as error:
             await self._refuse(context, error)
 
@@ -130,6 +131,9 @@ class PoolService:
     ) -> pool_pb2.AttachResponse:
         try:
             self._lookups.check_ready()
+            if gate.caller() is not None and request.boot_id != boot_id():
+                text = "its tables are given to callers on its own machine only; look rows up"
+                raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "other-machine", text)
             places = self._places(self._lookups.find(request.model, request.version))
             if not places:
                 text = "this server's tables cannot be mapped (its settings memory and attach say so); look rows up"
@@ -231,7 +235,7 @@ class PoolService:
         """Reserve the bytes of an answer, and of a large request, until the call is over. Raises RefusedError."""
         if len(message) > SMALL_REQUEST_BYTES:
             nbytes += len(message)
-        hold = _Hold(self._lookups, nbytes, peers.of_call(context.peer()))
+        hold = _Hold(self._lookups, nbytes, gate.payer(context))
         context.add_done_callback(lambda _: hold.shrink(hold.kept_bytes))
         return hold
 

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engrampool_proto.registry.records import VersionKey
+from engrampool_server.access.access import Access
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.memory.tables import LoadedModel
@@ -16,12 +17,14 @@ class SharedState:
 
     models: those loaded before the fork; their rows are the one copy that all processes read.
     admission: of the direct lane, None for no such lane.
+    access: what callers are let in by.
     """
 
     metrics: Metrics
     in_flight: InFlight
     models: list[LoadedModel] = field(default_factory=list)
     admission: Admission | None = None
+    access: Access = field(default_factory=Access)
     # Of each of the models, in memory that forks share: 1 for the version that clients read.
     _active: dict[VersionKey, memoryview] = field(default_factory=dict)
 

@@ -28,7 +28,7 @@ MODEL_INFO = "engrampool_model_info"
 # How often a process that answers flushes what it counted: so much is lost of one that is killed.
 FLUSH_S = 0.25
 # Why the direct lane cuts connections off.
-CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed")
+CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed", "revoked")
 
 
 class Metrics:
@@ -77,6 +77,12 @@ class Metrics:
         self.workers = self._gauge("engrampool_workers", "Processes that answer lookups.")
         self.worker_restarts = Counter(
             "engrampool_worker_restarts", "Workers replaced because they ended or hung.", ("reason",), registry=registry
+        )
+        self.credentials_damaged = Counter(
+            "engrampool_credentials_damaged",
+            "Times that changed files of callers or certificates were of no use, so that the last good ones stayed.",
+            ("file",),
+            registry=registry,
         )
         self.log_dropped = Counter(
             "engrampool_log_dropped_lines", "Lines of the log that nobody took in time.", registry=registry

@@ -25,10 +25,13 @@ class CutError(Exception):
 
 
 class Answerer:
-    """Answers on one connection, in its thread, and counts what it holds. peer: whose it is; see peers.py."""
+    """Answers on one connection, in its thread, and counts what it holds.
+
+    peer: whose it is, see peers.py; another one only while nothing is held.
+    """
 
     def __init__(self, resources: Resources, peer: str, fileno: int) -> None:
-        self._resources, self._peer, self._fileno = resources, peer, fileno
+        self._resources, self.peer, self._fileno = resources, peer, fileno
         self._scratch = np.zeros(SCRATCH_WORDS, np.int64)
         self._held = 0  # bytes in flight, of the request and its answer
 
@@ -43,13 +46,13 @@ class Answerer:
             raise
 
     def _reserve(self, nbytes: int) -> None:
-        self._resources.lookups.reserve(nbytes, self._peer)
+        self._resources.lookups.reserve(nbytes, self.peer)
         self._held += nbytes
 
     def let_go(self) -> None:
         """Nothing of a request or an answer is in memory any more."""
         held, self._held = self._held, 0
-        self._resources.lookups.release(held, self._peer)
+        self._resources.lookups.release(held, self.peer)
 
     # --- answers
 

@@ -37,8 +37,9 @@ _CUT = {serve.SLOW_REQUEST: "slow-request", serve.GONE: "", serve.UNREAD: "unrea
 class Connection:
     """One caller: says hello with its ticket, then asks for one thing after the other.
 
-    peer: whose it is; see peers.py. admit: whether a ticket lets this connection in. left: told once it is closed.
-    Both are called by its thread.
+    peer: whose it is, see peers.py; a caller that is known by name from its admission on. key: of the credential that
+    it was admitted by, None before, and where everybody may come. admit: whether a ticket lets this connection in.
+    left: told once it is closed. Both are called by its thread.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Connection:
         left: Callable[["Connection"], None],
     ) -> None:
         self.peer = peer
+        self.key: bytes | None = None
         self._resources, self._socket, self._admit, self._left = resources, accepted, admit, left
         self._answerer = Answerer(resources, peer, accepted.fileno())
         self._closing = threading.Lock()  # so that nobody shuts a descriptor that is another's by then
@@ -67,6 +69,10 @@ class Connection:
     def received(self) -> int:
         """Bytes of the request that is coming."""
         return int(self._state[serve.END] - self._state[serve.START])
+
+    def is_of(self, key: bytes, peer: str) -> None:
+        """A caller that is known by name has it, from now on; to be called before it is admitted."""
+        self.key, self.peer, self._answerer.peer = key, peer, peer
 
     def leave(self) -> None:
         """Close, once the answer under way is sent."""

@@ -12,6 +12,8 @@ from contextlib import suppress
 import grpc
 
 from engrampool_proto.v1 import pool_pb2
+from engrampool_server.access.access import Access
+from engrampool_server.access.callers import READ, Caller
 from engrampool_server.answer import peers
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.lane.connection import Connection
@@ -30,13 +32,14 @@ _KEEP_IDLE_S, _KEEP_EVERY_S, _UNACKNOWLEDGED_S = 30, 10, 60
 class DirectLane:
     """Takes connections from the listener of `admission`, on the event loop that it is made on.
 
+    access: what callers are let in by; a ticket, and the connection it admitted, is good as long as its credential.
     connections: those that are open.
     """
 
-    def __init__(self, resources: Resources, admission: Admission) -> None:
+    def __init__(self, resources: Resources, admission: Admission, access: Access) -> None:
         self._resources = resources
         self._loop = asyncio.get_running_loop()
-        self._metrics, self._admission = resources.metrics, admission
+        self._metrics, self._admission, self._access = resources.metrics, admission, access
         self._listening = False
         self.connections: ConnectionLimits[Connection] = ConnectionLimits()
         self._limiting = threading.Lock()  # of the connections, which come and go in threads
@@ -47,9 +50,9 @@ class DirectLane:
         self._listening = True
         self._loop.add_reader(self._admission.listener.fileno(), self._accept)
 
-    def admit_one(self, peer: str) -> pool_pb2.OpenDirectResponse:
-        """Let a caller of that peer in, once. Raises RefusedError."""
-        ticket = self._admission.tickets.issue(_TICKET_VALID_S, peer)
+    def admit_one(self, peer: str, key: bytes = b"") -> pool_pb2.OpenDirectResponse:
+        """Let a caller of that peer in, once. key: of the credential that it came with. Raises RefusedError."""
+        ticket = self._admission.tickets.issue(_TICKET_VALID_S, peer, key)
         if ticket is None:
             text = "too many tickets are asked for at this moment; try again later"
             raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", text)
@@ -60,6 +63,18 @@ class DirectLane:
             ticket=ticket,
             valid_ms=round(_TICKET_VALID_S * 1e3),
         )
+
+    def revoke(self) -> None:
+        """Cut off the connections of callers that may not read any more, from any thread."""
+        for connection in self._open():
+            if connection.key is not None and self._caller(connection.key) is None:
+                connection.cut("revoked")
+
+    def _caller(self, key: bytes) -> Caller | None:
+        """Who has the credential of this key, and may read."""
+        assert self._access.callers is not None
+        found = self._access.callers.value.of_key(key)
+        return found if found is not None and READ in found.roles else None
 
     async def stop(self, drain_s: float) -> None:
         """Take no more connections, let answers under way end for up to `drain_s`, close."""
@@ -132,10 +147,19 @@ class DirectLane:
 
     def _admit(self, connection: Connection, ticket: bytes) -> bool:
         """Whether the ticket lets the connection in."""
-        good = self._admission.tickets.take(ticket)
+        key = self._admission.tickets.take(ticket)
+        if key is None:
+            return False
+        if not self._access.is_open:
+            who = self._caller(key)
+            if who is None:
+                return False
+            connection.is_of(key, peers.of_caller(who.name))
+            if self._caller(key) is None:  # just now; whoever is revoked from here on is cut off
+                return False
         with self._limiting:
             # Perhaps it had to go for another one meanwhile.
-            return good and self.connections.admit(connection)
+            return self.connections.admit(connection)
 
     def _left(self, connection: Connection) -> None:
         """Forget a connection."""
