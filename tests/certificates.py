@@ -1,4 +1,4 @@
-"""Certificates and files of callers for tests: made when they are asked for, of an authority that nobody else trusts."""
+"""Certificates and files of callers for tests, of an authority that nobody else trusts."""
 
 import datetime
 import hashlib
@@ -30,7 +30,7 @@ class Authority:
     def sign(
         self, common: str, hosts: Sequence[str] = (), valid: tuple[datetime.timedelta, datetime.timedelta] | None = None
     ) -> tuple[Path, Path]:
-        """The files of another certificate and its key. hosts: names and addresses. valid: from when to when, from now."""
+        """The files of another certificate and its key. hosts: names, addresses. valid: from when to when, from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
         self._count += 1

@@ -24,7 +24,7 @@ def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (connection, answers):
         monkeypatch.setattr(module, "PATIENCE_S", 600.0)
     issue = Tickets.issue
-    monkeypatch.setattr(Tickets, "issue", lambda tickets, _, peer: issue(tickets, 600.0, peer))
+    monkeypatch.setattr(Tickets, "issue", lambda tickets, _, *other: issue(tickets, 600.0, *other))
 
 
 def way_in(server: Running) -> pool_pb2.OpenDirectResponse:

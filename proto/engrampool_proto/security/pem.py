@@ -48,8 +48,8 @@ class PemFiles:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if ca is not None:
             try:
-                context.load_verify_locations(cadata=ca.decode("ascii", "replace"))
-            except ValueError as error:  # ssl.SSLError is an OSError and a ValueError; of an empty file only the latter
+                context.load_verify_locations(cadata=ca.decode("ascii", "ignore"))
+            except (ssl.SSLError, ValueError) as error:  # the latter of an empty file
                 raise PemError(f"{ca_name}: {self.ca} holds no certificate as PEM ({error})") from error
         if cert is not None and key is not None:
             assert self.cert is not None

@@ -94,12 +94,12 @@ class Http(ThreadingWSGIServer):
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        if path == "/metrics" and not self._scrapes.may(environ.get("HTTP_AUTHORIZATION", "")):
-            status, text = "401 Unauthorized", "metrics are for callers with a token of the role metrics, or admin"
-        elif path == "/metrics":
+        if path == "/metrics" and self._scrapes.may(environ.get("HTTP_AUTHORIZATION", "")):
             metrics: Iterable[bytes] = self._metrics(environ, start_response)
             return metrics
-        if path == "/healthz":
+        if path == "/metrics":
+            status, text = "401 Unauthorized", "metrics are for callers with a token of the role metrics, or admin"
+        elif path == "/healthz":
             status, text = "200 OK", "alive"
         elif path == "/readyz":
             ready = self._is_ready()
