@@ -10,7 +10,6 @@ from grpc_health.v1 import health_pb2
 from engrampool_proto import wire
 from engrampool_server.access.access import Access
 from engrampool_server.access.callers import ADMIN, READ, Caller, bearer
-from engrampool_server.answer import peers
 from engrampool_server.answer.lookups import Lookups, RefusedError
 
 _HEALTH = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
@@ -27,12 +26,6 @@ _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 def caller() -> Caller | None:
     """Who makes the call that is being handled; None where everybody may."""
     return _caller.get()
-
-
-def payer(context: grpc.aio.ServicerContext) -> str:
-    """Whom what a call takes is counted for: the caller, or the host it comes from."""
-    who = _caller.get()
-    return peers.of_call(context.peer()) if who is None else peers.of_caller(who.name)
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -62,7 +62,7 @@ class GrpcServer:
         max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
         if self.shared.admission is not None:
             resources = Resources(self.lookups, self.shared.metrics, max_request_bytes, config.direct_spin_s)
-            self.direct = DirectLane(resources, self.shared.admission, self.shared.access)
+            self.direct = DirectLane(resources, self.shared)
         options = [
             ("grpc.so_reuseport", 1),
             ("grpc.max_send_message_length", -1),
@@ -79,7 +79,9 @@ class GrpcServer:
         ]
         access = self.shared.access
         self._grpc = grpc.aio.server(interceptors=[Gate(access, self.lookups), self._calls], options=options)
-        service = PoolService(self.lookups, self.direct, config.attach != "off", self.shared.is_active)
+        service = PoolService(
+            self.lookups, self.direct, config.attach != "off", self.shared.is_active, self.shared.accounts
+        )
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -97,6 +99,7 @@ class GrpcServer:
         self._flush()
 
     def _callers_changed(self) -> None:
+        self.shared.give_places()
         if self.direct is not None:
             self.direct.revoke()
 

@@ -1,4 +1,4 @@
-"""Who asks: a caller by its name, or a host as far as a server can tell, so that none can take what the others need.
+"""Who asks: a host, as far as a server can tell, so that none can take what the others need.
 
 All callers of one IPv4 address are one peer, and all of one IPv6 network of 64 bits, as a host may choose any address
 in it; over a Unix socket all processes of one user are.
@@ -21,11 +21,6 @@ def of_call(peer: str) -> str:
     if kind not in ("ipv4", "ipv6"):
         return kind
     return of_host(rest.rpartition(":")[0].strip("[]"))
-
-
-def of_caller(name: str) -> str:
-    """The peer that a caller is who is known by name, from whichever hosts it asks."""
-    return f"caller {name}"
 
 
 @lru_cache(maxsize=4096)

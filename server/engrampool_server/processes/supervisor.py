@@ -291,7 +291,8 @@ class Supervisor:
 
     def _turned(self) -> None:
         # Also for those who are forked next: files may be damaged by then.
-        self.shared.access.look()
+        if self.shared.access.look():
+            self.shared.give_places()
         self._point()
 
     def _say_what_is_open(self) -> None:
@@ -332,6 +333,7 @@ class Supervisor:
 
     def _ended(self, child: Child) -> None:
         self.shared.in_flight.clear(child.slot)
+        self.shared.accounts.clear(child.slot)
         self._pids[child.slot] = 0
         self._memory.forget(str(child.slot))
         if current := self._workers.get(child.index) is child:

@@ -12,14 +12,13 @@ from contextlib import suppress
 import grpc
 
 from engrampool_proto.v1 import pool_pb2
-from engrampool_server.access.access import Access
 from engrampool_server.access.callers import READ, Caller
 from engrampool_server.answer import peers
-from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.lane.connection import Connection
 from engrampool_server.answer.lane.connection_limits import ConnectionLimits
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import RefusedError
+from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.telemetry import log
 
 _TICKET_VALID_S = 10.0
@@ -30,16 +29,18 @@ _KEEP_IDLE_S, _KEEP_EVERY_S, _UNACKNOWLEDGED_S = 30, 10, 60
 
 
 class DirectLane:
-    """Takes connections from the listener of `admission`, on the event loop that it is made on.
+    """Takes connections from the listener that all processes share, on the event loop that it is made on.
 
-    access: what callers are let in by; a ticket, and the connection it admitted, is good as long as its credential.
+    A ticket, and the connection that it admitted, is good for as long as the credential that it was asked for with.
     connections: those that are open.
     """
 
-    def __init__(self, resources: Resources, admission: Admission, access: Access) -> None:
+    def __init__(self, resources: Resources, shared: SharedState) -> None:
         self._resources = resources
         self._loop = asyncio.get_running_loop()
-        self._metrics, self._admission, self._access = resources.metrics, admission, access
+        assert shared.admission is not None
+        self._metrics, self._admission, self._access = resources.metrics, shared.admission, shared.access
+        self._accounts, self._slot = shared.accounts, shared.in_flight.slot
         self._listening = False
         self.connections: ConnectionLimits[Connection] = ConnectionLimits()
         self._limiting = threading.Lock()  # of the connections, which come and go in threads
@@ -65,10 +66,14 @@ class DirectLane:
         )
 
     def revoke(self) -> None:
-        """Cut off the connections of callers that may not read any more, from any thread."""
+        """Cut off connections of callers that may not read any more, and hold others to their limits. Any thread."""
         for connection in self._open():
-            if connection.key is not None and self._caller(connection.key) is None:
-                connection.cut("revoked")
+            if connection.key is not None:
+                who = self._caller(connection.key)
+                if who is None:
+                    connection.cut("revoked")
+                else:
+                    connection.may(self._accounts.of(who))
 
     def _caller(self, key: bytes) -> Caller | None:
         """Who has the credential of this key, and may read."""
@@ -146,7 +151,7 @@ class DirectLane:
     # --- for connections, from their threads
 
     def _admit(self, connection: Connection, ticket: bytes) -> bool:
-        """Whether the ticket lets the connection in."""
+        """Whether the ticket lets the connection in. Raises RefusedError."""
         key = self._admission.tickets.take(ticket)
         if key is None:
             return False
@@ -154,7 +159,10 @@ class DirectLane:
             who = self._caller(key)
             if who is None:
                 return False
-            connection.is_of(key, peers.of_caller(who.name))
+            account = self._accounts.of(who)
+            with self._limiting:
+                self._accounts.connected(account, self._slot, 1)
+            connection.is_of(key, account)
             if self._caller(key) is None:  # just now; whoever is revoked from here on is cut off
                 return False
         with self._limiting:
@@ -165,6 +173,8 @@ class DirectLane:
         """Forget a connection."""
         with self._limiting:
             self.connections.remove(connection)
+            if connection.account is not None:
+                self._accounts.connected(connection.account, self._slot, -1)
             self._count()
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._empty.set)
