@@ -89,6 +89,11 @@ def write_callers(path: Path, *callers: dict[str, Any]) -> Path:
     return put(path, "\n".join(lines).encode())
 
 
+def bearer(token: str | None) -> tuple[tuple[str, str], ...] | None:
+    """The metadata of a call with a token."""
+    return None if token is None else (("authorization", f"Bearer {token}"),)
+
+
 def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 

@@ -32,6 +32,13 @@ def way_in(server: Running) -> pool_pb2.OpenDirectResponse:
         return pool_pb2_grpc.PoolStub(channel).OpenDirect(pool_pb2.OpenDirectRequest(), timeout=LIMIT_S)
 
 
+def greeted(where: pool_pb2.OpenDirectResponse) -> int:
+    """The kind of frame that a hello with this ticket is answered with, on a connection that ends then."""
+    with socket.create_connection(("127.0.0.1", where.port), LIMIT_S) as lane:
+        lane.sendall(frames.frame(frames.HELLO, where.ticket))
+        return int(frames.HEADER.unpack(lane.recv(frames.HEADER.size, socket.MSG_WAITALL))[0])
+
+
 class Caller:
     """A connection in frames."""
 

@@ -19,7 +19,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from certificates import Authority, put, write_callers
+from certificates import Authority, bearer, put, write_callers
+from direct_callers import greeted
 from engrampool_client import Client, RejectedError, UnauthenticatedError
 from engrampool_client.config import ClientConfig
 from engrampool_client.lanes.credentials import Credentials
@@ -63,10 +64,6 @@ def server(packed, authority, tmp_path_factory) -> Iterator[ServerProcess]:
 
 def channel(authority, address) -> grpc.Channel:
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority.ca.read_bytes()))
-
-
-def bearer(token: str | None) -> tuple[tuple[str, str], ...] | None:
-    return None if token is None else (("authorization", f"Bearer {token}"),)
 
 
 def calls(open_channel: grpc.Channel, packed, token: str | None) -> dict[str, grpc.StatusCode]:
@@ -188,13 +185,6 @@ def ticket(server, authority, token=READER["token"]) -> pool_pb2.OpenDirectRespo
     with channel(authority, server.address) as opened:
         stub = pool_pb2_grpc.PoolStub(opened)
         return stub.OpenDirect(pool_pb2.OpenDirectRequest(), timeout=LIMIT_S, metadata=bearer(token))
-
-
-def greeted(way_in: pool_pb2.OpenDirectResponse) -> int:
-    """The kind of frame that the lane answers a hello with this ticket with."""
-    with socket.create_connection(("127.0.0.1", way_in.port), LIMIT_S) as lane:
-        lane.sendall(frames.frame(frames.HELLO, way_in.ticket))
-        return frames.HEADER.unpack(lane.recv(frames.HEADER.size, socket.MSG_WAITALL))[0]
 
 
 def test_beside_tls_there_is_no_lane_in_the_clear_unless_it_is_asked_for(packed, authority, server):

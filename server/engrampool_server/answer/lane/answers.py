@@ -28,7 +28,7 @@ class CutError(Exception):
 class Answerer:
     """Answers on one connection, in its thread, and counts what it holds.
 
-    peer: whom that is counted for; another one only while nothing is held.
+    peer: whom that is counted for; another one, of another place, only while nothing is held.
     """
 
     def __init__(self, resources: Resources, peer: Peer, fileno: int) -> None:
