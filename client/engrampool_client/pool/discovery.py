@@ -11,7 +11,7 @@ from dataclasses import replace
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import PoolError, UnavailableError, UnknownModelError, UnknownVersionError
 from engrampool_client.event import Event
-from engrampool_proto.registry.etcd import SCHEME, Registry, RegistryError, State, require_etcd3gw
+from engrampool_proto.registry.etcd import SCHEMES, Registry, RegistryError, State, require_etcd3gw
 
 _DNS, _RAY = "dns:///", "ray:///"
 # What gRPC knows besides.
@@ -42,11 +42,11 @@ class Servers:
             if not isinstance(target, str) or not target.strip():
                 raise ValueError(f"target must be HOST:PORT or a URL, or a list of such; {target!r} is neither")
             scheme, url, _ = target.partition("://")
-            if url and scheme not in _OTHER_SCHEMES and not target.startswith((SCHEME, _RAY)):
-                raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEME}HOST:PORT")
-            if not target.startswith((SCHEME, _RAY, *_PORTLESS)):
+            if url and scheme not in _OTHER_SCHEMES and not target.startswith((*SCHEMES, _RAY)):
+                raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEMES[0]}HOST:PORT")
+            if not target.startswith((*SCHEMES, _RAY, *_PORTLESS)):
                 _check_ports(target)
-        urls = [target for target in targets if target.startswith(SCHEME)]
+        urls = [target for target in targets if target.startswith(SCHEMES)]
         if len(urls) > 1:
             raise ValueError(f"a client follows one registry, not {' and '.join(urls)}; one URL may name all its hosts")
         self.text = ",".join(targets)
