@@ -292,7 +292,7 @@ class ServerConfig:
         if self.direct not in ("auto", "off") and self.lane == "off":
             raise ConfigError(
                 f'direct: {self.direct} would be in the clear beside TLS; set lane_tls = "off" if that is meant, or '
-                "leave direct away"
+                'direct = "off"'
             )
 
     @property

@@ -9,7 +9,6 @@ import grpc
 from engrampool_client.config import TOKEN, ClientConfig
 from engrampool_client.errors import TlsError
 from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, address_of
-from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.security.pem import Pem, PemError, PemFiles
 from engrampool_proto.security.reread import Reread
 
@@ -113,5 +112,5 @@ def _read_token(path: Path) -> str:
     return token
 
 
-def _damaged(error: EngrampoolError) -> None:
+def _damaged(error: Exception) -> None:
     _log.warning("the last good credentials stay: %s", error)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from engrampool_proto.errors import EngrampoolError
-
 # What was written so short a time ago may be written to once more without another time of change.
 _YOUNG_S = 0.1
 
@@ -18,7 +16,7 @@ _Mark = tuple[tuple[int, int, int] | None, ...]
 class Reread(Generic[_T]):
     """The last good value of some files. Thread-safe.
 
-    read: makes it; raises EngrampoolError for files that are damaged. damaged: told of that, once for each text.
+    read: makes it; raises for files that are damaged. damaged: told of that, once for each text.
     every_s: how often files are looked at, at most.
 
     value: as of the last look that found them good. Raises what `read` does, as long as there is none.
@@ -28,7 +26,7 @@ class Reread(Generic[_T]):
         self,
         paths: Sequence[Path],
         read: Callable[[], _T],
-        damaged: Callable[[EngrampoolError], None] = lambda error: None,
+        damaged: Callable[[Exception], None] = lambda error: None,
         every_s: float = 0.0,
     ) -> None:
         self._paths, self._read, self._damaged, self._every_s = tuple(paths), read, damaged, every_s
@@ -51,7 +49,7 @@ class Reread(Generic[_T]):
             before = self.value
             try:
                 value = self._read()
-            except EngrampoolError as error:
+            except Exception as error:  # of whatever kind: nobody else looks again
                 if mark == _mark(self._paths):
                     self._seen = () if _is_young(mark) else mark
                     if str(error) != self._said:

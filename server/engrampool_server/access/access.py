@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from engrampool_proto.errors import EngrampoolError
 from engrampool_proto.security.pem import Pem, PemFiles
 from engrampool_proto.security.reread import Reread
 from engrampool_server.access.callers import ADMIN, METRICS, Callers, bearer, read_callers
@@ -38,7 +37,7 @@ class Access:
     def of(cls, config: ServerConfig, metrics: Metrics) -> Self:
         """What the settings name. Raises PemError, CallersFileError."""
 
-        def damaged(file: str, error: EngrampoolError) -> None:
+        def damaged(file: str, error: Exception) -> None:
             metrics.credentials_damaged.labels(file).inc()
             log.event("credentials-damaged", level="error", file=file, error=f"the last good ones stay: {error}")
 

@@ -30,6 +30,8 @@ _INT32_MAX = 2**31 - 1
 # gRPC gives its handlers no way to end a call whose request never ends, or whose answer nobody reads. A connection of
 # this age takes no new calls, for which clients make another one by themselves, and is closed after the grace.
 CONNECTION_AGE_S, CONNECTION_GRACE_S = 600, 60
+# How long who connects may take for the handshakes of TLS and HTTP/2.
+HANDSHAKE_S = 10
 # Calls at one time on one connection; more of them wait at the client.
 _CONNECTION_CALLS = 1024
 # How often callers are asked for a sign of life while a call of theirs is under way, and how long that may take.
@@ -71,6 +73,7 @@ class GrpcServer:
             ("grpc.max_connection_age_ms", round(CONNECTION_AGE_S * 1e3)),
             ("grpc.max_connection_age_grace_ms", round(CONNECTION_GRACE_S * 1e3)),
             # A caller that was lost on the way without a word takes no place for longer than that.
+            ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_S * 1e3)),
             ("grpc.keepalive_time_ms", round(SIGN_OF_LIFE_S * 1e3)),
             ("grpc.keepalive_timeout_ms", round(SIGN_OF_LIFE_S * 1e3)),
             ("grpc.http2.ping_timeout_ms", round(SIGN_OF_LIFE_S * 1e3)),  # which is what gRPC 1.85 goes by

@@ -56,6 +56,21 @@ def test_of_a_damaged_file_the_last_good_value_stays_and_it_is_said_once(file):
     assert len(said) == 3  # once more, as it was good in between
 
 
+def test_whatever_reading_raises_is_damage(file):
+    said = []
+
+    def read():
+        if (value := number(file)) == 2:
+            raise RuntimeError("of a kind that nobody thought of")
+        return value
+
+    kept = Reread([file], read, said.append)
+    put(file, "2")
+    assert (kept.look(), kept.value, len(said)) == (False, 1, 1)
+    put(file, "3")
+    assert (kept.look(), kept.value) == (True, 3)
+
+
 def test_a_file_that_is_damaged_from_the_start_has_no_value(file):
     file.write_text("one")
     with pytest.raises(DamagedError, match="one"):
