@@ -49,6 +49,9 @@ class Accounts:
         place, found = self._find(caller.name)
         rate = 0 if caller.max_rows_per_s == 0 else max(1, 1000 * _NS // caller.max_rows_per_s)
         meter = self._address + 8 * place
+        if known is not None and known[1].rate != rate:
+            # Its time was counted by another measure, by which its turn may be a day away.
+            ctypes.c_int64.from_address(meter).value = 0
         account = Account(caller.name, place, caller.max_in_flight_bytes, rate, meter, caller.max_connections)
         if found:  # else its place is not given yet, as its process has not looked at the file
             if len(self._known) >= 2 * NAMED:

@@ -56,6 +56,18 @@ def test_who_is_refused_is_told_when_its_turn_is(rows_per_s, rows):
         assert meter(own.ctypes.data, 1, account.rate, now_ns + wait_ns) == 0
 
 
+def test_a_rate_that_changes_begins_anew():
+    accounts = Accounts(1)
+    accounts.give_places(["a"])
+    slow = accounts.of(caller(max_rows_per_s=1))
+    assert [bool(meter(slow.meter, 10_000, slow.rate, 100 * S)) for _ in range(2)] == [False, True]
+    same = accounts.of(caller(max_rows_per_s=1, max_connections=1))
+    assert meter(same.meter, 1, same.rate, 100 * S)
+    fast = accounts.of(caller(max_rows_per_s=10_000))
+    assert fast.meter == slow.meter
+    assert not meter(fast.meter, 10_000, fast.rate, 100 * S)
+
+
 def test_a_meter_counts_each_of_many_threads_once():
     own, let_by = cell(), itertools.count()
     threads = [
