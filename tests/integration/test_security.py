@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from certificates import Authority, bearer, put, write_callers
 from direct_callers import greeted
-from engrampool_client import Client, RejectedError, UnauthenticatedError
+from engrampool_client import Client, RejectedError, TlsError, UnauthenticatedError
 from engrampool_client.config import ClientConfig
 from engrampool_client.lanes.credentials import Credentials
 from engrampool_client.lanes.grpc import GrpcLane
@@ -335,7 +335,23 @@ def test_of_damaged_files_the_last_good_ones_stay_and_that_is_logged_and_counted
             text = response.read().decode()
         counted = [line for line in text.splitlines() if line.startswith("engrampool_credentials_damaged_total{")]
         assert len(counted) == 2
+        for file in ("tls", "tokens"):
+            assert f'engrampool_credentials_stale{{file="{file}"}} 1.0' in text
         assert all(float(line.split()[-1]) >= 1 for line in counted)
+
+
+def test_authorities_of_clients_are_replaced_too(packed, authority, tmp_path):
+    other = Authority(tmp_path, "other")
+    trusted = put(tmp_path / "trusted.pem", authority.ca.read_bytes())
+    mine = dict(zip(("tls_cert", "tls_key"), other.sign("worker"), strict=True))
+    with serve_process(packed, workers=1, **authority.of_server(), tls_client_ca=trusted) as server:
+        with pytest.raises(TlsError) as caught:
+            Client(server.address, tls_ca=authority.ca, **mine, **PATIENCE)
+        assert caught.value.reason == "certificate-refused"
+        put(trusted, authority.ca.read_bytes() + other.ca.read_bytes())
+        server.wait_until(lambda said: any(one["event"] == "certificates-replaced" and "worker" in one for one in said))
+        with Client(server.address, tls_ca=authority.ca, **mine, **PATIENCE) as pool:
+            assert right(pool)
 
 
 def test_a_token_that_was_revoked_stays_so_where_the_file_is_damaged_and_a_worker_is_replaced(

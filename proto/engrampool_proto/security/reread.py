@@ -37,6 +37,11 @@ class Reread(Generic[_T]):
         if _is_young(self._seen):
             self._seen = ()
 
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the files were of no use at the last look, so that the value is an older one."""
+        return bool(self._said)
+
     def look(self) -> bool:
         """Read the files again if they changed. Whether there is another value since the last look."""
         if time.monotonic() < self._again_s or not self._lock.acquire(blocking=False):
@@ -52,8 +57,9 @@ class Reread(Generic[_T]):
             except Exception as error:  # of whatever kind: nobody else looks again
                 if mark == _mark(self._paths):
                     self._seen = () if _is_young(mark) else mark
-                    if str(error) != self._said:
-                        self._said = str(error)
+                    text = str(error) or repr(error)
+                    if text != self._said:
+                        self._said = text
                         self._damaged(error)
                 return False
             # Of one that changed meanwhile, who knows which half was read: it is read again.

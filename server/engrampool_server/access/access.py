@@ -30,8 +30,11 @@ class Access:
         tls: Reread[Pem] | None = None,
         callers: Reread[Callers] | None = None,
         metrics_tls: Reread[ssl.SSLContext] | None = None,
+        show_damaged: Callable[[str, bool], None] = lambda file, damaged: None,
     ) -> None:
+        """show_damaged: told at each look whether a file, "tls" or "tokens", is of no use."""
         self.tls, self.callers, self.metrics_tls = tls, callers, metrics_tls
+        self._show_damaged = show_damaged
 
     @classmethod
     def of(cls, config: ServerConfig, metrics: Metrics) -> Self:
@@ -41,20 +44,21 @@ class Access:
             metrics.credentials_damaged.labels(file).inc()
             log.event("credentials-damaged", level="error", file=file, error=f"the last good ones stay: {error}")
 
+        def show(file: str, is_damaged: bool) -> None:
+            metrics.credentials_stale.labels(file).set(is_damaged)
+
         tls = callers = metrics_tls = None
         if config.tls_cert != "off":
             ca = None if config.tls_client_ca == "off" else Path(config.tls_client_ca)
             names = ("tls_client_ca", "tls_cert", "tls_key")
             files = PemFiles(ca, Path(config.tls_cert), Path(config.tls_key), names)
             tls = Reread(files.paths, files.read, partial(damaged, "tls"), LOOK_S)
-            metrics.credentials_damaged.labels("tls")
             if config.tls_metrics and config.metrics != "off":
                 metrics_tls = Reread(files.paths, files.server_context, every_s=LOOK_S)
         if config.tokens != "off":
             path = Path(config.tokens)
             callers = Reread([path], partial(read_callers, path), partial(damaged, "tokens"), LOOK_S)
-            metrics.credentials_damaged.labels("tokens")
-        return cls(tls, callers, metrics_tls)
+        return cls(tls, callers, metrics_tls, show)
 
     @property
     def is_open(self) -> bool:
@@ -63,14 +67,19 @@ class Access:
 
     def look(self) -> bool:
         """Read again what has changed, at most every LOOK_S. Whether there are other callers by now."""
-        if self.tls is not None and self.tls.look():
-            log.event("certificates-replaced")
+        if self.tls is not None:
+            if self.tls.look():
+                log.event("certificates-replaced")
+            self._show_damaged("tls", self.tls.is_damaged)
         if self.metrics_tls is not None:
             self.metrics_tls.look()
-        if self.callers is not None and self.callers.look():
+        if self.callers is None:
+            return False
+        changed = self.callers.look()
+        self._show_damaged("tokens", self.callers.is_damaged)
+        if changed:
             log.event("callers-replaced", callers=len(self.callers.value.names))
-            return True
-        return False
+        return changed
 
     def may_scrape(self, authorization: str) -> bool:
         """Whether a scrape with this header, "" for none, may read metrics."""

@@ -30,6 +30,9 @@ FLUSH_S = 0.25
 # Why the direct lane cuts connections off.
 CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed", "revoked")
 
+# Files that callers are let in by: certificates and their key, and who may call.
+CREDENTIALS = ("tls", "tokens")
+
 
 class Metrics:
     """The server's metrics, in a registry of their own so that several servers can live in one process.
@@ -84,6 +87,15 @@ class Metrics:
             ("file",),
             registry=registry,
         )
+        self.credentials_stale = self._gauge(
+            "engrampool_credentials_stale",
+            "1 while files of callers or certificates are of no use, and the last good ones are in force.",
+            ("file",),
+            mode="livemax",
+        )
+        for file in CREDENTIALS:
+            self.credentials_damaged.labels(file)
+            self.credentials_stale.labels(file)
         self.log_dropped = Counter(
             "engrampool_log_dropped_lines", "Lines of the log that nobody took in time.", registry=registry
         )

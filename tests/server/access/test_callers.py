@@ -1,6 +1,8 @@
 """The file of callers: what it may say, and what each mistake in it is told as."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from certificates import digest, write_callers
 from engrampool_server.access.callers import MOST_CALLERS, CallersFileError, bearer, read_callers
@@ -68,6 +70,18 @@ def test_what_is_no_such_file_is_refused(tmp_path, raw):
         read_callers(path)
     with pytest.raises(CallersFileError, match="cannot be read"):
         read_callers(tmp_path / "nowhere")
+
+
+@given(
+    st.binary(max_size=200) | st.text(st.sampled_from("[]caller=\"'\n name=roles1.,{}"), max_size=80).map(str.encode)
+)
+def test_whatever_is_in_the_file_is_callers_or_one_error(tmp_path_factory, raw):
+    path = tmp_path_factory.mktemp("callers") / "callers"
+    path.write_bytes(raw)
+    try:
+        assert not read_callers(path).names
+    except CallersFileError as error:
+        assert "tokens: " in str(error)  # noqa: PT017
 
 
 def test_a_token_is_what_follows_bearer():
