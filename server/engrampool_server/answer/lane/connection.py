@@ -80,7 +80,7 @@ class Connection:
 
     def may(self, account: Account) -> None:
         """The caller's limits are these by now; its place stays. From any thread."""
-        self._answerer.peer = account
+        self.account = self._answerer.peer = account
         words = self._limits
         if words is not None:
             words[serve.MOST], words[serve.METER], words[serve.RATE] = account.most_bytes, account.meter, account.rate
