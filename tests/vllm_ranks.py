@@ -17,10 +17,12 @@ REPLACED = ("_create_embedding", "_init_staging", "prepare_embeddings", "_ready_
 def with_plugin(server):
     """The engine's module with our plugin in it, put there by the engine's own loader; `Stock` is what it was."""
     import vllm.models.deepseek_v41.common.engram as engram
+    import vllm.models.qwen4_exp.common.ngram_embedding as tables
     import vllm.plugins
     import vllm.v1.worker.gpu_worker as gpu_worker
 
     stock = {name: vars(engram.Engram)[name] for name in REPLACED}
+    pinned, device = tables.Qwen4ExpPLEPinnedHostEmbedding, tables.Qwen4ExpPLEDeviceEmbedding
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(f"{ENVIRONMENT_PREFIX}TARGET", raising=False)
         patch.setattr(vllm.plugins, "plugins_loaded", False)
@@ -39,6 +41,8 @@ def with_plugin(server):
         module=engram,
         ours=vllm_engram,
         Stock=type("Stock", (engram.Engram,), stock),
+        Pinned=pinned,
+        Device=device,
         Worker=gpu_worker.Worker,
     )
 
@@ -83,7 +87,8 @@ class Ranks:
 
     def make(self):
         """Layers with pooled rows for each rank, as the model's constructor makes them."""
-        layout = self.engine.module.EngramLayout.from_config(self._config)
+        with self.device:  # as an engine builds its model
+            layout = self.engine.module.EngramLayout.from_config(self._config)
         for name, value in self._settings.items():
             self.patch.setenv(f"{ENVIRONMENT_PREFIX}{name.upper()}", str(value))
         for rank in range(self.size):
@@ -96,7 +101,7 @@ class Ranks:
 
     def layer(self, kind, layout, at):
         model = SimpleNamespace(hidden_size=8, hc_mult=4, rms_norm_eps=1e-6)
-        with self.device:  # as an engine builds its model
+        with self.device:
             return kind(model, None, layout, at, False, f"layers.{at}.engram")
 
     def _all_gather(self, rows, dim):

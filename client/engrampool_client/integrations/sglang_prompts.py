@@ -92,7 +92,7 @@ class Prompts:
             tokens = schedule.max_prefill_tokens
         image = self._image = hasher.image_token_id
         self._depth, self._most = hasher.max_ngram_size - 1, tokens
-        self._histories = Histories(requests, longest, self._depth, None if image is None else lambda ids: ids == image)
+        self._histories = Histories(requests, longest, self._depth, image, client.compiled)
         self._verifier = Verifier(client.spec, columns, self._histories, counts, table) if settings.verify else None
         shape = {layer: (columns.stop - columns.start, client.spec.table(layer).row_bytes) for layer in layers}
         self._landing = _ForwardLanding(layers, shape, tokens, device)
