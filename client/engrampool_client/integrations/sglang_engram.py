@@ -118,17 +118,8 @@ class _Worker:
         try:
             if self.prompts is None:
                 assert self.client is not None
-                self.prompts = Prompts(
-                    self.client,
-                    self.layers,
-                    self._columns,
-                    self._device,
-                    batch,
-                    hasher,
-                    self.agree,
-                    self.counts,
-                    self._table,
-                )
+                own = (self.client, self.layers, self._columns, self._device)
+                self.prompts = Prompts(*own, batch, hasher, self.agree, self.counts, self._table)
             if not self.prompts.fits(chunks):
                 return False
             self._next_forward()
@@ -348,7 +339,7 @@ class Stager(engram_staging.EngramRowStager):
 
     def _hashed(self, batch: Any) -> dict[int, Ids]:
         """The row ids that the engine itself makes of a batch on the host."""
-        found = self.hasher.hash_windows(*self._windows(batch))[0].numpy()
+        found = self.hasher.hash_windows(*vars(engram_staging.EngramRowStager)["_windows"](self, batch))[0].numpy()
         return {layer: found[:, at] for at, layer in enumerate(_worker.layers)}
 
 

@@ -216,7 +216,7 @@ class _ForwardLanding(TorchLanding):
         self.max_tokens = max_tokens
 
     def make(self, layer: int, tokens: int) -> None:
-        self._landed[layer] = torch.empty((tokens, *self.row_shape[layer]), dtype=torch.uint8, device=self._device)
+        self.on_device[layer] = torch.empty((tokens, *self.row_shape[layer]), dtype=torch.uint8, device=self.device)
 
     def take(self, layer: int) -> torch.Tensor:
-        return self._landed.pop(layer)
+        return self.on_device.pop(layer)
