@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from engrampool_client import DeadlineError, StepCancelledError
-from engrampool_client.stats import OUTCOMES, SOURCES, WAIT_BOUNDS_S, Stats
+from engrampool_client.stats import HOPS, OUTCOMES, SOURCES, WAIT_BOUNDS_S, Stats
+from engrampool_proto.wire import ServerTimes
 
 
 @pytest.fixture
@@ -55,6 +56,28 @@ def test_a_step_ends_once_and_its_rows_are_pending_until_then(stats, error, comp
     assert stats.masked_tokens[3] == 5
     assert dict(stats.steps) == {**dict.fromkeys(OUTCOMES, 0), outcome: 1}
     assert (stats.in_flight, stats.pending_bytes) == (0, 0)
+
+
+def test_a_round_trip_is_cut_into_hops_of_the_server_that_answered(stats):
+    slow, fast = stats.server("a:1"), stats.server("b:1")
+    assert stats.server("a:1") is slow
+    stats.answered(slow, 10, ServerTimes(1000, 200, 1500), 0.004)
+    stats.answered(
+        slow, 10, ServerTimes(0, 200, 100), None
+    )  # it lay there; rounding makes a part larger than the whole
+    stats.answered(fast, 10, ServerTimes(0, 0, 500), 0.0001)  # likewise
+    stats.answered(fast, 10, None, 0.1)  # only the end was lost
+    assert stats.bytes["wire"] == 40
+    assert slow.counts == {"network": 1, "queue": 2, "gather": 2, "send": 2}
+    assert slow.sums_s == pytest.approx({"network": 0.0025, "queue": 0.001, "gather": 0.0004, "send": 0.0003})
+    assert fast.sums_s == pytest.approx({"network": 0, "queue": 0, "gather": 0, "send": 0.0005})
+    assert {hop: sum(stats.hops[hop].counts) for hop in HOPS} == {
+        "client": 0,
+        "network": 2,
+        "queue": 3,
+        "gather": 3,
+        "send": 3,
+    }
 
 
 def test_pending_bytes_have_a_limit_which_one_step_alone_may_exceed(stats):

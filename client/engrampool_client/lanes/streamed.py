@@ -14,6 +14,7 @@ from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Landing
 from engrampool_client.lookup.sent import Came
 from engrampool_client.lookup.small import Small
+from engrampool_client.stats import AT_ONCE_S, Answered
 from engrampool_proto import wire
 
 # Smaller answers are one message, for which a thread of the client waits: another one costs all rows more than the
@@ -38,16 +39,18 @@ class StreamedRequest:
         small: Small,
         served: ServedModel,
         deadline: float,
-        answered: Callable[[int], None],
+        answered: Answered,
         late: Callable[[DeadlineError], None],
     ) -> None:
         """Begins the call. deadline: by time.monotonic.
 
-        answered: told of the bytes of rows, once all are there. late: told where the server let a deadline pass.
+        answered: told once all rows are there. late: told where the server let a deadline pass.
         Raises ValueError where the lane is closed, which is gRPC's way to say so.
         """
         self._lane, self._deadline, self._answered, self._late = lane, deadline, answered, late
         self._message = b""  # that came, and was not taken in
+        self._asked_at = time.monotonic()
+        self._waited = False  # for the first of it, from the beginning on
         asked = wire.LookupRequest(*small.what[:2], small.tables(served.spec))
         connection = self._connection = lane.enter()
         stream = None
@@ -79,12 +82,15 @@ class StreamedRequest:
         if self._message or landing.ready:
             return Came.NOTHING if connection.lost else None
         if landing.complete:
-            self._answered(self._exchange.answer_bytes)
+            took_s = time.monotonic() - self._asked_at if self._waited else None
+            self._answered(self._exchange.answer_bytes, self.times, took_s)
             return Came.ALL
         if connection.lost:
             return Came.NOTHING
         if until <= 0:
             return Came.LATER
+        if time.monotonic() - self._asked_at < AT_ONCE_S:
+            self._waited = True
         try:
             self._message = next(self._stream, b"")
         except grpc.RpcError as failed:

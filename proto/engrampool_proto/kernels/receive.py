@@ -11,7 +11,7 @@ from numba import carray, njit, types
 from engrampool_proto import frames
 from engrampool_proto.kernels.gather import copy_row
 from engrampool_proto.kernels.jit import kernel
-from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, bytes_at, now, receive_some
+from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, WAITED, bytes_at, now, receive_some
 
 # Why `take` returns, where it does not say that a layer is whole: all was there up to the frame at START, whose times
 # are in the buffer; nothing more came in time; the connection ended; a frame that has no place in the answer is at
@@ -19,9 +19,11 @@ from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, bytes_at, now
 ANSWERED, LATER, LOST, ODD = -1, -2, -3, -4
 
 # int64 [STATE_WORDS] of an answer: where what was received begins and ends in the buffer; the layer whose rows are
-# coming, by its place in `layers`, and how many bytes of them are to follow; bytes received so far.
+# coming, by its place in `layers`, and how many bytes of them are to follow; bytes received so far; whether the last of
+# them were waited for, and so came just then.
 START, END, LAYER, LEFT, CAME = range(5)
 SCRATCH = 5
+CAME_NOW = SCRATCH + WAITED
 STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
 # int64 [layers, ENTRY_WORDS]: which layer; where its rows are to lie; how many bytes they are, those of one row, and

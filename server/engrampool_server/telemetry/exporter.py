@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
-from engrampool_server.telemetry.metrics import MODEL_INFO
+from engrampool_server.telemetry.metrics import INFO
 from engrampool_server.telemetry.metrics_files import MetricsMemory
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -92,7 +92,7 @@ class _All(Collector):
     def collect(self) -> Iterator[Metric]:
         """The sums of all processes."""
         for metric in self._memory.collect():
-            if metric.name == MODEL_INFO:  # every series stays for ever, that of a version withdrawn as 0
+            if metric.name in INFO:
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
 
@@ -138,14 +138,24 @@ class Processes(Collector):
         shared = max(one.resident_bytes - one.anon_bytes for one in [main, *others])
         resident = shared + main.anon_bytes + sum(own)
         fullest = max([main, *others], key=lambda one: one.open_fds / one.max_fds)
-        yield CounterMetricFamily("process_cpu_seconds_total", "CPU time of all processes.", value=self._cpu_s)
-        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, tables once.", value=resident)
+        yield CounterMetricFamily(
+            "process_cpu_seconds_total", "CPU time of all processes, those that ended included.", value=self._cpu_s
+        )
+        yield GaugeMetricFamily(
+            "process_resident_memory_bytes",
+            "Resident memory of all processes, the tables counted once.",
+            value=resident,
+        )
         largest = max(one.virtual_bytes for one in [main, *others])
         yield GaugeMetricFamily("process_virtual_memory_bytes", "Address space of the largest process.", value=largest)
         started = main.start_s + self._boot_s
-        yield GaugeMetricFamily("process_start_time_seconds", "Start, as Unix time.", value=started)
-        yield GaugeMetricFamily("process_open_fds", "Of the process nearest its limit.", value=fullest.open_fds)
-        yield GaugeMetricFamily("process_max_fds", "Its limit.", value=fullest.max_fds)
+        yield GaugeMetricFamily("process_start_time_seconds", "Start of the server, as Unix time.", value=started)
+        yield GaugeMetricFamily(
+            "process_open_fds",
+            "Open file descriptors of the process that is nearest its limit.",
+            value=fullest.open_fds,
+        )
+        yield GaugeMetricFamily("process_max_fds", "Limit of the process that is nearest it.", value=fullest.max_fds)
 
     def _usage(self, pid: int) -> _Usage | None:
         directory = self._proc / str(pid)

@@ -379,3 +379,21 @@ def test_so_many_bytes_are_received_into_the_buffer_unless_fewer_may_come(nbytes
             made.theirs.close()
             assert fill() == receive.LOST
         assert all((rows == FILL).all() for rows in made.rows)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_it_is_known_whether_the_last_of_an_answer_came_just_then(waits):
+    receiving = Receiving(((2, 5, 3),))
+    with receiving.ours, receiving.theirs:
+        start, rows = frames.rows_start(NUMBER, 2, 0, 15), rows_of(2, 5, 3)
+        until = time.monotonic_ns() + 60_000_000_000
+        receiving.theirs.sendall(start + rows if waits else start + rows + END)
+        assert receiving.take(until) == 0
+        with ThreadPoolExecutor() as pool:
+            coming = pool.submit(receiving.take, until)
+            if waits:
+                state = receiving.state
+                eventually(lambda: state[receive.CAME_NOW] == 1, "somebody waits for the end")
+                receiving.theirs.sendall(END)
+            assert coming.result() == receive.ANSWERED
+        assert receiving.state[receive.CAME_NOW] == waits
