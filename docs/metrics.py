@@ -1,7 +1,8 @@
-"""Fills in the tables of docs/METRICS.md from the registries that Prometheus is answered from: `python docs/metrics.py`.
+"""Fills in the tables of docs/METRICS.md from the registries that answer Prometheus: `python docs/metrics.py`.
 
-A metric is described once, where it is made: its name, kind, labels and help. Units are those of Prometheus: a name ends in
-`_seconds` or `_bytes`, and whatever has neither is a number of things, or 0 and 1. The same code gives the same bytes.
+A metric is described once, where it is made: its name, kind, labels and help. Units are as Prometheus has them: a name
+ends in `_seconds` or `_bytes`, and whatever has neither is a number of things, or 0 and 1. The same code gives the same
+bytes.
 """
 
 import os

@@ -166,6 +166,14 @@ class GrpcLane:
         except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
             raise ProtocolError(f"Attach was answered with something else: {error}") from error
 
+    def stats(self, timeout_s: float) -> pool_pb2.StatsResponse:
+        """Ask for every metric of the server. Raises PoolError."""
+        answer = self._control("Stats", b"", timeout_s)
+        try:
+            return pool_pb2.StatsResponse.FromString(answer)
+        except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
+            raise ProtocolError(f"Stats was answered with something else: {error}") from error
+
     def ask(self, exchange: Exchange, deadline: float, *, spin_s: float = 0.0) -> "_Call":
         """See `Lane`. The call begins when its answer is received: gRPC sends and waits in one."""
         return _Call(self, exchange, deadline)

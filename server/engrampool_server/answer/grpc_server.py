@@ -13,6 +13,7 @@ from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Limits, Lookups
 from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.answer.shared_state import SharedState
+from engrampool_server.answer.statistics import Statistics
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.ports import ListenError
@@ -73,7 +74,8 @@ class GrpcServer:
             ("grpc.http2.max_ping_strikes", 0),
         ]
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
-        service = PoolService(self.lookups, self.direct, config.attach != "off", self.shared.is_active)
+        statistics = Statistics(self.shared.read_metrics, self.lookups.threads)
+        service = PoolService(self.lookups, self.direct, config.attach != "off", statistics, self.shared.is_active)
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

@@ -24,6 +24,7 @@ from engrampool_server.answer.lookups import (
     invalid,
     server_times,
 )
+from engrampool_server.answer.statistics import Statistics
 from engrampool_server.memory.segments import Place
 from engrampool_server.memory.tables import LoadedModel, LoadedTable
 
@@ -43,6 +44,7 @@ class PoolService:
 
     direct: the lane that OpenDirect lets callers into, None if there is none.
     attach: whether callers may map tables, where these lie in memory that others can map.
+    statistics: what Stats answers.
     is_active: whether clients read a version of a model, as the registry had it last.
     """
 
@@ -51,9 +53,11 @@ class PoolService:
         lookups: Lookups,
         direct: DirectLane | None,
         attach: bool,
+        statistics: Statistics,
         is_active: Callable[[str, str], bool] = lambda *_: False,
     ) -> None:
         self._lookups, self._direct, self._may_attach, self._is_active = lookups, direct, attach, is_active
+        self._statistics = statistics
         # By model and include_spec: what the answer was made of; and the answer, which takes milliseconds to make with
         # the specification.
         self._described: dict[tuple[str, bool], tuple[_MadeOf, bytes]] = {}
@@ -78,6 +82,7 @@ class PoolService:
                 request_deserializer=pool_pb2.AttachRequest.FromString,
                 response_serializer=pool_pb2.AttachResponse.SerializeToString,
             ),
+            "Stats": grpc.unary_unary_rpc_method_handler(self._stats),
         }
 
     async def _describe(self, request: pool_pb2.DescribeRequest, context: grpc.aio.ServicerContext) -> bytes:
@@ -138,6 +143,9 @@ class PoolService:
             await self._refuse(context, error)
         tables = [_mapped(table, place) for table, place in places]
         return pool_pb2.AttachResponse(tables=tables, valid_ms=round(_ATTACH_VALID_S * 1e3), boot_id=boot_id())
+
+    async def _stats(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return await self._statistics.answer()
 
     def _places(self, held: LoadedModel) -> list[tuple[LoadedTable, Place]]:
         """Where a model's tables can be mapped; none unless all of them can, and callers may."""

@@ -13,7 +13,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
-from engrampool_server.telemetry.metrics import INFO
 from engrampool_server.telemetry.metrics_files import MetricsMemory
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -30,7 +29,7 @@ def export(
 ) -> None:
     """Answer on `listener` for ever, see `Http`. beat: called every `beat_s` seconds and after each answer."""
     registry = CollectorRegistry()
-    registry.register(_All(memory))
+    registry.register(memory)
     registry.register(processes)
     with Http(listener, registry, is_ready, beat) as server:
         server.serve_forever(beat_s)
@@ -83,18 +82,6 @@ class Http(ThreadingWSGIServer):
 class _Silent(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """The log is for events of the server's life."""
-
-
-class _All(Collector):
-    def __init__(self, memory: MetricsMemory) -> None:
-        self._memory = memory
-
-    def collect(self) -> Iterator[Metric]:
-        """The sums of all processes."""
-        for metric in self._memory.collect():
-            if metric.name in INFO:
-                metric.samples = [sample for sample in metric.samples if sample.value]
-            yield metric
 
 
 @dataclass(frozen=True)
