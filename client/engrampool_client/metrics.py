@@ -8,7 +8,7 @@ REGISTRY.unregister(collector)  # before client.close(), or the last values are 
 client a registry and a port of its own, `register(client, registry=own); start_http_server(port, registry=own)`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from prometheus_client.utils import floatToGoString
 
 from engrampool_client.client import Client
 from engrampool_client.stats import WAIT_BOUNDS_S, Waits
+from engrampool_client.status import ServerStatus
 from engrampool_proto import __version__
 
 _PREFIX = "engrampool_client_"
@@ -80,15 +81,15 @@ class _Families:
         self._hops = self._new(
             histogram,
             "hop_seconds",
-            "Where lookups' time went: in the client until servers were asked (client); to a server and back, where "
-            "somebody waited for the answer (network); and, as servers say: until they began (queue), copying rows "
-            "(gather), sending them (send).",
+            "Where lookups' time went: in the client until servers were asked (client); to a server and back, until "
+            "the first of the answer came, where somebody waited for it (network); and, as servers say: until they "
+            "began (queue), copying rows (gather), sending them (send).",
             "hop",
         )
         self._servers = self._new(
             summary,
             "server_seconds",
-            "As hop_seconds, of each server; its shard is the number that this client gives it.",
+            "As engrampool_client_hop_seconds, of each server; its shard is I/N, the I-th of N by its rows, or all.",
             "shard",
             "server",
             "hop",
@@ -165,11 +166,10 @@ class _Families:
         for hop, waits in stats.hops.items():
             self._put_waits(self._hops, waits, model, hop)
         status = client.status()
-        for server in status["servers"]:
-            if server["used"] and (hops := stats.servers.get(server["address"])) is not None:
+        for address, shard in _shards(status["servers"]).items():
+            if (hops := stats.servers.get(address)) is not None:
                 for hop, count in hops.counts.items():
-                    labels = [model, str(server["shard"]), server["address"], hop]
-                    self._servers.add_metric(labels, count, hops.sums_s[hop])
+                    self._servers.add_metric([model, shard, address, hop], count, hops.sums_s[hop])
         self._put(self._waiting, status["steps"]["new"] + status["steps"]["waiting"], model)
         for outcome, count in stats.steps.items():
             self._put(self._steps, count, model, outcome)
@@ -207,3 +207,15 @@ class _Families:
     @staticmethod
     def _put_waits(family: HistogramMetricFamily, waits: Waits, *labels: str) -> None:
         family.add_metric(labels, list(zip(_LE, accumulate(waits.counts), strict=True)), waits.sum_s)
+
+
+def _shards(servers: Sequence[ServerStatus]) -> dict[str, str]:
+    """Address -> shard, of the servers that are used. Named by its rows, so that clients and servers call it alike."""
+    parts = {
+        server["address"]: [(rows["layer"], rows["start"]) for rows in server["rows"]]
+        for server in servers
+        if server["used"]
+    }
+    known = sorted(part for at, part in enumerate(parts.values()) if part not in list(parts.values())[:at])
+    names = ["all"] if len(known) == 1 else [f"{at}/{len(known)}" for at in range(len(known))]
+    return {address: names[known.index(part)] for address, part in parts.items()}

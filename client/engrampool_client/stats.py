@@ -51,10 +51,10 @@ class ServerHops:
 class Answered(Protocol):
     """Told of a lookup whose rows came over the network, all of them."""
 
-    def __call__(self, nbytes: int, times: ServerTimes | None, round_trip_s: float | None) -> None:
+    def __call__(self, nbytes: int, times: ServerTimes | None, first_s: float | None) -> None:
         """nbytes: of rows. times: the server's, None if they were lost.
 
-        round_trip_s: from asking until the end of the answer; None if that lay there before somebody looked.
+        first_s: from asking until the first of the answer came; None if that lay there before somebody looked.
         """
 
 
@@ -123,16 +123,16 @@ class Stats:
         with self._lock:
             return self.servers.setdefault(address, ServerHops())
 
-    def answered(self, server: ServerHops, nbytes: int, times: ServerTimes | None, round_trip_s: float | None) -> None:
+    def answered(self, server: ServerHops, nbytes: int, times: ServerTimes | None, first_s: float | None) -> None:
         """Count a lookup that a server answered; see `Answered`."""
         with self._lock:
             self.bytes["wire"] += nbytes
             if times is None:
                 return
-            queue_s, gather_s, total_s = times.queue_us / 1e6, times.gather_us / 1e6, times.total_us / 1e6
-            hops = [("queue", queue_s), ("gather", gather_s), ("send", max(0.0, total_s - queue_s - gather_s))]
-            if round_trip_s is not None:
-                hops.append(("network", max(0.0, round_trip_s - total_s)))
+            queue_s, gather_s = times.queue_us / 1e6, times.gather_us / 1e6
+            hops = [("queue", queue_s), ("gather", gather_s), ("send", times.send_us / 1e6)]
+            if first_s is not None:
+                hops.append(("network", max(0.0, first_s - queue_s - gather_s)))
             for hop, seconds in hops:
                 self.hops[hop].add(seconds)
                 server.counts[hop] += 1

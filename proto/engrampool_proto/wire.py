@@ -66,6 +66,11 @@ class ServerTimes:
     gather_us: int
     total_us: int
 
+    @property
+    def send_us(self) -> int:
+        """What is left of the whole."""
+        return max(0, self.total_us - self.queue_us - self.gather_us)
+
 
 @dataclass(frozen=True, eq=False)
 class TableRows:

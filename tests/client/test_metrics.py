@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -204,7 +205,20 @@ def test_every_answer_is_counted_by_hop_and_server(server, spec, registry, direc
         for (name, labels), count in found.items()
         if name == "server_seconds_count"
     }
-    assert of_server == {name: ("0", server, hop(name)[0]) for name in HOPS if name != "client"}
+    assert of_server == {name: ("all", server, hop(name)[0]) for name in HOPS if name != "client"}
+
+
+def test_a_shard_is_called_as_its_servers_call_it_in_whatever_order_they_are_named(packed, spec, registry):
+    with ExitStack() as stack:
+        shards = {stack.enter_context(serve_thread(packed, shard=name)): name for name in ("1/3", "2/3", "0/3")}
+        client = stack.enter_context(Client(list(shards), attach="off"))
+        register(client, registry=registry)
+        found = {
+            (dict(labels)["server"], dict(labels)["shard"])
+            for name, labels in samples(registry)
+            if name == "server_seconds_count"
+        }
+    assert found == set(shards.items())
 
 
 def test_what_lay_in_a_cache_has_no_hops(server, spec, registry):

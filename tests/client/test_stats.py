@@ -61,7 +61,7 @@ def test_a_step_ends_once_and_its_rows_are_pending_until_then(stats, error, comp
 def test_a_round_trip_is_cut_into_hops_of_the_server_that_answered(stats):
     slow, fast = stats.server("a:1"), stats.server("b:1")
     assert stats.server("a:1") is slow
-    stats.answered(slow, 10, ServerTimes(1000, 200, 1500), 0.004)
+    stats.answered(slow, 10, ServerTimes(1000, 200, 1500), 0.0037)
     stats.answered(
         slow, 10, ServerTimes(0, 200, 100), None
     )  # it lay there; rounding makes a part larger than the whole

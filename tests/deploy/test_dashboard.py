@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,15 @@ def test_an_expression_names_metrics_of_the_registry(dashboard, panel, target):
     families = [*Metrics().registry.collect(), *ClientCollector().describe()]
     there = {name for family in families for name in exposed(family)}
     assert named <= there | OF_PROMETHEUS | {rule["record"] for rule in RULES if "record" in rule}
+
+
+@EACH
+def test_a_picture_of_a_dashboard_has_every_panel(scraped, tmp_path, dashboard):
+    pictures = runpy.run_path(str(ROOT / "docs/dashboards.py"))
+    counts = pictures["draw"](scraped, dashboard, tmp_path, 30.0)
+    assert counts.keys() == {panel["title"] for panel in panels(dashboard)}
+    assert all(counts.values()), counts
+    assert (tmp_path / f"{dashboard}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @EACH

@@ -115,8 +115,9 @@ class SmallRequest:
             return Came.NOTHING
         if self.times is None:
             return Came.NOTHING
-        came_now = bool(state[receive.CAME_NOW])
-        self._answered(self._nbytes, self.times, time.monotonic() - connection.asked_at if came_now else None)
+        # Its end may be taken in long after it came, and what the system has no room for is only sent then.
+        first_at = int(state[receive.FIRST_AT])
+        self._answered(self._nbytes, self.times, first_at / _SECOND_NS - connection.asked_at if first_at else None)
         return Came.ALL
 
     @property

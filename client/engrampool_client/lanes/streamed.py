@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 
 import grpc
 
@@ -50,7 +51,8 @@ class StreamedRequest:
         self._lane, self._deadline, self._answered, self._late = lane, deadline, answered, late
         self._message = b""  # that came, and was not taken in
         self._asked_at = time.monotonic()
-        self._waited = False  # for the first of it, from the beginning on
+        # Until the first of it came, as far as somebody waited for it; inf before.
+        self._first_s: float | None = inf
         asked = wire.LookupRequest(*small.what[:2], small.tables(served.spec))
         connection = self._connection = lane.enter()
         stream = None
@@ -82,17 +84,19 @@ class StreamedRequest:
         if self._message or landing.ready:
             return Came.NOTHING if connection.lost else None
         if landing.complete:
-            took_s = time.monotonic() - self._asked_at if self._waited else None
-            self._answered(self._exchange.answer_bytes, self.times, took_s)
+            self._answered(self._exchange.answer_bytes, self.times, self._first_s)
             return Came.ALL
         if connection.lost:
             return Came.NOTHING
         if until <= 0:
             return Came.LATER
-        if time.monotonic() - self._asked_at < AT_ONCE_S:
-            self._waited = True
+        begin = time.monotonic()
         try:
             self._message = next(self._stream, b"")
+            if self._first_s == inf:
+                now = time.monotonic()
+                waited = begin - self._asked_at < AT_ONCE_S or now - begin > AT_ONCE_S
+                self._first_s = now - self._asked_at if waited else None
         except grpc.RpcError as failed:
             error: PoolError = from_rpc(failed, self._lane.target)
             if isinstance(error, DeadlineError):

@@ -220,10 +220,10 @@ class Endpoint:
                 self._parts.submit(Job(nobodys, _unplanned, lane.end_calls))
         return request
 
-    def _answered(self, nbytes: int, times: ServerTimes | None, round_trip_s: float | None) -> None:
+    def _answered(self, nbytes: int, times: ServerTimes | None, first_s: float | None) -> None:
         """Count a lookup whose rows came over the network; as of `Answered`."""
         self.breaker.succeeded()
-        self._stats.answered(self._hops, nbytes, times, round_trip_s)
+        self._stats.answered(self._hops, nbytes, times, first_s)
 
     def ways(self, exchange: Exchange) -> int:
         """How many connections it goes over: several only if it is large."""
@@ -396,7 +396,10 @@ class EndpointRequest:
                 exchange.restart()
                 if exchange.landing.complete:  # only the end of the answer was lost
                     break
-        endpoint._answered(nbytes, exchange.times, None if lay_there else time.monotonic() - asked_at)
+        first_s = None
+        if exchange.times is not None and not lay_there:  # it was received as it came, so sending took no longer
+            first_s = time.monotonic() - asked_at - exchange.times.send_us / 1e6
+        endpoint._answered(nbytes, exchange.times, first_s)
 
     def _check_time(self) -> None:
         if time.monotonic() >= self._deadline:

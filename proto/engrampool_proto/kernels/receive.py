@@ -19,11 +19,10 @@ from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, WAITED, bytes
 ANSWERED, LATER, LOST, ODD = -1, -2, -3, -4
 
 # int64 [STATE_WORDS] of an answer: where what was received begins and ends in the buffer; the layer whose rows are
-# coming, by its place in `layers`, and how many bytes of them are to follow; bytes received so far; whether the last of
-# them were waited for, and so came just then.
-START, END, LAYER, LEFT, CAME = range(5)
-SCRATCH = 5
-CAME_NOW = SCRATCH + WAITED
+# coming, by its place in `layers`, and how many bytes of them are to follow; bytes received so far; when the
+# first of them came, by `now`, or 0 if they lay there before somebody waited.
+START, END, LAYER, LEFT, CAME, FIRST_AT = range(6)
+SCRATCH = 6
 STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
 # int64 [layers, ENTRY_WORDS]: which layer; where its rows are to lie; how many bytes they are, those of one row, and
@@ -85,6 +84,14 @@ def _word(buffer: Any, at: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
+def _count(state: Any, got: Any, scratch: Any) -> None:
+    """Bytes were received."""
+    if not state[CAME] and scratch[WAITED]:
+        state[FIRST_AT] = now(scratch)
+    state[CAME] += got
+
+
+@njit  # type: ignore[untyped-decorator]
 def _more(fd: Any, buffer: Any, state: Any, least: Any, until: Any, spin_ns: Any) -> Any:
     """Receive what comes into the buffer; gives 1, LATER or LOST. least: as of `receive_some`."""
     left = state[END] - state[START]
@@ -96,7 +103,7 @@ def _more(fd: Any, buffer: Any, state: Any, least: Any, until: Any, spin_ns: Any
     if got <= 0:
         return LOST if got == ENDED else LATER
     state[END] = left + got
-    state[CAME] += got
+    _count(state, got, scratch)
     return 1
 
 
@@ -115,7 +122,7 @@ def fill(fd: Any, buffer: Any, state: Any, nbytes: Any, until: Any, spin_ns: Any
         if got <= 0:
             return LOST if got == ENDED else LATER
         state[END] += got
-        state[CAME] += got
+        _count(state, got, scratch)
         while frame != last and frame + _HEADER <= state[END]:
             body = _word(buffer, frame + 24)
             if _word(buffer, frame) & _U(0xFFFFFFFF) != _U(frames.ROWS) or body > _U(nbytes):
