@@ -94,6 +94,13 @@ class _Families:
             "server",
             "hop",
         )
+        self._slow = self._new(
+            counter,
+            "slow_lookups",
+            "Answers, or waits in the client, that took longer than the setting slow_lookup_s, by the hop that took "
+            "most of it.",
+            "hop",
+        )
         self._steps = self._new(counter, "steps", "Steps that ended: ok, masked, cancelled, failed.", "outcome")
         self._in_flight = self._new(gauge, "in_flight_steps", "Steps that have not ended.")
         self._waiting = self._new(
@@ -165,6 +172,7 @@ class _Families:
             self._put(self._masked, stats.masked_tokens[layer], model, str(layer))
         for hop, waits in stats.hops.items():
             self._put_waits(self._hops, waits, model, hop)
+            self._put(self._slow, stats.slow[hop], model, hop)
         status = client.status()
         for address, shard in _shards(status["servers"]).items():
             if (hops := stats.servers.get(address)) is not None:

@@ -1,10 +1,12 @@
 """What a client counts: plain numbers, cheap enough for every step. metrics.py shows them to Prometheus."""
 
+import logging
 import threading
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Protocol
 
 from engrampool_client.errors import EngrampoolError, StepCancelledError
@@ -23,6 +25,9 @@ SOURCES = ("wire", "cache", "warm", "attached", "duplicate")
 HOPS = ("client", "network", "queue", "gather", "send")
 # Who comes as soon as that for rows after they were asked for knows well enough when they came.
 AT_ONCE_S = 1e-3
+# Of slow lookups, a line in so long; what is slow meanwhile is only counted.
+_TOLD_EVERY_S = 1.0
+_log = logging.getLogger("engrampool")
 # What became of bytes that were asked for on a hint.
 HINT_FATES = ("asked", "dropped", "failed")
 
@@ -43,7 +48,8 @@ class Waits:
 class ServerHops:
     """Of one server, by hop, all but the client's own: how many were measured, and their seconds in all."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "") -> None:
+        self.address = address
         self.counts = dict.fromkeys(HOPS[1:], 0)
         self.sums_s = dict.fromkeys(HOPS[1:], 0.0)
 
@@ -51,8 +57,8 @@ class ServerHops:
 class Answered(Protocol):
     """Told of a lookup whose rows came over the network, all of them."""
 
-    def __call__(self, nbytes: int, times: ServerTimes | None, first_s: float | None) -> None:
-        """nbytes: of rows. times: the server's, None if they were lost.
+    def __call__(self, nbytes: int, times: ServerTimes | None, first_s: float | None, number: int) -> None:
+        """nbytes: of rows. times: the server's, None if they were lost. number: that it was asked for by.
 
         first_s: from asking until the first of the answer came; None if that lay there before somebody looked.
         """
@@ -64,14 +70,17 @@ class Stats:
     waits: by layer. masked_tokens: by layer. steps: ended, by outcome. bytes: of rows, by source. hint_bytes: by fate.
     hops: by hop, of all servers. servers: by address, those that were ever used.
     begun, retries, breaker_opened: since the client was made. hedges, hedges_won: see `hedged` and `hedge_won`.
+    slow: hops that took longer than `slow_s` (0 for none), which the log tells of.
     """
 
-    def __init__(self, layers: Iterable[int]) -> None:
+    def __init__(self, layers: Iterable[int], slow_s: float = 0.0) -> None:
         # A step may come to its end by garbage collection, in whatever the thread is doing.
         self._lock = threading.RLock()
         self._pending: dict[object, int] = {}
         self._pending_hints: dict[object, int] = {}
         self.waits = {layer: Waits() for layer in layers}
+        self._slow_s, self._told_s = slow_s, -inf
+        self.slow: Counter[str] = Counter(dict.fromkeys(HOPS, 0))
         self.hops = {hop: Waits() for hop in HOPS}
         self.servers: dict[str, ServerHops] = {}
         self.masked_tokens = dict.fromkeys(self.waits, 0)
@@ -117,13 +126,17 @@ class Stats:
         seconds = time.perf_counter() - begun
         with self._lock:
             self.hops["client"].add(seconds)
+        if 0 < self._slow_s < seconds and self._tells("client"):
+            _log.warning("a lookup waited %.3f s in this client before any server was asked", seconds)
 
     def server(self, address: str) -> ServerHops:
         """Where lookups at that server are counted."""
         with self._lock:
-            return self.servers.setdefault(address, ServerHops())
+            return self.servers.setdefault(address, ServerHops(address))
 
-    def answered(self, server: ServerHops, nbytes: int, times: ServerTimes | None, first_s: float | None) -> None:
+    def answered(
+        self, server: ServerHops, nbytes: int, times: ServerTimes | None, first_s: float | None, number: int
+    ) -> None:
         """Count a lookup that a server answered; see `Answered`."""
         with self._lock:
             self.bytes["wire"] += nbytes
@@ -137,6 +150,22 @@ class Stats:
                 self.hops[hop].add(seconds)
                 server.counts[hop] += 1
                 server.sums_s[hop] += seconds
+        if 0 < self._slow_s < (total_s := sum([seconds for _, seconds in hops])):
+            slowest = max(hops, key=lambda one: one[1])[0]
+            if self._tells(slowest):
+                each = ", ".join(f"{hop} {seconds:.3f}" for hop, seconds in hops)
+                text = "slow lookup %016x: %.3f s at %s for %d bytes, most of it %s (%s)"
+                _log.warning(text, number, total_s, server.address, nbytes, slowest, each)
+
+    def _tells(self, hop: str) -> bool:
+        """Count a slow one; whether the log is to tell of it."""
+        now = time.monotonic()
+        with self._lock:
+            self.slow[hop] += 1
+            tells = now >= self._told_s + _TOLD_EVERY_S
+            if tells:
+                self._told_s = now
+        return tells
 
     def ended(
         self, step: object, error: EngrampoolError | None, complete: bool, masked: Mapping[int, int] | None = None

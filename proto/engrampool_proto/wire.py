@@ -38,6 +38,8 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 SERVICE = "engrampool.v1.Pool"
 # Trailing metadata of a refused call: which of the reasons in docs/PROTOCOL.md it was.
 REASON_KEY = "engrampool-reason"
+# Metadata of a lookup: its number, 16 hexadecimal digits of the caller's, by which both logs name it.
+REQUEST_KEY = "engrampool-request"
 
 # Found here, as to make one takes longer than to use it.
 _LITTLE = {np.dtype(name): np.dtype(name).newbyteorder("<") for name in ("u4", "u8", "i4")}

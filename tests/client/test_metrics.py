@@ -168,7 +168,7 @@ def test_what_is_exposed_is_read_by_both_parsers(server, registry):
             thread.join()
     assert plain == strict
     assert all(name.startswith("engrampool_client_") for name in plain)
-    assert len(plain) == 24
+    assert len(plain) == 25
 
 
 def test_the_client_itself_does_without_prometheus():

@@ -30,6 +30,7 @@ VALUES = {
     "direct": addresses | st.sampled_from(["auto", "off"]) | directory_names.map(lambda name: f"unix:/{name}"),
     # A registry has demands on other settings, and named shards want a placement: see below.
     "direct_spin_s": st.floats(0, 0.1),
+    "slow_lookup_s": st.floats(0, 3600),
     "registry": st.just("off"),
     "join": st.just(False),
     "advertise": addresses.filter(lambda text: not text.endswith(":0")) | st.just("auto"),
@@ -77,6 +78,7 @@ BAD = {
     "metrics": ["", "on", "localhost", "host:-1", "[::1:9464", False],
     "direct": ["", "on", "localhost", "host:-1", "unix:", "unix:a\0b", "unix:\udcff", False],
     "direct_spin_s": ["", "-1", "0.11", "nan", "50us", True],
+    "slow_lookup_s": ["", "-1", "3600.1", "nan", "1s", True],
     "registry": ["", "on", "etcd://", "etcd://host", "etcd://host:0", "http://host:2379", "etcd://h:1/a b", False],
     "join": ["", "yes", "2", 1, 0],
     "advertise": ["", "off", "host", "host:0", "[::1]:65536", 1],
@@ -190,6 +192,7 @@ def test_every_field_states_its_unit_range_and_help():
     units = {setting.name: setting.metadata["unit"] for setting in fields(ServerConfig) if setting.metadata["unit"]}
     assert units == {
         "direct_spin_s": "seconds",
+        "slow_lookup_s": "seconds",
         "workers": "processes",
         "worker_timeout_s": "seconds",
         "load_threads": "threads",

@@ -117,7 +117,8 @@ class SmallRequest:
             return Came.NOTHING
         # Its end may be taken in long after it came, and what the system has no room for is only sent then.
         first_at = int(state[receive.FIRST_AT])
-        self._answered(self._nbytes, self.times, first_at / _SECOND_NS - connection.asked_at if first_at else None)
+        first_s = first_at / _SECOND_NS - connection.asked_at if first_at else None
+        self._answered(self._nbytes, self.times, first_s, connection.number)
         return Came.ALL
 
     @property

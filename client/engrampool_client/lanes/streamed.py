@@ -9,7 +9,7 @@ import grpc
 
 from engrampool_client.compute.served import ServedModel
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, from_rpc
-from engrampool_client.lanes.grpc import GrpcLane
+from engrampool_client.lanes.grpc import GrpcLane, new_number
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Landing
@@ -50,14 +50,15 @@ class StreamedRequest:
         """
         self._lane, self._deadline, self._answered, self._late = lane, deadline, answered, late
         self._message = b""  # that came, and was not taken in
-        self._asked_at = time.monotonic()
+        self._asked_at, self._number = time.monotonic(), new_number()
         # Until the first of it came, as far as somebody waited for it; inf before.
         self._first_s: float | None = inf
         asked = wire.LookupRequest(*small.what[:2], small.tables(served.spec))
         connection = self._connection = lane.enter()
         stream = None
         try:
-            stream = self._stream = connection.begin(wire.encode_request(asked), max(0.0, deadline - time.monotonic()))
+            message, timeout_s = wire.encode_request(asked), max(0.0, deadline - time.monotonic())
+            stream = self._stream = connection.begin(message, timeout_s, self._number)
             connection.streams.add(stream)
             # While the server is at work.
             shapes = {layer: rows.shape for layer, rows in small.rows.items()}
@@ -84,7 +85,7 @@ class StreamedRequest:
         if self._message or landing.ready:
             return Came.NOTHING if connection.lost else None
         if landing.complete:
-            self._answered(self._exchange.answer_bytes, self.times, self._first_s)
+            self._answered(self._exchange.answer_bytes, self.times, self._first_s, self._number)
             return Came.ALL
         if connection.lost:
             return Came.NOTHING

@@ -220,10 +220,10 @@ class Endpoint:
                 self._parts.submit(Job(nobodys, _unplanned, lane.end_calls))
         return request
 
-    def _answered(self, nbytes: int, times: ServerTimes | None, first_s: float | None) -> None:
+    def _answered(self, nbytes: int, times: ServerTimes | None, first_s: float | None, number: int) -> None:
         """Count a lookup whose rows came over the network; as of `Answered`."""
         self.breaker.succeeded()
-        self._stats.answered(self._hops, nbytes, times, first_s)
+        self._stats.answered(self._hops, nbytes, times, first_s, number)
 
     def ways(self, exchange: Exchange) -> int:
         """How many connections it goes over: several only if it is large."""
@@ -399,7 +399,7 @@ class EndpointRequest:
         first_s = None
         if exchange.times is not None and not lay_there:  # it was received as it came, so sending took no longer
             first_s = time.monotonic() - asked_at - exchange.times.send_us / 1e6
-        endpoint._answered(nbytes, exchange.times, first_s)
+        endpoint._answered(nbytes, exchange.times, first_s, exchange.number)
 
     def _check_time(self) -> None:
         if time.monotonic() >= self._deadline:

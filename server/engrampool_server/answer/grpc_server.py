@@ -45,7 +45,7 @@ class GrpcServer:
     def __init__(self, config: ServerConfig, shared: SharedState) -> None:
         self._config, self.shared = config, shared
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
-        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads)
+        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads, config.slow_lookup_s)
         self._calls = CallMetrics(shared.metrics)
         self._health = Health("", SERVICE)
         self._grpc: grpc.aio.Server | None = None

@@ -90,6 +90,15 @@ class Metrics:
         )
         for reason in CUT_REASONS:  # which are all there are
             self.direct_cut.labels(reason)
+        self.slow = Counter(
+            "engrampool_slow_lookups",
+            "Lookups that took longer than the setting slow_lookup_s, by the hop that took most of it: queue, gather, "
+            "send.",
+            ("hop",),
+            registry=registry,
+        )
+        for hop in ("queue", "gather", "send"):
+            self.slow.labels(hop)
         self.table_bytes = self._gauge(
             "engrampool_table_bytes", "Rows held in memory, of a shard those of its part.", table
         )

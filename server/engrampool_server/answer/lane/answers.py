@@ -82,6 +82,8 @@ class Answerer:
             self._resources.ended(grpc.StatusCode.CANCELLED)
             raise
         self._resources.answered(job, times)
+        if lookups.slow.over(times):
+            lookups.slow.note("Direct", number, self._peer, job.num_rows, times)
 
     def _send_pieces(self, pieces: list[Piece], number: int, until: int) -> int:
         """Gather and send them; gives the nanoseconds that gathering took."""
