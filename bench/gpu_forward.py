@@ -333,7 +333,7 @@ def main() -> None:
         if prefix:
             os.sched_setaffinity(0, cores[half:])
         sources: dict[str, Any] = {"none": None, "pinned": None}
-        for name, (how, of_pool) in WAYS.items():
+        for name, (how, of_pool) in ((name, WAYS[name]) for name in options.ways.split(";")):
             client = stack.enter_context(Client(server.address, timeout_s=60, **how))
             assert (client.direct, client.attached) == (name != "grpc", name == "attached"), f"not {name}"
             sources[name] = EngramPool(client, device="cuda", buffers=3, **of_pool)
@@ -364,6 +364,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a packed synthetic model of V4.1's layout, in their place")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="of decode, of each source and round; of prefill fewer")
+    parser.add_argument("--ways", default=";".join(WAYS), help="of these, separated by semicolons: %(default)s")
     parser.add_argument("--compared", type=int, default=60, help="batches whose embeddings are compared")
     return parser.parse_args()
 

@@ -46,8 +46,9 @@ def with_plugin(server):
 class Ranks:
     """The layers of a tensor-parallel group's ranks, all of them in this process, one after the other."""
 
-    def __init__(self, engine, config, patch, size, make_state, **settings):
+    def __init__(self, engine, config, patch, size, make_state, device="cpu", **settings):
         self.engine, self.size, self.patch, self.made = engine, size, patch, []
+        self.device = torch.device(device)
         self._make_state, self._config, self._settings = make_state, config, settings
         modes = SimpleNamespace(cudagraph_mode=engine.ours.CUDAGraphMode.NONE, mode=engine.ours.CompilationMode.NONE)
         self.compilation = modes
@@ -69,8 +70,9 @@ class Ranks:
         patch.setattr(module, "tensor_model_parallel_all_gather", self._all_gather)
         # Ranks of one process have nobody to come to an outcome with; test_agreement.py has some.
         patch.setattr(engine.ours, "get_tp_group", lambda: SimpleNamespace(world_size=1))
-        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4))
-        patch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        if self.device.type == "cpu":
+            patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4))
+            patch.setattr(torch.accelerator, "current_device_index", lambda: 0)
 
     @contextmanager
     def at(self, rank):
@@ -81,19 +83,22 @@ class Ranks:
 
     def make(self):
         """Layers with pooled rows for each rank, as the model's constructor makes them."""
-        layout = self.engine.module.EngramLayout.from_config(self._config)
+        with self.device:  # as an engine builds its model
+            layout = self.engine.module.EngramLayout.from_config(self._config)
         for name, value in self._settings.items():
             self.patch.setenv(f"{ENVIRONMENT_PREFIX}{name.upper()}", str(value))
         for rank in range(self.size):
             self.made.append(SimpleNamespace(worker=self.engine.ours._Worker()))
             with self.at(rank) as made:
                 made.layers = [self.layer(self.engine.module.Engram, layout, at) for at in range(len(layout.layer_ids))]
-                made.group, made.state = self, self._make_state(layout)
+                with self.device:
+                    made.group, made.state = self, self._make_state(layout)
         return self
 
     def layer(self, kind, layout, at):
         model = SimpleNamespace(hidden_size=8, hc_mult=4, rms_norm_eps=1e-6)
-        return kind(model, None, layout, at, False, f"layers.{at}.engram")
+        with self.device:
+            return kind(model, None, layout, at, False, f"layers.{at}.engram")
 
     def _all_gather(self, rows, dim):
         """What every rank has, this one's among it."""
@@ -135,18 +140,10 @@ def load(embedding, table):
 
 def hashed(state, made):
     """The engine's own row ids of a batch: int32 [T, layers, columns]."""
-    batch = made.batch
-    return state(
-        torch.from_numpy(batch.tokens),
-        torch.from_numpy(made.positions),
-        torch.from_numpy(batch.query_start_loc),
-        torch.from_numpy(batch.dead),
-        torch.from_numpy(batch.lookback),
-        torch.from_numpy(batch.lookback_dead),
-        None,
-        None,
-    )
+    batch, device = made.batch, state.token_map.device
+    arrays = batch.tokens, made.positions, batch.query_start_loc, batch.dead, batch.lookback, batch.lookback_dead
+    return state(*(torch.from_numpy(one).to(device) for one in arrays), None, None)
 
 
 def bits(tensor):
-    return tensor.contiguous().view(torch.int16).numpy()
+    return tensor.contiguous().view(torch.int16).cpu().numpy()

@@ -1,4 +1,4 @@
-"""The engines' own code on a CPU, and a count of what was compared with it. `make test-engines` sets this up.
+"""The engines' own code, and a count of what was compared with it. `make test-engines` sets this up, on a CPU.
 
 Nothing of hashing, tables or layers is replaced. What is: packages that the engines import and that none of this calls,
 and in `test_vllm.py` and `test_sglang.py` the engine's config and its tensor-parallel group.
@@ -26,20 +26,58 @@ from small_model import CONFIG, TOKENIZER, small_spec, write_model
 
 HERE = find_spec("vllm") is not None
 _COMPARED: Counter[str] = Counter()
+_KEPT: list[Any] = []
 # Imported by SGLang's configs of models that see, and by its scheduler's process; nothing here is either.
 _VISION = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
 _UNUSED = (*(f"torchvision{name}" for name in _VISION), "setproctitle", "uvicorn")
+# What they have compiled for a GPU: modules under these names, and what vLLM asks of its own while it is imported.
+_COMPILED = ("sgl_kernel", "flashinfer", "deep_gemm", "torchvision")
+_SUPPORT = ("cutlass_scaled_mm_supports_block_fp8", "cutlass_scaled_mm_supports_fp8", "cutlass_group_gemm_supported")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not HERE:
         return
-    # Before Triton is imported: its kernels run in its interpreter, and vLLM keeps them though there is no GPU.
-    assert (os.environ.get("TRITON_INTERPRET"), os.environ.get("CUDA_VISIBLE_DEVICES")) == ("1", "")
     for name in [name for name in _UNUSED if find_spec(name.partition(".")[0]) is None]:
         module = MagicMock(name=name, __version__="0")
         module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
         sys.modules[name] = module
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # Before Triton is imported: its kernels run in its interpreter, and vLLM keeps them though there is no GPU.
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    else:
+        _go_without_compiled_code()
+
+
+def _go_without_compiled_code() -> None:
+    """Have the engines be imported on a GPU without it. None of it has a part in what is tested."""
+    import torch
+
+    sys.meta_path.append(_Compiled())
+    sys.modules["vllm.vllm_flash_attn"] = _Compiled().create_module(
+        importlib.machinery.ModuleSpec("vllm.vllm_flash_attn", None)
+    )
+    library = torch.library.Library("_C", "FRAGMENT")
+    for name in _SUPPORT:
+        library.define(f"{name}(int capability) -> bool")
+        library.impl(name, lambda capability: False, "CompositeExplicitAutograd")
+    _KEPT.append(library)
+
+
+class _Compiled:
+    """Finds modules that are not installed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        wanted = name.partition(".")[0] in _COMPILED or name.startswith("vllm._")
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if wanted else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
+        module = MagicMock(name=spec.name, __version__="99.0")
+        module.__spec__, module.__path__ = spec, []
+        return module
+
+    def exec_module(self, module: Any) -> None:
+        """There is nothing to run."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,7 +109,7 @@ def same() -> Callable[[str, str, np.ndarray, np.ndarray], None]:
 def _integers(tensor: Any) -> np.ndarray:
     import torch
 
-    return tensor.contiguous().view(torch.int16).numpy()
+    return tensor.contiguous().view(torch.int16).cpu().numpy()
 
 
 @pytest.fixture(scope="session")

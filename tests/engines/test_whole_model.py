@@ -121,11 +121,13 @@ def without_tables(model, pool):
     return model
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 @pytest.mark.parametrize("seed", range(4))
-def test_qwens_logits_are_equal(qwen, client, same, seed):
+def test_qwens_logits_are_equal(qwen, client, same, seed, device):
     from engrampool_client.integrations.torch import EngramPool
 
-    pool = EngramPool(client, device="cpu", dtype=torch.bfloat16)
+    qwen = qwen.to(device)
+    pool = EngramPool(client, device=device, dtype=torch.bfloat16)
     stock, ours = Conversation(qwen), Conversation(without_tables(qwen, pool), pool)
     tables = sum(one.numel() for name, one in qwen.named_parameters() if "ngram_embedding" in name)
     count = [sum(one.numel() for one in each.model.parameters()) for each in (stock, ours)]
@@ -133,8 +135,10 @@ def test_qwens_logits_are_equal(qwen, client, same, seed):
     random = torch.Generator().manual_seed(seed)
 
     def both(tokens, what):
+        tokens = tokens.to(device)
         theirs, found = stock.go_on(tokens), ours.go_on(tokens)
-        same("transformers", f"Qwen4ExpForCausalLM, {what}", theirs.float().numpy(), found.float().numpy())
+        what = f"Qwen4ExpForCausalLM on {device}, {what}"
+        same("transformers", what, theirs.float().cpu().numpy(), found.float().cpu().numpy())
         return found
 
     # Prompts in chunks, of fewer than the n-gram's tokens, too; some sequences end in between.
@@ -155,6 +159,7 @@ def test_qwens_logits_would_show_a_wrong_row(qwen, client, monkeypatch):
         return prefetch(self, np.where(np.arange(len(tokens)) == 4, 1, tokens).astype(np.int32), *arguments, **settings)
 
     monkeypatch.setattr(Client, "prefetch", other_tokens)
+    qwen = qwen.to("cpu")
     pool = EngramPool(client, device="cpu", dtype=torch.bfloat16)
     tokens = torch.arange(10, 20)[None]
     stock, found = Conversation(qwen).go_on(tokens), Conversation(without_tables(qwen, pool), pool).go_on(tokens)
