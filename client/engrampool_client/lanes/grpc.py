@@ -24,7 +24,7 @@ from engrampool_client.errors import (
 from engrampool_client.event import Event
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto.v1 import pool_pb2
-from engrampool_proto.wire import REQUEST_KEY, SERVICE
+from engrampool_proto.wire import SERVICE
 
 _METHOD = f"/{SERVICE}/"
 _OPTIONS = (
@@ -85,10 +85,10 @@ class _Connection:
         self.streams: set[Iterator[bytes]] = set()
         self.ending: deque[Iterator[bytes]] = deque()
 
-    def begin(self, message: bytes, timeout_s: float, number: int) -> Iterator[bytes]:
-        """A stream, whose answer whoever iterates over it waits for. number: see `new_number`."""
+    def begin(self, message: bytes, timeout_s: float) -> Iterator[bytes]:
+        """A stream, whose answer whoever iterates over it waits for."""
         try:
-            stream: Iterator[bytes] = self.lookup_stream(message, timeout=timeout_s, metadata=named(number))
+            stream: Iterator[bytes] = self.lookup_stream(message, timeout=timeout_s)
             return stream
         except KeyboardInterrupt:
             self.lose()
@@ -301,10 +301,9 @@ class _Call:
             if not _streamed(exchange):
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
                 # given up meanwhile does not wait for it.
-                named_so = named(exchange.number)
-                _take(exchange, connection.lookup(exchange.encode(), timeout=timeout_s, metadata=named_so))
+                _take(exchange, connection.lookup(exchange.encode(), timeout=timeout_s))
             else:
-                stream = connection.begin(exchange.encode(), timeout_s, exchange.number)
+                stream = connection.begin(exchange.encode(), timeout_s)
                 if exchange.answer_bytes > STREAM_ABOVE_BYTES:
                     exchange.delivery.on_cancel(partial(connection.cancel, stream))
                 for message in stream:
@@ -326,11 +325,6 @@ class _Call:
 def new_number() -> int:
     """Of a lookup, by which the server's log and this client's name it: 64 bits that nobody else chooses."""
     return int.from_bytes(os.urandom(8), "little") or 1
-
-
-def named(number: int) -> tuple[tuple[str, str]]:
-    """Metadata that tells the server a lookup's number."""
-    return ((REQUEST_KEY, f"{number:016x}"),)
 
 
 def _streamed(exchange: Exchange) -> bool:

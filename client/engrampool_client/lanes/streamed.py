@@ -57,8 +57,8 @@ class StreamedRequest:
         connection = self._connection = lane.enter()
         stream = None
         try:
-            message, timeout_s = wire.encode_request(asked), max(0.0, deadline - time.monotonic())
-            stream = self._stream = connection.begin(message, timeout_s, self._number)
+            message = wire.encode_request(asked, self._number)
+            stream = self._stream = connection.begin(message, max(0.0, deadline - time.monotonic()))
             connection.streams.add(stream)
             # While the server is at work.
             shapes = {layer: rows.shape for layer, rows in small.rows.items()}

@@ -45,7 +45,7 @@ class Exchange:
 
     def encode(self) -> bytes:
         """The LookupRequest's bytes, for what is missing."""
-        return wire.encode_request(self.asked)
+        return wire.encode_request(self.asked, self.number)
 
     @property
     def asked_tables(self) -> tuple[tuple[int, wire.Ids], ...] | None:

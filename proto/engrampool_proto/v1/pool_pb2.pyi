@@ -83,18 +83,20 @@ class Segment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., length: _Optional[int] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("model", "version", "tables", "tokens", "layers")
+    __slots__ = ("model", "version", "tables", "tokens", "layers", "number")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     tables: _containers.RepeatedCompositeFieldContainer[TableIds]
     tokens: TokenBatch
     layers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableIds, _Mapping]]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
+    number: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableIds, _Mapping]]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class TableIds(_message.Message):
     __slots__ = ("layer", "u32", "u64")

@@ -1,7 +1,6 @@
 """Answers the calls of engrampool.v1.Pool over gRPC. docs/PROTOCOL.md is what callers may rely on."""
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import NoReturn
@@ -36,8 +35,6 @@ _MAX_MESSAGE_BYTES = (2 << 30) - (1 << 20)
 _ATTACH_VALID_S = 5.0
 # How long a caller may take to read one message of a stream.
 PATIENCE_S = 10.0
-# How a caller writes the number of a lookup.
-_NUMBER = re.compile("[0-9a-f]{16}")
 # What an answer of Describe is made of: what is held, which of it is active, whether it can be mapped, the limits.
 _MadeOf = tuple[list[LoadedModel], tuple[bool, ...], bool, Limits]
 
@@ -224,9 +221,7 @@ class PoolService:
             self._note_slow("LookupStream", job, times, context)
 
     def _note_slow(self, method: str, job: Job, times: wire.ServerTimes, context: grpc.aio.ServicerContext) -> None:
-        given = dict(context.invocation_metadata() or ()).get(wire.REQUEST_KEY, "")
-        number = int(given, 16) if _NUMBER.fullmatch(str(given)) else 0
-        self._lookups.slow.note(method, number, peers.of_call(context.peer()), job.num_rows, times)
+        self._lookups.slow.note(method, job.request.number, peers.of_call(context.peer()), job.num_rows, times)
 
     def _give_up(
         self, call: asyncio.Task[None], context: grpc.aio.ServicerContext, hold: "_Hold", unread_bytes: int

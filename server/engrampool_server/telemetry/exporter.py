@@ -16,6 +16,12 @@ from prometheus_client.registry import Collector
 from engrampool_server.telemetry.metrics_files import MetricsMemory
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+# For browsers: a page that asks for /metrics, again and again, and may ask for nothing else.
+_STATUS = Path(__file__).with_name("status.html").read_text(encoding="ascii").removesuffix("\n")
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -37,6 +43,8 @@ def export(
 
 class Http(ThreadingWSGIServer):
     """Answers /metrics from a registry, and /healthz and /readyz: that this server lives, and that it answers lookups.
+
+    /status is a page that shows what /metrics has.
 
     listener: listens already, so that a port in use is told before anything is loaded. beat: called after each answer,
     and from time to time.
@@ -67,15 +75,19 @@ class Http(ThreadingWSGIServer):
             return metrics
         if path == "/healthz":
             status, text = "200 OK", "alive"
+        elif path == "/status":
+            status, text = "200 OK", _STATUS
         elif path == "/readyz":
             ready = self._is_ready()
             status, text = ("200 OK", "serving") if ready else ("503 Service Unavailable", "not serving")
         else:
-            status, text = "404 Not Found", "there are /metrics, /healthz and /readyz"
+            status, text = "404 Not Found", "there are /metrics, /status, /healthz and /readyz"
         if status == "200 OK" and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             status, text = "405 Method Not Allowed", "ask by GET"
         body = b"" if environ["REQUEST_METHOD"] == "HEAD" else f"{text}\n".encode()
-        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text) + 1))])
+        kind = "html" if text is _STATUS else "plain"
+        headers = [("Content-Type", f"text/{kind}; charset=utf-8"), ("Content-Length", str(len(text) + 1))]
+        start_response(status, [*headers, ("Content-Security-Policy", _POLICY), ("X-Content-Type-Options", "nosniff")])
         return [body]
 
 

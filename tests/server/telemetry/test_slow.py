@@ -113,13 +113,13 @@ def test_slow_lookups_are_metrics_of_both(server):
     eventually(counted, "it is counted")
 
 
-def test_a_number_that_is_none_is_told_as_0(server):
+def test_a_lookup_without_a_number_is_told_as_0(server):
     with Client(server.address, attach="off", **PATIENCE) as client, RawPool(server.address, client.version) as pool:
         (layer, *_) = client.spec.layers
         request = pool.by_ids((layer, [1]), model=client.spec.name)
 
         def told() -> bool:
-            pool.lookup(request, metadata=(("engrampool-request", "no number"),))
+            pool.lookup(request)
             return any(line["request"] == "0" * 16 for line in server.said("slow-lookup"))
 
         eventually(told, "it is told of")
