@@ -85,7 +85,8 @@ class StreamedRequest:
         if self._message or landing.ready:
             return Came.NOTHING if connection.lost else None
         if landing.complete:
-            self._answered(self._exchange.answer_bytes, self.times, self._first_s, self._number)
+            first_s = None if self._first_s == inf else self._first_s
+            self._answered(self._exchange.answer_bytes, self.times, first_s, self._number)
             return Came.ALL
         if connection.lost:
             return Came.NOTHING
