@@ -44,7 +44,7 @@ class Staging(Quietable):
     ) -> None:
         self.client, self.layers, self._agree = client, tuple(layers), agree
         self.counts = EngineCounts(self.layers) if counts is None else counts
-        # Not one of the client's (`ready`): there a lookup has its deadline, and its memory, from where it is asked for. A
+        # Not one of the client's (`ready`): with that a lookup has its deadline, and its memory, from the beginning. A
         # GPU that is behind may come to the ids after that deadline, and reads that memory until then.
         self._thread = ThreadPoolExecutor(1, "engrampool-engine") if device.type == "cuda" else None
         pinned = self._thread is not None
