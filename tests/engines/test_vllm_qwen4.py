@@ -297,7 +297,7 @@ def test_embeddings_are_what_the_engines_kernel_reads(ranks, qwen4, size, form, 
 
 
 def forward(made, batch):
-    """What each layer has, or fails with, in a forward. The model starts a layer's prefetch where the one before runs."""
+    """What each layer has, or fails with, in a forward. Each starts where the one before it runs, as in the model."""
     found = []
     for one in made.embeddings:
         one.start_prefetch(*batch)

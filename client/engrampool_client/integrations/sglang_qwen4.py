@@ -91,11 +91,11 @@ def check_served() -> None:
 
 def _loaded(*_: Any, **__: Any) -> None:
     """A checkpoint was loaded, which brings constants of its own."""
-    client = worker().client
-    if client is None:
+    client, embeddings = worker().client, worker().embeddings
+    if client is None or not embeddings:
         return
     check_served()
-    for one in worker().embeddings:
+    for one in embeddings:
         engine.check_scale(client, one.ngram_embedding.layer, one.ngram_embedding.weight_scale)
 
 
