@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.metrics import EngineCollector
 from engrampool_client.metrics import ClientCollector
 from engrampool_server.telemetry.metrics import Metrics
 from prometheus_process import exposed, selectors
@@ -80,7 +82,8 @@ def test_promtool_misses_an_alert_that_never_fires(alert, promtool, tmp_path):
 @pytest.mark.parametrize("rule", [*ALERTS, *RECORDED])
 def test_a_rule_asks_for_metrics_that_there_are(rule):
     names = {"up", *(RECORDED if rule in ALERTS else ())}
-    for family in [*Metrics().registry.collect(), *ClientCollector().describe()]:
+    engine = EngineCollector("small", EngineCounts([1]))
+    for family in [*Metrics().registry.collect(), *ClientCollector().describe(), *engine.describe()]:
         names |= exposed(family)
     asked = {one.name for one in selectors((ALERTS | RECORDED)[rule]["expr"])}
     assert asked

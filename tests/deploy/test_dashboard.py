@@ -18,7 +18,7 @@ from prometheus_process import SCRAPE_CONFIG, Prometheus, exposed, require, runn
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = {
     name: json.loads((ROOT / f"deploy/grafana/dashboards/{name}.json").read_text())
-    for name in ("overview", "client", "shard", "capacity")
+    for name in ("overview", "client", "engine", "shard", "capacity")
 }
 RULES = [
     rule
@@ -67,7 +67,7 @@ def prometheus(server, cluster, client_process, tmp_path_factory) -> Iterator[Pr
 def scraped(prometheus, round_of_lookups, client_process) -> Prometheus:
     """Lookups in one message, streamed, over the direct lane, and refused, have all risen between two scrapes.
 
-    So have a client's hits, and hints that were used.
+    So have a client's hits, hints that were used, and an engine's forwards.
     """
     risen = f"rate(grpc_server_handled_total{{grpc_method=~'Lookup.*'}}[{RATE_INTERVAL}]) > 0"
 
@@ -77,11 +77,13 @@ def scraped(prometheus, round_of_lookups, client_process) -> Prometheus:
         series = prometheus.query(risen)
         direct = prometheus.query(f"rate(engrampool_direct_lookups_total[{RATE_INTERVAL}]) > 0")
         hits = prometheus.query(f"rate(engrampool_client_cache_hits_total[{RATE_INTERVAL}]) > 0")
+        engine = prometheus.query(f"rate(engrampool_engine_steps_total[{RATE_INTERVAL}]) > 0")
         used = prometheus.query(f"rate(engrampool_client_hint_bytes_total{{fate='used'}}[{RATE_INTERVAL}]) > 0")
         return (
             direct
             and hits
             and used
+            and engine
             and {(s["metric"]["grpc_method"], s["metric"]["grpc_code"]) for s in series}
             == {
                 ("Lookup", "OK"),

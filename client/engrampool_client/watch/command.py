@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engrampool_client.commands import read_target
+from engrampool_client.commands import credential_options, read_target
 from engrampool_proto.errors import EngrampoolError, how_to_install
 
 if TYPE_CHECKING:
@@ -52,11 +52,13 @@ _TIMEOUT = click.option(
 @_SERVERS
 @_TIMEOUT
 @click.option("--json", "as_json", is_flag=True, help="Print all there is to know as JSON.")
-def status(servers: tuple[str, ...], timeout_s: float, as_json: bool) -> int:
+@credential_options
+def status(servers: tuple[str, ...], timeout_s: float, as_json: bool, **credentials: Any) -> int:
     """Say once how a pool's servers are: versions, shards, workers, and what is wrong; exit code 3 if anything is."""
+    from engrampool_client.config import ClientConfig
     from engrampool_client.watch.pool import Watch, alarms, server_json, versions
 
-    with Watch(servers, timeout_s) as watch:
+    with Watch(servers, timeout_s, ClientConfig.of(credentials)) as watch:
         looks = watch.look()
         wrong = alarms(looks, watch.trouble)
     if as_json:
@@ -93,19 +95,29 @@ def _line(look: "ServerLook") -> str:
 @_TIMEOUT
 @click.option("--interval-s", type=click.FloatRange(min=0.5), default=2.0, show_default=True)
 @click.option("--count", type=click.IntRange(min=0), default=0, help="Frames to show; 0, the default, for no end.")
-def top(servers: tuple[str, ...], clients: tuple[str, ...], timeout_s: float, interval_s: float, count: int) -> None:
+@credential_options
+def top(
+    servers: tuple[str, ...],
+    clients: tuple[str, ...],
+    timeout_s: float,
+    interval_s: float,
+    count: int,
+    **credentials: Any,
+) -> None:
     """Show a pool as it runs: rows, latency by hop, workers, shards, versions, alarms; Ctrl-C ends it."""
     try:
         from rich.console import Console
         from rich.live import Live
     except ImportError as error:
         raise EngrampoolError(f"top needs the package 'rich': {how_to_install('top')}") from error
+    from engrampool_client.config import ClientConfig
     from engrampool_client.watch.pool import Watch
     from engrampool_client.watch.screen import Screen
 
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     screen, shown = Screen(), 0
-    with Watch(servers, timeout_s) as watch, Live(console=console, screen=console.is_terminal) as live:
+    config = ClientConfig.of(credentials)
+    with Watch(servers, timeout_s, config) as watch, Live(console=console, screen=console.is_terminal) as live:
         try:
             while True:
                 begin = time.monotonic()

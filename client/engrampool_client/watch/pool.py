@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engrampool_client.compute.served import BRIEF
+from engrampool_client.config import ClientConfig
 from engrampool_client.errors import PoolError, ProtocolError
+from engrampool_client.lanes.credentials import Credentials
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.pool.discovery import Servers
 from engrampool_client.watch.samples import Samples
@@ -53,8 +55,10 @@ class Watch:
     trouble: why the registry could not be read last, for people; the servers are then those that it named before.
     """
 
-    def __init__(self, targets: Sequence[str], timeout_s: float) -> None:
+    def __init__(self, targets: Sequence[str], timeout_s: float, config: ClientConfig | None = None) -> None:
+        """config: of a client, for what it trusts and shows. Raises PemError, and ValueError for a bad token file."""
         self._servers, self._timeout_s = Servers(targets), timeout_s
+        self._credentials = Credentials(config or ClientConfig())
         self.trouble: str | None = None
         self._lanes: dict[str, GrpcLane] = {}
         self._threads = ThreadPoolExecutor(_AT_ONCE, "look")
@@ -83,7 +87,7 @@ class Watch:
         for gone in self._lanes.keys() - set(addresses):
             self._lanes.pop(gone).close()
         for address in addresses:
-            self._lanes.setdefault(address, GrpcLane(address))
+            self._lanes.setdefault(address, GrpcLane(address, self._credentials))
         return list(self._threads.map(self._look_at, addresses))
 
     def _look_at(self, address: str) -> ServerLook:

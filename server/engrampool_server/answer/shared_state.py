@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from prometheus_client import Metric
 
 from engrampool_proto.registry.records import VersionKey
+from engrampool_server.access.access import Access
+from engrampool_server.answer.accounts import Accounts
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.memory.tables import LoadedModel
@@ -18,6 +20,7 @@ class SharedState:
 
     models: those loaded before the fork; their rows are the one copy that all processes read.
     admission: of the direct lane, None for no such lane.
+    access: what callers are let in by. accounts: what those take that are known by name.
     metrics_of_all: reads those of all processes; None where there is only one.
     """
 
@@ -25,9 +28,20 @@ class SharedState:
     in_flight: InFlight
     models: list[LoadedModel] = field(default_factory=list)
     admission: Admission | None = None
+    access: Access = field(default_factory=Access)
+    accounts: Accounts = field(init=False)
     metrics_of_all: Callable[[], Iterable[Metric]] | None = None
     # Of each of the models, in memory that forks share: 1 for the version that clients read.
     _active: dict[VersionKey, memoryview] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.accounts = Accounts(self.in_flight.processes)
+        self.give_places()
+
+    def give_places(self) -> None:
+        """To the callers that are known by now."""
+        if self.access.callers is not None:
+            self.accounts.give_places(self.access.callers.value.names)
 
     def hold(self, model: LoadedModel) -> None:
         """Have another model, for processes that are forked from now on."""
