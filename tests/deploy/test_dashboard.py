@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.metrics import EngineCollector
 from engrampool_client.metrics import ClientCollector
 from engrampool_server.telemetry.metrics import Metrics
 from prometheus_process import SCRAPE_CONFIG, Prometheus, exposed, require, running_prometheus, selectors, until
@@ -151,7 +153,8 @@ def test_an_expression_answers(scraped, variables, dashboard, panel, target):
 def test_an_expression_names_metrics_of_the_registry(dashboard, panel, target):
     named = {one.name for one in selectors(substitute(target["expr"], instance="i", model="m"))}
     assert named
-    families = [*Metrics().registry.collect(), *ClientCollector().describe()]
+    engine = EngineCollector("small", EngineCounts([1]))
+    families = [*Metrics().registry.collect(), *ClientCollector().describe(), *engine.describe()]
     there = {name for family in families for name in exposed(family)}
     assert named <= there | OF_PROMETHEUS | {rule["record"] for rule in RULES if "record" in rule}
 
