@@ -24,6 +24,7 @@ from engrampool_server.setting_kinds import (
     ChoiceOrFile,
     Direct,
     Directories,
+    Emulate,
     FileOrOff,
     Integer,
     Kind,
@@ -180,6 +181,13 @@ class ServerConfig:
             Choice(get_args(Attach)),
             "Who on this machine may map the tables, and read rows without asking: this server's user, its group as"
             " well, or everybody. Needs memory that outlives a restart.",
+        ),
+    )
+    emulate: str = field(
+        default="off",
+        metadata=_about(
+            Emulate(),
+            "Memory to emulate, for a look before buying: rows come no sooner than from it. Clients cannot map tables.",
         ),
     )
     lock_memory: bool = field(

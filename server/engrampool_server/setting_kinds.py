@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from engrampool_proto.registry.etcd_client import split_url
 from engrampool_proto.sharding import MAX_SHARDS, is_shard_name, parse_shard
+from engrampool_proto.tiers.tier import is_path, preset_names
 from engrampool_server.files.sources import SCHEMES, Location, Url, parse_location
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -324,6 +325,32 @@ class FileOrOff:
     def parse(self, value: Any) -> str:
         """From text or a path. Whether the file exists is for its reader to find out."""
         return str(_path(value))
+
+    def toml(self, value: str) -> str:
+        """A string."""
+        return _quote(value)
+
+
+@dataclass(frozen=True)
+class Emulate:
+    """The name of a tier, the path of a file that says one, or "off"."""
+
+    unit = ""
+    metavar = "NAME|FILE"
+
+    @property
+    def allowed(self) -> str:
+        """The names, and the form."""
+        return ", ".join(("off", *preset_names(), "the path of a JSON file (with a / or .json)"))
+
+    def parse(self, value: Any) -> str:
+        """From text only. Whether the file says a tier is for its reader to find out."""
+        if not isinstance(value, str) or "\0" in value:
+            raise ValueError
+        value.encode()  # TOML could not hold what is not UTF-8
+        if value not in ("off", *preset_names()) and not is_path(value):
+            raise ValueError
+        return value
 
     def toml(self, value: str) -> str:
         """A string."""

@@ -13,6 +13,7 @@ from engrampool_proto import frames
 from engrampool_proto.kernels.gather import first_outside, gather
 from engrampool_proto.kernels.jit import kernel, view
 from engrampool_proto.kernels.sockets import ENDED, LATE, SCRATCH_WORDS, add_at, bytes_at, now, receive_some, send_all
+from engrampool_proto.kernels.tier import LINK, TIER_WORDS, rows_due, sleep_until, take_turn
 
 # What `serve` returns.
 CLOSED, FRAME, LARGE, ANSWERED, SLOW_REQUEST, GONE, UNREAD, LATE_ANSWER = range(8)
@@ -26,11 +27,12 @@ STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
 # int64 [LIMIT_WORDS]: bounds that are the same for all connections of a process.
 # Patience and spinning in nanoseconds; all else in bytes, but for rows. PROGRESS: what comes within the patience.
-# ANSWERS: address of an int64 that lookups answered are counted in.
+# ANSWERS: address of an int64 that lookups answered are counted in. From TIER on: of memory that is emulated (tier.py).
 PATIENCE, PROGRESS, SPIN, MAX_REQUEST, MAX_ROWS, MAX_ANSWER, INLINE, HELD, IN_FLIGHT, SHARE, LARGE_BUFFER, ANSWERS = (
     range(12)
 )
-LIMIT_WORDS = 12
+TIER = 12
+LIMIT_WORDS = TIER + TIER_WORDS
 
 # int64 [n, ENTRY_WORDS], one a layer of a handle: address: of row `row_start`. counts: address of int64 [2] that rows
 # and bytes are counted in.
@@ -180,6 +182,9 @@ def _answer(
         return FRAME
     # Gathered and sent in pieces of `out`: while the system brings one of them away, the next one is gathered.
     source, at, gathered, sent = _U(out.ctypes.data), np.int64(0), np.int64(0), np.int64(1)
+    tier, read, turn = limits[TIER:], np.int64(0), np.int64(0)
+    if tier[LINK]:
+        turn = take_turn(tier, answer_bytes, begin)
     ids_at = np.int64(_HEADER + _WORD * layers)
     for layer in range(layers):
         entry = entries[first + layer]
@@ -199,6 +204,10 @@ def _answer(
             start = now(scratch)
             ids = ids_at + done * entry[ID_BYTES]
             _gather(entry, buffer[ids : ids + some * entry[ID_BYTES]], out[at : at + some * width])
+            if tier[LINK]:
+                read += some * width
+                due = rows_due(tier, begin, turn, read, start, some * width)
+                sent = sleep_until(fd, due, until, state[LEAVING : LEAVING + 1], scratch)
             gathered += now(scratch) - start
             at += some * width
             done += some

@@ -7,6 +7,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engrampool_proto.wire import SERVICE
+from engrampool_server.answer.emulation import Alarms
 from engrampool_server.answer.health import SERVING, Health
 from engrampool_server.answer.lane.direct import DirectLane
 from engrampool_server.answer.lane.resources import Resources
@@ -44,12 +45,13 @@ class GrpcServer:
     def __init__(self, config: ServerConfig, shared: SharedState) -> None:
         self._config, self.shared = config, shared
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
-        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads)
+        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads, shared.emulation)
         self._calls = CallMetrics(shared.metrics)
         self._health = Health("", SERVICE)
         self._grpc: grpc.aio.Server | None = None
         self.direct: DirectLane | None = None
         self._flushing: asyncio.TimerHandle | None = None
+        self._alarms: Alarms | None = None
 
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING, lookups UNAVAILABLE. Raises ListenError."""
@@ -73,7 +75,11 @@ class GrpcServer:
             ("grpc.http2.max_ping_strikes", 0),
         ]
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
-        service = PoolService(self.lookups, self.direct, config.attach != "off", self.shared.is_active)
+        if self.shared.emulation is not None:
+            self._alarms = Alarms()
+        # Who maps tables reads them at the speed of what they really lie in.
+        may_attach = config.attach != "off" and self.shared.emulation is None
+        service = PoolService(self.lookups, self.direct, may_attach, self.shared.is_active, self._alarms)
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -110,6 +116,9 @@ class GrpcServer:
             self._grpc = None
         if self._flushing is not None:
             self._flushing.cancel()
+        if self._alarms is not None:
+            self._alarms.close()
+            self._alarms = None
         self.lookups.close()
 
     async def _drain(self, server: grpc.aio.Server) -> None:

@@ -17,6 +17,7 @@ import grpc
 from engrampool_proto import wire
 from engrampool_proto.errors import BatchError, EngrampoolError, WireError
 from engrampool_proto.spec import RowIds
+from engrampool_server.answer.emulation import Emulation
 from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.memory.tables import LoadedModel, LoadedTable, NotHeldError
 from engrampool_server.telemetry.metrics import Metrics
@@ -114,12 +115,20 @@ class Lookups:
 
     threads: for large answers. gathers_inline: all the same the event loop gathers what is sent in pieces.
     inline_bytes: requests with their answers up to this size are worked on by the event loop, with no hand-over.
-    chunk_bytes: rows in one message of a stream, about.
+    chunk_bytes: rows in one message of a stream, about. emulation: of memory that rows do not come sooner from.
     """
 
     inline_bytes = 2 << 20
 
-    def __init__(self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        in_flight: InFlight,
+        metrics: Metrics,
+        gather_threads: int,
+        emulation: Emulation | None = None,
+    ) -> None:
+        self.emulation = emulation
         self.limits, self.in_flight, self._metrics = limits, in_flight, metrics
         if in_flight.share_bytes < self.inline_bytes:
             self.inline_bytes = in_flight.share_bytes

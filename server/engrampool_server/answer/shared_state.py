@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engrampool_proto.registry.records import VersionKey
+from engrampool_server.answer.emulation import Emulation
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.memory.tables import LoadedModel
@@ -15,13 +16,14 @@ class SharedState:
     """What every process of a server inherits when it is forked.
 
     models: those loaded before the fork; their rows are the one copy that all processes read.
-    admission: of the direct lane, None for no such lane.
+    admission: of the direct lane, None for no such lane. emulation: of other memory, None for none.
     """
 
     metrics: Metrics
     in_flight: InFlight
     models: list[LoadedModel] = field(default_factory=list)
     admission: Admission | None = None
+    emulation: Emulation | None = None
     # Of each of the models, in memory that forks share: 1 for the version that clients read.
     _active: dict[VersionKey, memoryview] = field(default_factory=dict)
 

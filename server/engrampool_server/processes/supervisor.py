@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_server.answer.emulation import Emulation
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.shared_state import SharedState, free_slot
@@ -64,8 +65,14 @@ class Supervisor:
         self.config, self._memory = config, memory
         self._pid = os.getpid()
         slots = config.workers + OTHER_PROCESSES
-        self.shared = SharedState(Metrics(), InFlight(config.max_in_flight_bytes, slots))
+        self.shared = SharedState(
+            Metrics(), InFlight(config.max_in_flight_bytes, slots), emulation=Emulation.of(config.emulate)
+        )
         self.metrics = self.shared.metrics
+        if self.shared.emulation is not None:
+            tier = self.shared.emulation.tier
+            self.metrics.emulated.labels(tier.name).set(1)
+            log.event("emulating", level="warning", tier=str(tier), sources=tier.sources, sure=tier.sure)
         log.count_dropped(self.metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)
         self._ready_now = int64s(1)  # whether somebody answers lookups: 0 or 1
