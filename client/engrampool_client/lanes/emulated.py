@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from engrampool_client.errors import DeadlineError
 from engrampool_proto.tiers.tier import Tier
 
 # Sleeping ends late by some tens of microseconds; the rest of a wait is looked at without.
@@ -39,15 +40,20 @@ class Reading:
     _so_far: int = field(default=0, init=False)
 
     def wait(self, nbytes: int, start_s: float, cores: int) -> None:
-        """Sleep until so many bytes are there that so many threads read from then on, or until the deadline."""
+        """Sleep until so many bytes are there that so many threads read from then on.
+
+        Raises DeadlineError at the deadline, if that is sooner.
+        """
         tier, latency_s = self.tier, self.tier.latency_ns / 1e9
         self._so_far += nbytes
         groups = start_s + tier.groups(nbytes, cores) * latency_s if tier.group_bytes else self.begin_s + latency_s
         due = max(groups, self.turn_s + latency_s + self._so_far / tier.bytes_per_s)
-        due = min(due, self.deadline)
-        while (left := due - time.monotonic()) > 0:
+        wake = min(due, self.deadline)
+        while (left := wake - time.monotonic()) > 0:
             # Without the interpreter's lock either way. To sleep for no time takes as long as to sleep for some.
             if left > _AWAKE_S:
                 time.sleep(left - _AWAKE_S)
             else:
                 select.select([], [], [], 0)
+        if due > self.deadline:
+            raise DeadlineError(f"the tier {tier.name}, which is emulated, has not given the rows by the deadline")
