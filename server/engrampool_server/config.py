@@ -29,6 +29,7 @@ from engrampool_server.setting_kinds import (
     Integer,
     Kind,
     Listen,
+    Numa,
     RegistryOrOff,
     Seconds,
     Shard,
@@ -188,6 +189,14 @@ class ServerConfig:
         metadata=_about(
             Emulate(),
             "Memory to emulate, for a look before buying: rows come no sooner than from it. Clients cannot map tables.",
+        ),
+    )
+    numa: str = field(
+        default="off",
+        metadata=_about(
+            Numa(),
+            "Nodes that tables lie on: all in turn; the one that this server runs on; or N, where it runs then. off"
+            " leaves it to the system.",
         ),
     )
     lock_memory: bool = field(

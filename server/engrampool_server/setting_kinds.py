@@ -172,6 +172,29 @@ class ChoiceOrFile(Choice):
 
 
 @dataclass(frozen=True)
+class Numa(Choice):
+    """One of several words, or "bind:" and the number of a node."""
+
+    choices: tuple[str, ...] = ("off", "interleave", "local")
+
+    @property
+    def allowed(self) -> str:
+        """The words, and the form."""
+        return f"{super().allowed}, bind:N"
+
+    @property
+    def metavar(self) -> str:
+        """As click shows choices."""
+        return f"[{'|'.join(self.choices)}|bind:N]"
+
+    def parse(self, value: Any) -> str:
+        """Only the exact word, or any number of a node. Whether it is there is for the start to find out."""
+        if isinstance(value, str) and re.fullmatch(r"bind:(0|[1-9][0-9]{0,2})", value, re.ASCII):
+            return value
+        return super().parse(value)
+
+
+@dataclass(frozen=True)
 class Boolean:
     """True or false."""
 

@@ -70,6 +70,9 @@ class Metrics:
             self.direct_cut.labels(reason)
         self.table_bytes = self._gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table)
         self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
+        self.node_share = self._gauge(
+            "engrampool_table_node_share", "Share of a table's pages, by node of memory.", (*table, "node")
+        )
         self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))
         self.loaded_bytes = Counter("engrampool_loaded_bytes", "Bytes of tables read so far.", registry=registry)
         self.to_load_bytes = self._gauge("engrampool_to_load_bytes", "Bytes of all tables to be read so far.")

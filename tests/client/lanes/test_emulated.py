@@ -74,7 +74,7 @@ def test_a_step_ends_by_its_deadline_and_so_does_who_waits_for_the_tier(server, 
 def test_a_server_whose_tables_cannot_be_mapped_is_refused(packed, tier):
     with running(packed) as run:
         before = threading.active_count()
-        with pytest.raises(SpecError, match="emulate needs memory that is attached.*no tables that a client can map"):
+        with pytest.raises(SpecError, match=r"emulate needs memory that is attached.*no tables that a client can map"):
             Client(run.address, emulate=tier())
         eventually(lambda: threading.active_count() <= before, "nothing is left of the client")
 
