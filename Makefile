@@ -26,7 +26,7 @@ demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
 
 # Kernels are compiled once, before several processes would each do so at one time.
-KERNELS := from engrampool_proto.kernels import entries, hasher, hot_rows, serve
+KERNELS := from engrampool_proto.kernels import entries, hasher, histories, hot_rows, serve
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -c "$(KERNELS)" & $(MAKE) --no-print-directory lint && wait

@@ -1,12 +1,14 @@
 """The staging of rows with a GPU that is pretended: in which order it is waited for, and by whom."""
 
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from engrampool_client import Client, SpecError
 from engrampool_proto.synthetic import synthetic_rows
+from interrupts import Interrupt
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-engines` installs it")
 LIMIT_S = 60
@@ -59,7 +61,7 @@ def assert_right(staging, spec, ids=IDS):
         np.testing.assert_array_equal(staging.rows(layer).numpy(), expected)
 
 
-def test_ids_are_waited_for_by_a_thread_of_its_own(staging, spec):
+def test_ids_are_waited_for_by_a_thread_of_the_clients(staging, spec):
     put, _ = staging.events[0]
     start(staging)  # returns, though the ids are not there
     assert put.waited_for.wait(LIMIT_S)
@@ -89,32 +91,32 @@ def test_a_forward_that_is_left_while_its_ids_are_waited_for_lands_nowhere(stagi
     put, _ = staging.events[0]
     start(staging)
     assert put.waited_for.wait(LIMIT_S)
-    following = threading.Thread(target=start, args=(staging, IDS + 7))
-    following.start()  # gives it up, for which its thread must be through
-    put.reached.set()
-    following.join(LIMIT_S)
+    start(staging, IDS + 7)  # gives it up, and waits for nobody
     staging.events[1][0].reached.set()
     assert_right(staging, spec, IDS + 7)
+    put.reached.set()
+    start(staging, IDS + 8)  # where the first one was
+    assert_right(staging, spec, IDS + 8)
 
 
 def test_what_cannot_be_begun_is_an_error_of_the_layer(staging, monkeypatch):
     for failing in (SpecError("none"), RuntimeError("no thread")):
 
-        def fail(*_, failing=failing):
+        def fail(*_, failing=failing, **__):
             raise failing
 
-        monkeypatch.setattr(staging._thread, "submit", fail)
+        monkeypatch.setattr(staging.client, "prefetch_rows", fail)
         start(staging)
         with pytest.raises(type(failing), match=str(failing)):
             staging.rows(14)
 
 
 def test_ctrl_c_in_the_beginning_leaves_nobody_waiting(staging, monkeypatch, spec):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging._thread, "submit", interrupted)
+        patch.setattr(staging.client, "prefetch_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             start(staging)
         with pytest.raises(KeyboardInterrupt):
@@ -123,6 +125,29 @@ def test_ctrl_c_in_the_beginning_leaves_nobody_waiting(staging, monkeypatch, spe
         put.reached.set()
     start(staging)
     assert_right(staging, spec)
+
+
+def test_ctrl_c_at_any_line_of_waiting_tells_the_other_ranks_and_once(server):
+    from engrampool_client.integrations.staging import Staging
+
+    at, raised, told = 0, True, []
+
+    def agree(flags):
+        told.append(len(flags))
+        return flags
+
+    with Client(server.address) as client:
+        while raised:
+            made = Staging(client, [1, 14], 24, 10, torch.device("cpu"), agree=agree)
+            start(made)
+            told.clear()
+            files, never = ("/staging.py", "/agreement.py"), ("return self._agree(",)  # as in test_supply.py
+            with Interrupt(at, files, never) as interrupt, suppress(KeyboardInterrupt):
+                made.rows(1)
+            raised = interrupt.raised
+            assert told == [5], interrupt.where
+            at += 1
+    assert at > 15
 
 
 def test_closing_gives_up_a_forward_that_is_under_way(staging):

@@ -1,32 +1,30 @@
 """Rows on their way to an engine that hashes itself: from its row ids to memory that its layers read. Needs torch."""
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from engrampool_client.client import Client
 from engrampool_client.errors import PoolError
-from engrampool_client.integrations.forwards.agreement import Agree, settle
+from engrampool_client.integrations.forwards.agreement import Agree, Vote
 from engrampool_client.integrations.forwards.counts import EngineCounts
 from engrampool_client.integrations.forwards.history import Flags
+from engrampool_client.integrations.forwards.quiet import Quietable
 from engrampool_client.lookup.step import Step
 
 # Forwards take turns in so many buffers: rows of one may be on their way to the device when the next one's come.
 _TURNS = 2
 
 
-class Staging:
+class Staging(Quietable):
     """A model's rows, one forward at a time: `start` for each of its layers, then `rows` of each.
 
     layers: those that have rows. columns: row ids a token. max_tokens: of a forward at most.
     device: where row ids come from and rows go to. Of a GPU's ids a copy is issued where they are given, and a thread
-        waits for it; rows land in pinned memory. Of the CPU's the lookup is begun where they are given.
+        of the client's waits for it; rows land in pinned memory. Of the CPU's the lookup is begun where they are given.
     agree: how the ranks of a group come to one outcome in each layer; None where there is but one.
 
     All layers of a forward are asked for at once, when the last one's ids came. A forward that is not finished, as its
@@ -45,9 +43,7 @@ class Staging:
     ) -> None:
         self.client, self.layers, self._agree = client, tuple(layers), agree
         self.counts = EngineCounts(self.layers) if counts is None else counts
-        self._quiet = 0
-        self._thread = ThreadPoolExecutor(1, "engrampool-engine") if device.type == "cuda" else None
-        pinned = self._thread is not None
+        pinned = device.type == "cuda"
 
         def memory(width: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             # An engine builds its model where its GPU is the default device.
@@ -63,31 +59,21 @@ class Staging:
         ]
         self._forward: _Forward | None = None
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Forwards within this are for warming up, profiling and capturing: nobody is asked, and there are no rows."""
-        self._quiet += 1
-        try:
-            yield
-        finally:
-            self._quiet -= 1
-
     def start(self, layer: int, ids: torch.Tensor) -> None:
         """Give a layer's row ids, integers [tokens, columns]; -1 stands for no row. They may be overwritten from then.
 
         A copy of a GPU's is issued on the stream that is current.
         """
-        forward = self._forward
-        quiet = self._quiet > 0
+        forward, quiet = self._forward, self.is_quiet
         if forward is None or forward.asked or layer in forward.ids or forward.dummy != quiet:
             if forward is not None:
                 forward.give_up()
             self._turns.append(self._turns.pop(0))
-            forward = self._forward = _Forward(self.client, self._turns[0], quiet)
+            forward = self._forward = _Forward(self.client, self._turns[0], quiet, self._agree)
             self.counts.dummies += quiet
         forward.put(layer, ids)
         if len(forward.ids) == len(self.layers):
-            forward.ask(self._thread)
+            forward.ask()
 
     def rows(self, layer: int) -> torch.Tensor | None:
         """Wait for a layer's rows, uint8 [tokens, columns, row_bytes] in memory of the host; None in a quiet forward.
@@ -95,19 +81,24 @@ class Staging:
         They are good until the next forward but one lands, or, once `copied` was told, until that copy has ended.
         Raises what the lookup failed with, on this rank or on another; PoolError for a layer whose ids were not given.
         """
+        try:
+            return self._rows(layer)
+        except BaseException:
+            self.counts.failed += 1
+            if self._forward is not None and layer in self._forward.votes:
+                self._forward.votes[layer].lost()
+            raise
+
+    def _rows(self, layer: int) -> torch.Tensor | None:
         forward = self._forward
         if forward is None or layer not in forward.ids:
             raise PoolError(f"no row ids of layer {layer} were given for this forward")
         if forward.dummy:
             return None
         if not forward.asked:
-            forward.ask(self._thread)
+            forward.ask()
         begin, tokens = time.perf_counter(), len(forward.ids[layer])
-        try:
-            valid = settle(1, tokens, lambda flags: forward.find(layer, flags), self._agree)[0]
-        except BaseException:
-            self.counts.failed += 1
-            raise
+        valid = forward.votes[layer].settle(lambda flags: forward.find(layer, flags))[0]
         self.counts.waited(layer, time.perf_counter() - begin)
         self.counts.steps += layer == self.layers[0]
         self.counts.tokens += tokens if layer == self.layers[0] else 0
@@ -124,8 +115,6 @@ class Staging:
         if self._forward is not None:
             self._forward.give_up()
             self._forward = None
-        if self._thread is not None:
-            self._thread.shutdown()
         self.client.close()
 
 
@@ -142,16 +131,26 @@ class _Turn:
         self.put: Any = torch.cuda.Event() if pinned else None
         self.copied: Any = torch.cuda.Event() if pinned else None
 
+    def wait(self) -> None:
+        """Until the ids are here, and rows may be."""
+        self.copied.synchronize()  # of the forward that had this turn before
+        self.put.synchronize()
+
 
 class _Forward:
-    """One forward's lookup. ids: layer -> its row ids, once given; of a GPU's, once `_Turn.put` has come."""
+    """One forward's lookup.
 
-    def __init__(self, client: Client, turn: _Turn, dummy: bool) -> None:
-        self._client, self._turn, self.dummy = client, turn, dummy
+    ids: layer -> its row ids, once given; of a GPU's, once `_Turn.put` has come. votes: of layers whose rows are asked
+    for.
+    """
+
+    def __init__(self, client: Client, turn: _Turn, dummy: bool, agree: Agree | None) -> None:
+        self._client, self._turn, self.dummy, self._agree = client, turn, dummy, agree
         self.ids: dict[int, npt.NDArray[Any]] = {}
+        self.votes: dict[int, Vote] = {}
         self.asked = False
-        self._step: Future[Step | None] = Future()
-        self._absent: dict[int, npt.NDArray[np.bool_]] = {}
+        self._step: Step | None = None
+        self._error: BaseException | None = None
 
     def put(self, layer: int, ids: torch.Tensor) -> None:
         """Have the ids copied to the host."""
@@ -159,59 +158,35 @@ class _Forward:
         place = self.ids[layer] = self._turn.ids_array[layer][:tokens]
         if self.dummy:
             return
+        self.votes[layer] = Vote(1, tokens, self._agree)
         if ids.is_cuda:
             self._turn.ids[layer][:tokens].copy_(ids, non_blocking=True)
         else:
             place[...] = ids.numpy()  # PyTorch would share so little among threads, and wait for them
 
-    def ask(self, thread: ThreadPoolExecutor | None) -> None:
-        """Begin the lookup; what it fails with is raised by `rows`."""
+    def ask(self) -> None:
+        """Begin the lookup; what it fails with is raised by `find`."""
         self.asked = True
         if self.dummy:
             return
+        turn = self._turn
         try:
-            if thread is None:
-                self._step.set_result(self._begin())
-            else:
-                self._turn.put.record()
-                self._step = thread.submit(self._begin_copied)
+            if turn.put is not None:
+                turn.put.record()
+            out = {layer: turn.rows_array[layer][: len(ids)] for layer, ids in self.ids.items()}
+            ready = None if turn.put is None else turn.wait
+            self._step = self._client.prefetch_rows(self.ids, out=out, ready=ready, absent=True)
         except BaseException as error:
-            self._step.set_exception(error)  # so that nobody waits for what was not begun
+            self._error = error
             if not isinstance(error, Exception):
                 raise
 
-    def _begin_copied(self) -> Step | None:
-        self._turn.copied.synchronize()  # of the forward that had this turn before
-        self._turn.put.synchronize()
-        return self._begin()
-
-    def _begin(self) -> Step | None:
-        """The step; None if there is no row to be asked for."""
-        wanted = {}
-        for layer, ids in self.ids.items():
-            if ids.size == 0 or ids.min() < 0:
-                absent = ids < 0
-                if absent.all():
-                    self._turn.rows_array[layer][: len(ids)] = 0
-                    continue
-                self._absent[layer] = absent
-                ids = np.where(absent, 0, ids)  # some row that there is
-            wanted[layer] = ids
-        out = {layer: self._turn.rows_array[layer][: len(ids)] for layer, ids in wanted.items()}
-        return self._client.prefetch_rows(wanted, out=out) if wanted else None
-
     def find(self, layer: int, flags: Flags) -> None:
-        """Wait for a layer's rows; set which tokens have theirs, those that ask for none among them."""
-        step = self._step.result()
-        if step is None or layer not in step.layers:
-            flags[:] = True
-            return
-        step.rows(layer)
-        flags[0] = step.valid(layer)
-        absent = self._absent.pop(layer, None)
-        if absent is not None:
-            self._turn.rows_array[layer][: len(absent)][absent] = 0
-            flags[0] |= absent.all(axis=1)
+        """Wait for a layer's rows; set which tokens have theirs."""
+        if self._error is not None:
+            raise self._error
+        assert self._step is not None
+        flags[0] = self._step.valid(layer)
 
     def rows(self, layer: int, valid: Flags) -> torch.Tensor:
         """A layer's rows, once they are there; zeros of tokens that are not valid."""
@@ -221,8 +196,5 @@ class _Forward:
 
     def give_up(self) -> None:
         """Nothing is written into the turn's memory any more once this returns."""
-        if not self.asked or self._step.cancel() or self._step.exception() is not None:
-            return
-        step = self._step.result()
-        if step is not None:
-            step.cancel()
+        if self._step is not None:
+            self._step.cancel()

@@ -33,13 +33,13 @@ from engrampool_client.errors import (
     UnavailableError,
 )
 from engrampool_client.event import Event
-from engrampool_client.lanes.emulated import EmulatedLink
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
 from engrampool_proto import frames, wire
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, read_trailer
+from engrampool_proto.tiers.link import EmulatedLink
 from engrampool_proto.v1 import pool_pb2
 
 # How long the server may take to answer; a lookup never waits for it.
@@ -103,8 +103,8 @@ class _Gather:
                 nbytes = len(some) * row_bytes
                 place, start_s = landing.destination(layer, first, nbytes), time.monotonic()
                 self._copy(table, some, np.frombuffer(place, np.uint8).reshape(-1, row_bytes))
-                if reading is not None:
-                    reading.wait(nbytes, start_s, self._ways(nbytes))
+                if reading is not None and not reading.wait(nbytes, start_s, self._ways(nbytes)):
+                    raise DeadlineError(f"the rows are not there by the deadline ({reading.tier}, emulated)")
                 landing.received(layer, nbytes)
                 landing.hand_over()
         took_us = round((time.perf_counter() - begin) * 1e6)

@@ -3,12 +3,10 @@
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
 
 from engrampool_proto.kernels.jit import kernel, view
-from engrampool_proto.kernels.sockets import ENDED, LATE, add_at, now
+from engrampool_proto.kernels.sockets import ENDED, LATE, add_at, now, replace_at
 
 # int64 [TIER_WORDS]: of a `tiers.tier.Tier`; and the address of an int64, when the link that all requests share is
 # free, as of `now`, in memory that forks share. 0 for that: nothing is emulated.
@@ -23,17 +21,6 @@ _U = np.uint64
 _ppoll = types.ExternalFunction("ppoll", types.int32(types.uint64, types.uint64, types.uint64, types.uint64))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _replace_at(typing: Any, address: Any, seen: Any, wanted: Any) -> Any:
-    """Make the int64 at `address` `wanted` if it is `seen`, in one step that no other thread can come between."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 1)
-
-    return types.boolean(types.uint64, types.int64, types.int64), generate
-
-
 @njit  # type: ignore[untyped-decorator]
 def _transfer(tier: Any, nbytes: Any) -> Any:
     return np.int64(nbytes * 1e9 / tier[RATE])
@@ -46,7 +33,7 @@ def take_turn(tier: Any, nbytes: Any, begin: Any) -> Any:
     while True:
         seen = add_at(link, 0)
         turn = max(seen, begin)
-        if _replace_at(link, seen, turn + takes):
+        if replace_at(link, seen, turn + takes) == seen:
             return turn
 
 

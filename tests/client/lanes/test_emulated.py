@@ -11,7 +11,7 @@ import pytest
 
 from engrampool_client import Client, DeadlineError, SpecError, UnavailableError
 from engrampool_client.lanes.attach import AttachLane
-from engrampool_client.lanes.emulated import EmulatedLink
+from engrampool_proto.tiers.link import EmulatedLink
 from engrampool_proto.tiers.tier import Tier
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
 

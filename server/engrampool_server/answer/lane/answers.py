@@ -11,6 +11,7 @@ from engrampool_proto import frames, wire
 from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, send_from
 from engrampool_proto.kernels.tier import await_due
 from engrampool_server.answer.emulation import Reading
+from engrampool_server.answer.in_flight import Peer
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Job, Piece, Refusals, check_deadline, cut
 
@@ -29,11 +30,12 @@ class CutError(Exception):
 class Answerer:
     """Answers on one connection, in its thread, and counts what it holds.
 
-    peer: whose it is; see peers.py. leaving: int64 [1], not 0 once no more requests are taken.
+    peer: whom that is counted for; another one, of another place, only while nothing is held.
+    leaving: int64 [1], not 0 once no more requests are taken.
     """
 
-    def __init__(self, resources: Resources, peer: str, fileno: int, leaving: npt.NDArray[np.int64]) -> None:
-        self._resources, self._peer, self._fileno, self._leaving = resources, peer, fileno, leaving
+    def __init__(self, resources: Resources, peer: Peer, fileno: int, leaving: npt.NDArray[np.int64]) -> None:
+        self._resources, self.peer, self._fileno, self._leaving = resources, peer, fileno, leaving
         self._scratch = np.zeros(SCRATCH_WORDS, np.int64)
         self._held = 0  # bytes in flight, of the request and its answer
 
@@ -47,14 +49,14 @@ class Answerer:
             self.let_go()
             raise
 
-    def _reserve(self, nbytes: int) -> None:
-        self._resources.lookups.reserve(nbytes, self._peer)
+    def _reserve(self, nbytes: int, rows: int = 0) -> None:
+        self._resources.lookups.reserve(nbytes, self.peer, rows)
         self._held += nbytes
 
     def let_go(self) -> None:
         """Nothing of a request or an answer is in memory any more."""
         held, self._held = self._held, 0
-        self._resources.lookups.release(held, self._peer)
+        self._resources.lookups.release(held, self.peer)
 
     # --- answers
 
@@ -68,9 +70,8 @@ class Answerer:
         until = arrived_ns + timeout_us * 1000 if 0 < timeout_us < 1 << 50 else -1
         try:
             job = read()
-            self._reserve(
-                job.answer_bytes if job.answer_bytes + nbytes <= lookups.inline_bytes else lookups.bytes_in_pieces(job)
-            )
+            inline = job.answer_bytes + nbytes <= lookups.inline_bytes
+            self._reserve(job.answer_bytes if inline else lookups.bytes_in_pieces(job), job.rows)
             begin = time.monotonic_ns()
             remaining_s = None if until < 0 else (until - begin) / 1e9
             check_deadline(remaining_s)

@@ -1,11 +1,10 @@
-"""Attached memory that is emulated: its rows are there no sooner than a tier's would be."""
+"""The link to a tier in one process, in Python: when rows that are read here would be there."""
 
 import select
 import threading
 import time
 from dataclasses import dataclass, field
 
-from engrampool_client.errors import DeadlineError
 from engrampool_proto.tiers.tier import Tier
 
 # Sleeping ends late by some tens of microseconds; the rest of a wait is looked at without.
@@ -13,7 +12,7 @@ _AWAKE_S = 100e-6
 
 
 class EmulatedLink:
-    """The link to a tier, which all lookups of a lane share. Thread-safe."""
+    """The link, which all who read by it share. Thread-safe."""
 
     def __init__(self, tier: Tier) -> None:
         self.tier = tier
@@ -39,10 +38,10 @@ class Reading:
     deadline: float
     _so_far: int = field(default=0, init=False)
 
-    def wait(self, nbytes: int, start_s: float, cores: int) -> None:
-        """Sleep until so many bytes are there that so many threads read from then on.
+    def wait(self, nbytes: int, start_s: float, cores: int) -> bool:
+        """Sleep until so many bytes are there that so many threads read from then on; False if the deadline came first.
 
-        Raises DeadlineError at the deadline, if that is sooner.
+        start_s: by time.monotonic.
         """
         tier, latency_s = self.tier, self.tier.latency_ns / 1e9
         self._so_far += nbytes
@@ -55,5 +54,4 @@ class Reading:
                 time.sleep(left - _AWAKE_S)
             else:
                 select.select([], [], [], 0)
-        if due > self.deadline:
-            raise DeadlineError(f"the tier {tier.name}, which is emulated, has not given the rows by the deadline")
+        return due <= self.deadline
