@@ -3,7 +3,8 @@
 Tables of V4.1's layout are read as from each preset of `engrampool serve --emulate` in turn: attached, by the client
 itself, and over the direct lane of a server whose memory is such. A model's clock (prefill of 8192 tokens in 200 ms,
 decode of 64 sequences in 12 ms, 40 layers; `--prefill-ms`, `--decode-ms`) says when each layer wants its rows. Token
-ids are uniform, so hardly a row is asked for twice. `--plot FILE` draws what layers wait.
+ids are uniform, so hardly a row is asked for twice. `--table` only calculates
+docs/TIERS.md's table, and `--plot FILE` draws it.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def asking(packed: Path, way: str, tier: str | None, segments: str) -> Iterator[
 
 def check(packed: Path, segments: str, calls: int) -> bool:
     """Print what a lookup's memory took beside what was set; whether all of them are near."""
-    print("| way | set | tokens | set, ms | took, ms: p50 | ratio |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| way | set | set, ms | took, ms: least | p50 | least / set |\n| --- | --- | ---: | ---: | ---: | ---: |")
     good = True
     for way in WAYS:
         for name, said in CHECKED.items():
@@ -76,10 +77,11 @@ def check(packed: Path, segments: str, calls: int) -> bool:
                     step.wait()
                     took.append(step.times.total_us / 1e6)
                 nbytes = sum(64 * table.heads * table.row_bytes for table in spec.tables)
-                set_s, took_s = tier.alone_s(nbytes), statistics.median(took[WARM_UP:])
-                ratio = took_s / set_s
-                good &= abs(ratio - 1) <= WITHIN
-                print(f"| {way} | {name} | 64 | {set_s * 1e3:.2f} | {took_s * 1e3:.2f} | {ratio:.3f} |", flush=True)
+                set_s, least_s, median_s = tier.alone_s(nbytes), min(took[WARM_UP:]), statistics.median(took[WARM_UP:])
+                # A machine that has other work as well wakes nobody sooner, and some later.
+                good &= abs(least_s / set_s - 1) <= WITHIN
+                figures = [f"{seconds * 1e3:.2f}" for seconds in (set_s, least_s, median_s)]
+                print(f"| {way} | {name} | {' | '.join(figures)} | {least_s / set_s:.3f} |", flush=True)
     print(f"\n{'within' if good else 'NOT within'} {WITHIN:.0%} of what was set")
     return good
 
@@ -100,6 +102,32 @@ def look(client: Client, clocks: dict[str, Clock], seconds: float, percentile: f
     return found
 
 
+def calculated() -> list[dict[str, Any]]:
+    """What the model of a tier gives, without a clock: of each layer when it wants rows, and when they are there."""
+    row_bytes, rows = 24 * 264, []
+    for preset in preset_names():
+        tier, layers = Tier.of(preset), {}
+        for name, tokens, total_ms in (("prefill", PREFILL_TOKENS, 200.0), ("decode", DECODE_TOKENS, 12.0)):
+            for place, layer in enumerate((1, 14), 1):  # rows of the later one come behind those of the first
+                there_ms = tier.alone_s(tokens * row_bytes * place) * 1e3
+                layers[f"{name} {layer}"] = (total_ms * layer / LAYERS, there_ms)
+        rows.append({"tier": preset, "layers": layers})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Of what was calculated."""
+    heads = [f"{name}, by {due:g} ms" for name, (due, _) in rows[0]["layers"].items()]
+    lines = [f"| tier | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    for row in rows:
+        cells = [
+            f"{there:.2f} ms, {'hidden' if there <= due else f'waits {there - due:.2f}'}"
+            for due, there in row["layers"].values()
+        ]
+        lines.append(f"| `{row['tier']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cell(margin: dict[str, float]) -> str:
     """For people."""
     word = "hidden" if margin["high"] >= 0 else "at times" if margin["p50"] >= 0 else "waits"
@@ -107,30 +135,27 @@ def cell(margin: dict[str, float]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """What each layer waits at the median: a bar for each, one under the other."""
-    columns = [*rows[0]["margins"]]
-    longest = max(1.0, *(-one["p50"] for row in rows for one in row["margins"].values()))
-    line, left, width = 13, 190, 420
-    height = 40 + len(rows) * (len(columns) * line + 8)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 70}" height="{height}">',
-        "<style>text { font: 11px monospace }</style>",
-        '<text x="8" y="16">Emulated, not measured on such hardware: ms that a layer waits for its rows, p50</text>',
-    ]
-    y = 36
+    """What each layer waits, of what was calculated: a bar for each, one under the other."""
+    longest = max(there - due for row in rows for due, there in row["layers"].values())
+    line, left, width, y = 13, 110, 420, 34
+    parts = []
     for row in rows:
-        parts.append(f'<text x="8" y="{y + 9}">{row["tier"]}, {row["way"]}</text>')
-        for name in columns:
-            waits = max(0.0, -row["margins"][name]["p50"])
+        parts.append(f'<text x="8" y="{y + 9}">{row["tier"]}</text>')
+        for name, (due, there) in row["layers"].items():
+            bar = max(1.0, (there - due) / longest * width)
             color = "#1565c0" if name.startswith("prefill") else "#ef6c00"
-            parts.append(
-                f'<rect x="{left}" y="{y}" width="{max(1, waits / longest * width):.1f}" height="{line - 3}" '
-                f'fill="{color}"/><text x="{left + max(1, waits / longest * width) + 4:.1f}" y="{y + 9}">'
-                f"{name}: {waits:.1f}</text>"
-            )
+            said = f"{name}: " + (f"waits {there - due:.2f}" if there > due else "hidden")
+            parts.append(f'<rect x="{left}" y="{y}" width="{bar:.1f}" height="{line - 3}" fill="{color}"/>')
+            parts.append(f'<text x="{left + bar + 4:.1f}" y="{y + 9}">{said}</text>')
             y += line
         y += 8
-    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 190}" height="{y}">',
+        "<style>text { font: 11px monospace }</style>",
+        f'<rect width="{left + width + 190}" height="{y}" fill="#fff"/>',
+        '<text x="8" y="16">Calculated by the model, not measured on such hardware: ms that a layer waits</text>',
+    ]
+    path.write_text("\n".join([*head, *parts, "</svg>"]) + "\n")
 
 
 def main() -> None:
@@ -147,7 +172,13 @@ def main() -> None:
     parser.add_argument("--percentile", type=float, default=99.0)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each phase")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--table", action="store_true", help="only calculate")
     chosen = parser.parse_args()
+    if chosen.table:
+        print(table(calculated()))
+        if chosen.plot:
+            plot(calculated(), chosen.plot)
+        return
     packed = chosen.model or Workload.make(chosen.data, chosen.vocab_size).packed
     print(f"{report.machine()}\n")
     with tempfile.TemporaryDirectory() as segments:
@@ -157,19 +188,17 @@ def main() -> None:
             "prefill": Clock.even(chosen.prefill_ms / 1e3, LAYERS, PREFILL_TOKENS, scales=True),
             "decode": Clock.even(chosen.decode_ms / 1e3, LAYERS, DECODE_TOKENS, scales=False),
         }
-        rows: list[dict[str, Any]] = []
+        head = True
         for way in ("attached", "direct"):
             for name in (None, *chosen.tiers.split(",")):
                 with asking(packed, way, name, segments) as client:
                     margins = look(client, clocks, chosen.seconds, chosen.percentile)
-                if not rows:
+                if head:
                     heads = " | ".join(margins)
                     print(f"| memory, emulated | way | {heads} |\n| --- | --- |{' ---: |' * len(margins)}")
                 tier = name or "as it is (not emulated)"
-                rows.append({"tier": tier, "way": way, "margins": margins})
+                head = False
                 print(f"| {tier} | {way} | {' | '.join(map(cell, margins.values()))} |", flush=True)
-    if chosen.plot:
-        plot(rows, chosen.plot)
 
 
 if __name__ == "__main__":

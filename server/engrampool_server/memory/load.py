@@ -142,13 +142,12 @@ class ModelLoader:
 
     def _look_at_nodes(self, held: "LoadedModel") -> None:
         """Have Prometheus see on which nodes tables lie. Raises NumaError where they may not."""
-        if self._config.numa == "off":
-            return
         for layer, table in held.tables.items():
             found = numa.shares(table.rows)
             numa.check(self._config.numa, f"layer {layer} of {held.spec.name}", found)
-            for node, share in found.items():
-                self._metrics.node_share.labels(held.spec.name, str(layer), str(node)).set(share)
+            shown = {str(node): share for node, share in found.items()} or {"unknown": 1.0}
+            for where, share in shown.items():
+                self._metrics.node_share.labels(held.spec.name, str(layer), where).set(share)
 
     def fill(self, cancel: threading.Event, tell: Callable[[int, int], None]) -> list[dict[int, TableRows]]:
         """Have the rows of each model in memory, by layer, to be held by others. Raises what `load` raises.

@@ -72,9 +72,9 @@ class Supervisor:
         emulation = Emulation.of(config.emulate)
         in_flight = InFlight(config.max_in_flight_bytes, slots)
         self.shared = SharedState(self.metrics, in_flight, access=access, emulation=emulation)
+        self.metrics.emulated.labels(emulation.tier.name if emulation else "off").set(emulation is not None)
         if emulation is not None:
             tier = emulation.tier
-            self.metrics.emulated.labels(tier.name).set(1)
             log.event("emulating", level="warning", tier=str(tier), sources=tier.sources, sure=tier.sure)
         log.count_dropped(self.metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)

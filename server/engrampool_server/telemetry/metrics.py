@@ -110,7 +110,7 @@ class Metrics:
         self.versions = self._gauge("engrampool_versions", "Versions of models, by what became of them.", ("state",))
         self.registry_age = self._gauge("engrampool_registry_age_seconds", "Since the registry last answered.")
         self.unregistered = self._gauge("engrampool_unregistered", "1 while the registry does not take what is held.")
-        self.emulated = self._gauge("engrampool_emulated_tier", "Memory that is emulated here; always 1.", ("tier",))
+        self.emulated = self._gauge("engrampool_emulated_tier", "1 where memory is emulated, else 0.", ("tier",))
         build = ("version", "python_version", "grpc_version")
         self._gauge("engrampool_build_info", "Always 1.", build).labels(
             __version__, platform.python_version(), version("grpcio")
