@@ -147,7 +147,7 @@ class Ranks:
         patch.setattr(model.residual_batch, "to_pp", lambda hidden_states, forward_batch: hidden_states)
         patch.setattr(model.Qwen3_5ForCausalLM, "__init__", lambda model, config, *_: self._make_layers(model, config))
         # There are no streams here, nor memory that a GPU reads.
-        patch.setattr(torch.cuda, "Stream", lambda: None)
+        patch.setattr(torch.cuda, "Stream", object)
         patch.setattr(model, "allocate_ple_host_table", lambda shape, dtype, **_: torch.empty(shape, dtype=dtype))
 
     @contextmanager

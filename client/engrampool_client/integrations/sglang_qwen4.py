@@ -91,11 +91,11 @@ def check_served() -> None:
 
 def _loaded(*_: Any, **__: Any) -> None:
     """A checkpoint was loaded, which brings constants of its own."""
-    client = worker().client
-    if client is None:
+    client, embeddings = worker().client, worker().embeddings
+    if client is None or not embeddings:
         return
     check_served()
-    for one in worker().embeddings:
+    for one in embeddings:
         engine.check_scale(client, one.ngram_embedding.layer, one.ngram_embedding.weight_scale)
 
 
@@ -107,7 +107,7 @@ def _prepared(batch: Any, input_ids: torch.Tensor, forward_batch: Any, **_: Any)
     ids = torch.stack([one.compute_ngram_ids(batch) for one in embeddings], 1)
     if batch.mode.is_decode() and forward_batch.out_cache_loc is not None:
         # What pads a graph has no row. Its place in the cache is 0, by which the engine itself knows it.
-        ids.masked_fill((forward_batch.out_cache_loc[: len(ids)] == 0)[:, None, None], -1)
+        ids = ids.masked_fill((forward_batch.out_cache_loc[: len(ids)] == 0)[:, None, None], -1)
     between = is_in_breakable_cuda_graph() and forward_batch.forward_mode.is_extend()
     for one in embeddings:
         one.ngram_embedding.between = between

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy.typing as npt
@@ -24,7 +25,7 @@ class Staging(Quietable):
 
     layers: those that have rows. columns: row ids a token. max_tokens: of a forward at most.
     device: where row ids come from and rows go to. Of a GPU's ids a copy is issued where they are given, and a thread
-        of the client's waits for it; rows land in pinned memory. Of the CPU's the lookup is begun where they are given.
+        waits for it; rows land in pinned memory. Of the CPU's the lookup is begun where they are given.
     agree: how the ranks of a group come to one outcome in each layer; None where there is but one.
 
     All layers of a forward are asked for at once, when the last one's ids came. A forward that is not finished, as its
@@ -43,7 +44,10 @@ class Staging(Quietable):
     ) -> None:
         self.client, self.layers, self._agree = client, tuple(layers), agree
         self.counts = EngineCounts(self.layers) if counts is None else counts
-        pinned = device.type == "cuda"
+        # Not one of the client's (`ready`): with that a lookup has its deadline, and its memory, from the beginning. A
+        # GPU that is behind may come to the ids after that deadline, and reads that memory until then.
+        self._thread = ThreadPoolExecutor(1, "engrampool-engine") if device.type == "cuda" else None
+        pinned = self._thread is not None
 
         def memory(width: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             # An engine builds its model where its GPU is the default device.
@@ -73,7 +77,7 @@ class Staging(Quietable):
             self.counts.dummies += quiet
         forward.put(layer, ids)
         if len(forward.ids) == len(self.layers):
-            forward.ask()
+            forward.ask(self._thread)
 
     def rows(self, layer: int) -> torch.Tensor | None:
         """Wait for a layer's rows, uint8 [tokens, columns, row_bytes] in memory of the host; None in a quiet forward.
@@ -96,7 +100,7 @@ class Staging(Quietable):
         if forward.dummy:
             return None
         if not forward.asked:
-            forward.ask()
+            forward.ask(self._thread)
         begin, tokens = time.perf_counter(), len(forward.ids[layer])
         valid = forward.votes[layer].settle(lambda flags: forward.find(layer, flags))[0]
         self.counts.waited(layer, time.perf_counter() - begin)
@@ -115,6 +119,8 @@ class Staging(Quietable):
         if self._forward is not None:
             self._forward.give_up()
             self._forward = None
+        if self._thread is not None:
+            self._thread.shutdown()
         self.client.close()
 
 
@@ -131,11 +137,6 @@ class _Turn:
         self.put: Any = torch.cuda.Event() if pinned else None
         self.copied: Any = torch.cuda.Event() if pinned else None
 
-    def wait(self) -> None:
-        """Until the ids are here, and rows may be."""
-        self.copied.synchronize()  # of the forward that had this turn before
-        self.put.synchronize()
-
 
 class _Forward:
     """One forward's lookup.
@@ -149,8 +150,7 @@ class _Forward:
         self.ids: dict[int, npt.NDArray[Any]] = {}
         self.votes: dict[int, Vote] = {}
         self.asked = False
-        self._step: Step | None = None
-        self._error: BaseException | None = None
+        self._step: Future[Step] = Future()
 
     def put(self, layer: int, ids: torch.Tensor) -> None:
         """Have the ids copied to the host."""
@@ -164,29 +164,34 @@ class _Forward:
         else:
             place[...] = ids.numpy()  # PyTorch would share so little among threads, and wait for them
 
-    def ask(self) -> None:
+    def ask(self, thread: ThreadPoolExecutor | None) -> None:
         """Begin the lookup; what it fails with is raised by `find`."""
         self.asked = True
         if self.dummy:
             return
-        turn = self._turn
         try:
-            if turn.put is not None:
-                turn.put.record()
-            out = {layer: turn.rows_array[layer][: len(ids)] for layer, ids in self.ids.items()}
-            ready = None if turn.put is None else turn.wait
-            self._step = self._client.prefetch_rows(self.ids, out=out, ready=ready, absent=True)
+            if thread is None:
+                self._step.set_result(self._begin())
+            else:
+                self._turn.put.record()
+                self._step = thread.submit(self._begin_copied)
         except BaseException as error:
-            self._error = error
+            self._step.set_exception(error)  # so that nobody waits for what was not begun
             if not isinstance(error, Exception):
                 raise
 
+    def _begin_copied(self) -> Step:
+        self._turn.copied.synchronize()  # of the forward that had this turn before
+        self._turn.put.synchronize()
+        return self._begin()
+
+    def _begin(self) -> Step:
+        out = {layer: self._turn.rows_array[layer][: len(ids)] for layer, ids in self.ids.items()}
+        return self._client.prefetch_rows(self.ids, out=out, absent=True)
+
     def find(self, layer: int, flags: Flags) -> None:
         """Wait for a layer's rows; set which tokens have theirs."""
-        if self._error is not None:
-            raise self._error
-        assert self._step is not None
-        flags[0] = self._step.valid(layer)
+        flags[0] = self._step.result().valid(layer)
 
     def rows(self, layer: int, valid: Flags) -> torch.Tensor:
         """A layer's rows, once they are there; zeros of tokens that are not valid."""
@@ -196,5 +201,5 @@ class _Forward:
 
     def give_up(self) -> None:
         """Nothing is written into the turn's memory any more once this returns."""
-        if self._step is not None:
-            self._step.cancel()
+        if self.asked and not self._step.cancel() and self._step.exception() is None:
+            self._step.result().cancel()

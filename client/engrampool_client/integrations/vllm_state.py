@@ -114,24 +114,24 @@ class Feeder:
 
     def _chunks(self, batch: Any) -> tuple[Numbers, Numbers, Numbers]:
         """Which tokens of which requests the forward has. Those that the device alone knows are learned."""
-        requests = batch.num_reqs
-        numbers = batch.idx_mapping_np[:requests].astype(np.int64)
-        starts = batch.num_computed_tokens_np[:requests].astype(np.int64)
-        bounds = batch.query_start_loc_np[: requests + 1].astype(np.int64)
-        counts = bounds[1:] - bounds[:-1]
+        requests, tokens = batch.num_reqs, batch.num_tokens
+        numbers, starts, counts = (
+            given[:requests].astype(np.int64)
+            for given in (batch.idx_mapping_np, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+        )
         # What prompts have is known.
-        sampled = starts + counts > batch.prefill_len_np[:requests]
-        if sampled.any():
+        sampled = starts + counts > batch.prefill_len_np[:requests] if batch.has_prefill else None
+        if sampled is None or sampled.any():
             ids, positions, edges = self._host.read(batch)
             if self._drafts:  # rejected ones shift a request, and the host knows only how far at most
                 bounds = edges[: requests + 1].astype(np.int64)
-                starts, counts = positions[bounds[:-1]], bounds[1:] - bounds[:-1]
-            ids = ids[: bounds[-1]]
-            if sampled.all():
-                self.supply.learn(numbers, starts, counts, ids)
+                starts, counts, tokens = positions[bounds[:-1]], bounds[1:] - bounds[:-1], bounds[-1]
+            if sampled is None:
+                self.supply.learn(numbers, starts, counts, ids[:tokens])
             else:
                 which = np.flatnonzero(sampled)
-                self.supply.learn(numbers[which], starts[which], counts[which], ids[sampled.repeat(counts)])
+                learned = ids[:tokens][sampled.repeat(counts)]
+                self.supply.learn(numbers[which], starts[which], counts[which], learned)
         return numbers, starts, counts
 
     def _engines_own(self, batch: Any, inputs: Mapping[str, Any]) -> dict[int, Ids]:
