@@ -7,7 +7,6 @@ begins when it is there. Each group takes the latency once. All groups of all re
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -124,5 +123,5 @@ def is_path(name_or_file: str) -> bool:
 
 @cache
 def _presets() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(files(__package__).joinpath("presets.json").read_bytes())
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("presets.json").read_bytes())
     return found
