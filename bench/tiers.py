@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="whether lookups take what a tier says; 1 if not")
     parser.add_argument("--calls", type=int, default=20, help="of each, with --check")
     parser.add_argument("--tiers", default=",".join(preset_names()), help="presets or files, by commas")
+    parser.add_argument("--ways", default="attached,direct", help="by commas: gRPC, direct, attached")
     parser.add_argument("--prefill-ms", type=float, default=200.0)
     parser.add_argument("--decode-ms", type=float, default=12.0)
     parser.add_argument("--percentile", type=float, default=99.0)
@@ -189,7 +190,7 @@ def main() -> None:
             "decode": Clock.even(chosen.decode_ms / 1e3, LAYERS, DECODE_TOKENS, scales=False),
         }
         head = True
-        for way in ("attached", "direct"):
+        for way in chosen.ways.split(","):
             for name in (None, *chosen.tiers.split(",")):
                 with asking(packed, way, name, segments) as client:
                     margins = look(client, clocks, chosen.seconds, chosen.percentile)
