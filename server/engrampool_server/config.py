@@ -117,6 +117,14 @@ class ServerConfig:
             " meanwhile.",
         ),
     )
+    slow_lookup_s: float = field(
+        default=1.0,
+        metadata=_about(
+            Seconds(0, 3600),
+            "A lookup that takes longer here is counted as slow, and told in the log with the hop that took most of it,"
+            " one a second and process at most; 0 for none.",
+        ),
+    )
     tls_cert: str = field(
         default="off",
         metadata=_about(
@@ -211,19 +219,10 @@ class ServerConfig:
         ),
     )
     emulate: str = field(
-        default="off",
-        metadata=_about(
-            Emulate(),
-            "Memory to emulate, for a look before buying: rows come no sooner than from it. Clients cannot map tables.",
-        ),
+        default="off", metadata=_about(Emulate(), "Memory to emulate: rows come no sooner than they would from it.")
     )
     numa: str = field(
-        default="off",
-        metadata=_about(
-            Numa(),
-            "Nodes that tables lie on: all in turn; the one that this server runs on; or N, where it runs then. off"
-            " leaves it to the system.",
-        ),
+        default="off", metadata=_about(Numa(), "Nodes of memory that tables lie on; off leaves it to the system.")
     )
     lock_memory: bool = field(
         default=False, metadata=_about(Boolean(), "Lock tables in memory, so that they are never swapped out.")

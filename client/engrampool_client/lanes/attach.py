@@ -40,6 +40,7 @@ from engrampool_client.lookup.workers import Workers
 from engrampool_proto import frames, wire
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, read_trailer
 from engrampool_proto.tiers.link import EmulatedLink
+from engrampool_proto.tiers.tier import Tier
 from engrampool_proto.v1 import pool_pb2
 
 # How long the server may take to answer; a lookup never waits for it.
@@ -149,8 +150,8 @@ class AttachLane:
     """The tables of one version of a model, mapped into this process while the server lets it. Thread-safe.
 
     attach: asks the server for them, within so many seconds; raises PoolError. form: what copies rows. threads: for
-    parts of large lookups, of which there are `ways` at most, one in the caller's thread. link: to memory that is
-    emulated.
+    parts of large lookups, of which there are `ways` at most, one in the caller's thread. emulate: a tier whose
+    memory is emulated.
     reason: why nothing is attached, for people; "" while it is.
     """
 
@@ -161,9 +162,9 @@ class AttachLane:
         form: Form = NUMPY,
         threads: Workers | None = None,
         ways: int = 1,
-        link: EmulatedLink | None = None,
+        emulate: str | None = None,
     ) -> None:
-        self.link = link
+        self.link = None if emulate is None else EmulatedLink(Tier.of(emulate))
         self._attach, self._served = attach, served
         self.form, self.threads, self.ways = form, threads, ways
         # Replaced as a whole, and read once by whoever needs it: a gather keeps the memory that it reads.

@@ -18,6 +18,7 @@ from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Limits, Lookups
 from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.answer.shared_state import SharedState
+from engrampool_server.answer.statistics import Statistics
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.ports import ListenError
@@ -51,7 +52,10 @@ class GrpcServer:
     def __init__(self, config: ServerConfig, shared: SharedState) -> None:
         self._config, self.shared = config, shared
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
-        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads, shared.emulation)
+        slow_s, emulation = config.slow_lookup_s, shared.emulation
+        self.lookups = Lookups(
+            limits, shared.in_flight, shared.metrics, config.gather_threads, slow_s, emulation=emulation
+        )
         self._calls = CallMetrics(shared.metrics)
         self._health = Health("", SERVICE)
         self._grpc: grpc.aio.Server | None = None
@@ -89,7 +93,13 @@ class GrpcServer:
         access = self.shared.access
         self._grpc = grpc.aio.server(interceptors=[Gate(access, self.lookups), self._calls], options=options)
         service = PoolService(
-            self.lookups, self.direct, may_attach, self.shared.is_active, self.shared.accounts, self._alarms
+            self.lookups,
+            self.direct,
+            may_attach,
+            Statistics(self.shared.read_metrics, self.lookups.threads),
+            self.shared.is_active,
+            self.shared.accounts,
+            self._alarms,
         )
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
