@@ -27,6 +27,7 @@ from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.token_map import TokenMap
 from engrampool_server.access.access import Access
+from engrampool_server.answer.emulation import Emulation
 from engrampool_server.answer.grpc_server import GrpcServer
 from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.answer.lane.admission import Admission
@@ -155,8 +156,9 @@ def _event_loop(kind: str) -> Iterator[asyncio.AbstractEventLoop]:
 def running(*models: Path, load: bool = True, **settings: Any) -> Iterator[Running]:
     """A started server; load: and a serving one. settings: fields of ServerConfig."""
     config = ServerConfig(models=models, **{"listen": "127.0.0.1:0", "metrics": "off", **settings})
-    metrics = Metrics()
-    shared = SharedState(metrics, InFlight(config.max_in_flight_bytes), access=Access.of(config, metrics))
+    metrics, emulation = Metrics(), Emulation.of(config.emulate)
+    in_flight = InFlight(config.max_in_flight_bytes)
+    shared = SharedState(metrics, in_flight, access=Access.of(config, metrics), emulation=emulation)
     with ExitStack() as stack:
         loader = stack.enter_context(closing(ModelLoader(config, shared.metrics)))
         loader.open()

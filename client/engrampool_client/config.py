@@ -9,6 +9,8 @@ from operator import index
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict
 
+from engrampool_proto.tiers.tier import Tier
+
 Hashing = Literal["local", "server"]
 OnFailure = Literal["raise", "mask"]
 Attach = Literal["auto", "off"]
@@ -49,6 +51,7 @@ class ClientSettings(TypedDict, total=False):
     max_pending_bytes: int
     connections: Connections
     attach: Attach
+    emulate: str | None
     direct: Direct
     spin_s: float
     compiled: Compiled
@@ -136,6 +139,10 @@ class ClientConfig:
     attach: Attach = "auto"
     """"auto" reads the server's memory where it is this host's and the server allows it; "off" never."""
 
+    emulate: str | None = None
+    """A tier, by its name or a JSON file: rows are read from attached memory, and come no sooner than from the tier.
+    Lookups fail where memory is not attached: another lane would tell nothing of it."""
+
     direct: Direct = "auto"
     """"auto" looks up over plain sockets where the server has a direct lane, and over gRPC where it has none or its
     port cannot be reached; "off" always over gRPC."""
@@ -212,6 +219,10 @@ class ClientConfig:
             local_only={"heads": self.heads, "cache_bytes": self.cache_bytes, "warm": self.warm} if plain else {},
         )
         object.__setattr__(self, "heads", columns(self.heads))
+        if self.emulate is not None:
+            Tier.of(self.emulate)
+            if self.attach == "off" or plain:
+                raise ValueError("emulate is of attached memory: it needs attach='auto' and hashing='local'")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:

@@ -24,10 +24,12 @@ from engrampool_server.setting_kinds import (
     ChoiceOrFile,
     Direct,
     Directories,
+    Emulate,
     FileOrOff,
     Integer,
     Kind,
     Listen,
+    Numa,
     RegistryOrOff,
     Seconds,
     Shard,
@@ -215,6 +217,12 @@ class ServerConfig:
             "Who on this machine may map the tables, and read rows without asking: this server's user, its group as"
             " well, or everybody. Needs memory that outlives a restart.",
         ),
+    )
+    emulate: str = field(
+        default="off", metadata=_about(Emulate(), "Memory to emulate: rows come no sooner than they would from it.")
+    )
+    numa: str = field(
+        default="off", metadata=_about(Numa(), "Nodes of memory that tables lie on; off leaves it to the system.")
     )
     lock_memory: bool = field(
         default=False, metadata=_about(Boolean(), "Lock tables in memory, so that they are never swapped out.")

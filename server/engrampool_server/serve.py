@@ -11,6 +11,7 @@ from engrampool_proto.kernels import jit
 from engrampool_proto.registry.etcd import require_etcd3gw
 from engrampool_proto.registry.records import VersionKey
 from engrampool_server.config import ServerConfig
+from engrampool_server.memory import numa
 from engrampool_server.memory.load import ModelLoader, require_segments
 from engrampool_server.memory.preflight import require_address_space
 from engrampool_server.processes.supervisor import LOBBY_DRAIN_S, Supervisor
@@ -56,6 +57,7 @@ def _serve(supervisor: Supervisor) -> None:
         if (cache := cache_of(config)) is not None:
             cache.check()
         others = None
+    numa.place(config.numa)  # in the thread that starts all others
     versions = VersionSteps(supervisor)
     loader = ModelLoader(config, supervisor.metrics, config.workers, others)
     try:

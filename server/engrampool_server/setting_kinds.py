@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from engrampool_proto.registry.etcd_client import split_url
 from engrampool_proto.sharding import MAX_SHARDS, is_shard_name, parse_shard
+from engrampool_proto.tiers.tier import is_path, preset_names
 from engrampool_server.files.sources import SCHEMES, Location, Url, parse_location
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -171,6 +172,29 @@ class ChoiceOrFile(Choice):
 
 
 @dataclass(frozen=True)
+class Numa(Choice):
+    """One of several words, or "bind:" and the number of a node."""
+
+    choices: tuple[str, ...] = ("off", "interleave", "local")
+
+    @property
+    def allowed(self) -> str:
+        """The words, and the form."""
+        return f"{super().allowed}, bind:N"
+
+    @property
+    def metavar(self) -> str:
+        """As click shows choices."""
+        return f"[{'|'.join(self.choices)}|bind:N]"
+
+    def parse(self, value: Any) -> str:
+        """Only the exact word, or any number of a node. Whether it is there is for the start to find out."""
+        if isinstance(value, str) and re.fullmatch(r"bind:(0|[1-9][0-9]{0,2})", value, re.ASCII):
+            return value
+        return super().parse(value)
+
+
+@dataclass(frozen=True)
 class Boolean:
     """True or false."""
 
@@ -324,6 +348,32 @@ class FileOrOff:
     def parse(self, value: Any) -> str:
         """From text or a path. Whether the file exists is for its reader to find out."""
         return str(_path(value))
+
+    def toml(self, value: str) -> str:
+        """A string."""
+        return _quote(value)
+
+
+@dataclass(frozen=True)
+class Emulate:
+    """The name of a tier, the path of a file that says one, or "off"."""
+
+    unit = ""
+    metavar = "NAME|FILE"
+
+    @property
+    def allowed(self) -> str:
+        """The names, and the form."""
+        return ", ".join(("off", *preset_names(), "the path of a JSON file (with a / or .json)"))
+
+    def parse(self, value: Any) -> str:
+        """From text only. Whether the file says a tier is for its reader to find out."""
+        if not isinstance(value, str) or "\0" in value:
+            raise ValueError
+        value.encode()  # TOML could not hold what is not UTF-8
+        if value not in ("off", *preset_names()) and not is_path(value):
+            raise ValueError
+        return value
 
     def toml(self, value: str) -> str:
         """A string."""

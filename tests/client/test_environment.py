@@ -32,6 +32,8 @@ def test_every_setting_can_be_a_variable():
     for setting in fields(ClientConfig):
         words = getattr(setting.type, "__args__", ())
         text, value = texts.get(setting.type) or (words[-1], words[-1])
+        if setting.name == "emulate":  # which must be there
+            text = value = "cxl-direct"
         assert from_environment(environ(**{setting.name: text})) == {"target": ["a:1"], setting.name: value}
     assert from_environment(environ(connections="auto"))["connections"] == "auto"
     made = from_environment(environ(target="a:1  b:2", model="m", version="v", keep_memory="0", timeout_s=""))
@@ -50,6 +52,7 @@ def test_every_setting_can_be_a_variable():
         ({"keep_memory": "yes"}, "_KEEP_MEMORY='yes' is not allowed: it must be true or false"),
         ({"heads": "5"}, "_HEADS='5' is not allowed: heads must be two integers"),
         ({"on_failure": "masks"}, "_ON_FAILURE='masks' is not allowed: on_failure must be 'raise' or 'mask'"),
+        ({"emulate": "optane"}, "_EMULATE='optane' is not allowed: no tier is called 'optane'; there are far-numa"),
         ({"token": "a b"}, "_TOKEN=[.][.][.] is not allowed: token must be printable ASCII"),
         ({"target": ""}, "_TARGET must name the servers"),
     ],

@@ -72,6 +72,8 @@ def print_report(report: "Report") -> None:
     click.echo()
     for note in report.notes:
         click.echo(f"note: {note}")
+    if report.emulated is not None:
+        click.echo(f"emulated, not measured on such hardware: {report.emulated}")
     for phase in report.phases:
         if phase.hidden:
             click.echo(f"{phase.name}: hidden")
@@ -199,6 +201,9 @@ _SWITCH = click.Choice(["auto", "off"])
 @click.option("--heads", callback=_heads, metavar="A:B", help="Only these columns, as a tensor-parallel rank asks for.")
 @click.option("--no-dedupe", is_flag=True, help="Ask for every token's rows.")
 @click.option("--attach", type=_SWITCH, default="auto", show_default=True)
+@click.option(
+    "--emulate", metavar="NAME|FILE", help="Rows come from attached memory no sooner than from this tier: a look ahead."
+)
 @click.option("--direct", type=_SWITCH, default="auto", show_default=True)
 @click.option("--connections", callback=_connections, default="auto", show_default=True, metavar="N|auto")
 @click.option("--on-failure", type=click.Choice(["raise", "mask"]), default="raise", show_default=True)
@@ -233,6 +238,8 @@ def doctor(
 
     if bool(tokens) == (record is not None):
         raise click.UsageError("give either --tokens or --record")
+    if settings["emulate"] is not None and settings["attach"] == "off":
+        raise click.UsageError("--emulate is of attached memory: leave out --attach off")
     clocks = _clocks(layers, layer_ms, (prefill_tokens, prefill_ms), (decode_batch, decode_ms))
     recording = None if record is None else Recording(record)
     sequences = [(path, read_tokens(path)) for path in tokens]

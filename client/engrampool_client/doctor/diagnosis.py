@@ -17,6 +17,7 @@ from engrampool_client.doctor.replay import Clock, Forward, Play, play
 from engrampool_client.errors import EngrampoolError
 from engrampool_client.pool.endpoint import SPLIT_ABOVE_BYTES, connections_of
 from engrampool_client.status import ClientStatus
+from engrampool_proto.tiers.tier import Tier
 
 Settings = Mapping[str, Any]
 # How the time given is shared out: among phases as they are, the cache's simulation, and what is tried.
@@ -139,6 +140,7 @@ class Report:
 
     status: of the client, after what was measured. round_trip_s: of a lookup of one row, less the server's time, at the
     median; None where the server is not asked. cache: by size, ascending. notes: of what was not tried, and why.
+    emulated: the tier whose memory was emulated, None for memory as it is.
     """
 
     model: str
@@ -150,6 +152,7 @@ class Report:
     cache: list[CacheSize]
     tried: list[Tried]
     notes: list[str]
+    emulated: str | None = None
 
     @property
     def hidden(self) -> bool:
@@ -251,7 +254,11 @@ class Doctor:
                 tried.append(Tried(trial, self._try(phase, trial, len(to_try))))
             except EngrampoolError as error:  # what is only tried must not take the measured verdict away
                 notes.append(f"{trial.name} could not be tried for {phase.name}: {error}")
-        return Report(spec.name, version, status, self._percentile, round_trip_s, measured, sizes, tried, notes)
+        tier = self._settings.get("emulate")
+        emulated = None if tier is None else str(Tier.of(tier))
+        return Report(
+            spec.name, version, status, self._percentile, round_trip_s, measured, sizes, tried, notes, emulated
+        )
 
     def _measure(self, client: Client, name: str, seconds: float, *, ahead: bool = False) -> Phase:
         forwards, clock = self._phases[name], self._clocks[name]

@@ -39,6 +39,8 @@ from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Workers
 from engrampool_proto import frames, wire
 from engrampool_proto.segment import TRAILER_BYTES, Identity, boot_id, read_trailer
+from engrampool_proto.tiers.link import EmulatedLink
+from engrampool_proto.tiers.tier import Tier
 from engrampool_proto.v1 import pool_pb2
 
 # How long the server may take to answer; a lookup never waits for it.
@@ -80,22 +82,30 @@ class _Gather:
     """Rows that are here. work: (layer, ids, table) of each."""
 
     def __init__(
-        self, lane: "AttachLane", exchange: Exchange, work: Sequence[tuple[int, npt.NDArray[Any], _Table]]
+        self,
+        lane: "AttachLane",
+        exchange: Exchange,
+        work: Sequence[tuple[int, npt.NDArray[Any], _Table]],
+        deadline: float,
     ) -> None:
-        self._lane, self._exchange, self._work = lane, exchange, work
+        self._lane, self._exchange, self._work, self._deadline = lane, exchange, work, deadline
 
     def receive(self) -> bool:
         """See `Request`. Copies every row to where it belongs."""
         begin = time.perf_counter()
-        exchange, landing = self._exchange, self._exchange.landing
+        exchange, landing, link = self._exchange, self._exchange.landing, self._lane.link
+        total = sum(len(ids) * table.rows.shape[1] for _, ids, table in self._work)
+        reading = None if link is None else link.read(total, self._deadline)
         for layer, ids, table in sorted(self._work, key=itemgetter(0)):
             row_bytes = table.rows.shape[1]
             count = max(1, _PIECE_BYTES // row_bytes)
             for first in range(0, len(ids), count):
                 some = ids[first : first + count]
                 nbytes = len(some) * row_bytes
-                place = landing.destination(layer, first, nbytes)
+                place, start_s = landing.destination(layer, first, nbytes), time.monotonic()
                 self._copy(table, some, np.frombuffer(place, np.uint8).reshape(-1, row_bytes))
+                if reading is not None and not reading.wait(nbytes, start_s, self._ways(nbytes)):
+                    raise DeadlineError(f"the rows are not there by the deadline ({reading.tier}, emulated)")
                 landing.received(layer, nbytes)
                 landing.hand_over()
         took_us = round((time.perf_counter() - begin) * 1e6)
@@ -106,7 +116,7 @@ class _Gather:
     def _copy(self, table: _Table, ids: npt.NDArray[Any], out: npt.NDArray[np.uint8]) -> None:
         """Copy rows, in several threads where there are enough of them."""
         lane = self._lane
-        ways = min(lane.ways, out.nbytes // _PART_BYTES)
+        ways = self._ways(out.nbytes)
         if lane.threads is None or ways < 2:
             self._copy_part(table, ids, out)
             return
@@ -115,6 +125,10 @@ class _Gather:
             for start, stop in pairwise(cuts[1:]):
                 others.begin(self._copy_part, table, ids[start:stop], out[start:stop])
             self._copy_part(table, ids[: cuts[1]], out[: cuts[1]])
+
+    def _ways(self, nbytes: int) -> int:
+        """Threads that copy so many bytes."""
+        return 1 if self._lane.threads is None else max(1, min(self._lane.ways, nbytes // _PART_BYTES))
 
     def _copy_part(self, table: _Table, ids: npt.NDArray[Any], out: npt.NDArray[np.uint8]) -> None:
         with self._exchange.delivery.writing():
@@ -136,7 +150,8 @@ class AttachLane:
     """The tables of one version of a model, mapped into this process while the server lets it. Thread-safe.
 
     attach: asks the server for them, within so many seconds; raises PoolError. form: what copies rows. threads: for
-    parts of large lookups, of which there are `ways` at most, one in the caller's thread.
+    parts of large lookups, of which there are `ways` at most, one in the caller's thread. emulate: a tier whose
+    memory is emulated.
     reason: why nothing is attached, for people; "" while it is.
     """
 
@@ -147,7 +162,9 @@ class AttachLane:
         form: Form = NUMPY,
         threads: Workers | None = None,
         ways: int = 1,
+        emulate: str | None = None,
     ) -> None:
+        self.link = None if emulate is None else EmulatedLink(Tier.of(emulate))
         self._attach, self._served = attach, served
         self.form, self.threads, self.ways = form, threads, ways
         # Replaced as a whole, and read once by whoever needs it: a gather keeps the memory that it reads.
@@ -179,7 +196,7 @@ class AttachLane:
                 if table is None or not self.form.holds(ids, table.offer.row_start, table.offer.row_stop):
                     return None
                 work.append((layer, ids, table))
-        return _Gather(self, exchange, work)
+        return _Gather(self, exchange, work, deadline)
 
     def read(self, small: Small) -> wire.ServerTimes | None:
         """Copy the rows of a small lookup to where they belong, here and now; None if they are not attached.
@@ -187,7 +204,7 @@ class AttachLane:
         What does not lie in memory takes longer than anybody may hold the GIL: `ask` has another way for that.
         """
         lease = self._current()
-        if lease is None:
+        if lease is None or self.link is not None:  # nobody sleeps in the caller's thread
             return None
         begin, at = time.perf_counter(), 0
         for layer, count in zip(small.rows, small.counts.tolist(), strict=True):

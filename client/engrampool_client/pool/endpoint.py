@@ -18,6 +18,7 @@ from engrampool_client.errors import (
     DeadlineError,
     EngrampoolError,
     PoolError,
+    SpecError,
     StepCancelledError,
     UnavailableError,
 )
@@ -86,8 +87,10 @@ class Endpoint:
         if config.attach == "auto" and served.attach:
             attach = partial(lane.attach, served.spec.name, served.version)
             form, ways = form_of(config.compiled), min(max(_GATHER_WAYS, self._ways), len(os.sched_getaffinity(0)))
-            self._attach = AttachLane(partial(self._asked, attach), served, form, self._parts, ways)
-        if config.direct == "auto" and served.direct:
+            self._attach = AttachLane(partial(self._asked, attach), served, form, self._parts, ways, config.emulate)
+        if config.emulate is not None and not self.attached:
+            raise SpecError(f"emulate needs memory that is attached, and it is not: {self.why_not_attached}")
+        if config.direct == "auto" and served.direct and config.emulate is None:
             most = config.max_steps * self._ways
             kind = Connection
             if form_of(config.compiled).compiled:
@@ -173,7 +176,7 @@ class Endpoint:
     def sends(self) -> int | None:
         """`send` may well send what is more bytes of rows than this, now; None: nothing."""
         native = self._native
-        if self.attached or self.breaker.is_open:
+        if self._config.emulate is not None or self.attached or self.breaker.is_open:
             return None
         if native is None:
             return None if self._lanes[0].full else STREAMED_ABOVE_BYTES
@@ -380,6 +383,8 @@ class EndpointRequest:
                         gather.receive()
                         endpoint._stats.count_bytes("attached", nbytes)
                         return
+                    if endpoint._config.emulate is not None:
+                        raise UnavailableError(f"emulate: not attached now: {endpoint.why_not_attached}")
                 if sent is None:
                     endpoint.breaker.check()
                     self._check_time()

@@ -23,6 +23,7 @@ from engrampool_proto.kernels.sockets import (
     replace_at,
     send_all,
 )
+from engrampool_proto.kernels.tier import LINK, TIER_WORDS, rows_due, sleep_until, take_turn
 
 # What `serve` returns.
 CLOSED, FRAME, LARGE, ANSWERED, SLOW_REQUEST, GONE, UNREAD, LATE_ANSWER, SLOW_ANSWER = range(9)
@@ -44,7 +45,9 @@ PATIENCE, PROGRESS, SPIN, MAX_REQUEST, MAX_ROWS, MAX_ANSWER, INLINE, HELD, IN_FL
 )
 MOST, RATE, METER = range(12, 15)
 SLOW_US = 15
-LIMIT_WORDS = 16
+# Of memory that is emulated; see tier.py.
+TIER = 16
+LIMIT_WORDS = TIER + TIER_WORDS
 # A caller that was idle may have so much of its time at once.
 BURST_NS = 100_000_000
 
@@ -217,6 +220,9 @@ def _answer(
         return FRAME
     # Gathered and sent in pieces of `out`: while the system brings one of them away, the next one is gathered.
     source, at, gathered, sent = _U(out.ctypes.data), np.int64(0), np.int64(0), np.int64(1)
+    tier, read, turn = limits[TIER:], np.int64(0), np.int64(0)
+    if tier[LINK]:
+        turn = take_turn(tier, answer_bytes, begin)
     ids_at = np.int64(_HEADER + _WORD * layers)
     for layer in range(layers):
         entry = entries[first + layer]
@@ -236,6 +242,10 @@ def _answer(
             start = now(scratch)
             ids = ids_at + done * entry[ID_BYTES]
             _gather(entry, buffer[ids : ids + some * entry[ID_BYTES]], out[at : at + some * width])
+            if tier[LINK]:
+                read += some * width
+                due = rows_due(tier, begin, turn, read, start, some * width)
+                sent = sleep_until(fd, due, until, state[LEAVING : LEAVING + 1], scratch)
             gathered += now(scratch) - start
             at += some * width
             done += some

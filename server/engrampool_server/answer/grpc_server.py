@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 from engrampool_proto.security.pem import Pem
 from engrampool_proto.security.reread import Reread
 from engrampool_proto.wire import SERVICE
+from engrampool_server.answer.emulation import Alarms
 from engrampool_server.answer.gate import Gate
 from engrampool_server.answer.health import SERVING, Health
 from engrampool_server.answer.lane.direct import DirectLane
@@ -51,12 +52,16 @@ class GrpcServer:
     def __init__(self, config: ServerConfig, shared: SharedState) -> None:
         self._config, self.shared = config, shared
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
-        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads, config.slow_lookup_s)
+        slow_s, emulation = config.slow_lookup_s, shared.emulation
+        self.lookups = Lookups(
+            limits, shared.in_flight, shared.metrics, config.gather_threads, slow_s, emulation=emulation
+        )
         self._calls = CallMetrics(shared.metrics)
         self._health = Health("", SERVICE)
         self._grpc: grpc.aio.Server | None = None
         self.direct: DirectLane | None = None
         self._flushing: asyncio.TimerHandle | None = None
+        self._alarms: Alarms | None = None
         self._end_watch: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
@@ -81,15 +86,20 @@ class GrpcServer:
             # gRPC would cut off callers that ask for signs of life themselves, as many languages' do every few seconds.
             ("grpc.http2.max_ping_strikes", 0),
         ]
+        if self.shared.emulation is not None:
+            self._alarms = Alarms()
+        # Who maps tables reads them at the speed of what they really lie in.
+        may_attach = config.attach != "off" and self.shared.emulation is None
         access = self.shared.access
         self._grpc = grpc.aio.server(interceptors=[Gate(access, self.lookups), self._calls], options=options)
         service = PoolService(
             self.lookups,
             self.direct,
-            config.attach != "off",
+            may_attach,
             Statistics(self.shared.read_metrics, self.lookups.threads),
             self.shared.is_active,
             self.shared.accounts,
+            self._alarms,
         )
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
@@ -136,6 +146,9 @@ class GrpcServer:
             self._grpc = None
         if self._flushing is not None:
             self._flushing.cancel()
+        if self._alarms is not None:
+            self._alarms.close()
+            self._alarms = None
         self._end_watch()
         self.lookups.close()
 

@@ -18,6 +18,7 @@ from engrampool_proto import wire
 from engrampool_proto.errors import BatchError, EngrampoolError, WireError
 from engrampool_proto.kernels.serve import meter
 from engrampool_proto.spec import RowIds
+from engrampool_server.answer.emulation import Emulation
 from engrampool_server.answer.in_flight import Account, InFlight, Peer, most_bytes
 from engrampool_server.memory.tables import LoadedModel, LoadedTable, NotHeldError
 from engrampool_server.telemetry.metrics import Metrics
@@ -122,13 +123,21 @@ class Lookups:
     threads: for large answers. gathers_inline: all the same the event loop gathers what is sent in pieces.
     inline_bytes: requests with their answers up to this size are worked on by the event loop, with no hand-over.
     chunk_bytes: rows in one message of a stream, about. slow: told of lookups that took longer than slow_s; 0 for none.
+    emulation: of memory that rows do not come sooner from.
     """
 
     inline_bytes = 2 << 20
 
     def __init__(
-        self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int, slow_s: float = 0.0
+        self,
+        limits: Limits,
+        in_flight: InFlight,
+        metrics: Metrics,
+        gather_threads: int,
+        slow_s: float = 0.0,
+        emulation: Emulation | None = None,
     ) -> None:
+        self.emulation = emulation
         self.limits, self.in_flight, self._metrics = limits, in_flight, metrics
         self.slow = SlowLookups(metrics, slow_s)
         if in_flight.share_bytes < self.inline_bytes:

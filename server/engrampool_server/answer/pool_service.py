@@ -13,6 +13,7 @@ from engrampool_proto.spec import canonical_json
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.answer import gate, peers
 from engrampool_server.answer.accounts import Accounts
+from engrampool_server.answer.emulation import Alarms, Reading
 from engrampool_server.answer.in_flight import Peer
 from engrampool_server.answer.lane.direct import DirectLane
 from engrampool_server.answer.lookups import (
@@ -48,6 +49,7 @@ class PoolService:
     attach: whether callers may map tables, where these lie in memory that others can map. accounts: of named callers.
     statistics: what Stats answers.
     is_active: whether clients read a version of a model, as the registry had it last.
+    alarms: where memory is emulated, what to sleep by.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class PoolService:
         statistics: Statistics,
         is_active: Callable[[str, str], bool] = lambda *_: False,
         accounts: Accounts | None = None,
+        alarms: Alarms | None = None,
     ) -> None:
+        self._alarms = alarms
         self._lookups, self._direct, self._may_attach, self._is_active = lookups, direct, attach, is_active
         self._statistics = statistics
         self._accounts = accounts or Accounts(1)
@@ -145,7 +149,7 @@ class PoolService:
                 raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "other-machine", text)
             places = self._places(self._lookups.find(request.model, request.version))
             if not places:
-                text = "this server's tables cannot be mapped (its settings memory and attach say so); look rows up"
+                text = "this server's tables cannot be mapped (see its settings memory, attach, emulate); look rows up"
                 raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "no-attach", text)
         except RefusedError as error:
             await self._refuse(context, error)
@@ -169,28 +173,43 @@ class PoolService:
                 raise invalid(text, "too-many-rows")
             self._hold(job.answer_bytes, job.rows, message, context)
             if job.answer_bytes + len(message) <= self._lookups.inline_bytes:
-                answer, times = self._answer(job, context, arrived)
+                writer, begin, gathered = self._gather(job, context)
             else:
                 loop = asyncio.get_running_loop()
-                answer, times = await loop.run_in_executor(self._lookups.threads, self._answer, job, context, arrived)
+                writer, begin, gathered = await loop.run_in_executor(self._lookups.threads, self._gather, job, context)
+            if self._alarms is not None:
+                gathered += await self._emulate(self._reading(job, gathered), job.answer_bytes, gathered)
+            times = server_times(arrived, begin, gathered)
+            writer.set_times(times)
         except Refusals as error:
             await self._refuse(context, error)
         if self._lookups.slow.over(times):
             self._note_slow("Lookup", job, times, context)
         # Once the answer is on its way: the caller need not wait for our book-keeping.
         context.add_done_callback(lambda _: self._lookups.count("Lookup", job, times))
-        return answer
+        return writer.message
 
-    def _answer(self, job: Job, context: grpc.aio.ServicerContext, arrived: float) -> tuple[bytes, wire.ServerTimes]:
-        """Hash, gather and encode. Runs on the loop or in a gather thread."""
+    def _gather(self, job: Job, context: grpc.aio.ServicerContext) -> tuple[wire.ResponseWriter, float, float]:
+        """Hash, gather and encode; gives when that began, and how long it took. On the loop or in a gather thread."""
         begin = time.perf_counter()
         pieces = job.resolve(context.time_remaining())
         writer = wire.ResponseWriter([(piece.table.spec.layer, 0, piece.nbytes) for piece in pieces], with_times=True)
         for piece, out in zip(pieces, writer.rows, strict=True):
             piece.table.gather(piece.ids, out)
-        times = server_times(arrived, begin, time.perf_counter() - begin)
-        writer.set_times(times)
-        return writer.message, times
+        return writer, begin, time.perf_counter() - begin
+
+    def _reading(self, job: Job, ago_s: float = 0.0) -> Reading | None:
+        """Of a request that began so long ago, where memory is emulated."""
+        emulation = self._lookups.emulation
+        return None if emulation is None else emulation.read(job.answer_bytes, time.monotonic_ns() - round(ago_s * 1e9))
+
+    async def _emulate(self, reading: Reading | None, nbytes: int, gathered_s: float) -> float:
+        """Sleep until bytes are there that were just gathered, in so long; gives for how long, in seconds."""
+        if reading is None or self._alarms is None:
+            return 0.0
+        now_ns = time.monotonic_ns()
+        await self._alarms.until(reading.due_ns(nbytes, now_ns - round(gathered_s * 1e9)))
+        return (time.monotonic_ns() - now_ns) / 1e9
 
     async def _lookup_stream(self, message: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         arrived = time.perf_counter()
@@ -203,6 +222,7 @@ class PoolService:
             deadline = None if remaining_s is None else time.perf_counter() + remaining_s
             begin, pieces = await self._lookups.resolve_pieces(job, deadline, self._lookups.chunk_bytes)
             gathered = time.perf_counter() - begin
+            reading = self._reading(job)
             last = len(pieces) - 1
 
             def gather(at: int) -> asyncio.Future[tuple[wire.ResponseWriter, float]]:
@@ -211,7 +231,7 @@ class PoolService:
             coming = None if self._lookups.inline(job) else gather(0)
             for at in range(len(pieces)):
                 writer, seconds = await coming if coming else _gather_piece(pieces[at], at == last)
-                gathered += seconds
+                gathered += seconds + await self._emulate(reading, pieces[at].nbytes, seconds)
                 if at < last:
                     coming = coming and gather(at + 1)  # while this piece is sent
                 else:

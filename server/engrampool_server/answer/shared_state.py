@@ -8,6 +8,7 @@ from prometheus_client import Metric
 from engrampool_proto.registry.records import VersionKey
 from engrampool_server.access.access import Access
 from engrampool_server.answer.accounts import Accounts
+from engrampool_server.answer.emulation import Emulation
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.memory.tables import LoadedModel
@@ -19,7 +20,7 @@ class SharedState:
     """What every process of a server inherits when it is forked.
 
     models: those loaded before the fork; their rows are the one copy that all processes read.
-    admission: of the direct lane, None for no such lane.
+    admission: of the direct lane, None for no such lane. emulation: of other memory, None for none.
     access: what callers are let in by. accounts: what those take that are known by name.
     metrics_of_all: reads those of all processes; None where there is only one.
     """
@@ -28,6 +29,7 @@ class SharedState:
     in_flight: InFlight
     models: list[LoadedModel] = field(default_factory=list)
     admission: Admission | None = None
+    emulation: Emulation | None = None
     access: Access = field(default_factory=Access)
     accounts: Accounts = field(init=False)
     metrics_of_all: Callable[[], Iterable[Metric]] | None = None

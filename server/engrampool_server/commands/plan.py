@@ -1,14 +1,22 @@
 """`engrampool plan`: what the servers of a sharded model hold and need, before there is any of them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from engrampool_proto.sharding import MAX_SHARDS, ShardBy, cut
 from engrampool_server.files.sources import parse_location, redact
 from engrampool_server.setting_kinds import KIB, TIB, Size
+
+if TYPE_CHECKING:
+    from engrampool_server.memory.load_plan import LoadPlan
+    from engrampool_server.memory.shard_plan import ShardPlan
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_SHARE = click.FloatRange(0, 1)
 
 
 @click.command()
@@ -27,6 +35,23 @@ from engrampool_server.setting_kinds import KIB, TIB, Size
 @click.option("--replicas", type=click.IntRange(min=1), default=1, show_default=True, help="Servers of each part.")
 @click.option("--workers", type=click.IntRange(1, 1024), default=4, show_default=True, help="Of each, as in `serve`.")
 @click.option("--max-in-flight-bytes", type=str, default="1GiB", show_default=True, help="Likewise.")
+@click.option("--prefill-tokens-s", type=_POSITIVE, help="Load: tokens a second of all engines, in chunks.")
+@click.option("--decode-tokens-s", type=_POSITIVE, help="Load: tokens a second of all engines, in steps.")
+@click.option(
+    "--chunk", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of a prefill lookup."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens of a decode step.")
+@click.option("--asked-prefill", type=_SHARE, default=0.632, show_default=True, help="Share of rows left to ask for.")
+@click.option("--asked-decode", type=_SHARE, default=0.994, show_default=True, help="Likewise; doctor tells yours.")
+@click.option("--layers", type=click.IntRange(min=1), help="Of the model, for what its layers wait.")
+@click.option("--prefill-ms", type=_POSITIVE, help="A forward of one chunk.")
+@click.option("--decode-ms", type=_POSITIVE, help="A forward of one step.")
+@click.option("--link", metavar="NAME|FILE", default="tcp-100g", show_default=True, help="Of a server: a tier.")
+@click.option("--hosts", type=click.IntRange(min=1), default=1, show_default=True, help="Of engines.")
+@click.option("--call-us", type=_POSITIVE, default=110.0, show_default=True, help="A server's processor, a lookup.")
+@click.option("--s-per-gb", type=_POSITIVE, default=0.59, show_default=True, help="A server's processor, a GB of rows.")
+@click.option("--price-gib", type=_POSITIVE, default=1.0, show_default=True, help="Of a GiB of memory, in any unit.")
+@click.option("--price-server", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Beside its memory.")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object, which has a placement to edit.")
 def plan(
     model: str,
@@ -37,8 +62,9 @@ def plan(
     workers: int,
     max_in_flight_bytes: str,
     as_json: bool,
+    **load: Any,
 ) -> None:
-    """Say what each server of a sharded model holds, and the memory that it needs.
+    """Say what each server of a sharded model holds, and the memory that it needs; with a load, what that asks of them.
 
     The model is a packed one, or a checkpoint's directory, of which config.json (and tokenizer.json) suffice: no tables
     are needed.
@@ -66,4 +92,41 @@ def plan(
         how = f"--shard-by {shard_by}"
         parts = {f"{at}/{count}": part for at, part in enumerate(cut(spec, count, shard_by))}
     planned = ShardPlan(spec, parts, how, replicas, workers, answer_bytes)
-    click.echo(json.dumps(planned.to_json()) if as_json else str(planned))
+    document, text = planned.to_json(), str(planned)
+    if load["prefill_tokens_s"] or load["decode_tokens_s"]:
+        loaded = _load_plan(planned, load)
+        document, text = document | {"load": loaded.to_json()}, f"{text}\n\n{loaded}"
+    click.echo(json.dumps(document) if as_json else text)
+
+
+def _load_plan(planned: "ShardPlan", load: Mapping[str, Any]) -> "LoadPlan":
+    """Raises TierError."""
+    from engrampool_proto.tiers.tier import Tier
+    from engrampool_server.memory.load_plan import Costs, LoadPlan, Traffic
+
+    traffic = {}
+    for phase, size in (("prefill", "chunk"), ("decode", "batch")):
+        if load[f"{phase}_tokens_s"]:
+            forward_ms = load[f"{phase}_ms"]
+            traffic[phase] = Traffic(
+                tokens_per_s=load[f"{phase}_tokens_s"],
+                batch=load[size],
+                asked=load[f"asked_{phase}"],
+                forward_s=None if forward_ms is None else forward_ms / 1e3,
+            )
+    return LoadPlan(
+        spec=planned.spec,
+        shards=len(planned.parts),
+        replicas=planned.replicas,
+        memory_bytes=planned.memory_bytes,
+        traffic=traffic,
+        link=Tier.of(load["link"]),
+        layers=load["layers"],
+        hosts=load["hosts"],
+        costs=Costs(
+            call_s=load["call_us"] / 1e6,
+            s_per_gb=load["s_per_gb"],
+            gib_price=load["price_gib"],
+            server_price=load["price_server"],
+        ),
+    )

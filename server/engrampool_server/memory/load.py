@@ -11,6 +11,7 @@ from engrampool_server.config import ServerConfig
 from engrampool_server.files.raw_model import RawModel
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.machine import Machine
+from engrampool_server.memory import numa
 from engrampool_server.memory.placement import part_of
 from engrampool_server.memory.preflight import Need, PreflightError, Report, check, raise_soft_limits
 from engrampool_server.memory.reading import TableRows, identities, read
@@ -135,8 +136,18 @@ class ModelLoader:
         from engrampool_server.memory.table_loader import load  # it imports the kernels
 
         for held, seconds in self._bring(load, cancel):
+            self._look_at_nodes(held)
             show(self._metrics, held, seconds, self._config.shard)
             yield held
+
+    def _look_at_nodes(self, held: "LoadedModel") -> None:
+        """Have Prometheus see on which nodes tables lie. Raises NumaError where they may not."""
+        for layer, table in held.tables.items():
+            found = numa.shares(table.rows)
+            numa.check(self._config.numa, f"layer {layer} of {held.spec.name}", found)
+            shown = {str(node): share for node, share in found.items()} or {"unknown": 1.0}
+            for where, share in shown.items():
+                self._metrics.node_share.labels(held.spec.name, str(layer), where).set(share)
 
     def fill(self, cancel: threading.Event, tell: Callable[[int, int], None]) -> list[dict[int, TableRows]]:
         """Have the rows of each model in memory, by layer, to be held by others. Raises what `load` raises.

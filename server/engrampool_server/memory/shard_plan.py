@@ -45,6 +45,11 @@ class ShardPlan:
             for shard, part in self.parts.items()
         }
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of all servers."""
+        return sum(need.memory_bytes for need in self.needs.values()) * self.replicas
+
     def to_json(self) -> dict[str, Any]:
         """JSON types; bytes. `placement` is what `--placement` reads."""
         names = {shard: shard if is_shard_name(shard) else shard.replace("/", "-of-") for shard in self.parts}
@@ -54,7 +59,7 @@ class ShardPlan:
             "serve": self.how,
             "replicas": self.replicas,
             "servers": len(self.parts) * self.replicas,
-            "memory_bytes": sum(need.memory_bytes for need in self.needs.values()) * self.replicas,
+            "memory_bytes": self.memory_bytes,
             "shards": [
                 {
                     "shard": shard,
@@ -84,10 +89,9 @@ class ShardPlan:
                 for table, rows in ((self.spec.table(layer), rows) for layer, rows in self.parts[shard].items())
             ]
         beside = next(iter(self.needs.values()))
-        total = sum(need.memory_bytes for need in self.needs.values()) * self.replicas
         lines.append(
             f"{len(self.parts)} shards x {self.replicas}: {len(self.parts) * self.replicas} servers, "
-            f"{format_bytes(total, up=True)} of memory in all"
+            f"{format_bytes(self.memory_bytes, up=True)} of memory in all"
         )
         lines.append(
             f"memory: the rows, {format_bytes(beside.working_bytes, up=True)} for {self.workers} workers and answers "

@@ -21,6 +21,7 @@ from typing import Self, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server.access.access import Access
+from engrampool_server.answer.emulation import Emulation
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.shared_state import SharedState, free_slot
@@ -69,7 +70,13 @@ class Supervisor:
         slots = config.workers + OTHER_PROCESSES
         self.metrics = Metrics()
         access = Access.of(config, self.metrics)
-        self.shared = SharedState(self.metrics, InFlight(config.max_in_flight_bytes, slots), access=access)
+        emulation = Emulation.of(config.emulate)
+        in_flight = InFlight(config.max_in_flight_bytes, slots)
+        self.shared = SharedState(self.metrics, in_flight, access=access, emulation=emulation)
+        self.metrics.emulated.labels(emulation.tier.name if emulation else "off").set(emulation is not None)
+        if emulation is not None:
+            tier = emulation.tier
+            log.event("emulating", level="warning", tier=str(tier), sources=tier.sources, sure=tier.sure)
         log.count_dropped(self.metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)
         self._processes = Processes(self._pid, self._pids, self._inherited)

@@ -106,6 +106,9 @@ class Metrics:
             "engrampool_table_bytes", "Rows held in memory, of a shard those of its part.", table
         )
         self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
+        self.node_share = self._gauge(
+            "engrampool_table_node_share", "Share of a table's pages, by node of memory.", (*table, "node")
+        )
         self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))
         self.loaded_bytes = Counter(
             "engrampool_loaded_bytes", "Tables read and checked, or adopted, so far.", registry=registry
@@ -161,6 +164,7 @@ class Metrics:
         self.unregistered = self._gauge(
             "engrampool_unregistered", "1 while the registry does not take what this server holds, else 0."
         )
+        self.emulated = self._gauge("engrampool_emulated_tier", "1 where memory is emulated, else 0.", ("tier",))
         build = ("version", "python_version", "grpc_version")
         self._gauge("engrampool_build_info", "Always 1.", build).labels(
             __version__, platform.python_version(), version("grpcio")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click import UsageError
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -339,6 +340,24 @@ def test_a_recording_is_replayed_with_the_same_settings(server, tmp_path, patien
     assert sum(phase["bytes"].values()) == pytest.approx(6 * 2 * 8 * 264)
 
 
+def test_a_tier_that_is_slower_than_the_layers_exposes_them_and_the_report_says_that_it_is_emulated(
+    packed, tokens, tmp_path
+):
+    slow = tmp_path / "slow.json"
+    slow.write_text('{"latency_s": 0.05, "bandwidth_gb_per_s": 10}')
+    shown = ("--layers", LAYERS, "--decode-ms", 20, "--decode-batch", 8, "--seconds", 0.5)
+    with serve_thread(packed, memory=f"file:{tmp_path}") as server:
+        code, output = run("--server", server, "--tokens", tokens, *shown, "--emulate", slow)
+        assert code == 3
+        assert "emulated, not measured on such hardware: slow: 50000 us a group of a request, 10 GB/s" in output
+        _, output = run("--server", server, "--tokens", tokens, *shown, "--emulate", slow, "--json")
+    found = json.loads(output)
+    assert found["lane"] == "attached"
+    assert found["emulated"].startswith("slow: ")
+    # Layer 1 begins a twentieth of 20 ms after the rows were asked for, and has them 50 ms after that.
+    assert found["phases"][0]["verdicts"][0]["p50_s"] < -0.048
+
+
 def test_layer_times_of_a_file(server, tokens, tmp_path):
     path = tmp_path / "layers.json"
     path.write_text(json.dumps({"decode": [0.5] * 13 + [2.5] * 7}))
@@ -394,6 +413,10 @@ def test_bad_input_is_one_error(server, other_packed, tokens, spec, tmp_path):
     for kind, text, arguments in cases:
         with pytest.raises(kind, match=text):
             run("--server", server, *arguments)
+    with pytest.raises(UsageError, match="--emulate is of attached memory"):
+        run("--server", server, "--tokens", tokens, *layers, "--emulate", "cxl-direct", "--attach", "off")
+    with pytest.raises(SpecError, match="emulate needs memory that is attached"):
+        run("--server", server, "--tokens", tokens, *layers, "--emulate", "cxl-direct")
     with pytest.raises(UnavailableError, match="no server at"):
         run("--server", "127.0.0.1:1", "--tokens", tokens, *layers, "--timeout-s", 0.2)
 

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from engrampool_proto import frames, wire
 from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, send_from
+from engrampool_proto.kernels.tier import await_due
+from engrampool_server.answer.emulation import Reading
 from engrampool_server.answer.in_flight import Peer
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Job, Piece, Refusals, check_deadline, cut
@@ -29,10 +31,11 @@ class Answerer:
     """Answers on one connection, in its thread, and counts what it holds.
 
     peer: whom that is counted for; another one, of another place, only while nothing is held.
+    leaving: int64 [1], not 0 once no more requests are taken.
     """
 
-    def __init__(self, resources: Resources, peer: Peer, fileno: int) -> None:
-        self._resources, self.peer, self._fileno = resources, peer, fileno
+    def __init__(self, resources: Resources, peer: Peer, fileno: int, leaving: npt.NDArray[np.int64]) -> None:
+        self._resources, self.peer, self._fileno, self._leaving = resources, peer, fileno, leaving
         self._scratch = np.zeros(SCRATCH_WORDS, np.int64)
         self._held = 0  # bytes in flight, of the request and its answer
 
@@ -77,7 +80,9 @@ class Answerer:
             self.refuse(error, number)
             return
         try:
-            gathered = time.monotonic_ns() - begin + self._send_pieces(pieces, number, until)
+            resolved, emulation = time.monotonic_ns(), lookups.emulation
+            reading = None if emulation is None else emulation.read(job.answer_bytes, resolved)
+            gathered = resolved - begin + self._send_pieces(pieces, number, until, reading)
             end = time.monotonic_ns()
             times = wire.ServerTimes((begin - arrived_ns) // 1000, gathered // 1000, (end - arrived_ns) // 1000)
             self._send(np.frombuffer(frames.end(number, times), np.uint8), until)
@@ -89,7 +94,7 @@ class Answerer:
             who = self.peer if isinstance(self.peer, str) else self.peer.name
             lookups.slow.note("Direct", number, who, job.rows, times)
 
-    def _send_pieces(self, pieces: list[Piece], number: int, until: int) -> int:
+    def _send_pieces(self, pieces: list[Piece], number: int, until: int, reading: Reading | None) -> int:
         """Gather and send them; gives the nanoseconds that gathering took."""
         size, gathered = frames.HEADER.size + max(piece.nbytes for piece in pieces), 0
         buffer = self._resources.take_buffer(size)
@@ -99,6 +104,9 @@ class Answerer:
             start = frames.rows_start(number, piece.table.spec.layer, piece.first, piece.nbytes)
             buffer[: frames.HEADER.size] = np.frombuffer(start, np.uint8)
             piece.table.gather(piece.ids, buffer[frames.HEADER.size : stop])
+            if reading is not None:
+                due = reading.due_ns(piece.nbytes, begin)
+                self._check_sent(await_due(self._fileno, due, until, self._leaving, self._scratch), until)
             gathered += time.monotonic_ns() - begin
             self._send(buffer[:stop], until)
         return gathered
@@ -113,7 +121,11 @@ class Answerer:
         self._send(np.frombuffer(frame, np.uint8), -1)
 
     def _send(self, data: npt.NDArray[np.uint8], until: int) -> None:
-        sent = send_from(self._fileno, data, until, round(PATIENCE_S * 1e9), self._scratch)
+        self._check_sent(send_from(self._fileno, data, until, round(PATIENCE_S * 1e9), self._scratch), until)
+
+    @staticmethod
+    def _check_sent(sent: int, until: int) -> None:
+        """Raise CutError for what is no number of bytes."""
         if sent == ENDED:
             raise CutError("")
         if sent < 0:

@@ -15,6 +15,7 @@ from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
 from engrampool_proto.kernels import serve
 from engrampool_proto.kernels.sockets import LATE, pass_over, receive_into
+from engrampool_server.answer.emulation import wake_promptly
 from engrampool_server.answer.in_flight import Account, Peer
 from engrampool_server.answer.lane.answers import Answerer, CutError
 from engrampool_server.answer.lane.handles import Handles
@@ -56,11 +57,12 @@ class Connection:
         self.key: bytes | None = None
         self.account: Account | None = None
         self._resources, self._socket, self._admit, self._left = resources, accepted, admit, left
-        self._answerer = Answerer(resources, peer, accepted.fileno())
+        self._state = np.zeros(serve.STATE_WORDS, np.int64)
+        leaving = self._state[serve.LEAVING : serve.LEAVING + 1]
+        self._answerer = Answerer(resources, peer, accepted.fileno(), leaving)
         self._closing = threading.Lock()  # so that nobody shuts a descriptor that is another's by then
         self._closed = self._cut_off = False
         self._limits: npt.NDArray[np.int64] | None = None
-        self._state = np.zeros(serve.STATE_WORDS, np.int64)
         self._buffer: Buffer = np.empty(0, np.uint8)
 
     def start(self) -> None:
@@ -110,6 +112,8 @@ class Connection:
     # --- its thread
 
     def _run(self) -> None:
+        if self._resources.lookups.emulation is not None:
+            wake_promptly()
         try:
             if self._greet():
                 self._serve()

@@ -49,6 +49,8 @@ class Resources:
         words[serve.IN_FLIGHT], words[serve.SHARE] = lookups.in_flight.limit_bytes, lookups.in_flight.share_bytes
         words[serve.LARGE_BUFFER] = SMALL_REQUEST_BYTES
         words[serve.ANSWERS], words[serve.SLOW_US] = self._answers.ctypes.data, lookups.slow.limit_us
+        if lookups.emulation is not None:
+            words[serve.TIER :] = lookups.emulation.words
         return words
 
     def take_buffer(self, nbytes: int) -> Buffer:

@@ -1,0 +1,1 @@
+"""Memory that is not there: what is known of it, for those who emulate it."""
