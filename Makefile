@@ -30,8 +30,9 @@ demo: $(VENV)/demo-installed
 KERNELS := from engrampool_proto.kernels import entries, hasher, hot_rows, serve
 
 test: $(VENV)/dev-installed
-	$(BIN)/python -c "$(KERNELS)" & $(MAKE) --no-print-directory lint && wait
-	$(BIN)/python -m pytest $(AT_ONCE)
+	@# mypy has one core for itself alone, or beside the compiler and the tests.
+	$(MAKE) --no-print-directory lint & lint=$$!; \
+		$(BIN)/python -c "$(KERNELS)" && $(BIN)/python -m pytest $(AT_ONCE); tests=$$?; wait $$lint && exit $$tests
 
 test-quick: $(VENV)/dev-installed
 	$(BIN)/python -c "$(KERNELS)"
