@@ -27,7 +27,7 @@ demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
 
 # Kernels are compiled once, before several processes would each do so at one time.
-KERNELS := from engrampool_proto.kernels import entries, hasher, hot_rows, serve
+KERNELS := from engrampool_proto.kernels import entries, hasher, histories, hot_rows, serve
 
 test: $(VENV)/dev-installed
 	@# mypy has one core for itself alone, or beside the compiler and the tests.

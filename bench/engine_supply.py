@@ -93,8 +93,9 @@ def measure(
     random, vocab = np.random.default_rng(0), client.spec.vocab_size
     landing = Nowhere(client.spec, 8192)
     alone = {layer: np.zeros((8192, *shape), np.uint8) for layer, shape in landing.row_shape.items()}
-    supply = Supply(client, landing, Histories(64, LONGEST, 3), timeout_s=60, ahead_tokens=8192)
+    supply = Supply(client, landing, Histories(64, LONGEST, 3, compiled=True), timeout_s=60, ahead_tokens=8192)
     numbers, ones = np.arange(requests), np.ones(requests, np.int64)
+    counts = ones * tokens
     for number in numbers.tolist():
         supply.add(number, random.integers(0, vocab, 8), 7)
     if tokens == 1:
@@ -111,12 +112,12 @@ def measure(
         while client.stats.in_flight or supply.sampling:
             time.sleep(0 if isinstance(client, Instant) else 1e-3)
 
-        def forward(position: int = position, ids: np.ndarray = ids) -> None:
+        starts = ones * (position if tokens == 1 else 0)
+
+        def forward(starts: np.ndarray = starts, learned: np.ndarray = ids[:, 0]) -> None:
             if tokens == 1:
-                supply.learn(numbers, ones * position, ones, ids[:, 0])
-                supply.start(numbers, ones * position, ones)
-            else:
-                supply.start(numbers, ones * 0, ones * tokens)
+                supply.learn(numbers, starts, ones, learned)
+            supply.start(numbers, starts, counts)
             supply.wait()
 
         batch = random.integers(0, vocab, requests * tokens).astype(np.int32)

@@ -24,12 +24,19 @@ def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (connection, answers):
         monkeypatch.setattr(module, "PATIENCE_S", 600.0)
     issue = Tickets.issue
-    monkeypatch.setattr(Tickets, "issue", lambda tickets, _, peer: issue(tickets, 600.0, peer))
+    monkeypatch.setattr(Tickets, "issue", lambda tickets, _, *other: issue(tickets, 600.0, *other))
 
 
 def way_in(server: Running) -> pool_pb2.OpenDirectResponse:
     with grpc.insecure_channel(server.address) as channel:
         return pool_pb2_grpc.PoolStub(channel).OpenDirect(pool_pb2.OpenDirectRequest(), timeout=LIMIT_S)
+
+
+def greeted(where: pool_pb2.OpenDirectResponse) -> int:
+    """The kind of frame that a hello with this ticket is answered with, on a connection that ends then."""
+    with socket.create_connection(("127.0.0.1", where.port), LIMIT_S) as lane:
+        lane.sendall(frames.frame(frames.HELLO, where.ticket))
+        return int(frames.HEADER.unpack(lane.recv(frames.HEADER.size, socket.MSG_WAITALL))[0])
 
 
 class Caller:

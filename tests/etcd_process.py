@@ -23,7 +23,7 @@ class EtcdProcess:
     """
 
     def __init__(
-        self, program: str, directory: Path, host: str, prefix: Sequence[str], flags: Sequence[str] = ()
+        self, program: str, directory: Path, host: str, prefix: Sequence[str], flags: Sequence[str], tls: bool
     ) -> None:
         self.address = f"{host}:{_free_port()}"
         self._home = self.address
@@ -33,8 +33,8 @@ class EtcdProcess:
             *prefix,
             program,
             f"--data-dir={self._data}",
-            f"--listen-client-urls=http://{self.address}",
-            f"--advertise-client-urls=http://{self.address}",
+            f"--listen-client-urls=http{'s' * tls}://{self.address}",
+            f"--advertise-client-urls=http{'s' * tls}://{self.address}",
             f"--listen-peer-urls={peers}",
             f"--initial-advertise-peer-urls={peers}",
             f"--initial-cluster=default={peers}",
@@ -123,17 +123,17 @@ class EtcdProcess:
 
 @contextmanager
 def running_etcd(
-    directory: Path, host: str = "127.0.0.1", prefix: Sequence[str] = (), flags: Sequence[str] = ()
+    directory: Path, host: str = "127.0.0.1", prefix: Sequence[str] = (), flags: Sequence[str] = (), tls: bool = False
 ) -> Iterator[EtcdProcess]:
     """A started etcd with its data in `directory`; skips the test without one, or fails it where CI is set.
 
     host: its address. prefix: words before its command, of a program that becomes etcd, as `nsenter` does. flags: more
-    of its own.
+    of its own. tls: it speaks that, by certificates that its flags name.
     """
     program = _program()
     if program is None:
         lacking("there is no etcd (`make test` installs one on x86-64; Debian: apt-get install etcd-server)")
-    etcd = EtcdProcess(program, directory, host, prefix, flags)
+    etcd = EtcdProcess(program, directory, host, prefix, flags, tls)
     try:
         etcd.start()
         yield etcd

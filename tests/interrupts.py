@@ -27,9 +27,10 @@ class Interrupt:
     for a place outside. There it would come before a lock is let go of, which Ctrl-C cannot.
     """
 
-    def __init__(self, at: int, files: tuple[str, ...] = SMALL_STEPS) -> None:
+    def __init__(self, at: int, files: tuple[str, ...] = SMALL_STEPS, never: tuple[str, ...] = ()) -> None:
+        """never: nor at lines that begin with these."""
         self.left, self.raised, self.where = at, False, ""
-        self._files = files
+        self._files, self._never = files, ("with ", "try:", *never)
 
     def __enter__(self) -> "Interrupt":
         sys.settrace(self._call)
@@ -44,7 +45,7 @@ class Interrupt:
 
     def _line(self, frame, event, arg):
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not self.raised and not line.lstrip().startswith(("with ", "try:")):
+        if event == "line" and not self.raised and not line.lstrip().startswith(self._never):
             self.left -= 1
             if self.left < 0:
                 self.raised, self.where = True, f"{frame.f_code.co_filename}:{frame.f_lineno}"

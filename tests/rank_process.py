@@ -1,8 +1,9 @@
-"""One rank of a group, in a process of its own: `python -m rank_process WAY RANK SIZE STORE SERVER POLICY TIMEOUT_S`.
+"""One rank, in a process of its own: `python -m rank_process WAY RANK SIZE TOGETHER STORE SERVER POLICY TIMEOUT_S`.
 
 For each line of standard input it runs a forward, all ranks the same one, and says what became of it in a line of JSON.
-A line "fail" has the forward fail before it asks for anything, "die" ends the process there.
-WAY: rows come "before" a forward, or "in" it.
+A line "fail" has the forward fail before it asks for anything, "dummy" is a forward for others' sake, "die" ends the
+process there. WAY: rows come "before" a forward, or "in" it. TOGETHER: so many ranks that follow each other are a group
+that computes the same tokens; the others are data-parallel to it.
 """
 
 import json
@@ -21,17 +22,23 @@ from engrampool_client.integrations.forwards.torch_landing import TorchLanding
 from engrampool_client.integrations.staging import Staging
 
 
-def main(way: str, rank: int, size: int, store: str, server: str, policy: str, timeout_s: float) -> None:
+def main(way: str, rank: int, size: int, together: int, store: str, server: str, policy: str, timeout_s: float) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    width = 24 // size
+    groups = [dist.new_group(range(first, first + together)) for first in range(0, size, together)]
+    width, at = 24 // together, rank % together
     client = Client(
-        server, heads=(rank * width, (rank + 1) * width), on_failure=policy, timeout_s=timeout_s, breaker_failures=0
+        server, heads=(at * width, (at + 1) * width), on_failure=policy, timeout_s=timeout_s, breaker_failures=0
     )
-    run, close = (_before if way == "before" else _in)(client, width, timeout_s, agreement.over(dist.group.WORLD))
+    agree = agreement.over(groups[rank // together])
+    run, dummy, close = (_before if way == "before" else _in)(client, width, timeout_s, agree)
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         if line.strip() == "die":
             os._exit(0)
+        if line.strip() == "dummy":
+            dummy()
+            print(json.dumps("dummy"), flush=True)
+            continue
         try:
             valid, rows = run(line.strip() == "fail")
             zeros = not any(one.any() for one in rows)
@@ -43,7 +50,7 @@ def main(way: str, rank: int, size: int, store: str, server: str, policy: str, t
 
 
 def _before(client, width, timeout_s, agree):
-    """A forward of `Supply`: which tokens are valid, and each layer's rows; and what closes it."""
+    """A forward of `Supply`: which tokens are valid, and each layer's rows; a dummy one; and what closes it."""
     layers = client.spec.layers
     shape = {layer: (width, client.spec.table(layer).row_bytes) for layer in layers}
     landing = TorchLanding(layers, shape, 8, torch.device("cpu"))
@@ -59,7 +66,7 @@ def _before(client, width, timeout_s, agree):
         valid = supply.wait()
         return valid.reshape(-1).tolist(), [supply.landed(layer)[:5] for layer in layers]
 
-    return run, supply.close
+    return run, lambda: supply.dummy(8), supply.close
 
 
 def _in(client, width, timeout_s, agree):
@@ -82,8 +89,14 @@ def _in(client, width, timeout_s, agree):
         masked = sum(staging.counts.masked.values()) - before
         return [at >= masked for at in range(5 * len(rows))], rows
 
-    return run, staging.close
+    def dummy():
+        with staging.quiet():
+            for layer in staging.layers:
+                staging.start(layer, ids)
+            assert [staging.rows(layer) for layer in staging.layers] == [None] * len(staging.layers)
+
+    return run, dummy, staging.close
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:7], float(sys.argv[7]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:8], float(sys.argv[8]))

@@ -26,6 +26,7 @@ from engrampool_proto.hashing import TokenBatch, XorMix
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.token_map import TokenMap
+from engrampool_server.access.access import Access
 from engrampool_server.answer.grpc_server import GrpcServer
 from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.answer.lane.admission import Admission
@@ -154,7 +155,8 @@ def _event_loop(kind: str) -> Iterator[asyncio.AbstractEventLoop]:
 def running(*models: Path, load: bool = True, **settings: Any) -> Iterator[Running]:
     """A started server; load: and a serving one. settings: fields of ServerConfig."""
     config = ServerConfig(models=models, **{"listen": "127.0.0.1:0", "metrics": "off", **settings})
-    shared = SharedState(Metrics(), InFlight(config.max_in_flight_bytes))
+    metrics = Metrics()
+    shared = SharedState(metrics, InFlight(config.max_in_flight_bytes), access=Access.of(config, metrics))
     with ExitStack() as stack:
         loader = stack.enter_context(closing(ModelLoader(config, shared.metrics)))
         loader.open()
@@ -163,7 +165,7 @@ def running(*models: Path, load: bool = True, **settings: Any) -> Iterator[Runni
             for one in reserved:
                 stack.enter_context(one)
             config = replace(config, listen=address)
-        shared.admission = Admission.open(config.direct, config.listen)
+        shared.admission = Admission.open(config.lane, config.listen)
         if shared.admission is not None:
             stack.enter_context(closing(shared.admission))
         loop = stack.enter_context(_event_loop(config.event_loop))

@@ -23,6 +23,7 @@ def with_plugin(server):
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner_components import cuda_graph_setup, ngram_embedding_manager
     from sglang.srt.model_executor.runner.base_runner import BaseRunner
+    from sglang.srt.models import qwen4_exp
 
     stock, hashing = engram.EngramEmbedding, engram.EngramHasher.forward
     with pytest.MonkeyPatch.context() as patch:
@@ -36,6 +37,12 @@ def with_plugin(server):
             (cuda_graph_setup, "capture_cuda_graphs"),
             (cuda_graph_setup, "capture_prefill_graph"),
             (cuda_graph_setup, "capture_decode_graph"),
+            (qwen4_exp, "Qwen4ExpPinnedHostEmbedding"),
+            (qwen4_exp, "_prepare_ple_batch"),
+            (qwen4_exp.Qwen4ExpNGramEmbedding, "__init__"),
+            (qwen4_exp.Qwen4ExpModel, "__init__"),
+            (qwen4_exp.Qwen4ExpForConditionalGeneration, "load_weights"),
+            (qwen4_exp.Qwen4ExpPLELayer, "start_prefetch"),
         ):
             patch.setattr(place, name, vars(place)[name])
         patch.setattr(engram_staging.EngramRowStager, "from_model", vars(engram_staging.EngramRowStager)["from_model"])

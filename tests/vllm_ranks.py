@@ -17,10 +17,12 @@ REPLACED = ("_create_embedding", "_init_staging", "prepare_embeddings", "_ready_
 def with_plugin(server):
     """The engine's module with our plugin in it, put there by the engine's own loader; `Stock` is what it was."""
     import vllm.models.deepseek_v41.common.engram as engram
+    import vllm.models.qwen4_exp.common.ngram_embedding as tables
     import vllm.plugins
     import vllm.v1.worker.gpu_worker as gpu_worker
 
     stock = {name: vars(engram.Engram)[name] for name in REPLACED}
+    pinned, device = tables.Qwen4ExpPLEPinnedHostEmbedding, tables.Qwen4ExpPLEDeviceEmbedding
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(f"{ENVIRONMENT_PREFIX}TARGET", raising=False)
         patch.setattr(vllm.plugins, "plugins_loaded", False)
@@ -39,6 +41,8 @@ def with_plugin(server):
         module=engram,
         ours=vllm_engram,
         Stock=type("Stock", (engram.Engram,), stock),
+        Pinned=pinned,
+        Device=device,
         Worker=gpu_worker.Worker,
     )
 

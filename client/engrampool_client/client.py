@@ -62,7 +62,7 @@ class Client:
         servers = Servers(list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target])
         self.target = servers.text
         self._closing = Event()
-        self._versions = VersionFollower(servers, config)
+        self._versions = VersionFollower(servers, servers.named(config))
         self._lookups = Lookups(config, self._versions, self._closing)
         self._recorder: Recorder | None = None
         self._begin_connecting(partial(self._connect, model, version))

@@ -6,12 +6,14 @@ Each imports what it needs when it runs, so that help and mistakes are answered 
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from engrampool_client import private_files
+from engrampool_client.config import ENVIRONMENT_PREFIX
 from engrampool_proto.errors import BatchError, EngrampoolError
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from engrampool_client.lookup.delivery import Rows
     from engrampool_proto.spec import ModelSpec
 
+_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
 # Of rows that are asked for at once.
 _PIECE_BYTES = 64 << 20
 _PATH = click.Path(path_type=Path)
@@ -42,6 +45,21 @@ def read_target(context: click.Context, param: click.Parameter, value: str) -> s
     return value
 
 
+def credential_options(command: _Command) -> _Command:
+    """Decorate a click command that dials servers with what a client trusts and shows: settings of `Client`."""
+    options = (
+        ("--tls-ca", _PATH, "Authorities as PEM: reach servers over TLS, with certificates of theirs."),
+        ("--tls-cert", _PATH, "This client's certificate as PEM, if servers ask for one,"),
+        ("--tls-key", _PATH, "with its key."),
+        ("--tls-name", str, "The name that servers' certificates have, if it is not the host."),
+        ("--token", str, "TOKEN, or file:PATH of a file that holds it, which other users of this machine do not see."),
+    )
+    for flag, kind, text in reversed(options):
+        variable = ENVIRONMENT_PREFIX + flag[2:].replace("-", "_").upper()
+        command = click.option(flag, type=kind, envvar=variable, show_envvar=True, help=text)(command)
+    return command
+
+
 @click.command()
 @click.option(
     "--server",
@@ -59,6 +77,7 @@ def read_target(context: click.Context, param: click.Parameter, value: str) -> s
 @_TOKENS
 @_OUT
 @_JSON
+@credential_options
 def lookup(
     server: str,
     name: str | None,
@@ -70,6 +89,7 @@ def lookup(
     tokens: Path,
     out: Path,
     as_json: bool,
+    **credentials: Any,
 ) -> None:
     """Fetch the rows of a token sequence: uint8 [T, heads, row_bytes], one array a layer, named layer_L.
 
@@ -80,6 +100,7 @@ def lookup(
     ids = read_tokens(tokens)
     private_files.check_replaceable(out)
     settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
+    settings |= credentials
     # To import numba takes longer than all of this.
     with Client(server, name, version, hashing=hashing, compiled="off", **settings) as pool:  # type: ignore[arg-type]
         begin = time.perf_counter()

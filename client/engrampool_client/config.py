@@ -1,7 +1,8 @@
 """What a client is made with, beside whom it asks: every setting with its unit, its range and its meaning."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral
 from operator import index
@@ -17,6 +18,11 @@ Connections = int | Literal["auto"]
 
 # Before the names of settings, in capitals, where a client's come from the environment.
 ENVIRONMENT_PREFIX = "ENGRAMPOOL_CLIENT_"
+
+# Settings of which none says anything by itself.
+_TOGETHER = ("tls_cert", "tls_key", "tls_name")
+# What a header of HTTP takes.
+TOKEN = re.compile(r"[!-~]+")
 
 # No wait is longer, whatever a caller asks for: the system counts some of them in milliseconds of 31 bits.
 LONGEST_S = 1e6
@@ -47,6 +53,11 @@ class ClientSettings(TypedDict, total=False):
     compiled: Compiled
     keep_memory: bool
     record: str | Path | None
+    tls_ca: str | Path | None
+    tls_cert: str | Path | None
+    tls_key: str | Path | None
+    tls_name: str | None
+    token: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +153,26 @@ class ClientConfig:
     """A file to write the row ids of every lookup to, for `engrampool doctor`; made anew, mode 0600. N-grams can be
     worked out from them: treat it as you would the text."""
 
+    # --- whom it trusts, and who it is
+
+    tls_ca: str | Path | None = None
+    """A file of authorities as PEM: servers are reached over TLS, and need a certificate of theirs. None: no TLS."""
+
+    tls_cert: str | Path | None = None
+    """This client's certificate as PEM, for servers that ask for one; with `tls_ca` and `tls_key`."""
+
+    tls_key: str | Path | None = None
+    """Its key as PEM, not encrypted. These three files are read again when they change."""
+
+    tls_name: str | None = None
+    """The name that servers' certificates have, where that is not the host that they are reached by, as of servers by
+    address. By default that host; of one dns:///NAME:PORT, NAME."""
+
+    token: str | None = field(default=None, repr=False)
+    """What says to servers who the client is: the token, or file:PATH for one in a file, read again when it changes."""
+
     def __post_init__(self) -> None:
+        check_credentials(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name, self.token)
         plain = self.hashing == "server"
         connections = {} if self.connections == "auto" else {"connections": self.connections}
         check_settings(
@@ -208,9 +238,11 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         try:
             found[name] = _of_text(kinds[name], text)
-            ClientConfig.of({name: found[name]})
+            if name not in _TOGETHER:
+                ClientConfig.of({name: found[name]})
         except ValueError as error:
-            raise ValueError(f"{variable}={text!r} is not allowed: {error}") from error
+            shown = "..." if name == "token" else repr(text)
+            raise ValueError(f"{variable}={shown} is not allowed: {error}") from error
     if not found.get("target"):
         raise ValueError(f"{ENVIRONMENT_PREFIX}TARGET must name the servers")
     return found
@@ -228,6 +260,17 @@ def _of_text(kind: Any, text: str) -> Any:
     if kind == Connections:
         return text if text == "auto" else int(text)
     return tuple(map(int, text.split(","))) if kind == ClientConfig.__annotations__["heads"] else text
+
+
+def check_credentials(ca: Any, cert: Any, key: Any, name: Any, token: Any) -> None:
+    """Raise ValueError for credentials that do not go together, or that cannot be; none of them is read."""
+    if (cert is None) != (key is None):
+        raise ValueError("tls_cert and tls_key go together: give both, or neither")
+    alone = [one for one, value in (("tls_cert", cert), ("tls_name", name)) if value is not None and ca is None]
+    if alone:
+        raise ValueError(f"{alone[0]} needs tls_ca, without which there is no TLS")
+    if token is not None and not (isinstance(token, str) and (token.startswith("file:") or TOKEN.fullmatch(token))):
+        raise ValueError("token must be printable ASCII without spaces, or file:PATH of a file that holds it")
 
 
 def columns(heads: Any, most: int | None = None) -> tuple[int, int] | None:

@@ -6,6 +6,9 @@ EngrampoolError
 +- RecordError                 a recording cannot be made or read, or is another model's: make it again
 +- PoolError
    +- UnavailableError          the server is down, unreachable or still loading: try again, or another
+   |  +- TlsError              no trust: a certificate, or one side speaks TLS and the other does not
+   +- UnauthenticatedError     the server does not know this client: give it a token or certificate that is good
+   +- ForbiddenError           it knows the client, which may not do that: another role
    +- DeadlineError             no answer in time (also a TimeoutError)
    +- OverloadedError           the server has too much in flight: send less, or later
    +- RejectedError             the server refused the request: change it
@@ -43,6 +46,18 @@ class RecordError(EngrampoolError):
 
 class UnavailableError(PoolError):
     """The server cannot be reached, or is still loading its tables."""
+
+
+class TlsError(UnavailableError):
+    """No connection is made, as one side does not trust the other, or only one speaks TLS; the text says which."""
+
+
+class UnauthenticatedError(PoolError):
+    """The server answers callers that it knows only: the token or certificate is missing, unknown or revoked."""
+
+
+class ForbiddenError(PoolError):
+    """The server knows the caller, and its roles do not allow the call."""
 
 
 class DeadlineError(PoolError, TimeoutError):
@@ -93,6 +108,8 @@ _BY_CODE: dict[grpc.StatusCode, type[PoolError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RejectedError,
     grpc.StatusCode.NOT_FOUND: UnknownModelError,
     grpc.StatusCode.FAILED_PRECONDITION: UnknownVersionError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,
     # Whoever cancels here has ended the step before gRPC says so; otherwise it is a server that is closing.
     grpc.StatusCode.CANCELLED: UnavailableError,
 }
@@ -111,6 +128,27 @@ _NO_CONNECTION = {
 }
 
 
+# How gRPC says why a handshake failed; what that means, and the reason that programs go by.
+_NO_TRUST = {
+    "certificate has expired": ("the server's certificate has expired: it needs another one", "certificate-expired"),
+    "certificate is not yet valid": ("the server's certificate is not valid yet: look at both clocks", "not-yet-valid"),
+    "Hostname Verification Check failed": (
+        "the server's certificate is for another host: reach it by a name in its certificate, or set tls_name",
+        "wrong-host",
+    ),
+    "CERTIFICATE_VERIFY_FAILED": (
+        "the server's certificate is of no authority in tls_ca: give the file of the authority that signed it",
+        "unknown-authority",
+    ),
+    "WRONG_VERSION_NUMBER": (
+        "it does not speak TLS, and this client does: leave tls_ca away, or give the server tls_cert and tls_key",
+        "no-tls",
+    ),
+    "andshake failed": ("the TLS handshake failed", "handshake"),
+    "security handshaker": ("the TLS handshake failed, perhaps for what tls_ca holds", "handshake"),
+}
+
+
 def from_rpc(error: grpc.RpcError, target: str) -> PoolError:
     """The typed error for a failed call to `target`."""
     reason = next((str(value) for key, value in error.trailing_metadata() or () if key == REASON_KEY), None)
@@ -122,6 +160,9 @@ def from_status(code: grpc.StatusCode, reason: str | None, text: str | None, tar
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"{target} is no engrampool server: {text}", reason)
     if code is grpc.StatusCode.UNAVAILABLE and reason is None:
+        for sign, (means, named) in _NO_TRUST.items():
+            if sign in (text or ""):
+                return TlsError(f"{target}: {means}: {text} ({code.name})", named)
         why = next((why for sign, why in _NO_CONNECTION.items() if sign in (text or "")), None)
         text = text if why is None else f"{why}: {text}"
     kind = _BY_CODE.get(code, PoolError)
@@ -130,6 +171,13 @@ def from_status(code: grpc.StatusCode, reason: str | None, text: str | None, tar
     if kind is UnknownVersionError and reason not in (None, "unknown-version"):
         kind = RejectedError  # such as "partial-model": the version is there, what is asked for is not
     return kind(f"{target}: {text} ({code.name})", reason)
+
+
+def together(errors: Sequence[EngrampoolError]) -> type[PoolError]:
+    """What it is that no server can be asked: of no trust on all sides that, else that they are unavailable."""
+    kinds = {type(error) for error in errors}
+    one = kinds.pop() if len(kinds) == 1 else UnavailableError
+    return one if issubclass(one, TlsError | UnauthenticatedError | ForbiddenError) else UnavailableError
 
 
 def is_no_grpc(error: PoolError) -> bool:
@@ -143,6 +191,7 @@ __all__ = [
     "DeadlineError",
     "EngrampoolError",
     "FingerprintError",
+    "ForbiddenError",
     "ForkedError",
     "OverloadedError",
     "PoolError",
@@ -151,6 +200,8 @@ __all__ = [
     "RejectedError",
     "SpecError",
     "StepCancelledError",
+    "TlsError",
+    "UnauthenticatedError",
     "UnavailableError",
     "UnknownModelError",
     "UnknownVersionError",

@@ -45,6 +45,7 @@ _CLIENTS_PREFIX = "ENGRAMPOOL_CLIENT_"
 LogLevel = Literal["debug", "info", "warning", "error"]
 EventLoop = Literal["uvloop", "asyncio"]
 Attach = Literal["off", "user", "group", "all"]
+LaneTls = Literal["none", "off"]
 
 # Who listens on these answers on every address of the machine, and nobody can be told them.
 _WILDCARDS = ("0.0.0.0", "[::]")  # noqa: S104
@@ -112,6 +113,31 @@ class ServerConfig:
             Seconds(0, 0.1),
             "How long, on the direct lane, a connection's next request is looked for without sleeping: a core is busy"
             " meanwhile.",
+        ),
+    )
+    tls_cert: str = field(
+        default="off",
+        metadata=_about(
+            FileOrOff(), "The server's certificate, and those between it and its authority, as PEM: TLS for lookups."
+        ),
+    )
+    tls_key: str = field(default="off", metadata=_about(FileOrOff(), "The key of tls_cert, as PEM, not encrypted."))
+    tls_client_ca: str = field(
+        default="off",
+        metadata=_about(FileOrOff(), "Authorities, as PEM: only clients with a certificate of theirs can connect."),
+    )
+    tls_metrics: bool = field(
+        default=True, metadata=_about(Boolean(), "With tls_cert: the metrics port speaks HTTPS, by the same files.")
+    )
+    tokens: str = field(
+        default="off",
+        metadata=_about(FileOrOff(), "TOML file of callers, their roles and limits; nobody else is answered."),
+    )
+    lane_tls: LaneTls = field(
+        default="none",
+        metadata=_about(
+            Choice(get_args(LaneTls)),
+            "With tls_cert, the direct lane over TCP: off is in the clear beside encrypted gRPC; none is no lane.",
         ),
     )
     registry: str = field(
@@ -247,6 +273,7 @@ class ServerConfig:
                 f"models: none given; use --model DIR, {ENVIRONMENT_PREFIX}MODELS, or `models` in the file; or say by "
                 "--registry URL where they are published"
             )
+        self._check_tls()
         named = is_shard_name(self.shard)
         if named and self.placement == "off":
             raise ConfigError(
@@ -254,6 +281,27 @@ class ServerConfig:
             )
         if not named and self.placement != "off":
             raise ConfigError(f"shard: {self.shard!r} is no name of a shard in {self.placement} (placement); give one")
+
+    def _check_tls(self) -> None:
+        if (self.tls_cert == "off") != (self.tls_key == "off"):
+            given, missing = ("tls_cert", "tls_key") if self.tls_key == "off" else ("tls_key", "tls_cert")
+            raise ConfigError(f"{given}: goes with {missing}, which is not given; a certificate needs its key")
+        if self.tls_client_ca != "off" and self.tls_cert == "off":
+            raise ConfigError("tls_client_ca: clients show certificates over TLS only; give tls_cert and tls_key")
+
+        if self.direct not in ("auto", "off") and self.lane == "off":
+            raise ConfigError(
+                f'direct: {self.direct} would be in the clear beside TLS; set lane_tls = "off" if that is meant, or '
+                'direct = "off"'
+            )
+
+    @property
+    def lane(self) -> str:
+        """As `direct`; beside TLS there is no lane over TCP unless `lane_tls` says that it may be in the clear."""
+        where = self.listen if self.direct == "auto" else self.direct
+        if self.tls_cert == "off" or self.lane_tls == "off" or where.startswith("unix:"):
+            return self.direct
+        return "off"
 
     def _check_registry(self) -> None:
         if self.memory == "anon":

@@ -275,7 +275,7 @@ class Advertise:
 class RegistryOrOff:
     """The URL of a registry, or "off"."""
 
-    allowed = 'etcd://HOST:PORT[,HOST:PORT...][/PREFIX], or "off"'
+    allowed = 'etcd://HOST:PORT[,HOST:PORT...][/PREFIX], etcds://... over TLS, or "off"'
     unit = ""
     metavar = "URL"
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from engrampool_client import Client
 from engrampool_client.commands import lookup, rows
+from engrampool_client.doctor.command import doctor
 from engrampool_client.errors import BatchError, EngrampoolError, FingerprintError, RejectedError, UnavailableError
 from engrampool_proto.errors import SpecError
 from engrampool_proto.hashing import TokenBatch
@@ -76,6 +77,40 @@ def test_lookup_writes_the_rows(spec, config, server, tokens, out, hashing):
     summary = json.loads(result.output)
     assert summary["arrays"]["layer_1"] == {"shape": [300, 24, 264], "dtype": "uint8"}
     assert summary["server_us"]["total_us"] > 0
+
+
+CREDENTIALS = {
+    "tls_ca": "ca.pem",
+    "tls_cert": "cert.pem",
+    "tls_key": "cert.key",
+    "tls_name": "pool.svc",
+    "token": "file:token",
+}
+
+
+@pytest.mark.parametrize("command", [lookup, doctor])
+@pytest.mark.parametrize("by", ["flags", "variables"])
+def test_each_command_that_asks_a_server_takes_every_credential(command, by, monkeypatch, tokens, out):
+    made = {}
+
+    class Made(Exception):  # noqa: N818
+        """Instead of a client."""
+
+    def make(*_, **settings):
+        made.update(settings)
+        raise Made
+
+    monkeypatch.setattr("engrampool_client.client.Client", make)
+    words = ["--server", "a:1", "--tokens", tokens]
+    words += ["--out", out] if command is lookup else ["--layers", 20, "--decode-ms", 10]
+    for name, value in CREDENTIALS.items():
+        if by == "flags":
+            words.append(f"--{name.replace('_', '-')}={value}")
+        else:
+            monkeypatch.setenv(f"ENGRAMPOOL_CLIENT_{name.upper()}", value)
+    with pytest.raises(Made):
+        run(command, *words)
+    assert {name: str(made[name]) for name in CREDENTIALS} == CREDENTIALS
 
 
 @pytest.mark.parametrize("hashing", ["local", "server"])

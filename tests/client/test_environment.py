@@ -26,6 +26,7 @@ def test_every_setting_can_be_a_variable():
         float: ("0.25", 0.25),
         tuple[int, int] | None: ("2,5", (2, 5)),
         str | Path | None: ("a file", "a file"),
+        str | None: ("a-name", "a-name"),
         Connections: ("3", 3),
     }
     for setting in fields(ClientConfig):
@@ -49,6 +50,7 @@ def test_every_setting_can_be_a_variable():
         ({"keep_memory": "yes"}, "_KEEP_MEMORY='yes' is not allowed: it must be true or false"),
         ({"heads": "5"}, "_HEADS='5' is not allowed: heads must be two integers"),
         ({"on_failure": "masks"}, "_ON_FAILURE='masks' is not allowed: on_failure must be 'raise' or 'mask'"),
+        ({"token": "a b"}, "_TOKEN=[.][.][.] is not allowed: token must be printable ASCII"),
         ({"target": ""}, "_TARGET must name the servers"),
     ],
 )

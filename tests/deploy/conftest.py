@@ -85,7 +85,8 @@ class ClientProcess:
 @pytest.fixture(scope="session")
 def client_process(server) -> Iterator[ClientProcess]:
     command = [sys.executable, str(Path(__file__).with_name("client_process.py")), server.address]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ) as process:
         port = process.stdout.readline().strip()
         assert port, "the client's process ended"
         yield ClientProcess(process, f"127.0.0.1:{port}")

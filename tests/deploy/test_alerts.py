@@ -9,6 +9,8 @@ import promql_parser
 import pytest
 import yaml
 
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.metrics import EngineCollector
 from engrampool_client.metrics import ClientCollector
 from engrampool_server.telemetry.metrics import Metrics
 from server_fixtures import lacking
@@ -79,7 +81,8 @@ def test_an_alert_asks_for_metrics_that_there_are(alert):
     expr = ALERTS[alert]["expr"]
     promql_parser.parse(expr)
     names = {"up"}
-    for family in [*Metrics().registry.collect(), *ClientCollector().describe()]:
+    engine = EngineCollector("small", EngineCounts([1]))
+    for family in [*Metrics().registry.collect(), *ClientCollector().describe(), *engine.describe()]:
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
         names |= {family.name + ending for ending in endings}
     asked = set(re.findall(r"\b(engrampool_\w+|up)\b", expr))

@@ -19,6 +19,8 @@ import promql_parser
 import pytest
 import yaml
 
+from engrampool_client.integrations.forwards.counts import EngineCounts
+from engrampool_client.integrations.forwards.metrics import EngineCollector
 from engrampool_client.metrics import ClientCollector
 from engrampool_server.telemetry.metrics import Metrics
 from server_fixtures import lacking
@@ -26,7 +28,8 @@ from server_fixtures import lacking
 ROOT = Path(__file__).parents[2]
 SCRAPE_CONFIG = ROOT / "deploy/prometheus/prometheus.yml"
 DASHBOARDS = {
-    name: json.loads((ROOT / f"deploy/grafana/dashboards/{name}.json").read_text()) for name in ("overview", "client")
+    name: json.loads((ROOT / f"deploy/grafana/dashboards/{name}.json").read_text())
+    for name in ("overview", "client", "engine")
 }
 EACH = pytest.mark.parametrize("dashboard", DASHBOARDS)
 TARGETS = [
@@ -131,7 +134,7 @@ def prometheus(server, client_process, tmp_path_factory) -> Iterator[Prometheus]
 def scraped(prometheus, round_of_lookups, client_process) -> Prometheus:
     """Lookups in one message, streamed, over the direct lane, and refused, have all risen between two scrapes.
 
-    So have a client's hits, and hints that were used.
+    So have a client's hits, hints that were used, and an engine's forwards.
     """
     risen = f"rate(grpc_server_handled_total{{grpc_method=~'Lookup.*'}}[{RATE_INTERVAL}]) > 0"
 
@@ -141,11 +144,13 @@ def scraped(prometheus, round_of_lookups, client_process) -> Prometheus:
         series = prometheus.query(risen)
         direct = prometheus.query(f"rate(engrampool_direct_lookups_total[{RATE_INTERVAL}]) > 0")
         hits = prometheus.query(f"rate(engrampool_client_cache_hits_total[{RATE_INTERVAL}]) > 0")
+        engine = prometheus.query(f"rate(engrampool_engine_steps_total[{RATE_INTERVAL}]) > 0")
         used = prometheus.query(f"rate(engrampool_client_hint_bytes_total{{fate='used'}}[{RATE_INTERVAL}]) > 0")
         return (
             direct
             and hits
             and used
+            and engine
             and {(s["metric"]["grpc_method"], s["metric"]["grpc_code"]) for s in series}
             == {
                 ("Lookup", "OK"),
@@ -180,7 +185,12 @@ def chosen(scraped: Prometheus, dashboard: str) -> dict[str, str]:
 
 def exposed_names(dashboard: str) -> set[str]:
     names = set()
-    for family in Metrics().registry.collect() if dashboard == "overview" else ClientCollector().describe():
+    families = {
+        "overview": Metrics().registry.collect,
+        "client": ClientCollector().describe,
+        "engine": EngineCollector("small", EngineCounts([1])).describe,
+    }
+    for family in families[dashboard]():
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
         names |= {family.name + ending for ending in endings}
     return names

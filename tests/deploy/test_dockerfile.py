@@ -14,7 +14,9 @@ import pytest
 import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from certificates import Authority
 from container import Container
+from engrampool_client.testing import serve_process
 from engrampool_server.config import ServerConfig, load_config, split_address
 
 ROOT = Path(__file__).parents[2]
@@ -112,9 +114,9 @@ def test_the_image_has_kernels_for_every_processor_and_user():
     assert "NUMBA" not in DOCKERFILE
 
 
-def check_health(listen: str) -> "subprocess.CompletedProcess[str]":
+def check_health(listen: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run what the image's HEALTHCHECK runs; a proxy in the environment must not matter."""
-    environ = {**os.environ, "ENGRAMPOOL_LISTEN": listen, "http_proxy": "http://127.0.0.1:9"}
+    environ = {**os.environ, "ENGRAMPOOL_LISTEN": listen, "http_proxy": "http://127.0.0.1:9", **variables}
     command = [sys.executable, str(DEPLOY / "healthcheck.py")]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
 
@@ -236,3 +238,52 @@ def test_the_server_starts_as_compose_starts_it(serves, to_mount, user):
             unlimited_memlock=True,
         )
     )
+
+
+# --- with TLS and tokens
+
+TLS_COMPOSE = yaml.safe_load((DEPLOY / "tls/compose.yaml").read_text())["services"]
+
+
+def test_the_variant_with_tls_changes_settings_and_mounts_alone():
+    assert {name: set(service) for name, service in TLS_COMPOSE.items()} == {
+        "engrampool": {"environment", "volumes"},
+        "prometheus": {"command", "volumes"},
+    }
+    both = {**SERVICES["engrampool"]["environment"], **TLS_COMPOSE["engrampool"]["environment"]}
+    config = load_config({}, {**image_environment(), **both}, None).config
+    (volume,) = TLS_COMPOSE["engrampool"]["volumes"]
+    files = {Path(one) for one in (config.tls_cert, config.tls_key, config.tokens)}
+    assert {str(one.parent) for one in files} == {volume["target"]}
+    assert volume["read_only"]
+    assert config.lane == "off"
+
+
+def test_prometheus_of_the_variant_with_tls_scrapes_by_https_with_a_token():
+    mounted = dict(volume.split(":")[1::-1] for volume in TLS_COMPOSE["prometheus"]["volumes"])
+    (where,) = [word for word in TLS_COMPOSE["prometheus"]["command"] if word.startswith("--config.file=")]
+    config = read(mounted[where.partition("=")[2]].removeprefix("./"))
+    plain = read("prometheus/prometheus.yml")
+    (job,), (plain_job,) = config["scrape_configs"], plain["scrape_configs"]
+    trust = {key: job[key] for key in ("scheme", "tls_config", "authorization")}
+    assert job == plain_job | trust
+    assert (job["scheme"], config["rule_files"]) == ("https", plain["rule_files"])
+    for path in (job["tls_config"]["ca_file"], job["authorization"]["credentials_file"]):
+        assert str(Path(path).parent) in mounted
+    folder = Path(where.partition("=")[2]).parent
+    for rules in config["rule_files"]:
+        assert (DEPLOY / mounted[str(folder / rules)]).exists()
+
+
+@pytest.mark.parametrize("metrics", ["true", "false"])
+def test_the_health_check_of_a_server_with_tls_asks_its_metrics_port(packed, tmp_path, metrics):
+    authority = Authority(tmp_path)
+    settings = {**authority.of_server(), "tls_client_ca": authority.ca}
+    environ = {"ENGRAMPOOL_TLS_METRICS": metrics}
+    with serve_process(packed, environ=environ, workers=1, **settings) as server:
+        asked = {"ENGRAMPOOL_METRICS": f"0.0.0.0:{server.metrics_address.rpartition(':')[2]}", **environ}
+        done = check_health("0.0.0.0:1", ENGRAMPOOL_TLS_CERT="/server.pem", **asked)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    done = check_health("0.0.0.0:1", ENGRAMPOOL_TLS_CERT="/server.pem", **asked)
+    assert done.returncode == 1
+    assert "refused" in done.stderr

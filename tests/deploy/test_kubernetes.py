@@ -134,6 +134,7 @@ BUILDS = [
     *sorted(f"overlays/{path.name}" for path in (KUBERNETES / "overlays").iterdir()),
     *(f"guide-{number}" for number in range(len(blocks("Kustomization")))),
 ]
+(WITH_TLS,) = (f"guide-{at}" for at, text in enumerate(blocks("Kustomization")) if "components/tls" in text)
 EACH = pytest.mark.parametrize("name", BUILDS)
 
 
@@ -220,7 +221,7 @@ IMAGE = image_environment()
 
 def ports(config: ServerConfig) -> dict[str, int]:
     addresses = {"grpc": config.listen, "direct": config.direct, "metrics": config.metrics}
-    return {name: split_address(address)[1] for name, address in addresses.items()}
+    return {name: split_address(address)[1] for name, address in addresses.items() if address != "off"}
 
 
 def quantity(text: str) -> int:
@@ -288,7 +289,7 @@ def check_restricted(built: Build) -> None:
         assert own["capabilities"] == {"drop": ["ALL"]}
         assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.spec.keys()
         for volume in pod.spec["volumes"]:
-            assert volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim"}
+            assert volume.keys() <= {"name", "emptyDir", "persistentVolumeClaim", "secret"}
         assert not pod.spec["automountServiceAccountToken"]
         assert not accounts[pod.spec["serviceAccountName"]]["automountServiceAccountToken"]
 
@@ -299,21 +300,29 @@ def check_ports(built: Build) -> None:
         named = {port["name"]: port["containerPort"] for port in pod.container["ports"]}
         assert named == wanted
         for probe in PROBES:
-            assert pod.container[probe]["grpc"]["port"] == wanted["grpc"]
+            if pod.config().tls_cert == "off":
+                assert pod.container[probe]["grpc"]["port"] == wanted["grpc"]
+            else:  # of which the kubelet knows nothing for gRPC
+                asked = pod.container[probe]["httpGet"]
+                assert (asked["scheme"], asked["port"], "grpc" in pod.container[probe]) == ("HTTPS", "metrics", False)
         for service in of_kind(built, "Service"):
             published = {port["name"]: (port["port"], port["targetPort"]) for port in service["spec"]["ports"]}
             # Clients are told the direct lane's number, and a headless Service translates none.
             assert published == {name: (number, name) for name, number in wanted.items()}
         for policy in of_kind(built, "NetworkPolicy"):
             opened = [{port["port"] for port in rule["ports"]} for rule in policy["spec"]["ingress"]]
-            assert opened == [{wanted["grpc"], wanted["direct"]}, {wanted["metrics"]}]
+            assert opened == [set(wanted.values()) - {wanted["metrics"]}, {wanted["metrics"]}]
 
 
 def check_probes(built: Build) -> None:
     for pod in pods(built):
         startup, readiness, liveness = (pod.container[probe] for probe in PROBES)
-        assert startup["grpc"]["service"] == readiness["grpc"]["service"] == "engrampool.v1.Pool"
-        assert liveness["grpc"]["service"] == ""
+        if pod.config().tls_cert == "off":
+            assert startup["grpc"]["service"] == readiness["grpc"]["service"] == "engrampool.v1.Pool"
+            assert liveness["grpc"]["service"] == ""
+        else:
+            paths = [probe["httpGet"]["path"] for probe in (startup, readiness, liveness)]
+            assert paths == ["/readyz", "/readyz", "/healthz"]
         # Both cover the loading of tables.
         (start_hours,) = re.findall(r"--start-period=(\d+)h", DOCKERFILE)
         assert patience_s(startup) >= int(start_hours) * 3600
@@ -390,6 +399,20 @@ def check_volumes(built: Build) -> None:
         assert (media.get("/dev/hugepages") == "HugePages") == (config.memory == "hugetlb")
         # What the user may write to a hugetlbfs by.
         assert pod.spec["securityContext"]["fsGroup"] == pod.spec["securityContext"]["runAsGroup"]
+
+
+def check_secrets(built: Build) -> None:
+    """Each file that a setting names is in a Secret, in a directory of its own that nobody writes to."""
+    for pod in pods(built):
+        config = pod.config()
+        files = {Path(one) for one in (config.tls_cert, config.tls_key, config.tls_client_ca, config.tokens)}
+        secrets = {path for path, volume in pod.mounts().items() if "secret" in volume}
+        assert {str(one.parent) for one in files - {Path("off")}} == secrets
+        mounts = [mount for mount in pod.container["volumeMounts"] if mount["mountPath"] in secrets]
+        assert all(mount["readOnly"] and "subPath" not in mount for mount in mounts)
+        (service,) = of_kind(built, "Service")
+        (grpc_port,) = (port for port in service["spec"]["ports"] if port["name"] == "grpc")
+        assert grpc_port["appProtocol"] == ("kubernetes.io/h2c" if config.tls_cert == "off" else "https")
 
 
 def check_preflight(built: Build) -> None:
@@ -547,6 +570,12 @@ MUTATIONS: list[tuple[str, str, Callable[[Build], Any]]] = [
     ("volumes", "base", set_variable("ENGRAMPOOL_MODELS", "/model:/other")),
     ("volumes", "base", set_variable("ENGRAMPOOL_MEMORY", "shm")),
     ("volumes", "base", lambda b: container(b)["volumeMounts"].pop()),
+    ("secrets", "base", set_variable("ENGRAMPOOL_TOKENS", "/callers/callers.toml")),
+    ("secrets", WITH_TLS, set_variable("ENGRAMPOOL_TLS_KEY", "/keys/tls.key")),
+    ("secrets", WITH_TLS, lambda b: [mount.pop("readOnly", None) for mount in container(b)["volumeMounts"]]),
+    ("secrets", WITH_TLS, lambda b: spec(b, "Service")["ports"][0].update(appProtocol="kubernetes.io/h2c")),
+    ("ports", WITH_TLS, lambda b: container(b)["startupProbe"]["httpGet"].update(scheme="HTTP")),
+    ("probes", WITH_TLS, lambda b: container(b)["readinessProbe"]["httpGet"].update(path="/healthz")),
     ("preflight", "base", lambda b: container(b)["resources"]["limits"].update(memory="48Gi")),
     ("preflight", "overlays/shm", lambda b: pod_spec(b)["volumes"][0]["emptyDir"].update(sizeLimit="40Gi")),
     (

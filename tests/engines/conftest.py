@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -249,3 +250,35 @@ def ranks(engine, config, server, tokenizer_path, monkeypatch):
     yield ranks
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def capture():
+    """SGLang's capture of a graph in pieces, pretended: it keeps what runs between them, for replays."""
+    import sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph as breakable
+    import sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context as context
+
+    pieces = []
+
+    def end():
+        assert pieces.pop() == "open", "there is no break within a break"
+
+    capture = SimpleNamespace(
+        cuda_graph=breakable.BreakableCUDAGraph(),
+        _barrier_fn=None,
+        _begin_new_segment=lambda: pieces.append("open"),
+        _end_current_segment=end,
+    )
+
+    @contextmanager
+    def capturing():
+        pieces.append("open")
+        token = breakable._current_capture_var.set(capture)
+        try:
+            yield capture.cuda_graph._break_fns
+        finally:
+            breakable._current_capture_var.reset(token)
+            end()
+
+    with context.enable_breakable_cuda_graph():
+        yield capturing

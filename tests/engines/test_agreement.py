@@ -17,8 +17,8 @@ TIMEOUT_S = 1.0
 
 
 @contextmanager
-def ranks(way, size, tmp_path, servers, policy):
-    """Processes that run a forward each for what `run` writes to them; way: as rank_process.py has it."""
+def ranks(way, size, tmp_path, servers, policy, together=None):
+    """Processes that run a forward each for what `run` writes to them; way, together: as rank_process.py has them."""
     with ExitStack() as stack:
         made = []
         for rank, server in enumerate(servers):
@@ -26,7 +26,7 @@ def ranks(way, size, tmp_path, servers, policy):
                 sys.executable,
                 "-m",
                 "rank_process",
-                *map(str, (way, rank, size, tmp_path / "store", server, policy, TIMEOUT_S)),
+                *map(str, (way, rank, size, together or size, tmp_path / "store", server, policy, TIMEOUT_S)),
             ]
             environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
@@ -96,3 +96,23 @@ def test_a_rank_that_dies_is_an_error_of_the_others(tmp_path, server, way):
         one, dead = run("go", "die")
         assert dead is None
         assert "error" in one, "it does not wait for a vote that never comes"
+
+
+@pytest.mark.parametrize("way", ["before", "in"])
+def test_data_parallel_ranks_wait_for_nobody_but_their_own_group(tmp_path, model, server, way):
+    """Two groups of two: one is idle while the other works, or has a server that is silent, and the other way round."""
+    well = {"valid": True, "masked": False, "zeros": False}
+    with (
+        serve_process(model) as other,
+        ranks(way, 4, tmp_path, [other.address, *[server.address] * 3], "raise", together=2) as run,
+    ):
+        for _ in range(3):
+            assert run("go", "go", "dummy", "dummy") == [well, well, "dummy", "dummy"]
+            assert run("dummy", "dummy", "go", "go") == ["dummy", "dummy", well, well]
+        with other.frozen():
+            found = run("go", "go", "dummy", "dummy")
+            assert [one["error"] for one in found[:2]] == ["DeadlineError", "PoolError"]
+            assert found[2:] == ["dummy", "dummy"]
+            assert run("dummy", "dummy", "go", "go") == ["dummy", "dummy", well, well]
+            assert run("go", "go", "go", "go")[2:] == [well, well]
+        assert run("dummy", "dummy", "go", "go")[2:] == [well, well]

@@ -478,38 +478,6 @@ def test_warming_up_tuning_and_capturing_ask_nobody(ranks, engine, monkeypatch, 
         assert stats.bytes["wire"] == 2 * asked, "only the forwards before and after were asked for"
 
 
-@pytest.fixture
-def capture(monkeypatch):
-    """The engine's capture of a graph in pieces, pretended: it keeps what runs between them, for replays."""
-    import sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph as breakable
-    import sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context as context
-
-    pieces = []
-
-    def end():
-        assert pieces.pop() == "open", "there is no break within a break"
-
-    capture = SimpleNamespace(
-        cuda_graph=breakable.BreakableCUDAGraph(),
-        _barrier_fn=None,
-        _begin_new_segment=lambda: pieces.append("open"),
-        _end_current_segment=end,
-    )
-
-    @contextmanager
-    def capturing():
-        pieces.append("open")
-        token = breakable._current_capture_var.set(capture)
-        try:
-            yield capture.cuda_graph._break_fns
-        finally:
-            breakable._current_capture_var.reset(token)
-            end()
-
-    with context.enable_breakable_cuda_graph():
-        yield capturing
-
-
 def test_pieces_of_a_decode_graph_are_replayed_with_the_rows_of_each_forward(ranks, engine, capture):
     with ranks(1).make().at(0) as made:
         batches = [torch.from_numpy(np.random.default_rng(seed).integers(0, 9000, (5, 2, 24))) for seed in range(3)]

@@ -1,12 +1,14 @@
 """The staging of rows with a GPU that is pretended: in which order it is waited for, and by whom."""
 
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from engrampool_client import Client, SpecError
 from engrampool_proto.synthetic import synthetic_rows
+from interrupts import Interrupt
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-engines` installs it")
 LIMIT_S = 60
@@ -64,7 +66,7 @@ def test_ids_are_waited_for_by_a_thread_of_its_own(staging, spec):
     start(staging)  # returns, though the ids are not there
     assert put.waited_for.wait(LIMIT_S)
     assert put.recorded
-    assert staging.client.stats.bytes["wire"] == 0
+    assert staging.client.stats.begun == 0, "a GPU that is behind takes nothing of the lookup's time"
     put.reached.set()
     assert_right(staging, spec)
 
@@ -123,6 +125,29 @@ def test_ctrl_c_in_the_beginning_leaves_nobody_waiting(staging, monkeypatch, spe
         put.reached.set()
     start(staging)
     assert_right(staging, spec)
+
+
+def test_ctrl_c_at_any_line_of_waiting_tells_the_other_ranks_and_once(server):
+    from engrampool_client.integrations.staging import Staging
+
+    at, raised, told = 0, True, []
+
+    def agree(flags):
+        told.append(len(flags))
+        return flags
+
+    with Client(server.address) as client:
+        while raised:
+            made = Staging(client, [1, 14], 24, 10, torch.device("cpu"), agree=agree)
+            start(made)
+            told.clear()
+            files, never = ("/staging.py", "/agreement.py"), ("return self._agree(",)  # as in test_supply.py
+            with Interrupt(at, files, never) as interrupt, suppress(KeyboardInterrupt):
+                made.rows(1)
+            raised = interrupt.raised
+            assert told == [5], interrupt.where
+            at += 1
+    assert at > 15
 
 
 def test_closing_gives_up_a_forward_that_is_under_way(staging):

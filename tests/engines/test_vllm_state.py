@@ -116,6 +116,7 @@ def test_a_sampled_tokens_rows_are_asked_for_when_its_copy_has_come(
         assert_right(engine, spec)
         monkeypatch.setattr(Event, "at_once", True)
         engine.end(following)
+        engine.begin(after(following))  # waits for the thread that is told of what was sampled
     assert engine.made.worker.counts.early["served"] == 2 + 11
 
 

@@ -11,6 +11,10 @@ PACKAGES = [ROOT / side / f"engrampool_{side}" for side in ("proto", "server", "
 FILES = [path for package in PACKAGES for path in sorted(package.rglob("*.py")) if "_pb2" not in path.name]
 # Underscored names of libraries that offer no other way, by file.
 OF_LIBRARIES = {
+    "client/engrampool_client/integrations/vllm_qwen4.py": {
+        "_lookup_nvfp4_ple_embedding_kernel",
+        "_reduce_etp_embeddings",
+    },
     "server/engrampool_server/telemetry/counts.py": {"_buckets", "_upper_bounds"},
     "server/engrampool_server/telemetry/metrics_files.py": {"_read_all_values"},
 }

@@ -28,8 +28,14 @@ VALUES = {
     "listen": addresses | directory_names.map(lambda name: f"unix:/{name}"),
     "metrics": addresses | st.just("off"),
     "direct": addresses | st.sampled_from(["auto", "off"]) | directory_names.map(lambda name: f"unix:/{name}"),
-    # A registry has demands on other settings, and named shards want a placement: see below.
+    # A registry has demands on other settings, named shards want a placement, and a certificate its key: see below.
     "direct_spin_s": st.floats(0, 0.1),
+    "tls_cert": st.just("off"),
+    "tls_key": st.just("off"),
+    "tls_client_ca": st.just("off"),
+    "tls_metrics": st.booleans(),
+    "tokens": directory_names.map(lambda name: f"/{name}") | st.just("off"),
+    "lane_tls": st.sampled_from(["none", "off"]),
     "registry": st.just("off"),
     "join": st.just(False),
     "advertise": addresses.filter(lambda text: not text.endswith(":0")) | st.just("auto"),
@@ -77,6 +83,12 @@ BAD = {
     "metrics": ["", "on", "localhost", "host:-1", "[::1:9464", False],
     "direct": ["", "on", "localhost", "host:-1", "unix:", "unix:a\0b", "unix:\udcff", False],
     "direct_spin_s": ["", "-1", "0.11", "nan", "50us", True],
+    "tls_cert": ["", "a\0b", "\udcff", 1, True],
+    "tls_key": ["", "a\0b", "\udcff", 1, True],
+    "tls_client_ca": ["", "a\0b", "\udcff", 1, True],
+    "tls_metrics": ["", "yes", "2", 1, 0],
+    "tokens": ["", "a\0b", "\udcff", 1, True],
+    "lane_tls": ["", "on", "OFF", 1, True],
     "registry": ["", "on", "etcd://", "etcd://host", "etcd://host:0", "http://host:2379", "etcd://h:1/a b", False],
     "join": ["", "yes", "2", 1, 0],
     "advertise": ["", "off", "host", "host:0", "[::1]:65536", 1],
@@ -439,6 +451,35 @@ def test_options_take_every_setting(values):
     resolved = load_config(flags, {}, None)
     assert resolved.config == ServerConfig(**values)
     assert resolved.sources == {name: f"flag {flag_of(name, value)}" for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tls_cert": "c"}, "tls_cert: goes with tls_key"),
+        ({"tls_key": "k"}, "tls_key: goes with tls_cert"),
+        ({"tls_client_ca": "ca"}, "tls_client_ca: clients show certificates over TLS only"),
+        ({"tls_cert": "c", "tls_key": "k", "direct": "a:1"}, "direct: a:1 would be in the clear beside TLS"),
+    ],
+)
+def test_settings_of_tls_that_contradict_each_other(given, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config({"models": (Path("/m"),), **given}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "lane"),
+    [
+        ({}, "auto"),
+        ({"tls_cert": "c", "tls_key": "k"}, "off"),
+        ({"tls_cert": "c", "tls_key": "k", "lane_tls": "off"}, "auto"),
+        ({"tls_cert": "c", "tls_key": "k", "lane_tls": "off", "direct": "a:1"}, "a:1"),
+        ({"tls_cert": "c", "tls_key": "k", "direct": "unix:/a"}, "unix:/a"),
+        ({"tls_cert": "c", "tls_key": "k", "listen": "unix:/a"}, "auto"),
+    ],
+)
+def test_beside_tls_no_lane_is_in_the_clear_unasked(given, lane):
+    assert load_config({"models": (Path("/m"),), **given}, {}, None).config.lane == lane
 
 
 def test_help_states_ranges_and_defaults():

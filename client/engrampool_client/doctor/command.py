@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engrampool_client.commands import read_target, read_tokens
+from engrampool_client.commands import credential_options, read_target, read_tokens
 from engrampool_proto.errors import BatchError, SpecError
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ _SWITCH = click.Choice(["auto", "off"])
 @click.option("--on-failure", type=click.Choice(["raise", "mask"]), default="raise", show_default=True)
 @click.option("--timeout-s", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@credential_options
 def doctor(
     tokens: tuple[Path, ...],
     record: Path | None,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from engrampool_client.client import Client
 from engrampool_client.config import ENVIRONMENT_PREFIX
 from engrampool_client.errors import FingerprintError
+from engrampool_proto.spec import RowFormat, Segment
 
 # Values of a row that share a scale.
 BLOCK = 32
@@ -61,7 +62,54 @@ def check_served(
     heads, token_map, multipliers, fill: as `Client.check_layout` has them. dim: the numbers of a row.
     """
     client.check_layout(heads, dim + dim // BLOCK, token_map, multipliers, fill)
-    expected = [("float8_e4m3fn", dim), ("float8_e8m0fnu", dim // BLOCK)]
+    _check_rows(client, [("float8_e4m3fn", dim), ("float8_e8m0fnu", dim // BLOCK)])
+
+
+def check_ngram_served(client: Client, embeddings: Mapping[int, Any], segments: Sequence[tuple[str, int]]) -> None:
+    """Refuse a server that does not serve what Qwen4's n-gram embeddings hash and read.
+
+    embeddings: layer, counted from 1 -> the engine's own module, with the constants that it hashes by.
+    segments: of a row, the type and length of each. Raises FingerprintError; RuntimeError for too large a table.
+    """
+    heads = {layer: one.ngram_heads_vocab_sizes.tolist() for layer, one in embeddings.items()}
+    multipliers = {layer: one.layer_multipliers.tolist() for layer, one in embeddings.items()}
+    (eos,) = {one.eos_token_id for one in embeddings.values()}
+    row_bytes = RowFormat(tuple(Segment(str(at), *segment) for at, segment in enumerate(segments))).row_bytes
+    client.check_layout(heads, row_bytes, None, multipliers, fill=eos, stop=eos)
+    _check_rows(client, list(segments))
+    for layer, one in embeddings.items():
+        table, offsets = client.spec.table(layer), one.ngram_heads_offsets.tolist()
+        if offsets != table.head_offsets.tolist():
+            raise FingerprintError(
+                [f"{table.name}: heads begin at {offsets} here, {table.head_offsets.tolist()} there"]
+            )
+        if table.num_rows > 1 << 31:
+            raise RuntimeError(f"{table.name} has {table.num_rows} rows, and row ids are int32 here: at most 2^31")
+
+
+def check_scale(client: Client, layer: int, scale: Any) -> None:
+    """Refuse a server of a table with another scale than the checkpoint's. scale: the engine's own, one number.
+
+    Where the server states none, nothing is compared. Raises FingerprintError.
+    """
+    here, there = scale.item(), client.spec.table(layer).scale
+    if there is not None and scale.new_tensor(there).item() != here:  # rounded as the engine keeps it
+        raise FingerprintError([f"layer_{layer}: the table's scale is {here} here, {there} there"])
+
+
+def ngram_layer(config: Any, index: int) -> int:
+    """The layer, counted from 1, of one of Qwen4's n-gram embeddings, which the engines count from 0."""
+    return int(sorted(set(config.ple_layer_ids))[index])
+
+
+def columns_of(heads: int, rank: int, ranks: int) -> slice:
+    """Of the row ids, those that one of several ranks asks for. Raises RuntimeError for more ranks than columns."""
+    if ranks > heads:
+        raise RuntimeError(f"{ranks} tensor-parallel ranks cannot share {heads} columns: at most one a column")
+    return slice(heads * rank // ranks, heads * (rank + 1) // ranks)
+
+
+def _check_rows(client: Client, expected: Sequence[tuple[str, int]]) -> None:
     for table in client.spec.tables:
         found = [(one.dtype, one.length) for one in table.row_format.segments]
         if found != expected:

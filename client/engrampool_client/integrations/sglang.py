@@ -1,7 +1,7 @@
-"""SGLang's plugin: with ENGRAMPOOL_CLIENT_TARGET set, Engram layers of DeepSeek-V4.1 take their rows from the pool.
+"""SGLang's plugin: with ENGRAMPOOL_CLIENT_TARGET set, DeepSeek-V4.1 and Qwen4 take their rows from the pool.
 
 docs/INTEGRATION_SGLANG.md says how to use it. Here is what SGLang loads and whether it may be used with this SGLang;
-`sglang_engram.py` has what then stands in the engine.
+`sglang_engram.py` and `sglang_qwen4.py` have what then stands in the engine.
 """
 
 import os
@@ -12,9 +12,10 @@ from engrampool_client.config import ENVIRONMENT_PREFIX, from_environment
 from engrampool_client.integrations import engine
 from engrampool_client.integrations.forwards.settings import ENGINE_PREFIX, EngineSettings
 
-# What `sglang_engram.py` was written for, and run with.
+# What was written for, and run with.
 VERSION = "0.5.23"
 _OURS = "engrampool_client.integrations.sglang_engram"
+_QWEN4 = "sglang.srt.models.qwen4_exp"
 _ENGRAM = "sglang.srt.layers.engram"
 _STAGER = "sglang.srt.layers.engram_staging:EngramRowStager"
 _GRAPHS = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
@@ -38,6 +39,19 @@ PARAMETERS = {
     f"{_ENGRAM}:engram_gather": "weight_ptr scale_ptr ids out dim block_size row_lo row_hi sort_ids",
     f"{_STAGER}.from_model": "model hasher device",
     f"{_STAGER}.stage": "self batch",
+    f"{_QWEN4}:Qwen4ExpPinnedHostEmbedding.__init__": "self embedding backend table_dir",
+    f"{_QWEN4}:Qwen4ExpPinnedHostEmbedding.allocate_output": "self shape device",
+    f"{_QWEN4}:Qwen4ExpPinnedHostEmbedding.gather": "self input_ids out",
+    f"{_QWEN4}:Qwen4ExpPinnedHostEmbedding.reduce": "self output",
+    f"{_QWEN4}:Qwen4ExpPinnedHostEmbedding.forward": "self input_ids",
+    f"{_QWEN4}:Qwen4ExpNGramEmbedding.__init__": "self config embedding_dim ple_layer_index quant_config prefix",
+    f"{_QWEN4}:Qwen4ExpNGramEmbedding.compute_ngram_ids": "self batch",
+    f"{_QWEN4}:Qwen4ExpNGramEmbedding.forward": "self batch forward_batch",
+    f"{_QWEN4}:Qwen4ExpPLELayer.start_prefetch": "self batch forward_batch",
+    f"{_QWEN4}:Qwen4ExpPLELayer.forward": "self hidden_states forward_batch batch",
+    f"{_QWEN4}:Qwen4ExpModel.__init__": "self config quant_config prefix is_nextn",
+    f"{_QWEN4}:Qwen4ExpForConditionalGeneration.load_weights": "self weights",
+    f"{_QWEN4}:_prepare_ple_batch": "input_ids forward_batch ngram_size ngram_eos_token_id",
     f"{_GRAPHS}:capture_cuda_graphs": "model_runner capture_decode_cuda_graph finalize defer_distributed_setup",
     f"{_GRAPHS}:capture_prefill_graph": "model_runner eager_runner force_for_draft_worker",
     f"{_GRAPHS}:capture_decode_graph": "model_runner",
@@ -66,7 +80,7 @@ def register() -> None:
         check_settings(EngineSettings.of(os.environ))
         check_version(metadata.version("sglang"))
         check_parameters()
-        import_module(_OURS).install()
+        import_module(_OURS).install(import_module(f"{__package__}.sglang_qwen4").HOOKS)
     except Exception as error:
         raise SystemExit(f"engrampool: {error}") from error
 

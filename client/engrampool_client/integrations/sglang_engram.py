@@ -4,7 +4,7 @@ For graphs that run Python between their pieces, or none. Imported by `sglang.py
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pkgutil import resolve_name
@@ -51,6 +51,8 @@ class _Worker:
     begun = 0
     dummy = False
     quiet = 0
+    # Qwen4's, which hash its row ids, in the order of layers.
+    embeddings: Sequence[Any] = ()
     _staging: Staging | None = None
     _most = 512
     # Of the last forward, if it could not be asked for: its tokens, and why.
@@ -58,6 +60,16 @@ class _Worker:
 
     def __init__(self) -> None:
         self.counts = EngineCounts(())
+
+    def connect(self, heads: int) -> tuple[int, slice]:
+        """Make the client, once. Gives how many ranks have the same tokens, and which columns are this one's."""
+        parallel = get_parallel()
+        ranks = parallel.attn_tp_size
+        columns = engine.columns_of(heads, parallel.attn_tp_rank, ranks)
+        if self.client is None:
+            own = None if ranks == 1 else (columns.start, columns.stop)
+            self.client = Client.from_environment(os.environ, heads=own)
+        return ranks, columns
 
     def ready(self, layers: list[int], columns: slice, device: torch.device) -> None:
         """The model is made. layers: of its tables, in the order of hashes. columns: of the row ids, this rank's."""
@@ -146,6 +158,11 @@ class _Worker:
 _worker = _Worker()
 
 
+def worker() -> _Worker:
+    """What this process has now; another once its scheduler has ended."""
+    return _worker
+
+
 class PooledTable(engram.EngramEmbedding):
     """In the place of a layer's table: its parameters, of no rows, which the engine's own loader fills with none.
 
@@ -159,14 +176,7 @@ class PooledTable(engram.EngramEmbedding):
         self.layer = layer_id
         # The layer then looks up between the pieces of a prefill's graph.
         self.staged_by_scheduler = True
-        heads, parallel = len(column_bounds) - 1, get_parallel()
-        self.ranks = parallel.attn_tp_size
-        if self.ranks > heads:
-            raise RuntimeError(f"{self.ranks} tensor-parallel ranks cannot share {heads} columns: at most one a column")
-        first, end = (heads * rank // self.ranks for rank in (parallel.attn_tp_rank, parallel.attn_tp_rank + 1))
-        self.columns = slice(first, end)
-        if _worker.client is None:
-            _worker.client = Client.from_environment(os.environ, heads=None if self.ranks == 1 else (first, end))
+        self.ranks, self.columns = _worker.connect(len(column_bounds) - 1)
 
     def forward(self, indices: torch.Tensor, forward_batch: Any = None, *, cp_all_tokens: bool = False) -> torch.Tensor:
         """The numbers of a forward's rows, whose lookup began when they were hashed."""
@@ -190,8 +200,11 @@ class PooledTable(engram.EngramEmbedding):
         return attn_tp_all_reduce(values) if self.ranks > 1 else values
 
 
-def check_settings() -> None:
-    """Raise RuntimeError for a SGLang that was started in a way that this cannot serve."""
+def check_settings(more: Sequence[tuple[bool, str]] = ()) -> None:
+    """Raise RuntimeError for a SGLang that was started in a way that this cannot serve.
+
+    more: of a model, what is wrong with how it was started, and how to start it instead.
+    """
     decode, prefill = (check_cuda_graph_backend(phase, Backend.FULL) for phase in (Phase.DECODE, Phase.PREFILL))
     speculative = get_spec().speculative_algorithm and not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED)
     unfit = [
@@ -204,6 +217,7 @@ def check_settings() -> None:
         (get_flags().capture.enable_torch_compile, "without --enable-torch-compile"),
         (envs.SGLANG_ENABLE_DSV41_ENGRAM_HOST_TABLE.get(), "without SGLANG_ENABLE_DSV41_ENGRAM_HOST_TABLE"),
         (envs.SGLANG_OPT_DSV41_ENGRAM_PEER_SHARDS.get(), "without SGLANG_OPT_DSV41_ENGRAM_PEER_SHARDS"),
+        *more,
     ]
     instead = [text for wrong, text in unfit if wrong]
     if instead:
@@ -224,7 +238,7 @@ def _between_pieces(forward_batch: Any) -> bool:
 
 @eager_on_graph
 def _start(ids: torch.Tensor) -> None:
-    _refuse_capture(ids)
+    refuse_capture(ids)
     # As the host's memory has them: where types differ, PyTorch waits for the copy.
     _worker.start((ids.int() if ids.is_cuda else ids).unbind(1))
 
@@ -232,7 +246,7 @@ def _start(ids: torch.Tensor) -> None:
 @eager_on_graph
 def _fill(table: PooledTable, values: torch.Tensor, padded: bool) -> None:
     """Wait for a layer's rows, and write their numbers. padded: there may be more values than rows, which are zero."""
-    _refuse_capture(values)
+    refuse_capture(values)
     rows = _worker.rows(table.layer)
     if rows is None:
         values.zero_()
@@ -251,7 +265,8 @@ def _fill(table: PooledTable, values: torch.Tensor, padded: bool) -> None:
         values[:tokens, table.columns] = numbers(rows, table.dim, values.new_empty(*rows.shape[:2], table.dim))
 
 
-def _refuse_capture(where: torch.Tensor) -> None:
+def refuse_capture(where: torch.Tensor) -> None:
+    """Raise RuntimeError in a graph that would have no break here. where: a tensor where it would be captured."""
     if where.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a graph of a whole forward is captured: it would never take rows from the pool")
 
@@ -375,13 +390,14 @@ _HOOKS: dict[str, tuple[Callable[..., Any], HookType]] = {
 }
 
 
-def install() -> None:
-    """Have all this put into the engine when it applies its plugins' hooks.
+def install(more: Mapping[str, tuple[Any, HookType]] | None = None) -> None:
+    """Have all this, and more of other models, put into the engine when it applies its plugins' hooks.
 
     The engine logs what it cannot apply, and goes on. So its own function raises RuntimeError then.
     """
-    before = {target: _found(target) for target in _HOOKS}
-    for target, (hook, kind) in _HOOKS.items():
+    hooks = {**_HOOKS, **(more or {})}
+    before = {target: _found(target) for target in hooks}
+    for target, (hook, kind) in hooks.items():
         HookRegistry.register(target, hook, kind)
     apply = HookRegistry.apply_hooks
 

@@ -1,27 +1,26 @@
 """Rows on their way to an engine that hashes itself: from its row ids to memory that its layers read. Needs torch."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from engrampool_client.client import Client
 from engrampool_client.errors import PoolError
-from engrampool_client.integrations.forwards.agreement import Agree, settle
+from engrampool_client.integrations.forwards.agreement import Agree, Vote
 from engrampool_client.integrations.forwards.counts import EngineCounts
 from engrampool_client.integrations.forwards.history import Flags
+from engrampool_client.integrations.forwards.quiet import Quietable
 from engrampool_client.lookup.step import Step
 
 # Forwards take turns in so many buffers: rows of one may be on their way to the device when the next one's come.
 _TURNS = 2
 
 
-class Staging:
+class Staging(Quietable):
     """A model's rows, one forward at a time: `start` for each of its layers, then `rows` of each.
 
     layers: those that have rows. columns: row ids a token. max_tokens: of a forward at most.
@@ -45,7 +44,8 @@ class Staging:
     ) -> None:
         self.client, self.layers, self._agree = client, tuple(layers), agree
         self.counts = EngineCounts(self.layers) if counts is None else counts
-        self._quiet = 0
+        # Not one of the client's (`ready`): with that a lookup has its deadline, and its memory, from the beginning. A
+        # GPU that is behind may come to the ids after that deadline, and reads that memory until then.
         self._thread = ThreadPoolExecutor(1, "engrampool-engine") if device.type == "cuda" else None
         pinned = self._thread is not None
 
@@ -63,27 +63,17 @@ class Staging:
         ]
         self._forward: _Forward | None = None
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Forwards within this are for warming up, profiling and capturing: nobody is asked, and there are no rows."""
-        self._quiet += 1
-        try:
-            yield
-        finally:
-            self._quiet -= 1
-
     def start(self, layer: int, ids: torch.Tensor) -> None:
         """Give a layer's row ids, integers [tokens, columns]; -1 stands for no row. They may be overwritten from then.
 
         A copy of a GPU's is issued on the stream that is current.
         """
-        forward = self._forward
-        quiet = self._quiet > 0
+        forward, quiet = self._forward, self.is_quiet
         if forward is None or forward.asked or layer in forward.ids or forward.dummy != quiet:
             if forward is not None:
                 forward.give_up()
             self._turns.append(self._turns.pop(0))
-            forward = self._forward = _Forward(self.client, self._turns[0], quiet)
+            forward = self._forward = _Forward(self.client, self._turns[0], quiet, self._agree)
             self.counts.dummies += quiet
         forward.put(layer, ids)
         if len(forward.ids) == len(self.layers):
@@ -95,6 +85,15 @@ class Staging:
         They are good until the next forward but one lands, or, once `copied` was told, until that copy has ended.
         Raises what the lookup failed with, on this rank or on another; PoolError for a layer whose ids were not given.
         """
+        try:
+            return self._rows(layer)
+        except BaseException:
+            self.counts.failed += 1
+            if self._forward is not None and layer in self._forward.votes:
+                self._forward.votes[layer].lost()
+            raise
+
+    def _rows(self, layer: int) -> torch.Tensor | None:
         forward = self._forward
         if forward is None or layer not in forward.ids:
             raise PoolError(f"no row ids of layer {layer} were given for this forward")
@@ -103,11 +102,7 @@ class Staging:
         if not forward.asked:
             forward.ask(self._thread)
         begin, tokens = time.perf_counter(), len(forward.ids[layer])
-        try:
-            valid = settle(1, tokens, lambda flags: forward.find(layer, flags), self._agree)[0]
-        except BaseException:
-            self.counts.failed += 1
-            raise
+        valid = forward.votes[layer].settle(lambda flags: forward.find(layer, flags))[0]
         self.counts.waited(layer, time.perf_counter() - begin)
         self.counts.steps += layer == self.layers[0]
         self.counts.tokens += tokens if layer == self.layers[0] else 0
@@ -144,14 +139,18 @@ class _Turn:
 
 
 class _Forward:
-    """One forward's lookup. ids: layer -> its row ids, once given; of a GPU's, once `_Turn.put` has come."""
+    """One forward's lookup.
 
-    def __init__(self, client: Client, turn: _Turn, dummy: bool) -> None:
-        self._client, self._turn, self.dummy = client, turn, dummy
+    ids: layer -> its row ids, once given; of a GPU's, once `_Turn.put` has come. votes: of layers whose rows are asked
+    for.
+    """
+
+    def __init__(self, client: Client, turn: _Turn, dummy: bool, agree: Agree | None) -> None:
+        self._client, self._turn, self.dummy, self._agree = client, turn, dummy, agree
         self.ids: dict[int, npt.NDArray[Any]] = {}
+        self.votes: dict[int, Vote] = {}
         self.asked = False
-        self._step: Future[Step | None] = Future()
-        self._absent: dict[int, npt.NDArray[np.bool_]] = {}
+        self._step: Future[Step] = Future()
 
     def put(self, layer: int, ids: torch.Tensor) -> None:
         """Have the ids copied to the host."""
@@ -159,13 +158,14 @@ class _Forward:
         place = self.ids[layer] = self._turn.ids_array[layer][:tokens]
         if self.dummy:
             return
+        self.votes[layer] = Vote(1, tokens, self._agree)
         if ids.is_cuda:
             self._turn.ids[layer][:tokens].copy_(ids, non_blocking=True)
         else:
             place[...] = ids.numpy()  # PyTorch would share so little among threads, and wait for them
 
     def ask(self, thread: ThreadPoolExecutor | None) -> None:
-        """Begin the lookup; what it fails with is raised by `rows`."""
+        """Begin the lookup; what it fails with is raised by `find`."""
         self.asked = True
         if self.dummy:
             return
@@ -180,38 +180,18 @@ class _Forward:
             if not isinstance(error, Exception):
                 raise
 
-    def _begin_copied(self) -> Step | None:
+    def _begin_copied(self) -> Step:
         self._turn.copied.synchronize()  # of the forward that had this turn before
         self._turn.put.synchronize()
         return self._begin()
 
-    def _begin(self) -> Step | None:
-        """The step; None if there is no row to be asked for."""
-        wanted = {}
-        for layer, ids in self.ids.items():
-            if ids.size == 0 or ids.min() < 0:
-                absent = ids < 0
-                if absent.all():
-                    self._turn.rows_array[layer][: len(ids)] = 0
-                    continue
-                self._absent[layer] = absent
-                ids = np.where(absent, 0, ids)  # some row that there is
-            wanted[layer] = ids
-        out = {layer: self._turn.rows_array[layer][: len(ids)] for layer, ids in wanted.items()}
-        return self._client.prefetch_rows(wanted, out=out) if wanted else None
+    def _begin(self) -> Step:
+        out = {layer: self._turn.rows_array[layer][: len(ids)] for layer, ids in self.ids.items()}
+        return self._client.prefetch_rows(self.ids, out=out, absent=True)
 
     def find(self, layer: int, flags: Flags) -> None:
-        """Wait for a layer's rows; set which tokens have theirs, those that ask for none among them."""
-        step = self._step.result()
-        if step is None or layer not in step.layers:
-            flags[:] = True
-            return
-        step.rows(layer)
-        flags[0] = step.valid(layer)
-        absent = self._absent.pop(layer, None)
-        if absent is not None:
-            self._turn.rows_array[layer][: len(absent)][absent] = 0
-            flags[0] |= absent.all(axis=1)
+        """Wait for a layer's rows; set which tokens have theirs."""
+        flags[0] = self._step.result().valid(layer)
 
     def rows(self, layer: int, valid: Flags) -> torch.Tensor:
         """A layer's rows, once they are there; zeros of tokens that are not valid."""
@@ -221,8 +201,5 @@ class _Forward:
 
     def give_up(self) -> None:
         """Nothing is written into the turn's memory any more once this returns."""
-        if not self.asked or self._step.cancel() or self._step.exception() is not None:
-            return
-        step = self._step.result()
-        if step is not None:
-            step.cancel()
+        if self.asked and not self._step.cancel() and self._step.exception() is None:
+            self._step.result().cancel()

@@ -1,7 +1,7 @@
-"""vLLM's plugin: with ENGRAMPOOL_CLIENT_TARGET set, Engram layers of DeepSeek-V4.1 take their rows from the pool.
+"""vLLM's plugin: with ENGRAMPOOL_CLIENT_TARGET set, DeepSeek-V4.1 and Qwen4 take their rows from the pool.
 
 docs/INTEGRATION_VLLM.md says how to use it. Here is what vLLM loads and whether it may be used with this vLLM;
-`vllm_engram.py` has what then stands in the engine.
+`vllm_engram.py` and `vllm_qwen4.py` have what then stands in the engine.
 """
 
 import os
@@ -11,9 +11,11 @@ from engrampool_client.config import ENVIRONMENT_PREFIX, from_environment
 from engrampool_client.integrations import engine
 from engrampool_client.integrations.forwards.settings import EngineSettings
 
-# What `vllm_engram.py` was written for, and run with.
+# What was written for, and run with.
 VERSION = "0.33.0"
 _ENGRAM = "vllm.models.deepseek_v41.common.engram"
+_TABLES = "vllm.models.qwen4_exp.common.ngram_embedding"
+_NGRAMS = "vllm.models.qwen4_exp.nvidia.ngram_embedding:Qwen4ExpNGramEmbedding"
 # Functions that are replaced, called or relied on, and their parameters.
 PARAMETERS = {
     f"{_ENGRAM}:ParallelEngramEmbedding.__init__": (
@@ -29,6 +31,24 @@ PARAMETERS = {
     f"{_ENGRAM}:Engram.embed": "self hash_ids",
     f"{_ENGRAM}:EngramLayout.__init__": "self config",
     f"{_ENGRAM}:NgramHashState.__init__": "self vllm_config layout swa_cache_module",
+    f"{_TABLES}:Qwen4ExpPLEEmbedding.__init__": (
+        "self num_embeddings embedding_dim params_dtype padding_size prefix embedding_method num_ngram_heads "
+        "max_total_tokens data_parallel_rank reduce_results"
+    ),
+    f"{_TABLES}:Qwen4ExpPLEPinnedHostEmbedding.allocate_embedding_weight": "self num_embeddings embedding_dim dtype",
+    f"{_TABLES}:Qwen4ExpPLEPinnedHostEmbedding.start_prefetch": "self ngram_ids",
+    f"{_TABLES}:Qwen4ExpPLEPinnedHostEmbedding.finalize_prefetch": "self total_tokens",
+    f"{_TABLES}:Qwen4ExpPLEPinnedHostEmbedding._lookup": "self input_ids output",
+    f"{_TABLES}:Qwen4ExpPLEPinnedHostEmbedding._reduce_etp_embeddings": "self embeddings",
+    f"{_TABLES}:Qwen4ExpPLEEmbeddingMethod.lookup_dtype": "self layer",
+    f"{_TABLES}:PLEVocabParallelEmbedding.weight_loader": "self param loaded_weight checkpoint_start",
+    f"{_NGRAMS}.__init__": (
+        "self config embedding_dim ple_dense_layer_id max_total_tokens data_parallel_rank prefix quant_config "
+        "params_dtype use_sequence_parallel"
+    ),
+    f"{_NGRAMS}.start_prefetch": "self input_ids query_start_loc ngram_context",
+    f"{_NGRAMS}.forward": "self hidden_states input_ids query_start_loc ngram_context",
+    f"{_NGRAMS}.load_weights": "self weights",
     "vllm.compilation.breakable_cudagraph:eager_break_during_capture": "fn",
     "vllm.v1.worker.gpu.model_states:resolve_model_state_cls": "vllm_config model",
     "vllm.v1.worker.gpu.model_states.interface:ModelState.__init__": "self vllm_config model encoder_cache device",
@@ -57,7 +77,8 @@ def register() -> None:
     from_environment(os.environ)
     EngineSettings.of(os.environ)
     check_version(metadata.version("vllm"))
-    import_module("engrampool_client.integrations.vllm_engram").install()
+    for model in ("engram", "qwen4"):
+        import_module(f"engrampool_client.integrations.vllm_{model}").install()
 
 
 def check_version(found: str) -> None:

@@ -6,7 +6,7 @@ of a fixed address. Imported by `vllm.py` alone.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any
@@ -49,6 +49,28 @@ class _Worker:
     def __init__(self) -> None:
         self.layers: list[Any] = []
 
+    def connect(self, columns: slice, heads: int) -> Client:
+        """The client; it asks for the given ones of all columns."""
+        if self.client is None:
+            every = columns == slice(0, heads)
+            self.client = Client.from_environment(os.environ, heads=None if every else (columns.start, columns.stop))
+        return self.client
+
+    def ready(self, numbers: Sequence[int], columns: slice, max_tokens: int, device: torch.device) -> None:
+        """All layers are made, and what is served is theirs. numbers: of the layers. device: where they read rows."""
+        assert self.client is not None
+        self.counts = EngineCounts(numbers)
+        port = EngineSettings.of(os.environ).metrics_port
+        if port is not None:
+            from engrampool_client.integrations.forwards import metrics
+
+            parallel = engram.get_current_vllm_config().parallel_config
+            at = port + parallel.data_parallel_rank * parallel.world_size + parallel.rank
+            self.metrics = metrics.serve(at, self.client, self.counts)
+        if not self.whole:
+            width, agree = columns.stop - columns.start, ranks_agree()
+            self.staging = Staging(self.client, numbers, width, max_tokens, device, agree=agree, counts=self.counts)
+
     @property
     def supply(self) -> Any:
         """Who has forwards that ask nobody; None before all is made."""
@@ -56,6 +78,11 @@ class _Worker:
 
 
 _worker = _Worker()
+
+
+def worker() -> _Worker:
+    """What this process has now; another after `close`."""
+    return _worker
 
 
 class PooledTable(engram.ParallelEngramEmbedding):
@@ -106,10 +133,7 @@ def check_mode(vllm_config: Any) -> bool:
 def _create_embedding(self: Any, layout: Any, layer_hash_index: int) -> PooledTable:
     _worker.whole = check_mode(engram.get_current_vllm_config())
     table = PooledTable(layout, layer_hash_index)
-    if _worker.client is None:
-        every = table.columns == slice(0, table.n_hash_cols)
-        heads = None if every else (table.columns.start, table.columns.stop)
-        _worker.client = Client.from_environment(os.environ, heads=heads)
+    _worker.connect(table.columns, table.n_hash_cols)
     _worker.layers.append(self)
     return table
 
@@ -192,26 +216,9 @@ def _made(state: Any) -> None:
     if _worker.client is None:
         return
     check_served(_worker.client, state)
+    _worker.hashes, staged = state, _worker.layers[0].staged_rows
     tables = [layer.embed_tokens for layer in _worker.layers]
-    columns, staged = tables[0].columns, _worker.layers[0].staged_rows
-    _worker.counts, _worker.hashes = EngineCounts(table.layer for table in tables), state
-    port = EngineSettings.of(os.environ).metrics_port
-    if port is not None:
-        from engrampool_client.integrations.forwards import metrics
-
-        parallel = engram.get_current_vllm_config().parallel_config
-        at = port + parallel.data_parallel_rank * parallel.world_size + parallel.rank
-        _worker.metrics = metrics.serve(at, _worker.client, _worker.counts)
-    if not _worker.whole:
-        _worker.staging = Staging(
-            _worker.client,
-            [table.layer for table in tables],
-            columns.stop - columns.start,
-            len(staged),
-            staged.device,
-            agree=ranks_agree(),
-            counts=_worker.counts,
-        )
+    _worker.ready([table.layer for table in tables], tables[0].columns, len(staged), staged.device)
 
 
 def ranks_agree() -> Agree | None:

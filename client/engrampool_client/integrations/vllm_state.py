@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.models.deepseek_v41.common.mm_preprocess import IMAGE_SENTINEL_BASE_ID
 
@@ -46,9 +47,11 @@ class Feeder:
         drafts = vllm_config.num_speculative_tokens
         # What is sampled last, and drafts beyond it, may be more than a request can have.
         longest = vllm_config.model_config.max_model_len + drafts + 1
-        self._histories = Histories(requests, longest, hashes.lookback_depth, lambda ids: ids == IMAGE_SENTINEL_BASE_ID)
+        self._histories = Histories(
+            requests, longest, hashes.lookback_depth, IMAGE_SENTINEL_BASE_ID, compiled=client.compiled
+        )
         self._numbers: dict[str, int] = {}
-        self._host = _Host(tokens, requests, device)
+        self._host, self._drafts = _Host(tokens, requests, device, drafts > 0), drafts > 0
         columns = tables[0].columns
         shape = {
             table.layer: (columns.stop - columns.start, table.dim + table.dim // table.block_size) for table in tables
@@ -111,19 +114,24 @@ class Feeder:
 
     def _chunks(self, batch: Any) -> tuple[Numbers, Numbers, Numbers]:
         """Which tokens of which requests the forward has. Those that the device alone knows are learned."""
-        requests = batch.num_reqs
-        numbers = batch.idx_mapping_np[:requests].astype(np.int64)
-        starts = batch.num_computed_tokens_np[:requests].astype(np.int64)
-        bounds = batch.query_start_loc_np[: requests + 1]
-        counts = np.diff(bounds).astype(np.int64)
-        # What prompts have is known. Where rejected drafts shift a request, the host knows only how far at most.
-        sampled = starts + counts > batch.prefill_len_np[:requests]
-        if sampled.any():
-            ids, positions, bounds = self._host.read(batch)
-            counts = np.diff(bounds).astype(np.int64)
-            starts = positions[bounds[:-1]]
-            which = np.flatnonzero(sampled)
-            self.supply.learn(numbers[which], starts[which], counts[which], ids[: bounds[-1]][sampled.repeat(counts)])
+        requests, tokens = batch.num_reqs, batch.num_tokens
+        numbers, starts, counts = (
+            given[:requests].astype(np.int64)
+            for given in (batch.idx_mapping_np, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+        )
+        # What prompts have is known.
+        sampled = starts + counts > batch.prefill_len_np[:requests] if batch.has_prefill else None
+        if sampled is None or sampled.any():
+            ids, positions, edges = self._host.read(batch)
+            if self._drafts:  # rejected ones shift a request, and the host knows only how far at most
+                bounds = edges[: requests + 1].astype(np.int64)
+                starts, counts, tokens = positions[bounds[:-1]], bounds[1:] - bounds[:-1], bounds[-1]
+            if sampled is None:
+                self.supply.learn(numbers, starts, counts, ids[:tokens])
+            else:
+                which = np.flatnonzero(sampled)
+                learned = ids[:tokens][sampled.repeat(counts)]
+                self.supply.learn(numbers[which], starts[which], counts[which], learned)
         return numbers, starts, counts
 
     def _engines_own(self, batch: Any, inputs: Mapping[str, Any]) -> dict[int, Ids]:
@@ -144,26 +152,30 @@ class Feeder:
 
 
 class _Host:
-    """What of a forward is on the device alone, copied to the host."""
+    """What of a forward is on the device alone, copied to the host.
 
-    def __init__(self, tokens: int, requests: int, device: torch.device) -> None:
+    places: whether positions are to be, and where requests begin, beside ids.
+    """
+
+    def __init__(self, tokens: int, requests: int, device: torch.device, places: bool) -> None:
         self._event: Any = torch.cuda.Event() if device.type == "cuda" else None
         kinds = ((tokens, torch.int32), (tokens, torch.int64), (requests + 1, torch.int32))
         pinned = self._event is not None
         self._memory = [torch.zeros(size, dtype=kind, device="cpu", pin_memory=pinned) for size, kind in kinds]
+        self._arrays = [memory.numpy() for memory in self._memory]
+        self._places = places
 
-    def read(self, batch: Any) -> tuple[Ids, Numbers, Ids]:
-        """Token ids, positions and boundaries, once the device has come to them."""
-        tokens = batch.num_tokens
-        given = (batch.input_ids[:tokens], batch.positions[:tokens], batch.query_start_loc[: batch.num_reqs + 1])
-        places = [memory[: len(one)] for memory, one in zip(self._memory, given, strict=True)]
-        for place, one in zip(places, given, strict=True):
-            place.copy_(one, non_blocking=True)
+    def read(self, batch: Any) -> list[npt.NDArray[Any]]:
+        """Token ids, positions, and where requests begin: the same memory each time, which is longer than the batch."""
+        given = [batch.input_ids]
+        if self._places:
+            given += batch.positions, batch.query_start_loc[: batch.num_reqs + 1]
+        for memory, one in zip(self._memory, given, strict=False):
+            memory[: len(one)].copy_(one, non_blocking=True)
         if self._event is not None:
             self._event.record()
             self._event.synchronize()
-        ids, positions, bounds = (place.numpy() for place in places)
-        return ids, positions, bounds
+        return self._arrays
 
 
 def with_rows(base: type, feeder_of: Any) -> type:

@@ -34,6 +34,12 @@ def dial(way_in: pool_pb2.OpenDirectResponse, target: str) -> socket.socket:
     return connected
 
 
+def address_of(target: str) -> tuple[str, int] | None:
+    """The host and port of "HOST:PORT" or a gRPC name for one; None for other names."""
+    host, port = host_of(target), target.rpartition(":")[2]
+    return (host, int(port)) if host and port.isdigit() else None
+
+
 def host_of(target: str) -> str:
     """The host of "HOST:PORT" or a gRPC name for one; "" for other names, such as a Unix socket's."""
     scheme, separator, rest = target.partition(":")

@@ -12,16 +12,20 @@ import grpc
 import grpc.experimental
 
 from engrampool_client.compute.served import DESCRIBE
+from engrampool_client.config import ClientConfig
 from engrampool_client.errors import (
     DeadlineError,
     PoolError,
     ProtocolError,
+    TlsError,
     UnavailableError,
     from_rpc,
     is_no_grpc,
 )
 from engrampool_client.event import Event
+from engrampool_client.lanes.credentials import Credentials
 from engrampool_client.lookup.exchange import Exchange
+from engrampool_proto.segment import boot_id
 from engrampool_proto.v1 import pool_pb2
 from engrampool_proto.wire import SERVICE
 
@@ -61,6 +65,8 @@ LAYERS_ABOVE_BYTES = 512 << 10
 _ENDED_CALLS = 16
 # Small lookups that are begun at one time, those that were given up and whose answers are on their way among them.
 _MOST_STREAMS = 64
+# What gRPC says of a server that ended the connection before it said anything.
+_ENDED = "Socket closed"
 # How soon to ask again a server that answers "loading".
 _RETRY_LOADING_S = 0.2
 
@@ -72,12 +78,13 @@ class _Connection:
     the channel's, and then every other call on it, and its end, waits for ever: it is neither used any more, nor
     closed. To set it is one step, which another Ctrl-C cannot come into.
 
-    streams: that requests hold, kept here as well: to free one in the child of a fork may take it for ever. ending: of
-    them, those whose end nobody has taken in yet.
+    metadata: of every call. streams: that requests hold, kept here as well: to free one in the child of a fork may take
+    it for ever. ending: of them, those whose end nobody has taken in yet.
     """
 
-    def __init__(self, target: str) -> None:
-        self.channel = grpc.insecure_channel(target, _OPTIONS)
+    def __init__(self, target: str, credentials: Credentials) -> None:
+        self.channel = credentials.channel(target, _OPTIONS)
+        self.metadata = credentials.metadata
         self.lookup = self.channel.unary_unary(_METHOD + "Lookup")
         self.lookup_stream = self.channel.unary_stream(_METHOD + "LookupStream")
         self.calls, self.lost = 0, False
@@ -87,7 +94,7 @@ class _Connection:
     def begin(self, message: bytes, timeout_s: float) -> Iterator[bytes]:
         """A stream, whose answer whoever iterates over it waits for."""
         try:
-            stream: Iterator[bytes] = self.lookup_stream(message, timeout=timeout_s)
+            stream: Iterator[bytes] = self.lookup_stream(message, timeout=timeout_s, metadata=self.metadata)
             return stream
         except KeyboardInterrupt:
             self.lose()
@@ -110,14 +117,14 @@ class _Connection:
 
 
 class GrpcLane:
-    """One connection to a server. Thread-safe."""
+    """One connection to a server. Thread-safe. credentials: of the client; None for none, in plain text."""
 
-    def __init__(self, target: str) -> None:
-        self.target = target
+    def __init__(self, target: str, credentials: Credentials | None = None) -> None:
+        self.target, self._credentials = target, credentials or Credentials(ClientConfig())
         # A step that is given up takes it, in whatever the thread is doing: garbage collection does that, too.
         self._lock = threading.RLock()
         self._closed = False
-        self._connection = _Connection(target)
+        self._connection = _Connection(target, self._credentials)
         # Others that calls are still under way on, or that nobody may touch any more.
         self._former: set[_Connection] = set()
 
@@ -139,6 +146,10 @@ class GrpcLane:
                 if is_no_grpc(error):
                     text = f"{self.target} is no engrampool server, nor any other of gRPC (its metrics port?): {error}"
                     raise ProtocolError(text) from error
+                if isinstance(error, TlsError):
+                    raise
+                if _ENDED in str(error) and (found := self._credentials.diagnose(self.target)) is not None:
+                    raise found from error
                 # That time ran out while it was tried once more says less than why it failed before.
                 if last is None or not isinstance(error, DeadlineError):
                     last = error
@@ -159,7 +170,7 @@ class GrpcLane:
 
     def attach(self, model: str, version: str, timeout_s: float) -> pool_pb2.AttachResponse:
         """Ask where the tables of `model` can be mapped. Raises PoolError."""
-        request = pool_pb2.AttachRequest(model=model, version=version)
+        request = pool_pb2.AttachRequest(model=model, version=version, boot_id=boot_id())
         answer = self._control("Attach", request.SerializeToString(), timeout_s)
         try:
             return pool_pb2.AttachResponse.FromString(answer)
@@ -234,7 +245,9 @@ class GrpcLane:
         """
         connection = self.enter()
         try:
-            answer: bytes = connection.channel.unary_unary(_METHOD + method)(request, timeout=timeout_s)
+            answer: bytes = connection.channel.unary_unary(_METHOD + method)(
+                request, timeout=timeout_s, metadata=connection.metadata
+            )
             return answer
         except grpc.RpcError as rpc_error:
             error = from_rpc(rpc_error, self.target)
@@ -249,8 +262,9 @@ class GrpcLane:
 
     def enter(self) -> _Connection:
         """The connection for a call; `leave` is to follow."""
+        changed = self._credentials.look()
         with self._lock:
-            if self._connection.lost:
+            if changed or self._connection.lost:
                 self._replace()
             self._connection.calls += 1
             return self._connection
@@ -264,7 +278,7 @@ class GrpcLane:
 
     def _replace(self) -> None:
         """With the lock: have later calls go by a new connection."""
-        old, self._connection = self._connection, _Connection(self.target)
+        old, self._connection = self._connection, _Connection(self.target, self._credentials)
         self._former.add(old)
 
     def _close_former(self) -> None:
@@ -291,7 +305,7 @@ class _Call:
             if not _streamed(exchange):
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
                 # given up meanwhile does not wait for it.
-                _take(exchange, connection.lookup(exchange.encode(), timeout=timeout_s))
+                _take(exchange, connection.lookup(exchange.encode(), timeout=timeout_s, metadata=connection.metadata))
             else:
                 stream = connection.begin(exchange.encode(), timeout_s)
                 if exchange.answer_bytes > STREAM_ABOVE_BYTES:

@@ -41,8 +41,7 @@ class Here(Generic[V]):
     def small(self, query: Query, out: Out | None, sizes: Sizes, version: V) -> Small | Cached | None:
         """What a step needs to be begun here; None if it is not to be."""
         small, shards, planner = None, version.shards, version.planner
-        above = shards.sends
-        reads = above is None and reads_memory(version)
+        above, reads = shards.sends, reads_memory(version)
         if reads or (above is not None and sizes.nbytes > above):
             small = planner.small(query, out, sizes, reads)
         if small is None and not shards.attached:
@@ -53,7 +52,7 @@ class Here(Generic[V]):
         """Begin a step; whether that could be. Raises PoolError."""
         if isinstance(small, Cached):
             return self._find(delivery, small, out, version)
-        if version.shards.sends is None and reads_memory(version):
+        if reads_memory(version):
             return self.read(delivery, small, version)
         sent = self.send(delivery, small, sizes, out, version, self._submit_rest)
         if sent is None:
@@ -206,8 +205,9 @@ class Here(Generic[V]):
 
 
 def reads_memory(version: Version) -> bool:
-    """Whether what is small may well be read from memory, now."""
-    return version.shards.attached and not version.shards.sharded
+    """Whether what is small may well be read from memory, now, and is not sent for."""
+    shards = version.shards
+    return shards.attached and not shards.sharded and shards.sends is None
 
 
 def planned() -> bool:

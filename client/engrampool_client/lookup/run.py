@@ -113,9 +113,8 @@ class Lookups(Generic[V]):
         version, small = self._versions.current, None
         sizes = version.planner.sizes(query)
         out, finisher = self._finisher(query, out, valid, sizes)
-        above = version.shards.sends
-        reads = above is None and reads_memory(version)
-        if reads or above == 0:  # over gRPC it would gain nothing
+        reads = reads_memory(version)
+        if reads or version.shards.sends == 0:  # over gRPC it would gain nothing
             small = version.planner.small(query, out, sizes, reads)
         if small is None:
             query.own()

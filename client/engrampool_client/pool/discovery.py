@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 
+from engrampool_client.config import ClientConfig
 from engrampool_client.errors import PoolError, UnavailableError, UnknownModelError, UnknownVersionError
 from engrampool_client.event import Event
-from engrampool_proto.registry.etcd import SCHEME, Registry, RegistryError, State, require_etcd3gw
+from engrampool_proto.registry.etcd import SCHEMES, Registry, RegistryError, State, require_etcd3gw
 
 _DNS, _RAY = "dns:///", "ray:///"
 # What gRPC knows besides.
@@ -40,11 +42,11 @@ class Servers:
             if not isinstance(target, str) or not target.strip():
                 raise ValueError(f"target must be HOST:PORT or a URL, or a list of such; {target!r} is neither")
             scheme, url, _ = target.partition("://")
-            if url and scheme not in _OTHER_SCHEMES and not target.startswith((SCHEME, _RAY)):
-                raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEME}HOST:PORT")
-            if not target.startswith((SCHEME, _RAY, *_PORTLESS)):
+            if url and scheme not in _OTHER_SCHEMES and not target.startswith((*SCHEMES, _RAY)):
+                raise ValueError(f"{target!r} is not HOST:PORT, {_DNS}NAME:PORT, {_RAY}NAME or {SCHEMES[0]}HOST:PORT")
+            if not target.startswith((*SCHEMES, _RAY, *_PORTLESS)):
                 _check_ports(target)
-        urls = [target for target in targets if target.startswith(SCHEME)]
+        urls = [target for target in targets if target.startswith(SCHEMES)]
         if len(urls) > 1:
             raise ValueError(f"a client follows one registry, not {' and '.join(urls)}; one URL may name all its hosts")
         self.text = ",".join(targets)
@@ -73,6 +75,13 @@ class Servers:
     def age_s(self) -> float | None:
         """Seconds since the registry was last known to answer, inf if it never did; None without one."""
         return None if self._registry is None else self._registry.age_s
+
+    def named(self, config: ClientConfig) -> ClientConfig:
+        """The settings, with the name that certificates have where servers are reached by the addresses of one name."""
+        names = {target.host for target in self._targets}
+        if config.tls_ca is None or config.tls_name is not None or len(names) != 1 or None in names or self.registered:
+            return config
+        return replace(config, tls_name=names.pop())
 
     def find(self, model: str | None, version: str | None) -> tuple[list[str], bool]:
         """The addresses of servers that may hold the version, and whether they are all there are.
@@ -207,6 +216,11 @@ class _Target:
     def is_name(self) -> bool:
         """Whether it may stand for other addresses later."""
         return self._target.startswith((_DNS, _RAY))
+
+    @property
+    def host(self) -> str | None:
+        """The name whose addresses it stands for, None for another target."""
+        return self._target.removeprefix(_DNS).rpartition(":")[0] if self._target.startswith(_DNS) else None
 
     def addresses(self) -> list[str] | None:
         """As `resolve`; None also while the system takes its time to look the name up, which nobody can end."""

@@ -23,6 +23,7 @@ from engrampool_client.errors import (
 )
 from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.connection import Connection
+from engrampool_client.lanes.credentials import Credentials
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.lanes.native import NativeLane, NativeRequest
 from engrampool_client.lanes.split import SideBySide
@@ -63,7 +64,8 @@ class Endpoint:
         self.target, self._config, self._closing = target, config, closing
         self.latency = Latency()
         self._ways = connections_of(config.connections, "direct")
-        self._lanes = [GrpcLane(target) for _ in range(connections_of(config.connections, "grpc"))]
+        credentials = Credentials(config)
+        self._lanes = [GrpcLane(target, credentials) for _ in range(connections_of(config.connections, "grpc"))]
         self._attach: AttachLane | None = None
         self._native: NativeLane | None = None
         self._small: type[SmallRequest] | None = None

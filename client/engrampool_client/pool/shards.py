@@ -14,7 +14,7 @@ import numpy as np
 from engrampool_client.compute.forms import form_of
 from engrampool_client.compute.served import BRIEF, DESCRIBE, ServedModel, choose, merged, read_spec
 from engrampool_client.config import ClientConfig
-from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError
+from engrampool_client.errors import EngrampoolError, ProtocolError, SpecError, UnavailableError, together
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lookup.delivery import Rows
 from engrampool_client.lookup.exchange import Exchange, Route, slowest
@@ -273,7 +273,7 @@ class Shards:
                 specs.append(known := choose(answer, held.name, held.version).spec)
             return known
 
-        found: dict[str, ServedModel] = {}
+        found, refused = dict[str, ServedModel](), list[EngrampoolError]()
         until = time.monotonic() + timeout_s
         pool = ThreadPoolExecutor(len(self._away), "engrampool-connect")
         try:
@@ -290,6 +290,7 @@ class Shards:
                         if len(asked) == 1:
                             raise
                         self.troubles[address] = str(error)
+                        refused.append(error)
                         continue
                     # The first that answers says which version it is, where none was named.
                     model, version = served.spec.name, served.version
@@ -302,7 +303,7 @@ class Shards:
             pool.shutdown(wait=False, cancel_futures=True)
         if not found:
             troubles = "; ".join(f"{address}: {text}" for address, text in self.troubles.items())
-            raise UnavailableError(f"none of {', '.join(self._away)} serves the model: {troubles or 'no answer'}")
+            raise together(refused)(f"none of {', '.join(self._away)} serves the model: {troubles or 'no answer'}")
         return found
 
     def _admit(self, endpoint: Endpoint) -> None:

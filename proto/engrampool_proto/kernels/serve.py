@@ -12,7 +12,17 @@ from numba import carray, njit, types
 from engrampool_proto import frames
 from engrampool_proto.kernels.gather import first_outside, gather
 from engrampool_proto.kernels.jit import kernel, view
-from engrampool_proto.kernels.sockets import ENDED, LATE, SCRATCH_WORDS, add_at, bytes_at, now, receive_some, send_all
+from engrampool_proto.kernels.sockets import (
+    ENDED,
+    LATE,
+    SCRATCH_WORDS,
+    add_at,
+    bytes_at,
+    now,
+    receive_some,
+    replace_at,
+    send_all,
+)
 
 # What `serve` returns.
 CLOSED, FRAME, LARGE, ANSWERED, SLOW_REQUEST, GONE, UNREAD, LATE_ANSWER = range(8)
@@ -24,13 +34,17 @@ START, END, LEAVING, ARRIVED, DUE, SEEN = range(6)
 SCRATCH = 6
 STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
-# int64 [LIMIT_WORDS]: bounds that are the same for all connections of a process.
+# int64 [LIMIT_WORDS]: bounds, of which all but the last three are the same for all connections of a process.
 # Patience and spinning in nanoseconds; all else in bytes, but for rows. PROGRESS: what comes within the patience.
-# ANSWERS: address of an int64 that lookups answered are counted in.
+# ANSWERS: address of an int64 that lookups answered are counted in. Of the connection's caller, 0 for no bound of its
+# own: MOST bytes in flight; RATE: nanoseconds of its time that a thousand rows take, and METER: see `meter`.
 PATIENCE, PROGRESS, SPIN, MAX_REQUEST, MAX_ROWS, MAX_ANSWER, INLINE, HELD, IN_FLIGHT, SHARE, LARGE_BUFFER, ANSWERS = (
     range(12)
 )
-LIMIT_WORDS = 12
+MOST, RATE, METER = range(12, 15)
+LIMIT_WORDS = 15
+# A caller that was idle may have so much of its time at once.
+BURST_NS = 100_000_000
 
 # int64 [n, ENTRY_WORDS], one a layer of a handle: address: of row `row_start`. counts: address of int64 [2] that rows
 # and bytes are counted in.
@@ -54,8 +68,10 @@ def _release(own: Any, of_peers: Any, slot: Any, at: Any, nbytes: Any) -> None:
     add_at(_U(of_peers.ctypes.data) + _U((at + slot) * _WORD), -nbytes)
 
 
-@kernel(types.boolean(types.int64[::1], types.int64[::1], *(types.int64,) * 6))
-def reserve(own: Any, of_peers: Any, slot: Any, at: Any, processes: Any, nbytes: Any, limit: Any, share: Any) -> bool:
+@kernel(types.boolean(types.int64[::1], types.int64[::1], *(types.int64,) * 7))
+def reserve(
+    own: Any, of_peers: Any, slot: Any, at: Any, processes: Any, nbytes: Any, limit: Any, share: Any, most: Any
+) -> bool:
     """`InFlight.reserve`: count bytes as in flight, unless they are too many. Any thread of any process."""
     # Counted first and asked for afterwards: of two at once, neither may miss the other.
     add_at(_U(own.ctypes.data) + _U(slot * _WORD), nbytes)
@@ -63,13 +79,13 @@ def reserve(own: Any, of_peers: Any, slot: Any, at: Any, processes: Any, nbytes:
     free = limit
     for one in range(own.size):
         free -= own[one]
-    if free >= share:  # with half of it free nobody can have more than is free
+    if free >= share and most == 0:  # with half of it free nobody can have more than is free
         return True
     if free >= 0:
         of_peer = np.int64(0)
         for one in range(at, at + processes):
             of_peer += of_peers[one]
-        if free >= of_peer:
+        if free >= of_peer and (most == 0 or most >= of_peer):
             return True
     _release(own, of_peers, slot, at, nbytes)
     return False
@@ -79,6 +95,22 @@ def reserve(own: Any, of_peers: Any, slot: Any, at: Any, processes: Any, nbytes:
 def release(own: Any, of_peers: Any, slot: Any, at: Any, nbytes: Any) -> None:
     """Count them as in flight no more."""
     _release(own, of_peers, slot, at, nbytes)
+
+
+@kernel(types.int64(types.uint64, types.int64, types.int64, types.int64))
+def meter(cell: Any, rows: Any, rate: Any, time_ns: Any) -> int:
+    """Count rows of a caller that may have so many a second: 0, or nanoseconds until it is its turn; then none counted.
+
+    cell: address of an int64, until when the caller has had its time. Any thread of any process. However many rows they
+    are, they are let by if it is the caller's turn, and its next turn comes the later.
+    """
+    while True:
+        until = add_at(cell, 0)
+        if until > time_ns:
+            return int(until - time_ns)
+        then = max(until, time_ns - BURST_NS) + rows // 1000 * rate + rows % 1000 * rate // 1000
+        if replace_at(cell, until, then) == until:
+            return 0
 
 
 @kernel(types.void(types.uint64, view(types.float64), types.int64))
@@ -176,7 +208,10 @@ def _answer(
     held = answer_bytes
     if answer_bytes + nbytes > limits[INLINE]:
         held = min(answer_bytes, limits[HELD])
-    if not reserve(own, of_peers, slot, peer_at, processes, held, limits[IN_FLIGHT], limits[SHARE]):
+    if not reserve(own, of_peers, slot, peer_at, processes, held, limits[IN_FLIGHT], limits[SHARE], limits[MOST]):
+        return FRAME
+    if limits[RATE] and meter(_U(limits[METER]), rows, limits[RATE], begin):
+        _release(own, of_peers, slot, peer_at, held)
         return FRAME
     # Gathered and sent in pieces of `out`: while the system brings one of them away, the next one is gathered.
     source, at, gathered, sent = _U(out.ctypes.data), np.int64(0), np.int64(0), np.int64(1)

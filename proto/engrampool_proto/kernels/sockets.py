@@ -46,6 +46,17 @@ def add_at(typing: Any, address: Any, amount: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def replace_at(typing: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Put `value` in the place of the int64 at `address` if that is `expected`, in one step; gives what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 0)
+
+    return types.int64(types.uint64, types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def bytes_at(typing: Any, address: Any) -> Any:
     """The memory at `address`, for `numba.carray`."""
 

@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from engrampool_proto.errors import EngrampoolError
-from engrampool_proto.registry.etcd_client import SCHEME, Contents, EtcdClient, RegistryError, require_etcd3gw
+from engrampool_proto.registry.etcd_client import SCHEMES, Contents, EtcdClient, RegistryError, require_etcd3gw
 from engrampool_proto.registry.pool_state import NotHeldError, State, VersionError
 from engrampool_proto.registry.records import (
     Active,
@@ -26,7 +26,7 @@ from engrampool_proto.registry.records import (
 )
 
 __all__ = [
-    "SCHEME",
+    "SCHEMES",
     "Active",
     "ClashError",
     "Held",

@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qs
 
 from engrampool_proto.errors import EngrampoolError, how_to_install
+from engrampool_proto.security.pem import PemError, PemFiles
 
 if TYPE_CHECKING:
     from etcd3gw.client import Etcd3Client
@@ -29,9 +32,14 @@ PROBE_S = 3.0
 _STOP_S = 0.5
 # At most so much of a watch's message is read at a time.
 _MESSAGE_BYTES = 1 << 16
-SCHEME = "etcd://"
+# The latter over TLS.
+SCHEMES = ("etcd://", "etcds://")
 _DEFAULT_PREFIX = "engrampool"
-_URL = re.compile(r"etcd://(?P<endpoints>[^/]+)(?:/(?P<prefix>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*))?/?")
+_URL = re.compile(
+    r"(?P<scheme>etcds?://)(?P<endpoints>[^/?]+)(?:/(?P<prefix>[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*))?/?"
+    r"(?:\?(?P<query>[^?#]+))?"
+)
+_FORM = "etcd://HOST:PORT[,HOST:PORT...][/PREFIX], or etcds://... with [?ca=FILE[&cert=FILE&key=FILE]] at its end"
 _ENDPOINT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):(?P<port>[0-9]{1,5})")
 _NO_ETCD = "is no etcd, or not its port for clients"
 # Of what some other server says.
@@ -66,14 +74,15 @@ class EtcdClient:
     """The keys of one etcd below a root. Thread-safe; connects with the first call.
 
     url: etcd://HOST:PORT[,HOST:PORT...][/PREFIX], of one etcd's endpoints, which are tried in turn; the prefix, by
-        default `engrampool`, is the root.
+        default `engrampool`, is the root. etcds:// over TLS, with ?ca=FILE of authorities other than public ones, and
+        &cert=FILE&key=FILE for an etcd that asks for a certificate.
     timeout_s: how long to wait for an endpoint to take a connection, and to answer.
 
     Raises ValueError for another URL; what asks the etcd raises RegistryError.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self._endpoints, prefix = split_url(url)
+        self._endpoints, prefix, self._tls = split_url(url)
         self._url, self._root = url, f"/{prefix}/"
         self._timeout_s = timeout_s
         self._clients: list[Etcd3Client] = []
@@ -206,30 +215,49 @@ class EtcdClient:
             raise RegistryError(f"{client.host}:{client.port} {what}") from error
 
     def connected(self) -> "list[Etcd3Client]":
-        """A client for each endpoint. Raises RegistryError only if `etcd3gw` is missing."""
+        """A client for each endpoint. Raises RegistryError only if `etcd3gw` is missing, or a file of the URL's is."""
         if not self._clients:
             require_etcd3gw(self._url)
             from etcd3gw.client import Etcd3Client
             from requests import Session
 
+            if self._tls is not None:
+                try:
+                    self._tls.read()
+                except PemError as error:
+                    raise RegistryError(f"the registry {self._url} cannot be asked: {error}") from error
             clients = []
             for host, port in self._endpoints:
                 session = Session()
                 # As servers are reached: without a proxy that the environment names.
                 session.trust_env = False
-                clients.append(Etcd3Client(host, port, timeout=self._timeout_s, api_path="/v3/", session=session))
+                protocol = "http"
+                if self._tls is not None:  # files that are read again with each connection
+                    protocol, session.verify = "https", True if self._tls.ca is None else str(self._tls.ca)
+                    if self._tls.cert is not None:
+                        session.cert = (str(self._tls.cert), str(self._tls.key))
+                clients.append(Etcd3Client(host, port, protocol, None, None, None, self._timeout_s, "/v3/", session))
             self._clients = clients
         return self._clients
 
 
-def split_url(url: str) -> tuple[list[tuple[str, int]], str]:
-    """The endpoints, of (host, port), and the prefix of an etcd's URL. Raises ValueError for another one."""
+def split_url(url: str) -> tuple[list[tuple[str, int]], str, PemFiles | None]:
+    """The endpoints, of (host, port), and the prefix of an etcd's URL; and its files for TLS, None for plain HTTP.
+
+    Raises ValueError for another one. No file is read.
+    """
     match = _URL.fullmatch(url)
     endpoints = [_ENDPOINT.fullmatch(text) for text in match["endpoints"].split(",")] if match else []
     if not match or not all(found and 0 < int(found["port"]) < 65_536 for found in endpoints):
-        raise ValueError(f"not etcd://HOST:PORT[,HOST:PORT...][/PREFIX]: {url!r}")
+        raise ValueError(f"not {_FORM}: {url!r}")
     found = [(one["host"].strip("[]"), int(one["port"])) for one in endpoints if one]
-    return found, match["prefix"] or _DEFAULT_PREFIX
+    named = parse_qs(match["query"] or "", keep_blank_values=True)
+    one_each = all(len(paths) == 1 and paths[0] for paths in named.values()) and ("cert" in named) == ("key" in named)
+    if not one_each or named.keys() - {"ca", "cert", "key"} or (named and match["scheme"] != SCHEMES[1]):
+        raise ValueError(f"not {_FORM}: {url!r}")
+    ca, cert, key = (Path(named[name][0]) if name in named else None for name in ("ca", "cert", "key"))
+    tls = PemFiles(ca, cert, key, ("ca", "cert", "key")) if match["scheme"] == SCHEMES[1] else None
+    return found, match["prefix"] or _DEFAULT_PREFIX, tls
 
 
 def require_etcd3gw(url: str) -> None:
@@ -297,6 +325,7 @@ def _post(client: "Etcd3Client", path: str, body: Mapping[str, Any]) -> dict[str
 
 def _unreached(error: Exception) -> str:
     """Why nothing came of a connection, as well as that is known."""
+    import ssl
     from http.client import BadStatusLine
 
     cause: BaseException = error
@@ -304,6 +333,8 @@ def _unreached(error: Exception) -> str:
         cause = inner
         if isinstance(cause, socket.gaierror):
             return f"is no host that is known here: {cause.strerror}"
+        if isinstance(cause, ssl.SSLError):
+            return f"makes no TLS connection that can be trusted: {getattr(cause, 'verify_message', None) or cause}"
         if isinstance(cause, BadStatusLine) and not isinstance(cause, OSError):
             return f"{_NO_ETCD}: it does not speak HTTP/1.1, but {cause!r:.{_SHOWN_CHARS}}"
     return "takes no connection"

@@ -169,12 +169,14 @@ class OpenDirectResponse(_message.Message):
     def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., unix_path: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_ms: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("model", "version")
+    __slots__ = ("model", "version", "boot_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    boot_id: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., boot_id: _Optional[str] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
     __slots__ = ("tables", "valid_ms", "boot_id")

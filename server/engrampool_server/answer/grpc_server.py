@@ -1,12 +1,16 @@
 """One process that answers: binds, holds models, serves, drains, stops. supervisor.py runs several on one port."""
 
 import asyncio
+from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from engrampool_proto.security.pem import Pem
+from engrampool_proto.security.reread import Reread
 from engrampool_proto.wire import SERVICE
+from engrampool_server.answer.gate import Gate
 from engrampool_server.answer.health import SERVING, Health
 from engrampool_server.answer.lane.direct import DirectLane
 from engrampool_server.answer.lane.resources import Resources
@@ -26,6 +30,8 @@ _INT32_MAX = 2**31 - 1
 # gRPC gives its handlers no way to end a call whose request never ends, or whose answer nobody reads. A connection of
 # this age takes no new calls, for which clients make another one by themselves, and is closed after the grace.
 CONNECTION_AGE_S, CONNECTION_GRACE_S = 600, 60
+# How long who connects may take for the handshakes of TLS and HTTP/2.
+HANDSHAKE_S = 10
 # Calls at one time on one connection; more of them wait at the client.
 _CONNECTION_CALLS = 1024
 # How often callers are asked for a sign of life while a call of theirs is under way, and how long that may take.
@@ -50,6 +56,7 @@ class GrpcServer:
         self._grpc: grpc.aio.Server | None = None
         self.direct: DirectLane | None = None
         self._flushing: asyncio.TimerHandle | None = None
+        self._end_watch: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING, lookups UNAVAILABLE. Raises ListenError."""
@@ -57,7 +64,7 @@ class GrpcServer:
         max_request_bytes = min(config.max_rows_per_request * 8 + _REQUEST_MARGIN_BYTES, _INT32_MAX)
         if self.shared.admission is not None:
             resources = Resources(self.lookups, self.shared.metrics, max_request_bytes, config.direct_spin_s)
-            self.direct = DirectLane(resources, self.shared.admission)
+            self.direct = DirectLane(resources, self.shared)
         options = [
             ("grpc.so_reuseport", 1),
             ("grpc.max_send_message_length", -1),
@@ -66,25 +73,38 @@ class GrpcServer:
             ("grpc.max_connection_age_ms", round(CONNECTION_AGE_S * 1e3)),
             ("grpc.max_connection_age_grace_ms", round(CONNECTION_GRACE_S * 1e3)),
             # A caller that was lost on the way without a word takes no place for longer than that.
+            ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_S * 1e3)),
             ("grpc.keepalive_time_ms", round(SIGN_OF_LIFE_S * 1e3)),
             ("grpc.keepalive_timeout_ms", round(SIGN_OF_LIFE_S * 1e3)),
             ("grpc.http2.ping_timeout_ms", round(SIGN_OF_LIFE_S * 1e3)),  # which is what gRPC 1.85 goes by
             # gRPC would cut off callers that ask for signs of life themselves, as many languages' do every few seconds.
             ("grpc.http2.max_ping_strikes", 0),
         ]
-        self._grpc = grpc.aio.server(interceptors=[self._calls], options=options)
-        service = PoolService(self.lookups, self.direct, config.attach != "off", self.shared.is_active)
+        access = self.shared.access
+        self._grpc = grpc.aio.server(interceptors=[Gate(access, self.lookups), self._calls], options=options)
+        service = PoolService(
+            self.lookups, self.direct, config.attach != "off", self.shared.is_active, self.shared.accounts
+        )
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         try:
-            self._grpc.add_insecure_port(config.listen)
+            if access.tls is None:
+                self._grpc.add_insecure_port(config.listen)
+            else:
+                self._grpc.add_secure_port(config.listen, _credentials(access.tls))
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
         await self._grpc.start()
+        self._end_watch = access.watch(self._callers_changed)
         self._flush()
+
+    def _callers_changed(self) -> None:
+        self.shared.give_places()
+        if self.direct is not None:
+            self.direct.revoke()
 
     def _flush(self) -> None:
         """Have Prometheus see what was counted, from now on again and again."""
@@ -110,6 +130,7 @@ class GrpcServer:
             self._grpc = None
         if self._flushing is not None:
             self._flushing.cancel()
+        self._end_watch()
         self.lookups.close()
 
     async def _drain(self, server: grpc.aio.Server) -> None:
@@ -126,3 +147,18 @@ class GrpcServer:
                 await server.stop(None)
             idle = not self._calls.open
         await stopping
+
+
+def _credentials(tls: Reread[Pem]) -> grpc.ServerCredentials:
+    """Of the files as they are at each handshake, which looks at no disk."""
+    given: Pem | None = None
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal given
+        pem = tls.value
+        if pem is given:
+            return None
+        given = pem
+        return grpc.ssl_server_certificate_configuration([(pem.key, pem.cert)], pem.ca)
+
+    return grpc.dynamic_ssl_server_credentials(changed(), changed, tls.value.ca is not None)

@@ -16,8 +16,9 @@ import grpc
 
 from engrampool_proto import wire
 from engrampool_proto.errors import BatchError, EngrampoolError, WireError
+from engrampool_proto.kernels.serve import meter
 from engrampool_proto.spec import RowIds
-from engrampool_server.answer.in_flight import InFlight
+from engrampool_server.answer.in_flight import Account, InFlight, Peer, most_bytes
 from engrampool_server.memory.tables import LoadedModel, LoadedTable, NotHeldError
 from engrampool_server.telemetry.metrics import Metrics
 
@@ -90,6 +91,11 @@ class Job:
             count = given[layer] if self.request.tokens is None else self.request.tokens.num_tokens * table.spec.heads
             counts.append((layer, count, count * table.spec.row_bytes))
         return counts
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return sum(count for _, count, _ in self.counts)
 
     def resolve(self, remaining_s: float | None) -> list[Piece]:
         """Every table's rows as one piece: ids hashed if need be, each checked against what is held.
@@ -165,24 +171,31 @@ class Lookups:
         self.check_ready()
         return self.check_request(wire.parse_request(message))
 
-    def reserve(self, nbytes: int, peer: str) -> None:
-        """Count `nbytes` as in flight for `peer` (peers.py), until `release`. Raises RefusedError if they are too many.
+    def reserve(self, nbytes: int, peer: Peer, rows: int = 0) -> None:
+        """Count `nbytes` as in flight for `peer`, until `release`. Raises RefusedError if they are too many.
 
-        To be called before the memory is taken.
+        rows: that it will be given, which may be too many as well. To be called before the memory is taken.
         """
         if self.in_flight.reserve(nbytes, peer):
+            if rows and isinstance(peer, Account) and peer.rate:
+                wait_ns = meter(peer.meter, rows, peer.rate, time.monotonic_ns())
+                if wait_ns:
+                    self.in_flight.release(nbytes, peer)
+                    raise _too_fast(peer, wait_ns)
             return
-        bound = self.in_flight
-        if nbytes > bound.share_bytes:
-            text = f"this takes {nbytes} bytes at once, and one caller may have {bound.share_bytes} at most"
+        bound, most = self.in_flight, most_bytes(peer)
+        share_bytes = min(bound.share_bytes, most or bound.share_bytes)
+        if nbytes > share_bytes:
+            text = f"this takes {nbytes} bytes at once, and one caller may have {share_bytes} at most"
             raise invalid(f"{text}; split the request, or ask for a large answer by LookupStream", "too-many-rows")
         text = f"{bound.total} bytes are in flight, of {bound.limit_bytes}"
         if bound.total + nbytes <= bound.limit_bytes:
             text += f"; {bound.of(peer)} of them are for {peer}, who may have no more than is free"
+            text += f", and {most} at most" if most else ""
             raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "peer-share", f"{text}; try again later")
         raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", f"{text}; try again later")
 
-    def release(self, nbytes: int, peer: str) -> None:
+    def release(self, nbytes: int, peer: Peer) -> None:
         """Bytes are on their way, or will never be."""
         self.in_flight.release(nbytes, peer)
 
@@ -292,6 +305,12 @@ class Lookups:
             "only layers that are whole here"
         )
         raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "partial-model", text)
+
+
+def _too_fast(account: Account, wait_ns: int) -> RefusedError:
+    text = f"{account.name} asks for more than the {1000 * 10**9 // account.rate} rows a second that it may have"
+    text = f"{text}; try again in {wait_ns / 1e6:.1f} ms"
+    return RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "caller-rate", text)
 
 
 def cut(resolved: Iterable[Piece], nbytes: int) -> list[Piece]:

@@ -11,7 +11,9 @@ from engrampool_proto import __version__, wire
 from engrampool_proto.segment import boot_id
 from engrampool_proto.spec import canonical_json
 from engrampool_proto.v1 import pool_pb2
-from engrampool_server.answer import peers
+from engrampool_server.answer import gate, peers
+from engrampool_server.answer.accounts import Accounts
+from engrampool_server.answer.in_flight import Peer
 from engrampool_server.answer.lane.direct import DirectLane
 from engrampool_server.answer.lookups import (
     SMALL_REQUEST_BYTES,
@@ -42,7 +44,7 @@ class PoolService:
     """The handlers.
 
     direct: the lane that OpenDirect lets callers into, None if there is none.
-    attach: whether callers may map tables, where these lie in memory that others can map.
+    attach: whether callers may map tables, where these lie in memory that others can map. accounts: of named callers.
     is_active: whether clients read a version of a model, as the registry had it last.
     """
 
@@ -52,8 +54,10 @@ class PoolService:
         direct: DirectLane | None,
         attach: bool,
         is_active: Callable[[str, str], bool] = lambda *_: False,
+        accounts: Accounts | None = None,
     ) -> None:
         self._lookups, self._direct, self._may_attach, self._is_active = lookups, direct, attach, is_active
+        self._accounts = accounts or Accounts(1)
         # By model and include_spec: what the answer was made of; and the answer, which takes milliseconds to make with
         # the specification.
         self._described: dict[tuple[str, bool], tuple[_MadeOf, bytes]] = {}
@@ -121,7 +125,8 @@ class PoolService:
             if self._direct is None:
                 text = "this server has no direct lane; look up over gRPC"
                 raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "no-direct-lane", text)
-            return self._direct.admit_one(peers.of_call(context.peer()))
+            who = gate.caller()
+            return self._direct.admit_one(str(self._payer(context)), b"" if who is None else who.key)
         except RefusedError as error:
             await self._refuse(context, error)
 
@@ -130,6 +135,9 @@ class PoolService:
     ) -> pool_pb2.AttachResponse:
         try:
             self._lookups.check_ready()
+            if gate.caller() is not None and request.boot_id != boot_id():
+                text = "its tables are given to callers on its own machine only; look rows up"
+                raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "other-machine", text)
             places = self._places(self._lookups.find(request.model, request.version))
             if not places:
                 text = "this server's tables cannot be mapped (its settings memory and attach say so); look rows up"
@@ -151,7 +159,7 @@ class PoolService:
             if job.answer_bytes > _MAX_MESSAGE_BYTES:
                 text = f"the answer would be {job.answer_bytes} bytes, more than one message holds; ask by LookupStream"
                 raise invalid(text, "too-many-rows")
-            self._hold(job.answer_bytes, message, context)
+            self._hold(job.answer_bytes, job.rows, message, context)
             if job.answer_bytes + len(message) <= self._lookups.inline_bytes:
                 answer, times = self._answer(job, context, arrived)
             else:
@@ -180,7 +188,7 @@ class PoolService:
         assert call is not None
         try:
             job = self._lookups.check(message)
-            hold = self._hold(self._lookups.bytes_in_pieces(job), message, context)
+            hold = self._hold(self._lookups.bytes_in_pieces(job), job.rows, message, context)
             remaining_s = context.time_remaining()
             deadline = None if remaining_s is None else time.perf_counter() + remaining_s
             begin, pieces = await self._lookups.resolve_pieces(job, deadline, self._lookups.chunk_bytes)
@@ -227,11 +235,16 @@ class PoolService:
 
         task.add_done_callback(over)
 
-    def _hold(self, nbytes: int, message: bytes, context: grpc.aio.ServicerContext) -> "_Hold":
+    def _payer(self, context: grpc.aio.ServicerContext) -> Peer:
+        """Whom a call is counted for: the caller, or the host that it comes from."""
+        who = gate.caller()
+        return peers.of_call(context.peer()) if who is None else self._accounts.of(who)
+
+    def _hold(self, nbytes: int, rows: int, message: bytes, context: grpc.aio.ServicerContext) -> "_Hold":
         """Reserve the bytes of an answer, and of a large request, until the call is over. Raises RefusedError."""
         if len(message) > SMALL_REQUEST_BYTES:
             nbytes += len(message)
-        hold = _Hold(self._lookups, nbytes, peers.of_call(context.peer()))
+        hold = _Hold(self._lookups, nbytes, rows, self._payer(context))
         context.add_done_callback(lambda _: hold.shrink(hold.kept_bytes))
         return hold
 
@@ -244,8 +257,8 @@ class PoolService:
 class _Hold:
     """Bytes in flight of one call. kept_bytes: of them, those that outlast its handler. Raises RefusedError."""
 
-    def __init__(self, lookups: Lookups, nbytes: int, peer: str) -> None:
-        lookups.reserve(nbytes, peer)
+    def __init__(self, lookups: Lookups, nbytes: int, rows: int, peer: Peer) -> None:
+        lookups.reserve(nbytes, peer, rows)
         self._lookups, self._nbytes, self._peer = lookups, nbytes, peer
         self.kept_bytes = 0
 

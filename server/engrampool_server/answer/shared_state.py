@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engrampool_proto.registry.records import VersionKey
+from engrampool_server.access.access import Access
+from engrampool_server.answer.accounts import Accounts
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.memory.tables import LoadedModel
@@ -16,14 +18,26 @@ class SharedState:
 
     models: those loaded before the fork; their rows are the one copy that all processes read.
     admission: of the direct lane, None for no such lane.
+    access: what callers are let in by. accounts: what those take that are known by name.
     """
 
     metrics: Metrics
     in_flight: InFlight
     models: list[LoadedModel] = field(default_factory=list)
     admission: Admission | None = None
+    access: Access = field(default_factory=Access)
+    accounts: Accounts = field(init=False)
     # Of each of the models, in memory that forks share: 1 for the version that clients read.
     _active: dict[VersionKey, memoryview] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.accounts = Accounts(self.in_flight.processes)
+        self.give_places()
+
+    def give_places(self) -> None:
+        """To the callers that are known by now."""
+        if self.access.callers is not None:
+            self.accounts.give_places(self.access.callers.value.names)
 
     def hold(self, model: LoadedModel) -> None:
         """Have another model, for processes that are forked from now on."""

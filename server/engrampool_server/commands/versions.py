@@ -39,7 +39,7 @@ _registry = click.option(
     envvar="ENGRAMPOOL_REGISTRY",
     show_envvar=True,
     metavar="URL",
-    help="etcd://HOST:PORT[,HOST:PORT...][/PREFIX].",
+    help="etcd://HOST:PORT[,HOST:PORT...][/PREFIX]; etcds://...[?ca=FILE[&cert=FILE&key=FILE]] over TLS.",
 )
 _partial = click.option("--partial", is_flag=True, help="Even if servers with the active version do not hold this one.")
 _wait = click.option(

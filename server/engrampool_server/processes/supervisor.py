@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_server.access.access import Access
 from engrampool_server.answer.in_flight import InFlight, int64s
 from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.shared_state import SharedState, free_slot
@@ -31,7 +33,7 @@ from engrampool_server.processes.unix_path import UnixPath
 from engrampool_server.processes.worker import answer
 from engrampool_server.setting_kinds import split_address
 from engrampool_server.telemetry import log
-from engrampool_server.telemetry.exporter import Processes, export, resident_memory
+from engrampool_server.telemetry.exporter import Processes, Scrapes, export, resident_memory
 from engrampool_server.telemetry.metrics import Metrics
 from engrampool_server.telemetry.metrics_files import MetricsMemory, become
 
@@ -64,8 +66,9 @@ class Supervisor:
         self.config, self._memory = config, memory
         self._pid = os.getpid()
         slots = config.workers + OTHER_PROCESSES
-        self.shared = SharedState(Metrics(), InFlight(config.max_in_flight_bytes, slots))
-        self.metrics = self.shared.metrics
+        self.metrics = Metrics()
+        access = Access.of(config, self.metrics)
+        self.shared = SharedState(self.metrics, InFlight(config.max_in_flight_bytes, slots), access=access)
         log.count_dropped(self.metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)
         self._ready_now = int64s(1)  # whether somebody answers lookups: 0 or 1
@@ -75,7 +78,7 @@ class Supervisor:
             said=self._heard,
             ended=self._ended,
             start=self.start,
-            turned=self._point,
+            turned=self._turned,
         )
         self._workers: dict[int, Child] = {}
         self._roll = Roll(
@@ -125,7 +128,8 @@ class Supervisor:
         else:
             address, self._reserved = reserve(self.config.listen)
         self.config = replace(self.config, listen=address)
-        self.shared.admission = Admission.open(self.config.direct, address)
+        self.shared.admission = Admission.open(self.config.lane, address)
+        self._say_what_is_open()
         if self.config.metrics == "off":
             return "off"
         self._metrics_listener = listen_on(self.config.metrics, "metrics")
@@ -254,7 +258,17 @@ class Supervisor:
             lambda: bool(self._ready_now[0]),
             reporter.beat,
             reporter.beat_s,
+            self._scrapes(),
         )
+
+    def _scrapes(self) -> Scrapes:
+        access, tls = self.shared.access, self.shared.access.metrics_tls
+
+        def context() -> ssl.SSLContext | None:
+            access.look()
+            return None if tls is None else tls.value
+
+        return Scrapes(context, access.may_scrape)
 
     # --- what children say, and what becomes of them
 
@@ -274,6 +288,24 @@ class Supervisor:
         serving = self.serving and bool(self.shared.models)
         self.metrics.serving.set(serving)
         self._ready_now[0] = serving and self.ready_workers() > 0
+
+    def _turned(self) -> None:
+        # Also for those who are forked next: files may be damaged by then.
+        if self.shared.access.look():
+            self.shared.give_places()
+        self._point()
+
+    def _say_what_is_open(self) -> None:
+        """In the log: what a reader of the settings might take for protected, and is not."""
+        config, access = self.config, self.shared.access
+        if access.tls is not None and self.shared.admission is not None and not self.shared.admission.unix_path:
+            text = "the direct lane is not encrypted: rows and row ids go over it in the clear (lane_tls = off)"
+            log.event("in-the-clear", level="warning", what=text)
+        if access.tls is None and access.callers is not None and not config.listen.startswith("unix:"):
+            text = "tokens are asked for without TLS: whoever sees the network sees them (tls_cert, tls_key)"
+            log.event("in-the-clear", level="warning", what=text)
+        if access.tls is not None and config.direct == "auto" and config.lane == "off":
+            log.event("no-direct-lane", why="it would be in the clear beside TLS; lane_tls = off allows that")
 
     def _point(self) -> None:
         """Have callers of a Unix socket reach a worker that answers, or the lobby while there is none.
@@ -301,6 +333,7 @@ class Supervisor:
 
     def _ended(self, child: Child) -> None:
         self.shared.in_flight.clear(child.slot)
+        self.shared.accounts.clear(child.slot)
         self._pids[child.slot] = 0
         self._memory.forget(str(child.slot))
         if current := self._workers.get(child.index) is child:

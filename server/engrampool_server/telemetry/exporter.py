@@ -2,6 +2,7 @@
 
 import os
 import socket
+import ssl
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from engrampool_server.telemetry.metrics import MODEL_INFO
 from engrampool_server.telemetry.metrics_files import MetricsMemory
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+# How long a connection's handshake may take.
+HANDSHAKE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -27,13 +30,25 @@ def export(
     is_ready: Callable[[], bool],
     beat: Callable[[], None],
     beat_s: float,
+    scrapes: "Scrapes",
 ) -> None:
     """Answer on `listener` for ever, see `Http`. beat: called every `beat_s` seconds and after each answer."""
     registry = CollectorRegistry()
     registry.register(_All(memory))
     registry.register(processes)
-    with Http(listener, registry, is_ready, beat) as server:
+    with Http(listener, registry, is_ready, beat, scrapes) as server:
         server.serve_forever(beat_s)
+
+
+@dataclass(frozen=True)
+class Scrapes:
+    """Who may scrape, and how. context: what the next connection speaks TLS by, None for plain HTTP.
+
+    may: whether a scrape with this header `Authorization`, "" for none, may read metrics.
+    """
+
+    context: Callable[[], ssl.SSLContext | None] = lambda: None
+    may: Callable[[str], bool] = lambda authorization: True
 
 
 class Http(ThreadingWSGIServer):
@@ -49,6 +64,7 @@ class Http(ThreadingWSGIServer):
         registry: CollectorRegistry,
         is_ready: Callable[[], bool],
         beat: Callable[[], None] = lambda: None,
+        scrapes: Scrapes = Scrapes(),
     ) -> None:
         super().__init__(listener.getsockname()[:2], _Silent, bind_and_activate=False)
         self.socket.close()
@@ -58,15 +74,32 @@ class Http(ThreadingWSGIServer):
         self.setup_environ()
         self.service_actions = beat  # type: ignore[method-assign]
         self._metrics = make_wsgi_app(registry)
-        self._is_ready = is_ready
+        self._is_ready, self._scrapes = is_ready, scrapes
         self.set_app(self._answer)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of the connection's own, which alone waits for its handshake."""
+        context = self._scrapes.context()
+        if context is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(HANDSHAKE_S)
+        try:
+            secured = context.wrap_socket(request, server_side=True)
+        except OSError:  # it speaks no TLS, or nothing at all
+            return
+        with secured:
+            secured.settimeout(None)
+            super().finish_request(secured, client_address)
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        if path == "/metrics":
+        if path == "/metrics" and self._scrapes.may(environ.get("HTTP_AUTHORIZATION", "")):
             metrics: Iterable[bytes] = self._metrics(environ, start_response)
             return metrics
-        if path == "/healthz":
+        if path == "/metrics":
+            status, text = "401 Unauthorized", "metrics are for callers with a token of the role metrics, or admin"
+        elif path == "/healthz":
             status, text = "200 OK", "alive"
         elif path == "/readyz":
             ready = self._is_ready()

@@ -28,7 +28,10 @@ MODEL_INFO = "engrampool_model_info"
 # How often a process that answers flushes what it counted: so much is lost of one that is killed.
 FLUSH_S = 0.25
 # Why the direct lane cuts connections off.
-CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed")
+CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed", "revoked")
+
+# Files that callers are let in by: certificates and their key, and who may call.
+CREDENTIALS = ("tls", "tokens")
 
 
 class Metrics:
@@ -78,6 +81,21 @@ class Metrics:
         self.worker_restarts = Counter(
             "engrampool_worker_restarts", "Workers replaced because they ended or hung.", ("reason",), registry=registry
         )
+        self.credentials_damaged = Counter(
+            "engrampool_credentials_damaged",
+            "Times that changed files of callers or certificates were of no use, so that the last good ones stayed.",
+            ("file",),
+            registry=registry,
+        )
+        self.credentials_stale = self._gauge(
+            "engrampool_credentials_stale",
+            "1 while files of callers or certificates are of no use, and the last good ones are in force.",
+            ("file",),
+            mode="livemax",
+        )
+        for file in CREDENTIALS:
+            self.credentials_damaged.labels(file)
+            self.credentials_stale.labels(file)
         self.log_dropped = Counter(
             "engrampool_log_dropped_lines", "Lines of the log that nobody took in time.", registry=registry
         )

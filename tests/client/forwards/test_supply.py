@@ -94,8 +94,8 @@ def right_rows(spec, truth, numbers, starts, counts):
 
 
 @contextmanager
-def supplying(client, spec, **settings):
-    histories = Histories(NUMBERS, 400, DEPTH)
+def supplying(client, spec, compiled=True, **settings):
+    histories = Histories(NUMBERS, 400, DEPTH, compiled=compiled)
     settings = {"timeout_s": LIMIT_S, "ahead_tokens": 64, "piece_tokens": 16, **settings}
     supply = Supply(client, landing_of(spec), histories, **settings)
     try:
@@ -146,7 +146,7 @@ def test_every_forward_has_the_rows_of_its_own_tokens(spec, seed, drafts):
         return random.choice(["now", "late", "lost"], p=[0.3, 0.5, 0.2]) if ahead or decoding else "late"
 
     client, prompts, decoding = Scripted(spec, fate, seed), np.zeros(NUMBERS, np.int64), False
-    with supplying(client, spec, early_decode=not drafts) as supply:
+    with supplying(client, spec, compiled=seed % 2 == 0, early_decode=not drafts) as supply:
         steps = tokens = 0
         for moment, truth in schedule(seed, 1000, drafts=drafts, budget=MAX_TOKENS):
             chunks = tell(supply, moment, prompts)
@@ -412,6 +412,27 @@ def test_ctrl_c_at_any_line_of_a_forward_leaves_the_next_one_well(spec):
                 np.testing.assert_array_equal(supply.landed(layer)[:31], rows, interrupt.where)
         at += 1
     assert at > 100
+
+
+def test_ctrl_c_at_any_line_of_waiting_tells_the_other_ranks_and_once(spec):
+    files, at, raised = ("/supply.py", "/agreement.py", "/areas.py"), 0, True
+    while raised:
+        client, told = Scripted(spec, lambda *_: "now"), []
+
+        def agree(flags, told=told):
+            told.append(flags.copy())
+            return flags
+
+        with supplying(client, spec, agree=agree, ahead_tokens=0) as supply:
+            supply.add(0, [1, 2, 3], 0)
+            supply.start(ints(0), ints(0), ints(3))
+            # CPython looks for signals where functions begin and end: not between the line before and this one.
+            with Interrupt(at, files, ("return self._agree(",)) as interrupt, suppress(KeyboardInterrupt):
+                supply.wait()
+            raised = interrupt.raised
+            assert [len(one) for one in told] == [7], interrupt.where
+        at += 1
+    assert at > 40
 
 
 def test_another_ranks_error_is_an_error_here_and_its_masked_tokens_are_masked_here(spec):

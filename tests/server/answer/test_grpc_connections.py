@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from certificates import Authority
 from direct_callers import Caller, be_patient, way_in
 from engrampool_server.answer import grpc_server as server_module
 from engrampool_server.answer import peers
@@ -151,3 +152,14 @@ def test_the_system_looks_after_callers_of_the_direct_lane(packed, monkeypatch):
         assert taken.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
         assert 0 < taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 60_000
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_who_connects_and_says_nothing_is_cut_off(packed, tmp_path, monkeypatch, tls):
+    monkeypatch.setattr(server_module, "HANDSHAKE_S", 0.2)
+    settings = Authority(tmp_path).of_server() if tls else {}
+    with running(packed, **settings) as run:
+        host, _, port = run.address.rpartition(":")
+        with socket.create_connection((host, int(port)), LIMIT_S) as silent:
+            while silent.recv(4096):  # what the server says first
+                pass

@@ -7,8 +7,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from engrampool_client.integrations.forwards.agreement import Vote
 from engrampool_client.integrations.forwards.history import Numbers
 from engrampool_client.lookup.step import Step
+
+# Where the rows of a forward lie that has not looked for any.
+NOWHERE: Numbers = np.empty(0, np.int64)
 
 
 class Copied(Protocol):
@@ -67,13 +71,17 @@ class Area:
 
 @dataclass(eq=False)
 class Fetch:
-    """Rows that were asked for: of `tokens` tokens, into the memory from `base` on. served: how many a forward took."""
+    """Rows that were asked for: of `tokens` tokens, into the memory from `base` on.
+
+    served: how many a forward took. at: of sampled tokens, where each one's rows are to be.
+    """
 
     step: Step
     area: Area
     base: int
     tokens: int
     served: int = 0
+    at: Numbers = field(default_factory=lambda: NOWHERE)
 
 
 @dataclass(eq=False)
@@ -87,9 +95,11 @@ class Piece:
 
 @dataclass(eq=False)
 class Forward:
-    """One forward's tokens. at: where in the host's memory each token's row is to be; -1 as long as nobody asked.
+    """One forward's tokens.
 
-    areas: from which rows are copied. spent: pieces of prompts that no later forward needs.
+    at: where in the host's memory each token's rows are to be; -1 for those that nobody asked for yet.
+    area: for what it asks for itself, `used` tokens of it. vote: whether all ranks have their rows.
+    spent: pieces of prompts that no later forward needs.
     """
 
     numbers: Numbers
@@ -98,10 +108,11 @@ class Forward:
     deadline: float
     area: Area
     at: Numbers
+    vote: Vote
     own: list[Fetch] = field(default_factory=list)
     early: list[Fetch] = field(default_factory=list)
     spent: list[Piece] = field(default_factory=list)
-    used: int = 0  # tokens of `area`
+    used: int = 0
     error: BaseException | None = None
     over: bool = False
     runs: list[tuple[int, int, int]] | None = None  # as `find_runs` has them

@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from engrampool_client.integrations.forwards.areas import Area, Fetch, Forward, Piece
 from engrampool_client.integrations.forwards.counts import EngineCounts
@@ -39,8 +41,10 @@ class Early:
         self._decoded: Fetch | None = None
         # Numbers of requests whose prompts go on.
         self._open: set[int] = set()
-        # Of sampled tokens, in their order: of which requests, and at which positions. None once one is not to be used.
-        self._decoding: tuple[Numbers, Numbers] | None = None
+        # Of sampled tokens, in their order, as bytes, which are compared in one go: of which requests and at which
+        # positions, and which they are. None once one is not to be used, or histories may have others.
+        self._decoding: tuple[bytes, bytes] | None = None
+        self._sampled: bytes | None = None
         # Where in memory the row of each request's sampled token is to be, or -1; and its position.
         self._decoded_at, self._decoded_position = np.full(requests, -1), np.zeros(requests, np.int64)
 
@@ -68,10 +72,11 @@ class Early:
         """The position of the first token that is sampled after chunks that begin there."""
         return np.maximum(self._ends[numbers], starts + 1)
 
-    def go_on(self, numbers: Numbers, stops: Numbers) -> None:
-        """Fetch what comes next of the prompts of these requests, which are run up to these positions."""
+    def go_on(self, forward: Forward) -> None:
+        """Fetch what comes next of the prompts that a forward runs a chunk of."""
         if not self._open:
             return
+        numbers, stops = forward.numbers, forward.starts + forward.counts
         more = stops < self._ends[numbers]
         self._open.difference_update(numbers[~more].tolist())
         for number, stop in zip(numbers[more].tolist(), stops[more].tolist(), strict=True):
@@ -98,8 +103,8 @@ class Early:
         if not pieces:
             del self._pieces[number]
 
-    def decode(self, numbers: Numbers, positions: Numbers) -> None:
-        """Fetch the rows of one token of each of these requests."""
+    def decode(self, numbers: Numbers, positions: Numbers, tokens: npt.NDArray[Any]) -> None:
+        """Fetch the rows of one token of each of these requests. tokens: all that were sampled."""
         self._let_go_of_decoded()
         if not len(numbers):
             return
@@ -107,35 +112,43 @@ class Early:
         area = self._decodes[0]
         area.copied.synchronize()
         fetch = self._decoded = self._fetch(area, area.base, numbers, positions, np.ones(len(numbers), np.int64))
-        self._decoded_at[numbers] = fetch.base + np.arange(len(numbers))
-        self._decoded_position[numbers] = positions
-        self._decoding = numbers, positions
+        fetch.at = np.arange(fetch.base, fetch.base + len(numbers))
+        self._decoded_at[numbers], self._decoded_position[numbers] = fetch.at, positions
+        self._decoding = numbers.tobytes(), positions.tobytes()
+        self._sampled = tokens.astype(np.int32).tobytes()
 
-    def take(self, forward: Forward) -> bool:
-        """Let a forward have what is on its way for its tokens. Gives whether that is all of them."""
+    def knows(self, numbers: Numbers, starts: Numbers, tokens: npt.NDArray[Any]) -> bool:
+        """Whether these requests have just these tokens there, which were sampled, and nothing else was told since."""
+        sampled, self._sampled = self._sampled, None
+        if sampled is None or self._decoding is None:
+            return False
+        of = numbers.tobytes(), starts.tobytes()
+        return of == self._decoding and tokens.astype(np.int32, copy=False).tobytes() == sampled
+
+    def take(self, forward: Forward, tokens: int) -> bool:
+        """Let a forward of so many tokens have what is on its way for them. Gives whether that is all of them."""
         numbers, starts, counts = forward.numbers, forward.starts, forward.counts
         decoded = self._decoded
         if decoded is not None and decoded.step.error is None:
-            if self._is_what_was_sampled(numbers, starts, len(forward)):
-                forward.at = np.arange(decoded.base, decoded.base + len(forward))
-                self._decoded_at[numbers], self._decoding = -1, None
-                self._use(forward, decoded, len(forward))
+            # Most forwards have the very tokens that were sampled, in their order.
+            if tokens == len(numbers) and (numbers.tobytes(), starts.tobytes()) == self._decoding:
+                forward.at, forward.runs = decoded.at, [(decoded.base, 0, tokens)]
+                self._decoded_at.fill(-1)
+                self._decoding = None
+                self._use(forward, decoded, tokens)
                 return True
+            forward.at = np.full(tokens, -1)
             at = self._decoded_at[numbers]
             good = (at >= 0) & (self._decoded_position[numbers] == starts)
             if good.any():
                 forward.at[(counts.cumsum() - counts)[good]] = at[good]
                 self._use(forward, decoded, int(good.sum()))
             self._decoded_at[numbers], self._decoding = -1, None
+        else:
+            forward.at = np.full(tokens, -1)
         if self._pieces:
             self._take_pieces(forward)
         return bool((forward.at >= 0).all())
-
-    def _is_what_was_sampled(self, numbers: Numbers, starts: Numbers, tokens: int) -> bool:
-        """Whether a forward has the very tokens that were sampled, in their order, as most have."""
-        if self._decoding is None or not tokens == len(numbers) == len(self._decoding[0]):
-            return False
-        return bool((numbers == self._decoding[0]).all() and (starts == self._decoding[1]).all())
 
     def _take_pieces(self, forward: Forward) -> None:
         numbers, starts, counts = forward.numbers, forward.starts, forward.counts
@@ -181,6 +194,7 @@ class Early:
 
     def _let_go_of_decoded(self) -> None:
         fetch, self._decoded = self._decoded, None
+        self._decoding = self._sampled = None
         if fetch is not None:
             self._decoded_at.fill(-1)
             self._done(fetch)

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -13,11 +12,12 @@ import numpy.typing as npt
 
 from engrampool_client.client import Client
 from engrampool_client.errors import EngrampoolError
-from engrampool_client.integrations.forwards.agreement import Agree, settle
-from engrampool_client.integrations.forwards.areas import Area, Fetch, Forward, Landing
+from engrampool_client.integrations.forwards.agreement import Agree, Vote
+from engrampool_client.integrations.forwards.areas import NOWHERE, Area, Fetch, Forward, Landing
 from engrampool_client.integrations.forwards.counts import EngineCounts
 from engrampool_client.integrations.forwards.early import Early
 from engrampool_client.integrations.forwards.history import Flags, Histories, Numbers
+from engrampool_client.integrations.forwards.quiet import Quietable
 from engrampool_client.integrations.forwards.verify import Verifier
 
 # Rows are copied to the device in so many pieces at most; of more they are brought together before.
@@ -25,7 +25,7 @@ _COPIES = 16
 _log = logging.getLogger("engrampool")
 
 
-class Supply:
+class Supply(Quietable):
     """A model's rows, for an engine that tells of its requests: `add`, `sampled`, `remove`; and of its forwards.
 
     A forward is `start`, then `wait`, once, for all layers: from then on they are in `landed` or on their way there, in
@@ -69,7 +69,6 @@ class Supply:
         self._forward: Forward | None = None
         # Of histories and of what is fetched early, both of which the thread changes when sampled ids come.
         self._lock = Lock()
-        self._quiet = 0
 
     # --- requests
 
@@ -82,7 +81,7 @@ class Supply:
             self._early.remove(number)
             self._histories.add(number, tokens)
             self._early.add(number, int(self._histories.lengths[number]))
-            if not self._quiet:
+            if not self.is_quiet:
                 self._early.extend(number, computed)
 
     def remove(self, number: int) -> None:
@@ -95,6 +94,8 @@ class Supply:
         """What the engine has at these positions of requests, whatever was known: for the forward that follows."""
         self._join()
         with self._lock:
+            if self._early.knows(numbers, starts, tokens):
+                return
             held = self._histories.put(numbers, starts, counts, tokens)
             if not held.all():
                 for number in numbers[~held].tolist():
@@ -106,7 +107,7 @@ class Supply:
         It gives ids [requests, most] in the forward's order, and how many of them each request has got.
         """
         forward = self._forward
-        if forward is None or self._quiet:
+        if forward is None or self.is_quiet:
             return
         self._join()
         with self._lock:
@@ -133,9 +134,10 @@ class Supply:
             # A request that has ended since, or another one in its place, has none of these.
             alive = np.flatnonzero((counts > 0) & (self._early.ages[numbers] == ages))
             numbers, firsts, counts = numbers[alive], firsts[alive], counts[alive].astype(np.int64)
-            self._histories.put(numbers, firsts, counts, ids[alive][np.arange(ids.shape[1]) < counts[:, None]])
+            tokens = ids[alive][np.arange(ids.shape[1]) < counts[:, None]]
+            self._histories.put(numbers, firsts, counts, tokens)
             if self._early_decode:
-                self._early.decode(numbers, firsts + counts - 1)
+                self._early.decode(numbers, firsts + counts - 1, tokens)
 
     def _join(self) -> None:
         """The thread is through with what was sampled. What it failed with costs time only: the forward asks itself."""
@@ -147,20 +149,6 @@ class Supply:
 
     # --- forwards
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Forwards within this are for warming up, profiling and capturing: nobody is asked, and rows are zeros."""
-        self._quiet += 1
-        try:
-            yield
-        finally:
-            self._quiet -= 1
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether forwards are to ask nobody now."""
-        return self._quiet > 0
-
     def dummy(self, tokens: int) -> None:
         """A forward that nobody needs the outcome of: its rows are zeros."""
         self._end_forward()
@@ -170,7 +158,7 @@ class Supply:
 
     def start(self, numbers: Numbers, starts: Numbers, counts: Numbers) -> None:
         """A forward has these chunks of requests, one after the other. What it fails with is raised by `wait`."""
-        total = int(counts.sum())
+        total = sum(counts.tolist())  # numpy takes longer for so few
         self._end_forward()
         self._turns.append(self._turns.pop(0))
         forward = self._forward = Forward(
@@ -179,15 +167,16 @@ class Supply:
             counts,
             time.monotonic() + self._timeout_s,
             self._turns[0],
-            np.full(total, -1, np.int64),
+            NOWHERE,
+            Vote(len(self.landing.layers), total, self._agree),
         )
         try:
             self._join()
             forward.area.copied.synchronize()
             with self._lock:
-                if not self._early.take(forward):
+                if not self._early.take(forward, total):
                     self._ask(forward, forward.at < 0, self.landing.layers)
-                self._early.go_on(numbers, starts + counts)
+                self._early.go_on(forward)
         except BaseException as error:
             forward.error = error
 
@@ -195,7 +184,8 @@ class Supply:
         """In the place of `start`: so many tokens were to be asked for, and cannot be. `wait` raises it."""
         nothing = np.zeros(0, np.int64)
         self._end_forward()
-        self._forward = Forward(nothing, nothing, nothing, 0.0, self._turns[0], np.full(tokens, -1), error=error)
+        vote = Vote(len(self.landing.layers), tokens, self._agree)
+        self._forward = Forward(nothing, nothing, nothing, 0.0, self._turns[0], NOWHERE, vote, error=error)
 
     def wait(self, padded: int = 0) -> Flags:
         """Wait for all layers' rows, and have them copied to where layers read.
@@ -203,16 +193,17 @@ class Supply:
         Gives bool [layers, tokens]: which have theirs, on all ranks; rows of the others are zeros, and those of tokens
         up to `padded`. Raises what the forward failed with; PoolError where another rank's did.
         """
-        forward = self._forward
-        assert forward is not None
-        layers = self.landing.layers
         try:
-            valid = settle(len(layers), len(forward), lambda flags: self._find(forward, flags), self._agree)
+            forward, layers = self._forward, self.landing.layers
+            assert forward is not None
+            valid = forward.vote.settle(lambda flags: self._find(forward, flags))
         except BaseException:
+            assert self._forward is not None
+            self._forward.vote.lost()
             self.counts.failed += 1
             raise
         finally:
-            self._copied(forward)
+            self._copied()
         if not valid.all():
             for layer, has in zip(layers, valid, strict=True):
                 self.landing.clear(layer, np.flatnonzero(~has))
@@ -305,8 +296,8 @@ class Supply:
         base = forward.area.base + forward.used
         left = max(1e-3, forward.deadline - time.monotonic())
         forward.own.append(self._fetch(forward.area, base, numbers, starts, counts, layers=layers, timeout_s=left))
-        forward.at[which] = base + np.arange(len(which))
-        forward.used, forward.runs = forward.used + len(which), None
+        forward.at[which], forward.runs = base + np.arange(len(which)), None
+        forward.used += len(which)
 
     def _fetch(
         self, area: Area, base: int, numbers: Numbers, starts: Numbers, counts: Numbers, **settings: Any
@@ -329,13 +320,16 @@ class Supply:
         for place, begin, tokens in runs:
             self.landing.copy(layer, place, begin, tokens)
 
-    def _copied(self, forward: Forward) -> None:
-        """All copies of a forward's rows were issued, or none follows."""
-        for area in {forward.area, *(fetch.area for fetch in forward.early)}:
-            area.copied.record()
+    def _copied(self) -> None:
+        """All copies of the forward's rows were issued, or none follows."""
+        forward = self._forward
+        assert forward is not None
+        forward.area.copied.record()
+        for fetch in forward.early:
+            fetch.area.copied.record()
         with self._lock:
             self._early.release(forward)
-        forward.over = True
+        forward.over, forward.early = True, []
 
     def _end_forward(self) -> None:
         """Nothing of an earlier forward comes any more, whatever became of it."""

@@ -31,8 +31,10 @@ _OF_PEER = 64
 # How many slots to try that others are busy with, each of which takes microseconds.
 _TRIES = 16
 _SECRET_BYTES = 32
+# Of whoever asked for it, a credential; all 0 where everybody may ask.
+KEY_BYTES = 32
 # expires: in nanoseconds of the monotonic clock; 0 for a slot that is free.
-_SLOT = np.dtype([("expires", "i8"), ("peer", "i8"), ("secret", "u1", _SECRET_BYTES)])
+_SLOT = np.dtype([("expires", "i8"), ("peer", "i8"), ("secret", "u1", _SECRET_BYTES), ("key", "u1", KEY_BYTES)])
 _INDEX = struct.Struct("<I")
 
 
@@ -50,8 +52,8 @@ class Tickets:
         self._memory = mmap.mmap(self._file, _SLOTS * _SLOT.itemsize)
         self._slots = np.frombuffer(self._memory, _SLOT)
 
-    def issue(self, valid_s: float, peer: str) -> bytes | None:
-        """A fresh ticket; None if every slot that was tried was in use that very moment.
+    def issue(self, valid_s: float, peer: str, key: bytes = b"") -> bytes | None:
+        """A fresh ticket, bound to a credential's key; None if every slot that was tried was in use that very moment.
 
         It takes the place of one that is no good any more. Else the oldest has to go: the peer's own if it has many, or
         that of whichever peer has most of them.
@@ -62,26 +64,27 @@ class Tickets:
         for index, seen in self._candidates(owner, now):
             with self._locked(index) as alone:
                 if alone and self._slots["expires"][index] == seen:
-                    self._slots[index] = (now + int(valid_s * 1e9), owner, np.frombuffer(secret, np.uint8))
+                    bound = np.frombuffer(key.ljust(KEY_BYTES, b"\0"), np.uint8)
+                    self._slots[index] = (now + int(valid_s * 1e9), owner, np.frombuffer(secret, np.uint8), bound)
                     return _INDEX.pack(index) + secret
         return None
 
-    def take(self, ticket: bytes) -> bool:
-        """Whether the ticket is good; it is so once."""
+    def take(self, ticket: bytes) -> bytes | None:
+        """The key that the ticket is bound to, as 32 bytes, if it is good; it is so once."""
         if len(ticket) != _INDEX.size + _SECRET_BYTES:
-            return False
+            return None
         (index,) = _INDEX.unpack_from(ticket)
         if index >= _SLOTS:
-            return False
+            return None
         with self._locked(index) as alone:
             if not alone:  # another process is taking it, or has just given its place to another one
-                return False
+                return None
             slot = self._slots[index]
-            secret, expires = slot["secret"].tobytes(), int(slot["expires"])
+            secret, expires, key = slot["secret"].tobytes(), int(slot["expires"]), bytes(slot["key"].tobytes())
             good = hmac.compare_digest(secret, ticket[_INDEX.size :]) and expires > time.monotonic_ns()
             if good:
                 self._slots["expires"][index] = 0
-            return good
+            return key if good else None
 
     def close(self) -> None:
         """Give the memory back, in this process."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from engrampool_proto import frames, wire
 from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, send_from
+from engrampool_server.answer.in_flight import Peer
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Job, Piece, Refusals, check_deadline, cut
 
@@ -25,10 +26,13 @@ class CutError(Exception):
 
 
 class Answerer:
-    """Answers on one connection, in its thread, and counts what it holds. peer: whose it is; see peers.py."""
+    """Answers on one connection, in its thread, and counts what it holds.
 
-    def __init__(self, resources: Resources, peer: str, fileno: int) -> None:
-        self._resources, self._peer, self._fileno = resources, peer, fileno
+    peer: whom that is counted for; another one, of another place, only while nothing is held.
+    """
+
+    def __init__(self, resources: Resources, peer: Peer, fileno: int) -> None:
+        self._resources, self.peer, self._fileno = resources, peer, fileno
         self._scratch = np.zeros(SCRATCH_WORDS, np.int64)
         self._held = 0  # bytes in flight, of the request and its answer
 
@@ -42,14 +46,14 @@ class Answerer:
             self.let_go()
             raise
 
-    def _reserve(self, nbytes: int) -> None:
-        self._resources.lookups.reserve(nbytes, self._peer)
+    def _reserve(self, nbytes: int, rows: int = 0) -> None:
+        self._resources.lookups.reserve(nbytes, self.peer, rows)
         self._held += nbytes
 
     def let_go(self) -> None:
         """Nothing of a request or an answer is in memory any more."""
         held, self._held = self._held, 0
-        self._resources.lookups.release(held, self._peer)
+        self._resources.lookups.release(held, self.peer)
 
     # --- answers
 
@@ -63,9 +67,8 @@ class Answerer:
         until = arrived_ns + timeout_us * 1000 if 0 < timeout_us < 1 << 50 else -1
         try:
             job = read()
-            self._reserve(
-                job.answer_bytes if job.answer_bytes + nbytes <= lookups.inline_bytes else lookups.bytes_in_pieces(job)
-            )
+            inline = job.answer_bytes + nbytes <= lookups.inline_bytes
+            self._reserve(job.answer_bytes if inline else lookups.bytes_in_pieces(job), job.rows)
             begin = time.monotonic_ns()
             remaining_s = None if until < 0 else (until - begin) / 1e9
             check_deadline(remaining_s)

@@ -9,11 +9,13 @@ from functools import partial
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
 from engrampool_proto.kernels import serve
 from engrampool_proto.kernels.sockets import LATE, pass_over, receive_into
+from engrampool_server.answer.in_flight import Account, Peer
 from engrampool_server.answer.lane.answers import Answerer, CutError
 from engrampool_server.answer.lane.handles import Handles
 from engrampool_server.answer.lane.resources import GATHERED_BYTES, Buffer, Resources
@@ -37,8 +39,9 @@ _CUT = {serve.SLOW_REQUEST: "slow-request", serve.GONE: "", serve.UNREAD: "unrea
 class Connection:
     """One caller: says hello with its ticket, then asks for one thing after the other.
 
-    peer: whose it is; see peers.py. admit: whether a ticket lets this connection in. left: told once it is closed.
-    Both are called by its thread.
+    peer: whose it is; see peers.py. account: of the caller that it was admitted for, and key: of the credential; None
+    before, and where everybody may come. admit: whether a ticket lets this connection in; may raise RefusedError.
+    left: told once it is closed. Both are called by its thread.
     """
 
     def __init__(
@@ -50,10 +53,13 @@ class Connection:
         left: Callable[["Connection"], None],
     ) -> None:
         self.peer = peer
+        self.key: bytes | None = None
+        self.account: Account | None = None
         self._resources, self._socket, self._admit, self._left = resources, accepted, admit, left
         self._answerer = Answerer(resources, peer, accepted.fileno())
         self._closing = threading.Lock()  # so that nobody shuts a descriptor that is another's by then
         self._closed = self._cut_off = False
+        self._limits: npt.NDArray[np.int64] | None = None
         self._state = np.zeros(serve.STATE_WORDS, np.int64)
         self._buffer: Buffer = np.empty(0, np.uint8)
 
@@ -67,6 +73,17 @@ class Connection:
     def received(self) -> int:
         """Bytes of the request that is coming."""
         return int(self._state[serve.END] - self._state[serve.START])
+
+    def is_of(self, key: bytes, account: Account) -> None:
+        """A caller that is known by name has it; to be called before it is admitted."""
+        self.key, self.account, self._answerer.peer = key, account, account
+
+    def may(self, account: Account) -> None:
+        """The caller's limits are these by now; its place stays. From any thread."""
+        self.account = self._answerer.peer = account
+        words = self._limits
+        if words is not None:
+            words[serve.MOST], words[serve.METER], words[serve.RATE] = account.most_bytes, account.meter, account.rate
 
     def leave(self) -> None:
         """Close, once the answer under way is sent."""
@@ -124,7 +141,11 @@ class Connection:
             return self._end(_malformed(f"a ticket has no {nbytes} bytes"))
         stop = frames.HEADER.size + nbytes
         ticket = self._receive_hello(frames.HEADER.size, stop, until)[frames.HEADER.size : stop].tobytes()
-        if not self._admit(self, ticket):
+        try:
+            admitted = self._admit(self, ticket)
+        except RefusedError as error:
+            return self._end(error)
+        if not admitted:
             text = "the ticket is not good, or no more; ask for one by OpenDirect"
             return self._end(RefusedError(grpc.StatusCode.UNAUTHENTICATED, "bad-ticket", text))
         self._answerer.send(frames.frame(frames.READY))
@@ -141,11 +162,15 @@ class Connection:
         resources, state, fileno = self._resources, self._state, self._socket.fileno()
         small = self._buffer = np.empty(SMALL_REQUEST_BYTES, np.uint8)
         gathered = np.empty(GATHERED_BYTES, np.uint8)
-        limits = resources.limits(PATIENCE_S, PROGRESS_BYTES)
+        limits = self._limits = resources.limits(PATIENCE_S, PROGRESS_BYTES)
+        peer: Peer = self.peer
+        if self.account is not None:
+            self.may(self.account)
+            peer = self.account
         handles = Handles(resources.lookups, resources.metrics, GATHERED_BYTES // 2)
         bound = resources.lookups.in_flight
         slots, of_peers = bound.arrays
-        place = bound.place_of(self.peer)
+        place = bound.place_of(peer)
         while True:
             why = serve.serve(
                 fileno,

@@ -12,12 +12,13 @@ from contextlib import suppress
 import grpc
 
 from engrampool_proto.v1 import pool_pb2
+from engrampool_server.access.callers import READ, Caller
 from engrampool_server.answer import peers
-from engrampool_server.answer.lane.admission import Admission
 from engrampool_server.answer.lane.connection import Connection
 from engrampool_server.answer.lane.connection_limits import ConnectionLimits
 from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import RefusedError
+from engrampool_server.answer.shared_state import SharedState
 from engrampool_server.telemetry import log
 
 _TICKET_VALID_S = 10.0
@@ -28,15 +29,18 @@ _KEEP_IDLE_S, _KEEP_EVERY_S, _UNACKNOWLEDGED_S = 30, 10, 60
 
 
 class DirectLane:
-    """Takes connections from the listener of `admission`, on the event loop that it is made on.
+    """Takes connections from the listener that all processes share, on the event loop that it is made on.
 
+    A ticket, and the connection that it admitted, is good for as long as the credential that it was asked for with.
     connections: those that are open.
     """
 
-    def __init__(self, resources: Resources, admission: Admission) -> None:
+    def __init__(self, resources: Resources, shared: SharedState) -> None:
         self._resources = resources
         self._loop = asyncio.get_running_loop()
-        self._metrics, self._admission = resources.metrics, admission
+        assert shared.admission is not None
+        self._metrics, self._admission, self._access = resources.metrics, shared.admission, shared.access
+        self._accounts, self._slot = shared.accounts, shared.in_flight.slot
         self._listening = False
         self.connections: ConnectionLimits[Connection] = ConnectionLimits()
         self._limiting = threading.Lock()  # of the connections, which come and go in threads
@@ -47,9 +51,9 @@ class DirectLane:
         self._listening = True
         self._loop.add_reader(self._admission.listener.fileno(), self._accept)
 
-    def admit_one(self, peer: str) -> pool_pb2.OpenDirectResponse:
-        """Let a caller of that peer in, once. Raises RefusedError."""
-        ticket = self._admission.tickets.issue(_TICKET_VALID_S, peer)
+    def admit_one(self, peer: str, key: bytes = b"") -> pool_pb2.OpenDirectResponse:
+        """Let a caller of that peer in, once. key: of the credential that it came with. Raises RefusedError."""
+        ticket = self._admission.tickets.issue(_TICKET_VALID_S, peer, key)
         if ticket is None:
             text = "too many tickets are asked for at this moment; try again later"
             raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded", text)
@@ -60,6 +64,22 @@ class DirectLane:
             ticket=ticket,
             valid_ms=round(_TICKET_VALID_S * 1e3),
         )
+
+    def revoke(self) -> None:
+        """Cut off connections of callers that may not read any more, and hold others to their limits. Any thread."""
+        for connection in self._open():
+            if connection.key is not None:
+                who = self._caller(connection.key)
+                if who is None:
+                    connection.cut("revoked")
+                else:
+                    connection.may(self._accounts.of(who))
+
+    def _caller(self, key: bytes) -> Caller | None:
+        """Who has the credential of this key, and may read."""
+        assert self._access.callers is not None
+        found = self._access.callers.value.of_key(key)
+        return found if found is not None and READ in found.roles else None
 
     async def stop(self, drain_s: float) -> None:
         """Take no more connections, let answers under way end for up to `drain_s`, close."""
@@ -131,16 +151,30 @@ class DirectLane:
     # --- for connections, from their threads
 
     def _admit(self, connection: Connection, ticket: bytes) -> bool:
-        """Whether the ticket lets the connection in."""
-        good = self._admission.tickets.take(ticket)
+        """Whether the ticket lets the connection in. Raises RefusedError."""
+        key = self._admission.tickets.take(ticket)
+        if key is None:
+            return False
+        if not self._access.is_open:
+            who = self._caller(key)
+            if who is None:
+                return False
+            account = self._accounts.of(who)
+            with self._limiting:
+                self._accounts.connected(account, self._slot, 1)
+            connection.is_of(key, account)
+            if self._caller(key) is None:  # just now; whoever is revoked from here on is cut off
+                return False
         with self._limiting:
             # Perhaps it had to go for another one meanwhile.
-            return good and self.connections.admit(connection)
+            return self.connections.admit(connection)
 
     def _left(self, connection: Connection) -> None:
         """Forget a connection."""
         with self._limiting:
             self.connections.remove(connection)
+            if connection.account is not None:
+                self._accounts.connected(connection.account, self._slot, -1)
             self._count()
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._empty.set)

@@ -26,7 +26,13 @@ def tickets():
 def test_a_ticket_is_good_once(tickets):
     first, second = tickets.issue(10, "a"), tickets.issue(10, "a")
     assert first != second
-    assert [tickets.take(ticket) for ticket in (second, first, first, second)] == [True, True, False, False]
+    assert [bool(tickets.take(ticket)) for ticket in (second, first, first, second)] == [True, True, False, False]
+
+
+def test_a_ticket_is_bound_to_the_credential_that_it_was_asked_with(tickets):
+    mine, others = (tickets.issue(10, "a", key) for key in (b"m" * 32, b"o" * 32))
+    assert [tickets.take(others), tickets.take(mine)] == [b"o" * 32, b"m" * 32]
+    assert tickets.take(tickets.issue(10, "a")) == bytes(32)
 
 
 def test_a_ticket_is_good_once_for_threads_that_come_at_one_time(tickets, monkeypatch):
@@ -41,7 +47,7 @@ def test_a_ticket_is_good_once_for_threads_that_come_at_one_time(tickets, monkey
 
     monkeypatch.setattr(hmac, "compare_digest", stop_the_first)
     ticket = tickets.issue(10, "a")
-    threads = [threading.Thread(target=lambda: came.append(tickets.take(ticket))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: came.append(bool(tickets.take(ticket)))) for _ in range(2)]
     threads[0].start()
     assert looking.wait(LIMIT_S)
     threads[1].start()
@@ -72,7 +78,7 @@ def test_a_peer_that_asks_for_many_loses_its_own_oldest_ones(tickets):
     issued = [tickets.issue(10, "greedy") for _ in range(admission._SLOTS + 100)]
     assert None not in issued
     assert tickets.take(other)
-    good = [tickets.take(ticket) for ticket in issued]
+    good = [bool(tickets.take(ticket)) for ticket in issued]
     assert good == [False] * (len(issued) - admission._OF_PEER) + [True] * admission._OF_PEER
 
 
@@ -143,7 +149,7 @@ MANY = """
 issued = [tickets.issue(60, f"peer {at % 4}") for at in range(200)]
 reader, writer = os.pipe()
 taking = [
-    fork(lambda: os.write(writer, bytes(tickets.take(ticket) for ticket in issued)))
+    fork(lambda: os.write(writer, bytes(bool(tickets.take(ticket)) for ticket in issued)))
     for _ in range(3)
 ]
 assert [status(pid) for pid in taking] == [0] * 3

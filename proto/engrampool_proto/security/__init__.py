@@ -1,0 +1,1 @@
+"""What both sides need to trust each other: files of certificates and keys, read again when they change."""

@@ -1,0 +1,105 @@
+"""What a server goes by when it lets callers in: files that are read again when they change, in every process of it."""
+
+import ssl
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from engrampool_proto.security.pem import Pem, PemFiles
+from engrampool_proto.security.reread import Reread
+from engrampool_server.access.callers import ADMIN, METRICS, Callers, bearer, read_callers
+from engrampool_server.config import ServerConfig
+from engrampool_server.telemetry import log
+from engrampool_server.telemetry.metrics import Metrics
+
+# How often files are looked at. A token that is revoked is out within two seconds.
+LOOK_S = 0.5
+
+
+class Access:
+    """Made before the first fork, so that nobody begins with files that are damaged by then. Thread-safe.
+
+    tls: of the server's certificate, its key, and the authorities of clients' certificates; None for plain text.
+    callers: None where everybody may call. metrics_tls: what the metrics port speaks TLS by, None where it does not.
+    """
+
+    def __init__(
+        self,
+        tls: Reread[Pem] | None = None,
+        callers: Reread[Callers] | None = None,
+        metrics_tls: Reread[ssl.SSLContext] | None = None,
+        show_damaged: Callable[[str, bool], None] = lambda file, damaged: None,
+    ) -> None:
+        """show_damaged: told at each look whether a file, "tls" or "tokens", is of no use."""
+        self.tls, self.callers, self.metrics_tls = tls, callers, metrics_tls
+        self._show_damaged = show_damaged
+
+    @classmethod
+    def of(cls, config: ServerConfig, metrics: Metrics) -> Self:
+        """What the settings name. Raises PemError, CallersFileError."""
+
+        def damaged(file: str, error: Exception) -> None:
+            metrics.credentials_damaged.labels(file).inc()
+            log.event("credentials-damaged", level="error", file=file, error=f"the last good ones stay: {error}")
+
+        def show(file: str, is_damaged: bool) -> None:
+            metrics.credentials_stale.labels(file).set(is_damaged)
+
+        tls = callers = metrics_tls = None
+        if config.tls_cert != "off":
+            ca = None if config.tls_client_ca == "off" else Path(config.tls_client_ca)
+            names = ("tls_client_ca", "tls_cert", "tls_key")
+            files = PemFiles(ca, Path(config.tls_cert), Path(config.tls_key), names)
+            tls = Reread(files.paths, files.read, partial(damaged, "tls"), LOOK_S)
+            if config.tls_metrics and config.metrics != "off":
+                metrics_tls = Reread(files.paths, files.server_context, every_s=LOOK_S)
+        if config.tokens != "off":
+            path = Path(config.tokens)
+            callers = Reread([path], partial(read_callers, path), partial(damaged, "tokens"), LOOK_S)
+        return cls(tls, callers, metrics_tls, show)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody who can connect may call."""
+        return self.callers is None
+
+    def look(self) -> bool:
+        """Read again what has changed, at most every LOOK_S. Whether there are other callers by now."""
+        if self.tls is not None:
+            if self.tls.look():
+                log.event("certificates-replaced")
+            self._show_damaged("tls", self.tls.is_damaged)
+        if self.metrics_tls is not None:
+            self.metrics_tls.look()
+        if self.callers is None:
+            return False
+        changed = self.callers.look()
+        self._show_damaged("tokens", self.callers.is_damaged)
+        if changed:
+            log.event("callers-replaced", callers=len(self.callers.value.names))
+        return changed
+
+    def may_scrape(self, authorization: str) -> bool:
+        """Whether a scrape with this header, "" for none, may read metrics."""
+        if self.callers is None:
+            return True
+        found = self.callers.value.of_token(bearer(authorization).encode())
+        return found is not None and not found.roles.isdisjoint((METRICS, ADMIN))
+
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Look again and again, on a thread: no handshake and no call waits for a disk. Gives what ends that.
+
+        changed: called there when callers have changed.
+        """
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.wait(LOOK_S):
+                if self.look():
+                    changed()
+
+        if self.tls is not None or self.callers is not None:
+            threading.Thread(target=run, name="access", daemon=True).start()
+        return over.set
