@@ -28,10 +28,12 @@ demo: $(VENV)/demo-installed
 
 # Kernels are compiled once, before several processes would each do so at one time.
 KERNELS := from engrampool_proto.kernels import entries, hasher, histories, hot_rows, serve
+# By a name, since `make -n` runs every line that names make itself.
+LINT = $(MAKE) --no-print-directory lint
 
 test: $(VENV)/dev-installed
 	@# mypy has one core for itself alone, or beside the compiler and the tests.
-	$(MAKE) --no-print-directory lint & lint=$$!; \
+	$(LINT) & lint=$$!; \
 		$(BIN)/python -c "$(KERNELS)" && $(BIN)/python -m pytest $(AT_ONCE); tests=$$?; wait $$lint && exit $$tests
 
 test-quick: $(VENV)/dev-installed
