@@ -1,15 +1,17 @@
 """What a prompt's batch costs SGLang's scheduler: `python bench/sglang_stage.py MODEL`, where `make test-engines` runs.
 
-Row ids of a batch of one prompt, as SGLang's stager makes them on the CPU, and as the plugin's does, which takes its
-place. They take turns. Then the plugin's whole `stage`, which begins the lookup of both layers' rows, over the direct
-lane. Prints medians in milliseconds: by the clock, and of the calling thread's CPU time.
+Row ids of a batch of one prompt, as SGLang's stager makes them on the CPU. The plugin's whole `stage`, which begins the
+lookup of both layers' rows, over the direct lane; and the same where the rows were asked for while the request waited,
+and are there. They take turns. Prints medians in milliseconds: by the clock, and of the calling thread's CPU time.
 """
 
 import argparse
 import importlib.machinery
+import os
 import statistics
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,9 @@ from engrampool_client.testing import serve_process
 
 # Imported by the engine, and not used here.
 VISION = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
+
+
+TOKENS = (64, 1024, 8192)
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
@@ -44,9 +49,11 @@ def main() -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     from engrampool_client.integrations import sglang_engram as ours
+    from engrampool_client.integrations import sglang_prompts as prompts
 
     with serve_process(chosen.model) as server, Client(server.address) as client:
         spec = client.spec
+        os.environ["ENGRAMPOOL_CLIENT_TARGET"] = server.address  # as where the plugin is used
         stock = engram.EngramHasher.__new__(engram.EngramHasher)
         torch.nn.Module.__init__(stock)
         stock.max_ngram_size, stock.image_token_id = spec.lookback + 1, None
@@ -56,36 +63,56 @@ def main() -> None:
         stock.primes = torch.tensor([table.hash.primes for table in spec.tables])
         stock._cpu_hash_params = None
         stock.offsets = torch.from_numpy(np.array([table.head_offsets for table in spec.tables]).astype(np.int64))
-        stager = ours.Stager(stock, client, torch.device("cpu"))
+        stager = ours.Stager(stock)
         worker = ours._worker
         worker.client, ours.get_parallel = client, lambda: SimpleNamespace(attn_tp_size=1)
+        prompts.get_schedule = lambda: SimpleNamespace(chunked_prefill_size=max(TOKENS))
         worker.ready(list(spec.layers), slice(0, spec.tables[0].heads), torch.device("cpu"))
-        start = worker.start
+        pool = SimpleNamespace(req_to_token=np.zeros((64, 2 * max(TOKENS))))
+
+        def batch_of(request: SimpleNamespace) -> SimpleNamespace:
+            return SimpleNamespace(
+                forward_mode=ForwardMode.EXTEND,
+                req_to_token_pool=pool,
+                encoder_swa_reset=None,
+                prefix_lens=[0],
+                extend_lens=[len(request.full_untruncated_fill_ids)],
+                reqs=[request],
+            )
+
+        def request_of(given: array) -> SimpleNamespace:
+            return SimpleNamespace(
+                full_untruncated_fill_ids=given,
+                origin_input_ids=given,
+                output_ids=array("q"),
+                last_node=None,
+                num_matched_prefix_tokens=0,
+            )
+
+        def run(batch: SimpleNamespace) -> tuple[float, float]:
+            spent = timed(lambda: stager.stage(batch))
+            for layer in spec.layers:
+                worker.rows(layer)
+            return spent
+
         random = np.random.default_rng(0)
-        print("| tokens | SGLang's row ids | CPU | the plugin's | CPU | its `stage` | CPU |")
+        print("| tokens | SGLang's row ids | CPU | the plugin's `stage` | CPU | its rows there | CPU |")
         print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for tokens in (64, 1024, 8192):
+        for tokens in TOKENS:
             found: list[tuple[float, ...]] = []
             for _ in range(chosen.times + 2):
-                given = random.integers(0, spec.vocab_size, tokens).tolist()
-                batch = SimpleNamespace(
-                    forward_mode=ForwardMode.EXTEND,
-                    encoder_swa_reset=None,
-                    prefix_lens=[0],
-                    extend_lens=[tokens],
-                    reqs=[SimpleNamespace(full_untruncated_fill_ids=given)],
-                )
+                given = array("q", random.integers(0, spec.vocab_size, tokens).tolist())
+                batch = batch_of(request_of(given))
                 theirs = timed(lambda batch=batch: stock.hash_windows(*stager._windows(batch)))
-                made: list[torch.Tensor] = []
-                worker.start = made.extend
-                own = timed(lambda batch=batch: stager.stage(batch))
-                right, _ = stock.hash_windows(*stager._windows(batch))
-                assert all(torch.equal(right[:, at].int(), one) for at, one in enumerate(made))
-                worker.start = start
-                whole = timed(lambda batch=batch: stager.stage(batch))
-                for layer in spec.layers:
-                    worker.rows(layer)
-                found.append((*theirs, *own, *whole))
+                own = run(batch)
+                waiting = request_of(array("q", random.integers(0, spec.vocab_size, tokens).tolist()))
+                worker.prompts.look_ahead(None, [waiting], True)
+                early = worker.counts.early["served"]
+                while client.stats.in_flight:
+                    time.sleep(0.01)
+                found.append((*theirs, *own, *run(batch_of(waiting))))
+                worker.prompts.look_ahead(None, [], True)
+                assert worker.counts.early["served"] - early == tokens
             cells = [f"{statistics.median(column):.2f}" for column in zip(*found[2:], strict=True)]
             print(f"| {tokens} | {' | '.join(cells)} |", flush=True)
 

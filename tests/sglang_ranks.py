@@ -1,5 +1,6 @@
 """SGLang's own Engram layers with the plugin in them: of all ranks of a group, in one process; and its batches."""
 
+from array import array
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from engrampool_client.config import ENVIRONMENT_PREFIX
 from engrampool_proto.synthetic import synthetic_rows
 
 SLOTS = 16
+# Tokens of a forward of prompts at most, and of a request.
+CHUNK, LONGEST = 512, 4096
 
 
 @contextmanager
@@ -34,6 +37,7 @@ def with_plugin(server):
             (engram.EngramHasher, "forward"),
             (BaseRunner, "_dummy_run"),
             (Scheduler, "release_host_resources"),
+            (Scheduler, "run_batch"),
             (cuda_graph_setup, "capture_cuda_graphs"),
             (cuda_graph_setup, "capture_prefill_graph"),
             (cuda_graph_setup, "capture_decode_graph"),
@@ -54,13 +58,14 @@ def with_plugin(server):
         for _ in range(2):
             patch.setattr(plugins, "_plugins_loaded", False)
             plugins.load_plugins()
-        from engrampool_client.integrations import sglang_engram
+        from engrampool_client.integrations import sglang_engram, sglang_prompts
 
         assert engram.EngramEmbedding is engram_staging.EngramEmbedding is sglang_engram.PooledTable
         yield SimpleNamespace(
             module=engram,
             staging=engram_staging,
             ours=sglang_engram,
+            prompts=sglang_prompts,
             Stock=stock,
             Manager=ngram_embedding_manager.NgramEmbeddingManager,
             BaseRunner=BaseRunner,
@@ -69,6 +74,24 @@ def with_plugin(server):
             plugins=plugins,
         )
         plugins.HookRegistry.reset()
+
+
+def hasher_maker(engine, config, tokenizer_path):
+    """Makes the engine's own hashes of a layout; it reads the tokenizer for as long as a second, so only once."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokens = engine.module.build_compressed_token_map(tokenizer)
+
+    def make(layout):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.module, "build_compressed_token_map", lambda _: tokens)
+            numbers = config.engram_pad_token_id, config.engram_compressed_vocab_size
+            made = engine.module.EngramHasher(layout, tokenizer, *numbers)
+        made.image_token_id = IMAGE
+        return made
+
+    return make
 
 
 class Ranks:
@@ -84,6 +107,8 @@ class Ranks:
             overlap=SimpleNamespace(enable_two_batch_overlap=False),
             enable_pdmux=False,
             capture=SimpleNamespace(enable_torch_compile=False),
+            chunked_prefill_size=CHUNK,
+            max_prefill_tokens=2 * CHUNK,
         )
         self.backends = {"decode": "breakable", "prefill": "breakable"}
         self.parallel = SimpleNamespace(
@@ -101,6 +126,7 @@ class Ranks:
             patch.setattr(place, "get_parallel", lambda: self.parallel)
         for name in ("get_spec", "get_exec", "get_disagg", "get_flags"):
             patch.setattr(engine.ours, name, lambda: self.settings)
+        patch.setattr(engine.prompts, "get_schedule", lambda: self.settings)
         patch.setattr(engine.ours, "check_cuda_graph_backend", lambda phase, backend: self.backends[phase] == backend)
         patch.setattr(engine.ours, "over", {"processors": self._agree}.__getitem__)
         patch.setattr(engine.ours, "attn_tp_all_reduce", self._all_reduce)
@@ -227,10 +253,11 @@ def scheduled(made, mode="EXTEND"):
     ]
     return SimpleNamespace(
         forward_mode=ForwardMode[mode],
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(SLOTS, LONGEST)),
         encoder_swa_reset=None,
         prefix_lens=list(made.starts),
         extend_lens=np.diff(made.bounds).tolist(),
-        reqs=[SimpleNamespace(full_untruncated_fill_ids=past.tolist()) for past in pasts],
+        reqs=[SimpleNamespace(full_untruncated_fill_ids=array("q", past.tolist())) for past in pasts],
         engram_history=None,
         engram_staged_rows=None,
     )

@@ -92,7 +92,7 @@ class Client:
             # Of every version that is followed: hashing and layout must not change under a model that runs.
             self.spec = self._versions.connect(model, version, bounded_s(settings.connect_timeout_s)).spec
             check_fingerprint(self.spec, config, tokenizer)
-            self.stats = Stats(self.spec.layers)
+            self.stats = Stats(self.spec.layers, self._config.slow_lookup_s)
             self._versions.open(self.stats, self._form, warm)
             if record is not None:
                 self._recorder = Recorder(record, self.spec, self.version)

@@ -43,6 +43,7 @@ class ClientSettings(TypedDict, total=False):
     on_failure: OnFailure
     breaker_failures: int
     retry_s: float
+    slow_lookup_s: float
     connect_timeout_s: float
     max_steps: int
     max_pending_bytes: int
@@ -111,6 +112,10 @@ class ClientConfig:
 
     retry_s: float = 1.0
     """How long, in seconds from the moment a connection broke, lookups go on asking. 0 never asks twice."""
+
+    slow_lookup_s: float = 1.0
+    """An answer of a server that takes longer, in seconds, is counted as slow, and told in the log with its number and
+    the hop that took most of it, one a second at most; so is a wait in the client. 0 for none."""
 
     connect_timeout_s: float = 10.0
     """How long servers are waited for, in seconds above 0, those that still load included. A registry, and an active
@@ -198,6 +203,7 @@ class ClientConfig:
             },
             not_negative={
                 "retry_s": self.retry_s,
+                "slow_lookup_s": self.slow_lookup_s,
                 "spin_s": self.spin_s,
                 "cache_bytes": self.cache_bytes,
                 "hint_bytes": self.hint_bytes,

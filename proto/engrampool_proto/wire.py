@@ -20,6 +20,7 @@ from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.protobuf import (
     BYTES,
     FIXED32,
+    FIXED64,
     U32,
     U64,
     VARINT,
@@ -44,6 +45,7 @@ _LITTLE = {np.dtype(name): np.dtype(name).newbyteorder("<") for name in ("u4", "
 # ServerTimes { queue_us, gather_us, total_us }, each a tag byte and a fixed32, so that they can be filled in last.
 _TIMES = struct.Struct("<BIBIBI")
 _TIMES_START = bytes((2 << 3 | BYTES, _TIMES.size))
+_NUMBER = bytes([6 << 3 | FIXED64])
 _TIMES_TAGS = (1 << 3 | FIXED32, 2 << 3 | FIXED32, 3 << 3 | FIXED32)
 
 
@@ -56,6 +58,7 @@ class LookupRequest:
     tables: tuple[tuple[int, Ids], ...] = ()
     tokens: TokenBatch | None = None
     layers: tuple[int, ...] = ()
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class ServerTimes:
     queue_us: int
     gather_us: int
     total_us: int
+
+    @property
+    def send_us(self) -> int:
+        """What is left of the whole."""
+        return max(0, self.total_us - self.queue_us - self.gather_us)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +92,11 @@ class LookupResponse:
     times: ServerTimes | None
 
 
-def encode_request(request: LookupRequest) -> bytes:
-    """The message's bytes. Raises WireError for ids that are neither uint32 nor uint64."""
+def encode_request(request: LookupRequest, number: int = 0) -> bytes:
+    """The message's bytes. number: in place of the request's own, if not 0.
+
+    Raises WireError for ids that are neither uint32 nor uint64.
+    """
     parts: list[bytes | memoryview] = [_request_start(request.model, request.version)]
     for layer, ids in request.tables:
         if ids.dtype not in (np.uint32, np.uint64):
@@ -96,6 +107,8 @@ def encode_request(request: LookupRequest) -> bytes:
         put_message(parts, 4, _token_fields(request.tokens))
     if request.layers:
         put_bytes(parts, 5, b"".join(map(varint, request.layers)))
+    if number := number or request.number:
+        parts.append(_NUMBER + number.to_bytes(8, "little"))
     return b"".join(parts)
 
 
@@ -136,7 +149,7 @@ def parse_request(data: bytes | memoryview) -> LookupRequest:
     Raises WireError for malformed bytes, BatchError for a token batch whose parts do not fit together.
     """
     budget = Budget()
-    model = version = ""
+    model, version, named = "", "", 0
     tables: list[tuple[int, Ids]] = []
     token_messages: list[memoryview] = []
     layers: list[int] = []
@@ -157,8 +170,10 @@ def parse_request(data: bytes | memoryview) -> LookupRequest:
                 budget.spend()
                 layer, position = read_varint(value, position)
                 layers.append(layer & U32)
+        elif number == 6 and kind == FIXED64:
+            named = value
     tokens = _parse_tokens(token_messages, budget) if token_messages else None
-    return LookupRequest(model, version, tuple(tables), tokens, tuple(layers))
+    return LookupRequest(model, version, tuple(tables), tokens, tuple(layers), named)
 
 
 def _parse_ids(data: memoryview, budget: Budget) -> tuple[int, Ids]:

@@ -115,6 +115,14 @@ class ServerConfig:
             " meanwhile.",
         ),
     )
+    slow_lookup_s: float = field(
+        default=1.0,
+        metadata=_about(
+            Seconds(0, 3600),
+            "A lookup that takes longer here is counted as slow, and told in the log with the hop that took most of it,"
+            " one a second and process at most; 0 for none.",
+        ),
+    )
     tls_cert: str = field(
         default="off",
         metadata=_about(

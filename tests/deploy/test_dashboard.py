@@ -1,21 +1,13 @@
 """The dashboards' expressions, asked of a real Prometheus that scraped a real server and a real client's process."""
 
 import json
-import math
 import re
-import shutil
+import runpy
 import subprocess
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import promql_parser
 import pytest
 import yaml
 
@@ -23,14 +15,19 @@ from engrampool_client.integrations.forwards.counts import EngineCounts
 from engrampool_client.integrations.forwards.metrics import EngineCollector
 from engrampool_client.metrics import ClientCollector
 from engrampool_server.telemetry.metrics import Metrics
-from server_fixtures import lacking
+from prometheus_process import SCRAPE_CONFIG, Prometheus, exposed, require, running_prometheus, selectors, until
 
 ROOT = Path(__file__).parents[2]
-SCRAPE_CONFIG = ROOT / "deploy/prometheus/prometheus.yml"
 DASHBOARDS = {
     name: json.loads((ROOT / f"deploy/grafana/dashboards/{name}.json").read_text())
-    for name in ("overview", "client", "engine")
+    for name in ("overview", "client", "engine", "shard", "capacity")
 }
+RULES = [
+    rule
+    for name in yaml.safe_load(SCRAPE_CONFIG.read_text())["rule_files"]
+    for group in yaml.safe_load(SCRAPE_CONFIG.with_name(name).read_text())["groups"]
+    for rule in group["rules"]
+]
 EACH = pytest.mark.parametrize("dashboard", DASHBOARDS)
 TARGETS = [
     pytest.param(name, panel, target, id=f"{name}-{panel['title']}-{target['refId']}")
@@ -57,77 +54,15 @@ def substitute(text: str, **values: str) -> str:
     return re.sub(r"\$\{?(\w+)\}?", lambda match: known[match[1]], text)
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
-    """What `condition` returns once that is true."""
-    deadline, pause = time.monotonic() + timeout_s, threading.Event()
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        pause.wait(0.02)
-    return found
-
-
-@dataclass
-class Prometheus:
-    """A running server. url: its base."""
-
-    url: str
-
-    def get(self, path: str, **parameters: Any) -> Any:
-        """The `data` of an answer; fails, with the server's own text, for an error."""
-        query = urllib.parse.urlencode(parameters, doseq=True)
-        try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=60) as response:
-                return json.load(response)["data"]
-        except urllib.error.HTTPError as error:
-            with error:
-                pytest.fail(f"{path} {parameters}: {error.code} {error.read().decode()}")
-
-    def query(self, expr: str) -> list[dict[str, Any]]:
-        return self.get("query", query=expr)["result"]
-
-    def query_range(self, expr: str) -> list[dict[str, Any]]:
-        now = time.time()
-        return self.get("query_range", query=expr, start=now - 10, end=now, step=1)["result"]
-
-
-def require(program: str) -> str:
-    found = shutil.which(program)
-    if found is None:
-        lacking(f"{program} is not installed (Debian: apt-get install prometheus)")
-    return found
-
-
 @pytest.fixture(scope="module")
-def prometheus(server, client_process, tmp_path_factory) -> Iterator[Prometheus]:
-    """With the project's scrape config, pointed at the server and the client, and hurried."""
-    program = require("prometheus")
-    directory = tmp_path_factory.mktemp("prometheus")
-    config = yaml.safe_load(SCRAPE_CONFIG.read_text())
-    config["global"] |= {"scrape_interval": "250ms", "scrape_timeout": "250ms"}
-    (job,) = config["scrape_configs"]
-    job["static_configs"] = [{"targets": [server.metrics_address, client_process.metrics_address]}]
-    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
-    for rules in config["rule_files"]:
-        shutil.copy(SCRAPE_CONFIG.with_name(rules), directory)
-    log = directory / "log"
-    command = [
-        program,
-        f"--config.file={directory / 'prometheus.yml'}",
-        f"--storage.tsdb.path={directory / 'data'}",
-        "--web.listen-address=127.0.0.1:0",
+def prometheus(server, cluster, client_process, tmp_path_factory) -> Iterator[Prometheus]:
+    targets = [
+        server.metrics_address,
+        *(one.metrics_address for one in cluster.servers),
+        client_process.metrics_address,
     ]
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        try:
-
-            def address() -> "re.Match[str] | None":
-                assert process.poll() is None, f"prometheus ended: {log.read_text()[-2000:]}"
-                return re.search(r'"Listening on" address=(\S+)', log.read_text())
-
-            running = Prometheus(f"http://{until(address, 'prometheus listens')[1]}")
-            until(lambda: "Server is ready" in log.read_text(), "prometheus is ready")
-            yield running
-        finally:
-            process.terminate()
+    with running_prometheus(tmp_path_factory.mktemp("prometheus"), targets) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -183,23 +118,20 @@ def chosen(scraped: Prometheus, dashboard: str) -> dict[str, str]:
     return values
 
 
-def exposed_names(dashboard: str) -> set[str]:
-    names = set()
-    families = {
-        "overview": Metrics().registry.collect,
-        "client": ClientCollector().describe,
-        "engine": EngineCollector("small", EngineCounts([1])).describe,
-    }
-    for family in families[dashboard]():
-        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
-        names |= {family.name + ending for ending in endings}
-    return names
-
-
-def test_prometheus_loads_the_alerts(prometheus):
-    groups = yaml.safe_load(SCRAPE_CONFIG.with_name("alerts.yml").read_text())["groups"]
+def test_prometheus_loads_the_rules(prometheus):
     loaded = {rule["name"] for group in prometheus.get("rules")["groups"] for rule in group["rules"]}
-    assert loaded == {rule["alert"] for group in groups for rule in group["rules"]}
+    assert loaded == {rule.get("alert") or rule["record"] for rule in RULES}
+
+
+def test_every_series_that_a_rule_is_made_of_is_there(scraped):
+    """An alert's own expression is empty while all is well."""
+    for rule in RULES:
+        for selector in selectors(rule["expr"]):
+            name = selector.name
+            until(lambda name=name: scraped.answered(name), f"{rule.get('alert') or rule['record']}: data for {name}")
+        if "record" in rule:
+            until(lambda rule=rule: scraped.answered(rule["record"]), f"data for {rule['record']}")
+            until(lambda rule=rule: scraped.answered(rule["expr"]), f"data for {rule['expr']}")
 
 
 @pytest.mark.parametrize(("dashboard", "panel", "target"), TARGETS)
@@ -207,13 +139,8 @@ def test_an_expression_answers(scraped, variables, dashboard, panel, target):
     expr = substitute(target["expr"], **variables[dashboard])
     assert target["instant"] != target["range"]
 
-    def answer() -> list[dict[str, Any]] | None:
-        """Of a moment in which the last scrape was answered in time, or there is nothing."""
-        series = scraped.query(expr) if target["instant"] else scraped.query_range(expr)
-        samples = [float(value) for one in series for _, value in one.get("values", [one.get("value")])]
-        return series if any(math.isfinite(sample) for sample in samples) else None
-
-    series = until(answer, f"{panel['title']}: data for {expr}")
+    # Of a moment in which the last scrape was answered in time.
+    series = until(lambda: scraped.answered(expr, target["instant"]), f"{panel['title']}: data for {expr}")
     shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
     for step in panel.get("transformations", []):
         if step["id"] == "filterFieldsByName":
@@ -224,16 +151,21 @@ def test_an_expression_answers(scraped, variables, dashboard, panel, target):
 
 @pytest.mark.parametrize(("dashboard", "panel", "target"), TARGETS)
 def test_an_expression_names_metrics_of_the_registry(dashboard, panel, target):
-    parsed = promql_parser.parse(substitute(target["expr"], instance="i", model="m"))
-    named: list[str | None] = []
-
-    def visit(node: Any) -> None:
-        if isinstance(node, promql_parser.VectorSelector):
-            named.append(node.name)
-
-    promql_parser.walk(parsed, visit)
+    named = {one.name for one in selectors(substitute(target["expr"], instance="i", model="m"))}
     assert named
-    assert set(named) <= exposed_names(dashboard) | OF_PROMETHEUS
+    engine = EngineCollector("small", EngineCounts([1]))
+    families = [*Metrics().registry.collect(), *ClientCollector().describe(), *engine.describe()]
+    there = {name for family in families for name in exposed(family)}
+    assert named <= there | OF_PROMETHEUS | {rule["record"] for rule in RULES if "record" in rule}
+
+
+@EACH
+def test_a_picture_of_a_dashboard_has_every_panel(scraped, tmp_path, dashboard):
+    pictures = runpy.run_path(str(ROOT / "docs/dashboards.py"))
+    counts = pictures["draw"](scraped, dashboard, tmp_path, 30.0)
+    assert counts.keys() == {panel["title"] for panel in panels(dashboard)}
+    assert all(counts.values()), counts
+    assert (tmp_path / f"{dashboard}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @EACH

@@ -61,8 +61,9 @@ def closed(required: str, **properties: Any) -> dict[str, Any]:
     }
 
 
-RULE = closed("alert expr", alert={"type": "string"}, expr={"type": "string"}, labels=STRINGS, annotations=STRINGS)
-RULE["properties"]["for"] = DURATION
+ALERT = closed("alert expr", alert={"type": "string"}, expr={"type": "string"}, labels=STRINGS, annotations=STRINGS)
+ALERT["properties"]["for"] = DURATION
+RULE = {"anyOf": [ALERT, closed("record expr", record={"type": "string"}, expr={"type": "string"}, labels=STRINGS)]}
 RELABELING = closed(
     "targetLabel", sourceLabels={"type": "array", "items": {"type": "string"}}, targetLabel={"type": "string"}
 )

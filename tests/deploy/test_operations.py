@@ -1,4 +1,4 @@
-"""docs/OPERATIONS.md names what there is: every metric, every event logged, every resource that preflight checks."""
+"""The pages name what there is: every metric of a server, every event logged, every resource that preflight checks."""
 
 import ast
 import re
@@ -15,10 +15,10 @@ from server_fixtures import LIMIT_S, eventually
 ROOT = Path(__file__).parents[2]
 
 
-def table(header: str) -> list[list[str]]:
-    """The rows of the one table that begins with this column."""
-    lines = (ROOT / "docs/OPERATIONS.md").read_text().splitlines()
-    (at,) = [number for number, line in enumerate(lines) if line.startswith(f"| {header} |")]
+def table(header: str, page: str = "OPERATIONS.md") -> list[list[str]]:
+    """The rows of the first table that begins with this column."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    at, *_ = [number for number, line in enumerate(lines) if line.startswith(f"| {header} |")]
     rows = []
     for line in lines[at + 2 :]:
         if not line.startswith("|"):
@@ -43,9 +43,9 @@ def test_the_metrics_are_what_a_server_exposes(server, round_of_lookups):
             found[name] = (family.type, {label for sample in family.samples for label in sample.labels} - {"le"})
         return found
 
-    rows = table("metric")
+    rows = table("metric", "METRICS.md")
     assert all(meaning for *_, meaning in rows)
-    documented = {name.strip("`"): (kind, quoted(labels)) for name, kind, labels, _ in rows}
+    documented = {name.strip("`"): (kind, quoted(labels)) for name, kind, labels, *_ in rows}
     assert len(documented) == len(rows)
     eventually(lambda: documented == exposed(), "all that is documented, and nothing else, is exposed")
 

@@ -5,7 +5,6 @@ import socket
 import sys
 import urllib.request
 from collections import defaultdict
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from sglang_ranks import (  # noqa: E402  (needs torch)
     checkpoint,
     exact_numbers,
     forward_of,
+    hasher_maker,
     scheduled,
     step,
     unstaged,
@@ -45,21 +45,7 @@ def engine(server):
 
 @pytest.fixture(scope="module")
 def make_hasher(engine, config, tokenizer_path):
-    """The engine's own hashes; it reads the tokenizer for as long as a second, so only once."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    tokens = engine.module.build_compressed_token_map(tokenizer)
-
-    def make(layout):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.module, "build_compressed_token_map", lambda _: tokens)
-            numbers = config.engram_pad_token_id, config.engram_compressed_vocab_size
-            made = engine.module.EngramHasher(layout, tokenizer, *numbers)
-        made.image_token_id = IMAGE
-        return made
-
-    return make
+    return hasher_maker(engine, config, tokenizer_path)
 
 
 @pytest.fixture
@@ -291,22 +277,24 @@ def test_what_stops_a_lookup_from_beginning_is_told_to_the_other_ranks(ranks, en
     """The engine may begin it long before the forward, where nobody would catch it, and the others would wait."""
     run = decode if kind == "decode" else lambda made: prefill(made, sequences)
     group = ranks(2).make()
-    with group.at(0) as made, monkeypatch.context() as patch:
+    ours, error = engine.ours, PoolError("there is no memory")
+    stops = [(ours, "Staging")] if kind == "decode" else [(ours, "Prompts"), (ours.Prompts, "start")]
+
+    def fail(*_, **__):
+        raise error
+
+    with group.at(0) as made:
         group.known, group.parts = None, []
-        error = PoolError("there is no memory")
-
-        def fail(*_, **__):
-            raise error
-
-        patch.setattr(engine.ours, "Staging", fail)
-        assert run(made) == [error] * 2
-        patch.setattr(engine.ours.Stager, "_hash", fail)
-        assert run(made) == [error] * 2
-        assert [vote.any() for vote in group.votes] == [False] * 4
-        assert made.worker.counts.failed == 4
+        for place, name in stops:
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, fail)
+                assert run(made) == [error] * 2
+        assert [vote.any() for vote in group.votes] == [False] * 2 * len(stops)
+        assert made.worker.counts.failed == 2 * len(stops)
+    group.votes.clear()
     with group.at(0) as made:
         assert len(run(made)) == len(group.parts) == 2
-        assert all(vote.all() for vote in group.votes[4:])
+        assert all(vote.all() for vote in group.votes)
 
 
 def test_a_staged_batch_that_never_runs_gives_its_rows_to_no_other(ranks, sequences):
@@ -331,25 +319,6 @@ def test_rows_are_of_the_forward_that_wants_them_or_of_none(ranks, engine):
         made.worker.start([torch.full((2, 24), 1 << 30)] * 2)
         with pytest.raises(Exception, match="row id 1073741824"):
             made.layers[0].embed(torch.zeros(2, 24, dtype=torch.int64))
-
-
-def test_what_the_host_hashed_waits_for_nothing_that_the_gpu_does(engine, spec, monkeypatch):
-    """A lookup of staged rows begins on a stream of its own: the scheduler's waits for the forward that runs."""
-    current, began = [], []
-
-    @contextmanager
-    def stream(given):
-        current.append(given)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(engine.ours, "_worker", SimpleNamespace(start=lambda ids: began.append(list(current))))
-    hasher = SimpleNamespace(max_ngram_size=4, image_token_id=None)
-    stager = engine.ours.Stager(hasher, SimpleNamespace(spec=spec, compiled=False), torch.device("cuda"))
-    stager.hasher.hash_windows(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.bool))
-    assert (began, current) == ([["a stream of cuda"]], [])
 
 
 def test_an_idle_rank_asks_nobody_and_waits_for_nobody(ranks):
@@ -421,17 +390,17 @@ def test_a_prompts_row_ids_are_compared_with_the_engines_own(ranks, sequences, m
         prefill(made, sequences)
         tokens = counts.tokens
         assert (counts.verified, counts.differences) == (tokens, 0)
-        theirs = made.manager.engram_stager._engines
+        theirs = made.hasher.hash_windows
 
         def other(*windows):
             ids, rest = theirs(*windows)
             ids[2, 1, 5] += 1
             return ids, rest
 
-        monkeypatch.setattr(made.manager.engram_stager, "_engines", other)
+        monkeypatch.setattr(made.hasher, "hash_windows", other)
         group.votes.clear()
         found = prefill(made, sequences)
-        said = rf"layer 14: 1 of {tokens} tokens, the first token 2 of the batch, head 5: row \d+ here, \d+ by"
+        said = rf"layer 14: 1 of {tokens} tokens, the first token 2 \(request \d+, position 2\), head 5: row \d+ here"
         for one in found:
             with pytest.raises(FingerprintError, match=said):
                 raise one
@@ -575,8 +544,7 @@ def checkpoint_of(model, spec, *, tables):
     ("name", "value", "said"),
     [
         ("METRICS_PORT", "0", "METRICS_PORT='0' is not allowed: a port is 1 .. 65535"),
-        ("AHEAD_TOKENS", "0", "AHEAD_TOKENS is for vLLM, and does nothing with SGLang: unset it"),
-        ("VERIFY_CHECKPOINT", "/models", "VERIFY_CHECKPOINT is for vLLM"),
+        ("EARLY_DECODE", "0", "EARLY_DECODE is for vLLM, and does nothing with SGLang: unset it"),
     ],
 )
 def test_a_setting_that_is_wrong_or_does_nothing_ends_the_process(engine, monkeypatch, name, value, said):

@@ -103,6 +103,15 @@ def test_the_picture_of_the_house_and_its_tables_are_what_the_code_makes_of_them
     assert page == script["page"](page, ROOT), stale
 
 
+def test_the_page_of_metrics_is_what_the_registries_make_of_it():
+    script = runpy.run_path(str(ROOT / "docs/metrics.py"))
+    page = (ROOT / "docs/METRICS.md").read_text(encoding="utf-8")
+    assert page == script["page"](page), "run `python docs/metrics.py`"
+    named = set(re.findall(r"`((?:engrampool|process|grpc_server)_\w+)[`{]", page))
+    there = {row[0] for rows in script["TABLES"].values() for row in rows()}
+    assert named <= there
+
+
 def test_every_file_class_and_method_on_the_page_of_the_house_is_there():
     page = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
     there = {"None"}

@@ -53,7 +53,7 @@ def test_paths_mean_what_they_say_while_loading_serving_and_draining(packed, tmp
         assert get(address, "/readyz") == (503, "not serving\n")
         assert "engrampool_serving 0" in get(address, "/metrics")[1]
         for path in OTHERS:
-            assert get(address, path) == (404, "there are /metrics, /healthz and /readyz\n")
+            assert get(address, path) == (404, "there are /metrics, /status, /healthz and /readyz\n")
         through = os.open(gate, os.O_RDWR)  # opened for both, so that opening waits for nobody
         server.wait_for("serving")
         os.close(through)

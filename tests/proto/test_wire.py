@@ -35,11 +35,14 @@ REQUESTS = st.builds(
     st.lists(st.tuples(U32, ids()), max_size=4).map(tuple),
     st.one_of(st.none(), BATCHES),
     st.lists(U32, max_size=4).map(tuple),
+    st.sampled_from([0, 1, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1),
 )
 
 
 def generated(request: LookupRequest) -> pb.LookupRequest:
-    message = pb.LookupRequest(model=request.model, version=request.version, layers=request.layers)
+    message = pb.LookupRequest(
+        model=request.model, version=request.version, layers=request.layers, number=request.number
+    )
     for layer, rows in request.tables:
         table = message.tables.add(layer=layer)
         setattr(table, "u32" if rows.dtype == np.uint32 else "u64", rows.tobytes())
@@ -75,7 +78,7 @@ def content_of(message: pb.LookupRequest) -> tuple[Any, ...]:
         t = message.tokens
         ints = [np.frombuffer(raw, "<i4").tolist() for raw in (t.tokens, t.query_start_loc, t.lookback)]
         tokens = (*ints, t.lookback_width, flags(t.dead), flags(t.lookback_dead))
-    return message.model, message.version, tables, tokens, list(message.layers)
+    return message.model, message.version, tables, tokens, list(message.layers), message.number
 
 
 def content(request: LookupRequest) -> tuple[Any, ...]:
@@ -86,7 +89,7 @@ def content(request: LookupRequest) -> tuple[Any, ...]:
         arrays = [a.reshape(-1).tolist() for a in (batch.tokens, batch.query_start_loc, batch.lookback)]
         tokens = (*arrays, batch.lookback.shape[1], *both)
     tables = [(layer, rows.tolist()) for layer, rows in request.tables]
-    return request.model, request.version, tables, tokens, list(request.layers)
+    return request.model, request.version, tables, tokens, list(request.layers), request.number
 
 
 @given(request=REQUESTS)

@@ -30,6 +30,7 @@ VALUES = {
     "direct": addresses | st.sampled_from(["auto", "off"]) | directory_names.map(lambda name: f"unix:/{name}"),
     # A registry has demands on other settings, named shards want a placement, and a certificate its key: see below.
     "direct_spin_s": st.floats(0, 0.1),
+    "slow_lookup_s": st.floats(0, 3600),
     "tls_cert": st.just("off"),
     "tls_key": st.just("off"),
     "tls_client_ca": st.just("off"),
@@ -83,6 +84,7 @@ BAD = {
     "metrics": ["", "on", "localhost", "host:-1", "[::1:9464", False],
     "direct": ["", "on", "localhost", "host:-1", "unix:", "unix:a\0b", "unix:\udcff", False],
     "direct_spin_s": ["", "-1", "0.11", "nan", "50us", True],
+    "slow_lookup_s": ["", "-1", "3600.1", "nan", "1s", True],
     "tls_cert": ["", "a\0b", "\udcff", 1, True],
     "tls_key": ["", "a\0b", "\udcff", 1, True],
     "tls_client_ca": ["", "a\0b", "\udcff", 1, True],
@@ -202,6 +204,7 @@ def test_every_field_states_its_unit_range_and_help():
     units = {setting.name: setting.metadata["unit"] for setting in fields(ServerConfig) if setting.metadata["unit"]}
     assert units == {
         "direct_spin_s": "seconds",
+        "slow_lookup_s": "seconds",
         "workers": "processes",
         "worker_timeout_s": "seconds",
         "load_threads": "threads",

@@ -39,6 +39,7 @@ PARAMETERS = {
     f"{_ENGRAM}:engram_gather": "weight_ptr scale_ptr ids out dim block_size row_lo row_hi sort_ids",
     f"{_STAGER}.from_model": "model hasher device",
     f"{_STAGER}.stage": "self batch",
+    f"{_STAGER}._windows": "self batch",
     f"{_QWEN4}:Qwen4ExpPinnedHostEmbedding.__init__": "self embedding backend table_dir",
     f"{_QWEN4}:Qwen4ExpPinnedHostEmbedding.allocate_output": "self shape device",
     f"{_QWEN4}:Qwen4ExpPinnedHostEmbedding.gather": "self input_ids out",
@@ -61,7 +62,9 @@ PARAMETERS = {
     "sglang.srt.model_executor.runner.base_runner:BaseRunner._dummy_run": (
         "self batch_size run_ctx forward_mode_override buffers extend_num_tokens_per_req"
     ),
+    "sglang.srt.managers.scheduler:Scheduler.run_batch": "self batch pp_proxy_tensors",
     "sglang.srt.managers.scheduler:Scheduler.release_host_resources": "self",
+    "sglang.srt.model_executor.encoder_swa_replay:replay_len": "prefix_len",
     "sglang.srt.plugins.hook_registry:HookRegistry.register": "target hook hook_type source",
     "sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks": "",
 }
@@ -87,9 +90,8 @@ def register() -> None:
 
 def check_settings(settings: EngineSettings) -> None:
     """Raise ValueError, which names the variable, for a setting that nothing here goes by."""
-    for name in ("ahead_tokens", "verify_checkpoint"):
-        if getattr(settings, name) is not None:
-            raise ValueError(f"{ENGINE_PREFIX}{name.upper()} is for vLLM, and does nothing with SGLang: unset it")
+    if not settings.early_decode:
+        raise ValueError(f"{ENGINE_PREFIX}EARLY_DECODE is for vLLM, and does nothing with SGLang: unset it")
 
 
 def check_version(found: str) -> None:

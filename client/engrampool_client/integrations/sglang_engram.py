@@ -3,16 +3,13 @@
 For graphs that run Python between their pieces, or none. Imported by `sglang.py` alone.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import wraps
 from pkgutil import resolve_name
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers import engram, engram_staging
@@ -24,16 +21,18 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_disagg, get_exec, get_flags, get_parallel, get_spec
 
 from engrampool_client.client import Client
-from engrampool_client.compute.forms import choose
 from engrampool_client.errors import PoolError
 from engrampool_client.integrations import engine
 from engrampool_client.integrations.forwards.agreement import Agree, over, settle
+from engrampool_client.integrations.forwards.checkpoint import CheckpointTable
 from engrampool_client.integrations.forwards.counts import EngineCounts
-from engrampool_client.integrations.forwards.history import Flags
+from engrampool_client.integrations.forwards.history import Flags, Ids
 from engrampool_client.integrations.forwards.settings import EngineSettings
-from engrampool_client.integrations.forwards.verify import compare_ids
+from engrampool_client.integrations.forwards.verify import RowCheck
+from engrampool_client.integrations.sglang_prompts import Chunk, Prompts, chunks_of
 from engrampool_client.integrations.staging import Staging
-from engrampool_proto.hashing import TokenBatch
+
+_log = logging.getLogger("engrampool")
 
 
 class _Worker:
@@ -41,7 +40,8 @@ class _Worker:
 
     metrics: what answers Prometheus. agree: how the ranks that have the same tokens come to one outcome.
     begun: how many forwards there were. dummy: whether the last of them asks nobody. quiet: while it is not 0, those
-    that begin are of that kind.
+    that begin are of that kind. prompts: once there was a batch of them; it has the rows of forwards that were staged,
+    and `Staging` those of the others.
     """
 
     client: Client | None = None
@@ -51,6 +51,9 @@ class _Worker:
     begun = 0
     dummy = False
     quiet = 0
+    prompts: Prompts | None = None
+    _staged = False
+    _table: CheckpointTable | None = None
     # Qwen4's, which hash its row ids, in the order of layers.
     embeddings: Sequence[Any] = ()
     _staging: Staging | None = None
@@ -74,10 +77,13 @@ class _Worker:
     def ready(self, layers: list[int], columns: slice, device: torch.device) -> None:
         """The model is made. layers: of its tables, in the order of hashes. columns: of the row ids, this rank's."""
         self.layers, self._columns, self._device = tuple(layers), columns, device
+        self._settings = EngineSettings.of(os.environ)
+        if self._settings.verify and self._settings.verify_checkpoint is not None:
+            self._table = CheckpointTable(self._settings.verify_checkpoint, self.layers)
         self.counts, parallel = EngineCounts(layers), get_parallel()
         if parallel.attn_tp_size > 1:
             self.agree = over(parallel.attn_tp_group.cpu_group)
-        port = EngineSettings.of(os.environ).metrics_port
+        port = self._settings.metrics_port
         if port is not None:
             from engrampool_client.integrations.forwards import metrics
 
@@ -104,13 +110,33 @@ class _Worker:
         self._next_forward()
         self._failed = tokens, error
 
+    def stage(self, batch: Any, chunks: list[Chunk], engines: Callable[[], dict[int, Ids]], hasher: Any) -> bool:
+        """In the place of `start`: begin the lookup of a batch's chunks. False if there is no memory for so many.
+
+        engines: gives the row ids that the engine hashes itself. hasher: the engine's, for what it hashes by.
+        """
+        try:
+            if self.prompts is None:
+                assert self.client is not None
+                own = (self.client, self.layers, self._columns, self._device)
+                self.prompts = Prompts(*own, batch, hasher, self.agree, self.counts, self._table)
+            if not self.prompts.fits(chunks):
+                return False
+            self._next_forward()
+            self._staged = True
+            if not self.dummy:
+                self.prompts.start(chunks, engines)
+        except Exception as error:
+            self.failed(sum(stop - start for _, start, stop in chunks), error)
+        return True
+
     def _next_forward(self) -> None:
         self.begun += 1
-        self.dummy, self._failed = self.quiet > 0, None
+        self.dummy, self._failed, self._staged = self.quiet > 0, None, False
         self.counts.dummies += self.dummy
 
     def rows(self, layer: int) -> torch.Tensor | None:
-        """As `Staging.rows`, of the last forward that began."""
+        """As `Staging.rows`, of the last forward that began; of a GPU there, or on their way on the current stream."""
         if self.dummy:
             return None
         if self._failed is not None:
@@ -121,14 +147,16 @@ class _Worker:
 
             self.counts.failed += 1
             settle(1, tokens, find, self.agree)
+        if self._staged:
+            assert self.prompts is not None
+            return self.prompts.rows(layer)
         if self._staging is None:
             raise PoolError(f"no row ids of layer {layer} were given")
-        return self._staging.rows(layer)
-
-    def copied(self) -> None:
-        """As `Staging.copied`."""
-        assert self._staging is not None
-        self._staging.copied()
+        rows = self._staging.rows(layer)
+        if rows is not None and self._device.type == "cuda":
+            rows = rows.to(self._device, non_blocking=True)
+            self._staging.copied()
+        return rows
 
     def _staging_of(self, tokens: int) -> Staging:
         """One whose memory does for so many tokens: SGLang sets no bound on them that holds for all forwards.
@@ -140,7 +168,14 @@ class _Worker:
             assert self.client is not None
             columns = self._columns.stop - self._columns.start
             self._staging = Staging(
-                self.client, self.layers, columns, most, self._device, agree=self.agree, counts=self.counts
+                self.client,
+                self.layers,
+                columns,
+                most,
+                self._device,
+                agree=self.agree,
+                counts=self.counts,
+                check=None if self._table is None else RowCheck(self._table, self.counts),
             )
             self._most = most
         return self._staging
@@ -149,6 +184,8 @@ class _Worker:
         if self.metrics is not None:
             self.metrics.shutdown()
             self.metrics.server_close()
+        if self.prompts is not None:
+            self.prompts.release()
         if self._staging is not None:
             self._staging.close()
         elif self.client is not None:
@@ -254,9 +291,6 @@ def _fill(table: PooledTable, values: torch.Tensor, padded: bool) -> None:
     tokens = len(rows)
     if tokens != len(values) and not (padded and tokens < len(values)):
         raise PoolError(f"rows of {tokens} tokens were asked for, and of {len(values)} are wanted")
-    if values.is_cuda:
-        rows = rows.to(values.device, non_blocking=True)
-        _worker.copied()
     if table.ranks == 1:
         numbers(rows, table.dim, values[:tokens])
         values[tokens:].zero_()
@@ -286,51 +320,27 @@ def numbers(rows: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
 
 
 class Stager(engram_staging.EngramRowStager):
-    """In the place of the engine's: a prompt's lookup begins when its batch is made, and the layers wait for it."""
+    """In the place of the engine's: a prompt's lookup begins when its batch is made, and the layers wait for it.
 
-    def __init__(self, hasher: Any, client: Client, device: torch.device) -> None:
-        # The engine's `stage` then copies nothing, and has a batch's tokens hashed here, if they are all known.
-        self.tables: list[Any] = []
-        self.hasher = SimpleNamespace(max_ngram_size=hasher.max_ngram_size, hash_windows=self._begin)
-        self._image, self._layers = hasher.image_token_id, client.spec.layers
-        self._hashing = choose("auto" if client.compiled else "off").hashing(client.spec)
-        self._engines = hasher.hash_windows if EngineSettings.of(os.environ).verify else None
-        # What the host has hashed waits for no GPU, so nothing may be recorded where the scheduler's copies wait.
-        self._idle = torch.cuda.Stream(device) if device.type == "cuda" else None
+    hasher: the engine's, by whose depth `_windows` goes, and which verifying compares with.
+    """
+
+    def __init__(self, hasher: Any) -> None:
+        self.hasher = hasher
 
     def stage(self, batch: Any) -> list[tuple[int]] | None:
         """Begin the lookup of an extend batch's rows; None leaves it to the forward."""
-        return None if super().stage(batch) is None else [(_worker.begun,)] * len(_worker.layers)
+        if not batch.forward_mode.is_extend_without_speculative():
+            return None
+        chunks = chunks_of(batch)
+        if chunks is None or not _worker.stage(batch, chunks, lambda: self._hashed(batch), self.hasher):
+            return None
+        return [(_worker.begun,)] * len(_worker.layers)
 
-    def _begin(self, tokens: torch.Tensor, blocked: torch.Tensor) -> tuple[None, None]:
-        """Look up the rows of windows, in the place of `EngramHasher.hash_windows`.
-
-        tokens: [T, n], each token and those before it. blocked: which of them are before the sequence's start.
-        """
-        try:
-            ids = self._hash(tokens, blocked)
-            if self._engines is not None:
-                found = self._engines(tokens, blocked)[0].numpy()
-                engines = {layer: found[:, at] for at, layer in enumerate(_worker.layers)}
-                compare_ids(ids, engines, _worker.counts, lambda at: f"token {at} of the batch")
-        except Exception as error:
-            _worker.failed(len(tokens), error)
-            return None, None
-        with nullcontext() if self._idle is None else torch.cuda.stream(self._idle):
-            _worker.start([torch.from_numpy(own) for own in ids.values()])
-        return None, None
-
-    def _hash(self, tokens: torch.Tensor, blocked: torch.Tensor) -> dict[int, npt.NDArray[np.int32]]:
-        """Row ids of each layer, by compiled code where there is any."""
-        given = tokens.numpy()
-        dead = np.zeros(given.shape, np.bool_)
-        if self._image is not None:
-            dead = (given >= engram.MM_PAD_SHIFT_VALUE) | (given == self._image)
-        given = np.where(blocked.numpy(), -1, np.where(dead, 0, given)).astype(np.int32)
-        # Each token is a sequence's newest one, and its look-back is known.
-        bounds = np.arange(len(given) + 1, dtype=np.int32)
-        batch = TokenBatch.of(given[:, 0].copy(), bounds, given[:, 1:], dead[:, 0].copy(), dead[:, 1:])
-        return {layer: ids.astype(np.int32) for layer, ids in self._hashing.rows(batch, self._layers).items()}
+    def _hashed(self, batch: Any) -> dict[int, Ids]:
+        """The row ids that the engine itself makes of a batch on the host."""
+        found = self.hasher.hash_windows(*vars(engram_staging.EngramRowStager)["_windows"](self, batch))[0].numpy()
+        return {layer: found[:, at] for at, layer in enumerate(_worker.layers)}
 
 
 def _from_model(_: type, model: torch.nn.Module, hasher: Any, device: torch.device) -> Stager:
@@ -346,7 +356,7 @@ def _from_model(_: type, model: torch.nn.Module, hasher: Any, device: torch.devi
         _worker.client, heads, tables[0].dim, hasher.token_map.cpu().numpy(), multipliers, hasher.pad_id
     )
     _worker.ready(made, tables[0].columns, torch.device(device))
-    return Stager(hasher, _worker.client, torch.device(device))
+    return Stager(hasher)
 
 
 def _hashed(hash_ids: torch.Tensor, hasher: Any, input_ids: torch.Tensor, forward_batch: Any) -> None:
@@ -358,6 +368,18 @@ def _hashed(hash_ids: torch.Tensor, hasher: Any, input_ids: torch.Tensor, forwar
         # What pads a graph has no row. Its place in the cache is 0, by which the hasher itself knows it.
         hash_ids = hash_ids.masked_fill((forward_batch.out_cache_loc == 0)[:, None, None], -1)
     (_start.run_eager if _between_pieces(forward_batch) else _start)(hash_ids)
+
+
+def _ran(_: Any, scheduler: Any, *__: Any, **___: Any) -> None:
+    """A batch was launched, and its rows are there: ask for those of what comes next."""
+    if _worker.prompts is None:
+        return
+    # Where decoding is disaggregated, those that wait have been through their prompts elsewhere.
+    waiting = () if scheduler.disaggregation_mode.value == "decode" else scheduler.waiting_queue
+    try:
+        _worker.prompts.look_ahead(scheduler.chunked_req, waiting, scheduler.disable_radix_cache)
+    except Exception as error:  # the forward asks itself
+        _log.warning("rows of prompts are not asked for early: %s", error)
 
 
 def _quietly(run: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -386,6 +408,7 @@ _HOOKS: dict[str, tuple[Callable[..., Any], HookType]] = {
     f"{_GRAPHS}.capture_prefill_graph": (_quietly, HookType.AROUND),
     f"{_GRAPHS}.capture_decode_graph": (_quietly, HookType.AROUND),
     "sglang.srt.model_executor.runner.base_runner.BaseRunner._dummy_run": (_quietly, HookType.AROUND),
+    "sglang.srt.managers.scheduler.Scheduler.run_batch": (_ran, HookType.AFTER),
     "sglang.srt.managers.scheduler.Scheduler.release_host_resources": (_closed, HookType.AFTER),
 }
 

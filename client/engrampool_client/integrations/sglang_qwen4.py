@@ -134,7 +134,6 @@ def _fill(table: PooledTable, output: torch.Tensor) -> None:
         raise PoolError(f"rows of {len(rows)} tokens were asked for, and of {len(output)} are wanted")
     if rows.device != output.device:
         rows = rows.to(output.device, non_blocking=True)
-        worker().copied()
     output[:, table.columns].copy_(rows.view(table.weight.dtype))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -14,6 +15,7 @@ from engrampool_client.integrations.forwards.agreement import Agree, Vote
 from engrampool_client.integrations.forwards.counts import EngineCounts
 from engrampool_client.integrations.forwards.history import Flags
 from engrampool_client.integrations.forwards.quiet import Quietable
+from engrampool_client.integrations.forwards.verify import RowCheck
 from engrampool_client.lookup.step import Step
 
 # Forwards take turns in so many buffers: rows of one may be on their way to the device when the next one's come.
@@ -27,6 +29,7 @@ class Staging(Quietable):
     device: where row ids come from and rows go to. Of a GPU's ids a copy is issued where they are given, and a thread
         waits for it; rows land in pinned memory. Of the CPU's the lookup is begun where they are given.
     agree: how the ranks of a group come to one outcome in each layer; None where there is but one.
+    check: compares some rows of each forward, if given.
 
     All layers of a forward are asked for at once, when the last one's ids came. A forward that is not finished, as its
     model failed, is given up by the next. Not thread-safe: a model runs one forward at a time.
@@ -41,8 +44,9 @@ class Staging(Quietable):
         device: torch.device,
         agree: Agree | None = None,
         counts: EngineCounts | None = None,
+        check: RowCheck | None = None,
     ) -> None:
-        self.client, self.layers, self._agree = client, tuple(layers), agree
+        self.client, self.layers, self._agree, self._check = client, tuple(layers), agree, check
         self.counts = EngineCounts(self.layers) if counts is None else counts
         # Not one of the client's (`ready`): with that a lookup has its deadline, and its memory, from the beginning. A
         # GPU that is behind may come to the ids after that deadline, and reads that memory until then.
@@ -102,13 +106,20 @@ class Staging(Quietable):
         if not forward.asked:
             forward.ask(self._thread)
         begin, tokens = time.perf_counter(), len(forward.ids[layer])
-        valid = forward.votes[layer].settle(lambda flags: forward.find(layer, flags))[0]
+        valid = forward.votes[layer].settle(lambda flags: self._find(forward, layer, flags))[0]
         self.counts.waited(layer, time.perf_counter() - begin)
         self.counts.steps += layer == self.layers[0]
         self.counts.tokens += tokens if layer == self.layers[0] else 0
         if not valid.all():
             self.counts.masked[layer] += int((~valid).sum())
         return forward.rows(layer, valid)
+
+    def _find(self, forward: "_Forward", layer: int, flags: Flags) -> None:
+        forward.find(layer, flags)
+        if self._check is not None:
+            ids, rows = forward.ids[layer], self._turns[0].rows_array[layer]
+            there = np.flatnonzero(flags[0] & (ids >= 0).all(axis=1))
+            self._check.compare(layer, there, lambda chosen: (ids[chosen], rows[chosen]), "token {}".format)
 
     def copied(self) -> None:
         """Say that a copy of rows to the GPU was issued, on the stream that is current."""

@@ -1,6 +1,7 @@
 """Lookups over gRPC, for the blocking client."""
 
 import ctypes
+import os
 import threading
 import time
 from collections import deque
@@ -177,6 +178,14 @@ class GrpcLane:
         except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
             raise ProtocolError(f"Attach was answered with something else: {error}") from error
 
+    def stats(self, timeout_s: float) -> pool_pb2.StatsResponse:
+        """Ask for every metric of the server. Raises PoolError."""
+        answer = self._control("Stats", b"", timeout_s)
+        try:
+            return pool_pb2.StatsResponse.FromString(answer)
+        except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
+            raise ProtocolError(f"Stats was answered with something else: {error}") from error
+
     def ask(self, exchange: Exchange, deadline: float, *, spin_s: float = 0.0) -> "_Call":
         """See `Lane`. The call begins when its answer is received: gRPC sends and waits in one."""
         return _Call(self, exchange, deadline)
@@ -301,6 +310,7 @@ class _Call:
         lane, exchange = self._lane, self._exchange
         timeout_s = max(0.0, self._deadline - time.monotonic())
         connection, stream = lane.enter(), None
+        exchange.number = new_number()
         try:
             if not _streamed(exchange):
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
@@ -324,6 +334,11 @@ class _Call:
 
     def abandon(self) -> None:
         """See `Request`. Nothing has begun."""
+
+
+def new_number() -> int:
+    """Of a lookup, by which the server's log and this client's name it: 64 bits that nobody else chooses."""
+    return int.from_bytes(os.urandom(8), "little") or 1
 
 
 def _streamed(exchange: Exchange) -> bool:

@@ -88,6 +88,7 @@ class NativeLane:
         except OSError:  # it broke, or takes nothing
             self.drop(connection)
             return None
+        exchange.number = connection.number
         return NativeRequest(self, connection, exchange, deadline, spin_s)
 
     @property

@@ -10,6 +10,7 @@ from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.sent import Came
 from engrampool_client.lookup.small import Small
+from engrampool_client.stats import Answered
 from engrampool_proto import frames, wire
 from engrampool_proto.kernels import ask, receive
 
@@ -31,12 +32,12 @@ class SmallRequest:
         lane: NativeLane,
         connection: Connection,
         small: Small,
-        answered: Callable[[int], None],
+        answered: Answered,
         late: Callable[[DeadlineError], None],
     ) -> None:
         """small: what was asked for, and where its rows belong.
 
-        answered: told of the bytes of rows, once all are there. late: told where the server let a deadline pass.
+        answered: told once all rows are there. late: told where the server let a deadline pass.
         """
         self.times: wire.ServerTimes | None = None
         self._lane, self.connection, self._answered, self._late = lane, connection, answered, late
@@ -114,7 +115,10 @@ class SmallRequest:
             return Came.NOTHING
         if self.times is None:
             return Came.NOTHING
-        self._answered(self._nbytes)
+        # Its end may be taken in long after it came, and what the system has no room for is only sent then.
+        first_at = int(state[receive.FIRST_AT])
+        first_s = first_at / _SECOND_NS - connection.asked_at if first_at else None
+        self._answered(self._nbytes, self.times, first_s, connection.number)
         return Came.ALL
 
     @property

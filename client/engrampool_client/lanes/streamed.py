@@ -3,17 +3,19 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 
 import grpc
 
 from engrampool_client.compute.served import ServedModel
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, from_rpc
-from engrampool_client.lanes.grpc import GrpcLane
+from engrampool_client.lanes.grpc import GrpcLane, new_number
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Landing
 from engrampool_client.lookup.sent import Came
 from engrampool_client.lookup.small import Small
+from engrampool_client.stats import AT_ONCE_S, Answered
 from engrampool_proto import wire
 
 # Smaller answers are one message, for which a thread of the client waits: another one costs all rows more than the
@@ -38,21 +40,25 @@ class StreamedRequest:
         small: Small,
         served: ServedModel,
         deadline: float,
-        answered: Callable[[int], None],
+        answered: Answered,
         late: Callable[[DeadlineError], None],
     ) -> None:
         """Begins the call. deadline: by time.monotonic.
 
-        answered: told of the bytes of rows, once all are there. late: told where the server let a deadline pass.
+        answered: told once all rows are there. late: told where the server let a deadline pass.
         Raises ValueError where the lane is closed, which is gRPC's way to say so.
         """
         self._lane, self._deadline, self._answered, self._late = lane, deadline, answered, late
         self._message = b""  # that came, and was not taken in
+        self._asked_at, self._number = time.monotonic(), new_number()
+        # Until the first of it came, as far as somebody waited for it; inf before.
+        self._first_s: float | None = inf
         asked = wire.LookupRequest(*small.what[:2], small.tables(served.spec))
         connection = self._connection = lane.enter()
         stream = None
         try:
-            stream = self._stream = connection.begin(wire.encode_request(asked), max(0.0, deadline - time.monotonic()))
+            message = wire.encode_request(asked, self._number)
+            stream = self._stream = connection.begin(message, max(0.0, deadline - time.monotonic()))
             connection.streams.add(stream)
             # While the server is at work.
             shapes = {layer: rows.shape for layer, rows in small.rows.items()}
@@ -79,14 +85,20 @@ class StreamedRequest:
         if self._message or landing.ready:
             return Came.NOTHING if connection.lost else None
         if landing.complete:
-            self._answered(self._exchange.answer_bytes)
+            first_s = None if self._first_s == inf else self._first_s
+            self._answered(self._exchange.answer_bytes, self.times, first_s, self._number)
             return Came.ALL
         if connection.lost:
             return Came.NOTHING
         if until <= 0:
             return Came.LATER
+        begin = time.monotonic()
         try:
             self._message = next(self._stream, b"")
+            if self._first_s == inf:
+                now = time.monotonic()
+                waited = begin - self._asked_at < AT_ONCE_S or now - begin > AT_ONCE_S
+                self._first_s = now - self._asked_at if waited else None
         except grpc.RpcError as failed:
             error: PoolError = from_rpc(failed, self._lane.target)
             if isinstance(error, DeadlineError):

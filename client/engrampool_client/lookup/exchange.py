@@ -19,6 +19,7 @@ class Exchange:
 
     asked: what is asked for, as far as it is missing. landing: where its rows go. delivery: of the lookup.
     answer_bytes: rows that will come back, in bytes. times: the server's, once the whole answer is there.
+    number: that a server was asked by last, for logs.
     Raises RejectedError for more than the server's limits.
     """
 
@@ -26,6 +27,7 @@ class Exchange:
         self._served, self.asked = served, asked
         self.landing, self.delivery = landing, landing.delivery
         self.times: wire.ServerTimes | None = None
+        self.number = 0
         self.answer_bytes = sum(landing.sizes.values())
         num_rows = 0
         for layer, size in landing.sizes.items():
@@ -43,7 +45,7 @@ class Exchange:
 
     def encode(self) -> bytes:
         """The LookupRequest's bytes, for what is missing."""
-        return wire.encode_request(self.asked)
+        return wire.encode_request(self.asked, self.number)
 
     @property
     def asked_tables(self) -> tuple[tuple[int, wire.Ids], ...] | None:

@@ -101,6 +101,7 @@ class Here(Generic[V]):
             request = by.shards.send(small, delivery.deadline) if by is version else None
             if request is None:
                 return None
+            self._stats.asked(delivery.begun)
             again = partial(self._leave_rest, delivery, small.ids, sizes, out, by, rest)
             left = partial(self._versions.leave, by)
             sent = delivery.receiver = Sent(delivery, request, small.given, self._workers, self._spin_s, again, left)
@@ -167,6 +168,7 @@ class Here(Generic[V]):
                 passed_on = True
                 self._ask_otherwise(delivery, cached, out, by, sent=False)
                 return True
+            self._stats.asked(delivery.begun)
             again = partial(self._ask_otherwise, delivery, cached, out, by, sent=True)
             left, before = partial(self._versions.leave, by), (delivery.end_work, partial(self._keep, delivery, cached))
             sent = Sent(delivery, request, small.given, self._workers, self._spin_s, again, left, cached.place, before)

@@ -164,6 +164,8 @@ class Lookup(Generic[V]):
         assert by is not None
         try:
             self.asked_bytes = plan.exchange.answer_bytes
+            if not self._hinted:
+                self._stats.asked(delivery.begun)
             by.shards.ask(plan.exchange, self._spin_s)
         except UnknownVersionError:
             # Of what was handed over already, the rest must be of the same version.

@@ -25,7 +25,7 @@ from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.credentials import Credentials
 from engrampool_client.lanes.grpc import GrpcLane
-from engrampool_client.lanes.native import NativeLane, NativeRequest
+from engrampool_client.lanes.native import NativeLane, NativeRequest, first_to_answer
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lanes.streamed import STREAMED_ABOVE_BYTES, StreamedRequest
 from engrampool_client.lookup.delivery import Delivery
@@ -35,7 +35,7 @@ from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.pool.breaker import Breaker
 from engrampool_client.pool.latency import Latency
-from engrampool_client.stats import Stats
+from engrampool_client.stats import AT_ONCE_S, Stats
 from engrampool_proto.wire import ServerTimes
 
 if TYPE_CHECKING:  # it needs numba
@@ -80,7 +80,7 @@ class Endpoint:
     def open(self, served: ServedModel, stats: Stats) -> None:
         """Make ready for lookups in what `describe` said is served."""
         config, lane = self._config, self._lanes[0]
-        self.served, self._stats = served, stats
+        self.served, self._stats, self._hops = served, stats, stats.server(self.target)
         self.breaker = Breaker(config.retry_s, config.breaker_failures, self._probe, stats.opened, self.target)
         self._opened = True
         if config.attach == "auto" and served.attach:
@@ -222,10 +222,10 @@ class Endpoint:
                 self._parts.submit(Job(nobodys, _unplanned, lane.end_calls))
         return request
 
-    def _answered(self, nbytes: int) -> None:
-        """Count a lookup whose rows came over the network."""
+    def _answered(self, nbytes: int, times: ServerTimes | None, first_s: float | None, number: int) -> None:
+        """Count a lookup whose rows came over the network; as of `Answered`."""
         self.breaker.succeeded()
-        self._stats.count_bytes("wire", nbytes)
+        self._stats.answered(self._hops, nbytes, times, first_s, number)
 
     def ways(self, exchange: Exchange) -> int:
         """How many connections it goes over: several only if it is large."""
@@ -371,6 +371,7 @@ class EndpointRequest:
     ) -> None:
         """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
         endpoint, deadline, nbytes = self._endpoint, self._deadline, exchange.answer_bytes
+        asked_at, lay_there = (0.0, False) if sent is None else (sent.connection.asked_at, _lies_there(sent))
         for attempt in count():
             try:
                 if sent is None and endpoint._attach is not None:
@@ -382,6 +383,7 @@ class EndpointRequest:
                 if sent is None:
                     endpoint.breaker.check()
                     self._check_time()
+                    asked_at, lay_there = time.monotonic(), False
                     if endpoint._native is not None and not tried:
                         sent = endpoint._native.ask(exchange, deadline, spin_s=spin_s)
                 request, sent, tried = sent, None, False
@@ -396,7 +398,10 @@ class EndpointRequest:
                 exchange.restart()
                 if exchange.landing.complete:  # only the end of the answer was lost
                     break
-        endpoint._answered(nbytes)
+        first_s = None
+        if exchange.times is not None and not lay_there:  # it was received as it came, so sending took no longer
+            first_s = time.monotonic() - asked_at - exchange.times.send_us / 1e6
+        endpoint._answered(nbytes, exchange.times, first_s, exchange.number)
 
     def _check_time(self) -> None:
         if time.monotonic() >= self._deadline:
@@ -422,6 +427,11 @@ class EndpointRequest:
 
 def _unplanned() -> bool:
     return True
+
+
+def _lies_there(sent: NativeRequest) -> bool:
+    """Whether the answer began before anybody looked for it, so that nobody knows when it came."""
+    return time.monotonic() - sent.connection.asked_at > AT_ONCE_S and first_to_answer([sent], 0.0) is not None
 
 
 def _against(error: PoolError, delivery: Delivery, early: bool) -> EngrampoolError | None:

@@ -11,15 +11,13 @@ from engrampool_client.lookup.sent import Came
 from engrampool_client.lookup.small import Small
 from engrampool_client.pool.endpoint import Endpoint
 from engrampool_client.pool.latency import HedgeBudget
-from engrampool_client.stats import Stats
+from engrampool_client.stats import AT_ONCE_S, Stats
 from engrampool_proto import wire
 
 if TYPE_CHECKING:  # it needs numba
     from engrampool_client.lanes.small import SmallRequest
 
 _T = TypeVar("_T")
-# Who comes as soon as that for the rows knows well enough when they came: no answer is late before.
-_AT_ONCE_S = 1e-3
 
 
 class Raced:
@@ -102,7 +100,7 @@ class Raced:
         """What `call` gives, of whichever begins first; another is asked as well once the first is late."""
         begin = time.monotonic()
         if self._known is None:
-            self._patient_until, self._known = begin + self._patience_s, begin - self._since < _AT_ONCE_S
+            self._patient_until, self._known = begin + self._patience_s, begin - self._since < AT_ONCE_S
         while not self._request.begun:
             if (second := self._second) is not None:
                 chosen = first_to_answer([self._request, second[1]], min(until, self._patient_until))

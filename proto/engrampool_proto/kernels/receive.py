@@ -11,7 +11,7 @@ from numba import carray, njit, types
 from engrampool_proto import frames
 from engrampool_proto.kernels.gather import copy_row
 from engrampool_proto.kernels.jit import kernel
-from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, bytes_at, now, receive_some
+from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, WAITED, bytes_at, now, receive_some
 
 # Why `take` returns, where it does not say that a layer is whole: all was there up to the frame at START, whose times
 # are in the buffer; nothing more came in time; the connection ended; a frame that has no place in the answer is at
@@ -19,9 +19,10 @@ from engrampool_proto.kernels.sockets import ENDED, SCRATCH_WORDS, bytes_at, now
 ANSWERED, LATER, LOST, ODD = -1, -2, -3, -4
 
 # int64 [STATE_WORDS] of an answer: where what was received begins and ends in the buffer; the layer whose rows are
-# coming, by its place in `layers`, and how many bytes of them are to follow; bytes received so far.
-START, END, LAYER, LEFT, CAME = range(5)
-SCRATCH = 5
+# coming, by its place in `layers`, and how many bytes of them are to follow; bytes received so far; when the
+# first of them came, by `now`, or 0 if they lay there before somebody waited.
+START, END, LAYER, LEFT, CAME, FIRST_AT = range(6)
+SCRATCH = 6
 STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
 # int64 [layers, ENTRY_WORDS]: which layer; where its rows are to lie; how many bytes they are, those of one row, and
@@ -83,6 +84,14 @@ def _word(buffer: Any, at: Any) -> Any:
 
 
 @njit  # type: ignore[untyped-decorator]
+def _count(state: Any, got: Any, scratch: Any) -> None:
+    """Bytes were received."""
+    if not state[CAME] and scratch[WAITED]:
+        state[FIRST_AT] = now(scratch)
+    state[CAME] += got
+
+
+@njit  # type: ignore[untyped-decorator]
 def _more(fd: Any, buffer: Any, state: Any, least: Any, until: Any, spin_ns: Any) -> Any:
     """Receive what comes into the buffer; gives 1, LATER or LOST. least: as of `receive_some`."""
     left = state[END] - state[START]
@@ -94,7 +103,7 @@ def _more(fd: Any, buffer: Any, state: Any, least: Any, until: Any, spin_ns: Any
     if got <= 0:
         return LOST if got == ENDED else LATER
     state[END] = left + got
-    state[CAME] += got
+    _count(state, got, scratch)
     return 1
 
 
@@ -113,7 +122,7 @@ def fill(fd: Any, buffer: Any, state: Any, nbytes: Any, until: Any, spin_ns: Any
         if got <= 0:
             return LOST if got == ENDED else LATER
         state[END] += got
-        state[CAME] += got
+        _count(state, got, scratch)
         while frame != last and frame + _HEADER <= state[END]:
             body = _word(buffer, frame + 24)
             if _word(buffer, frame) & _U(0xFFFFFFFF) != _U(frames.ROWS) or body > _U(nbytes):

@@ -25,24 +25,26 @@ from engrampool_proto.kernels.sockets import (
 )
 
 # What `serve` returns.
-CLOSED, FRAME, LARGE, ANSWERED, SLOW_REQUEST, GONE, UNREAD, LATE_ANSWER = range(8)
+CLOSED, FRAME, LARGE, ANSWERED, SLOW_REQUEST, GONE, UNREAD, LATE_ANSWER, SLOW_ANSWER = range(9)
 
 # int64 [STATE_WORDS] of a connection. Where what was received begins and ends in its buffer; whether it takes no more
 # requests; when the last one began to come (as of `now`); when it is looked at whether that goes on, and how many bytes
-# there were the last time.
-START, END, LEAVING, ARRIVED, DUE, SEEN = range(6)
-SCRATCH = 6
+# there were the last time. Of the last lookup that was answered: its number, its rows, and its times in microseconds.
+START, END, LEAVING, ARRIVED, DUE, SEEN, NUMBER, ANSWERED_ROWS, QUEUE_US, GATHER_US, TOTAL_US = range(11)
+SCRATCH = 11
 STATE_WORDS = SCRATCH + SCRATCH_WORDS
 
 # int64 [LIMIT_WORDS]: bounds, of which all but the last three are the same for all connections of a process.
 # Patience and spinning in nanoseconds; all else in bytes, but for rows. PROGRESS: what comes within the patience.
 # ANSWERS: address of an int64 that lookups answered are counted in. Of the connection's caller, 0 for no bound of its
-# own: MOST bytes in flight; RATE: nanoseconds of its time that a thousand rows take, and METER: see `meter`.
+# own: MOST bytes in flight; RATE: nanoseconds of its time that a thousand rows take, and METER: see `meter`. SLOW_US:
+# what takes longer is slow, 0 for nothing.
 PATIENCE, PROGRESS, SPIN, MAX_REQUEST, MAX_ROWS, MAX_ANSWER, INLINE, HELD, IN_FLIGHT, SHARE, LARGE_BUFFER, ANSWERS = (
     range(12)
 )
 MOST, RATE, METER = range(12, 15)
-LIMIT_WORDS = 15
+SLOW_US = 15
+LIMIT_WORDS = 16
 # A caller that was idle may have so much of its time at once.
 BURST_NS = 100_000_000
 
@@ -256,6 +258,8 @@ def _answer(
         if sent == ENDED:
             return GONE
         return LATE_ANSWER if 0 <= until <= now(scratch) else UNREAD
+    state[NUMBER], state[ANSWERED_ROWS] = np.int64(number), rows
+    state[QUEUE_US], state[GATHER_US], state[TOTAL_US] = queue_us, gather_us, (now(scratch) - state[ARRIVED]) // 1000
     add_at(_U(limits[ANSWERS]), 1)
     model = _U(handle[TIMES])
     span = _U((2 + bounds.size) * _WORD)
@@ -307,9 +311,9 @@ def serve(
     CLOSED: the other side ended it, or a request was over and `state[LEAVING]` is set. FRAME: a whole frame lies at the
     buffer's beginning that is not answered here, or a header that begins none; of a lookup nothing was sent. LARGE: the
     frame there has no room in the buffer, or is over `limits[MAX_REQUEST]`. ANSWERED: a request was, and the buffer is
-    larger than `limits[LARGE_BUFFER]`. SLOW_REQUEST: the other side does not go on sending it. In the midst of an
-    answer: GONE, the other side ended the connection; UNREAD, it does not go on receiving; LATE_ANSWER, the request's
-    time is over.
+    larger than `limits[LARGE_BUFFER]`. SLOW_ANSWER: a request was, and took longer than `limits[SLOW_US]`.
+    SLOW_REQUEST: the other side does not go on sending it. In the midst of an answer: GONE, the other side ended the
+    connection; UNREAD, it does not go on receiving; LATE_ANSWER, the request's time is over.
 
     buffer: uint8, its size and its address multiples of 8. entries: of all handles. out: what answers are gathered
     into, a row of any entry and 128 bytes at least. own, of_peers, slot, at, processes: of `InFlight`, and where the
@@ -365,5 +369,7 @@ def serve(
         if done != ANSWERED:
             return int(done)
         state[START] = total
+        if 0 < limits[SLOW_US] < state[TOTAL_US]:
+            return SLOW_ANSWER
         if buffer.size > limits[LARGE_BUFFER]:
             return ANSWERED

@@ -30,8 +30,9 @@ _MONOTONIC = 1
 _SOL_SOCKET, _RCVLOWAT = int(socket.SOL_SOCKET), int(socket.SO_RCVLOWAT)
 # Errors that come and go (no memory for a moment) are tried again so often; to look at errno is not for compiled code.
 _TRIES = 1000
-# Memory that the calls need: a pollfd, and a timespec; a msghdr of two pieces.
-SCRATCH_WORDS, MESSAGE_WORDS = 3, 11
+# Memory that the calls need: a pollfd, a timespec, and whether what was received last was waited for; a msghdr of two
+# pieces.
+SCRATCH_WORDS, MESSAGE_WORDS, WAITED = 4, 11, 3
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -107,6 +108,7 @@ def receive_some(fd: Any, at: Any, room: Any, least: Any, until: Any, spin_ns: A
     long as it takes. spin_ns: how long to look without sleeping.
     """
     tries = 0
+    scratch[WAITED] = 0
     spin_until = now(scratch) + spin_ns if spin_ns > 0 else 0
     while tries < _TRIES:
         spins = spin_until and now(scratch) < spin_until
@@ -114,6 +116,7 @@ def receive_some(fd: Any, at: Any, room: Any, least: Any, until: Any, spin_ns: A
         got = _recv(fd, at, np.uint64(room), np.int32(_DONTWAIT if spins or until >= 0 else 0))
         if got >= 0:
             return got
+        scratch[WAITED] = 1
         if spins:
             continue
         if least > 1:

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65ngrampool_proto/v1/pool.proto\x12\rengrampool.v1\"6\n\x0f\x44\x65scribeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cinclude_spec\x18\x02 \x01(\x08\"\x97\x01\n\x10\x44\x65scribeResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.engrampool.v1.Model\x12%\n\x06limits\x18\x02 \x01(\x0b\x32\x15.engrampool.v1.Limits\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\x12\x0e\n\x06\x64irect\x18\x04 \x01(\x08\x12\x0e\n\x06\x61ttach\x18\x05 \x01(\x08\"]\n\x06Limits\x12\x1c\n\x14max_rows_per_request\x18\x01 \x01(\x04\x12\x18\n\x10max_answer_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13max_in_flight_bytes\x18\x03 \x01(\x04\"\x84\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bspec_digest\x18\x03 \x01(\t\x12$\n\x06tables\x18\x04 \x03(\x0b\x32\x14.engrampool.v1.Table\x12\x11\n\tspec_json\x18\x05 \x01(\x0c\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x08\"\x99\x01\n\x05Table\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\x04\x12\x11\n\trow_bytes\x18\x03 \x01(\r\x12\r\n\x05heads\x18\x04 \x01(\r\x12(\n\x08segments\x18\x05 \x03(\x0b\x32\x16.engrampool.v1.Segment\x12\x11\n\trow_start\x18\x06 \x01(\x04\x12\x10\n\x08row_stop\x18\x07 \x01(\x04\"6\n\x07Segment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x93\x01\n\rLookupRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x06tables\x18\x03 \x03(\x0b\x32\x17.engrampool.v1.TableIds\x12)\n\x06tokens\x18\x04 \x01(\x0b\x32\x19.engrampool.v1.TokenBatch\x12\x0e\n\x06layers\x18\x05 \x03(\r\">\n\x08TableIds\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x03u32\x18\x02 \x01(\x0cH\x00\x12\r\n\x03u64\x18\x03 \x01(\x0cH\x00\x42\x05\n\x03ids\"\x84\x01\n\nTokenBatch\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12\x17\n\x0fquery_start_loc\x18\x02 \x01(\x0c\x12\x10\n\x08lookback\x18\x03 \x01(\x0c\x12\x16\n\x0elookback_width\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x65\x61\x64\x18\x05 \x01(\x0c\x12\x15\n\rlookback_dead\x18\x06 \x01(\x0c\"e\n\x0eLookupResponse\x12(\n\x06tables\x18\x01 \x03(\x0b\x32\x18.engrampool.v1.TableRows\x12)\n\x05times\x18\x02 \x01(\x0b\x32\x1a.engrampool.v1.ServerTimes\"7\n\tTableRows\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\"{\n\x0bServerTimes\x12\x15\n\x08queue_us\x18\x01 \x01(\x07H\x00\x88\x01\x01\x12\x16\n\tgather_us\x18\x02 \x01(\x07H\x01\x88\x01\x01\x12\x15\n\x08total_us\x18\x03 \x01(\x07H\x02\x88\x01\x01\x42\x0b\n\t_queue_usB\x0c\n\n_gather_usB\x0b\n\t_total_us\"\x13\n\x11OpenDirectRequest\"e\n\x12OpenDirectResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x11\n\tunix_path\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\x12\x10\n\x08valid_ms\x18\x05 \x01(\r\"@\n\rAttachRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"_\n\x0e\x41ttachResponse\x12*\n\x06tables\x18\x01 \x03(\x0b\x32\x1a.engrampool.v1.MappedTable\x12\x10\n\x08valid_ms\x18\x02 \x01(\r\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"\x8f\x01\n\x0bMappedTable\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\x04\x12\r\n\x05inode\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x11\n\trow_start\x18\x06 \x01(\x04\x12\x10\n\x08row_stop\x18\x07 \x01(\x04\x12\x11\n\tin_memory\x18\x08 \x01(\x08\"5\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t2\x83\x03\n\x04Pool\x12K\n\x08\x44\x65scribe\x12\x1e.engrampool.v1.DescribeRequest\x1a\x1f.engrampool.v1.DescribeResponse\x12\x45\n\x06Lookup\x12\x1c.engrampool.v1.LookupRequest\x1a\x1d.engrampool.v1.LookupResponse\x12M\n\x0cLookupStream\x12\x1c.engrampool.v1.LookupRequest\x1a\x1d.engrampool.v1.LookupResponse0\x01\x12Q\n\nOpenDirect\x12 .engrampool.v1.OpenDirectRequest\x1a!.engrampool.v1.OpenDirectResponse\x12\x45\n\x06\x41ttach\x12\x1c.engrampool.v1.AttachRequest\x1a\x1d.engrampool.v1.AttachResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65ngrampool_proto/v1/pool.proto\x12\rengrampool.v1\"6\n\x0f\x44\x65scribeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cinclude_spec\x18\x02 \x01(\x08\"\x97\x01\n\x10\x44\x65scribeResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.engrampool.v1.Model\x12%\n\x06limits\x18\x02 \x01(\x0b\x32\x15.engrampool.v1.Limits\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\x12\x0e\n\x06\x64irect\x18\x04 \x01(\x08\x12\x0e\n\x06\x61ttach\x18\x05 \x01(\x08\"]\n\x06Limits\x12\x1c\n\x14max_rows_per_request\x18\x01 \x01(\x04\x12\x18\n\x10max_answer_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13max_in_flight_bytes\x18\x03 \x01(\x04\"\x84\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bspec_digest\x18\x03 \x01(\t\x12$\n\x06tables\x18\x04 \x03(\x0b\x32\x14.engrampool.v1.Table\x12\x11\n\tspec_json\x18\x05 \x01(\x0c\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x08\"\x99\x01\n\x05Table\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\x04\x12\x11\n\trow_bytes\x18\x03 \x01(\r\x12\r\n\x05heads\x18\x04 \x01(\r\x12(\n\x08segments\x18\x05 \x03(\x0b\x32\x16.engrampool.v1.Segment\x12\x11\n\trow_start\x18\x06 \x01(\x04\x12\x10\n\x08row_stop\x18\x07 \x01(\x04\"6\n\x07Segment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06length\x18\x03 \x01(\r\"\xa3\x01\n\rLookupRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\'\n\x06tables\x18\x03 \x03(\x0b\x32\x17.engrampool.v1.TableIds\x12)\n\x06tokens\x18\x04 \x01(\x0b\x32\x19.engrampool.v1.TokenBatch\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12\x0e\n\x06number\x18\x06 \x01(\x06\">\n\x08TableIds\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x03u32\x18\x02 \x01(\x0cH\x00\x12\r\n\x03u64\x18\x03 \x01(\x0cH\x00\x42\x05\n\x03ids\"\x84\x01\n\nTokenBatch\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12\x17\n\x0fquery_start_loc\x18\x02 \x01(\x0c\x12\x10\n\x08lookback\x18\x03 \x01(\x0c\x12\x16\n\x0elookback_width\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x65\x61\x64\x18\x05 \x01(\x0c\x12\x15\n\rlookback_dead\x18\x06 \x01(\x0c\"e\n\x0eLookupResponse\x12(\n\x06tables\x18\x01 \x03(\x0b\x32\x18.engrampool.v1.TableRows\x12)\n\x05times\x18\x02 \x01(\x0b\x32\x1a.engrampool.v1.ServerTimes\"7\n\tTableRows\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\"{\n\x0bServerTimes\x12\x15\n\x08queue_us\x18\x01 \x01(\x07H\x00\x88\x01\x01\x12\x16\n\tgather_us\x18\x02 \x01(\x07H\x01\x88\x01\x01\x12\x15\n\x08total_us\x18\x03 \x01(\x07H\x02\x88\x01\x01\x42\x0b\n\t_queue_usB\x0c\n\n_gather_usB\x0b\n\t_total_us\"\x13\n\x11OpenDirectRequest\"e\n\x12OpenDirectResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x11\n\tunix_path\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\x12\x10\n\x08valid_ms\x18\x05 \x01(\r\"@\n\rAttachRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"_\n\x0e\x41ttachResponse\x12*\n\x06tables\x18\x01 \x03(\x0b\x32\x1a.engrampool.v1.MappedTable\x12\x10\n\x08valid_ms\x18\x02 \x01(\r\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"\x8f\x01\n\x0bMappedTable\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\x04\x12\r\n\x05inode\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x11\n\trow_start\x18\x06 \x01(\x04\x12\x10\n\x08row_stop\x18\x07 \x01(\x04\x12\x11\n\tin_memory\x18\x08 \x01(\x08\"\x0e\n\x0cStatsRequest\"G\n\rStatsResponse\x12\x0e\n\x06unix_s\x18\x01 \x01(\x01\x12&\n\x07samples\x18\x02 \x03(\x0b\x32\x15.engrampool.v1.Sample\"\x87\x01\n\x06Sample\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\x06labels\x18\x02 \x03(\x0b\x32!.engrampool.v1.Sample.LabelsEntry\x12\r\n\x05value\x18\x03 \x01(\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t2\xc7\x03\n\x04Pool\x12K\n\x08\x44\x65scribe\x12\x1e.engrampool.v1.DescribeRequest\x1a\x1f.engrampool.v1.DescribeResponse\x12\x45\n\x06Lookup\x12\x1c.engrampool.v1.LookupRequest\x1a\x1d.engrampool.v1.LookupResponse\x12M\n\x0cLookupStream\x12\x1c.engrampool.v1.LookupRequest\x1a\x1d.engrampool.v1.LookupResponse0\x01\x12Q\n\nOpenDirect\x12 .engrampool.v1.OpenDirectRequest\x1a!.engrampool.v1.OpenDirectResponse\x12\x45\n\x06\x41ttach\x12\x1c.engrampool.v1.AttachRequest\x1a\x1d.engrampool.v1.AttachResponse\x12\x42\n\x05Stats\x12\x1b.engrampool.v1.StatsRequest\x1a\x1c.engrampool.v1.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'engrampool_proto.v1.pool_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLE_LABELSENTRY']._loaded_options = None
+  _globals['_SAMPLE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_DESCRIBEREQUEST']._serialized_start=49
   _globals['_DESCRIBEREQUEST']._serialized_end=103
   _globals['_DESCRIBERESPONSE']._serialized_start=106
@@ -44,29 +46,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEGMENT']._serialized_start=645
   _globals['_SEGMENT']._serialized_end=699
   _globals['_LOOKUPREQUEST']._serialized_start=702
-  _globals['_LOOKUPREQUEST']._serialized_end=849
-  _globals['_TABLEIDS']._serialized_start=851
-  _globals['_TABLEIDS']._serialized_end=913
-  _globals['_TOKENBATCH']._serialized_start=916
-  _globals['_TOKENBATCH']._serialized_end=1048
-  _globals['_LOOKUPRESPONSE']._serialized_start=1050
-  _globals['_LOOKUPRESPONSE']._serialized_end=1151
-  _globals['_TABLEROWS']._serialized_start=1153
-  _globals['_TABLEROWS']._serialized_end=1208
-  _globals['_SERVERTIMES']._serialized_start=1210
-  _globals['_SERVERTIMES']._serialized_end=1333
-  _globals['_OPENDIRECTREQUEST']._serialized_start=1335
-  _globals['_OPENDIRECTREQUEST']._serialized_end=1354
-  _globals['_OPENDIRECTRESPONSE']._serialized_start=1356
-  _globals['_OPENDIRECTRESPONSE']._serialized_end=1457
-  _globals['_ATTACHREQUEST']._serialized_start=1459
-  _globals['_ATTACHREQUEST']._serialized_end=1523
-  _globals['_ATTACHRESPONSE']._serialized_start=1525
-  _globals['_ATTACHRESPONSE']._serialized_end=1620
-  _globals['_MAPPEDTABLE']._serialized_start=1623
-  _globals['_MAPPEDTABLE']._serialized_end=1766
-  _globals['_REFUSAL']._serialized_start=1768
-  _globals['_REFUSAL']._serialized_end=1821
-  _globals['_POOL']._serialized_start=1824
-  _globals['_POOL']._serialized_end=2211
+  _globals['_LOOKUPREQUEST']._serialized_end=865
+  _globals['_TABLEIDS']._serialized_start=867
+  _globals['_TABLEIDS']._serialized_end=929
+  _globals['_TOKENBATCH']._serialized_start=932
+  _globals['_TOKENBATCH']._serialized_end=1064
+  _globals['_LOOKUPRESPONSE']._serialized_start=1066
+  _globals['_LOOKUPRESPONSE']._serialized_end=1167
+  _globals['_TABLEROWS']._serialized_start=1169
+  _globals['_TABLEROWS']._serialized_end=1224
+  _globals['_SERVERTIMES']._serialized_start=1226
+  _globals['_SERVERTIMES']._serialized_end=1349
+  _globals['_OPENDIRECTREQUEST']._serialized_start=1351
+  _globals['_OPENDIRECTREQUEST']._serialized_end=1370
+  _globals['_OPENDIRECTRESPONSE']._serialized_start=1372
+  _globals['_OPENDIRECTRESPONSE']._serialized_end=1473
+  _globals['_ATTACHREQUEST']._serialized_start=1475
+  _globals['_ATTACHREQUEST']._serialized_end=1539
+  _globals['_ATTACHRESPONSE']._serialized_start=1541
+  _globals['_ATTACHRESPONSE']._serialized_end=1636
+  _globals['_MAPPEDTABLE']._serialized_start=1639
+  _globals['_MAPPEDTABLE']._serialized_end=1782
+  _globals['_STATSREQUEST']._serialized_start=1784
+  _globals['_STATSREQUEST']._serialized_end=1798
+  _globals['_STATSRESPONSE']._serialized_start=1800
+  _globals['_STATSRESPONSE']._serialized_end=1871
+  _globals['_SAMPLE']._serialized_start=1874
+  _globals['_SAMPLE']._serialized_end=2009
+  _globals['_SAMPLE_LABELSENTRY']._serialized_start=1964
+  _globals['_SAMPLE_LABELSENTRY']._serialized_end=2009
+  _globals['_REFUSAL']._serialized_start=2011
+  _globals['_REFUSAL']._serialized_end=2064
+  _globals['_POOL']._serialized_start=2067
+  _globals['_POOL']._serialized_end=2522
 # @@protoc_insertion_point(module_scope)

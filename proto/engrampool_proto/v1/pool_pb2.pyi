@@ -83,18 +83,20 @@ class Segment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., length: _Optional[int] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("model", "version", "tables", "tokens", "layers")
+    __slots__ = ("model", "version", "tables", "tokens", "layers", "number")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     tables: _containers.RepeatedCompositeFieldContainer[TableIds]
     tokens: TokenBatch
     layers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableIds, _Mapping]]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
+    number: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableIds, _Mapping]]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., layers: _Optional[_Iterable[int]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class TableIds(_message.Message):
     __slots__ = ("layer", "u32", "u64")
@@ -207,6 +209,35 @@ class MappedTable(_message.Message):
     row_stop: int
     in_memory: bool
     def __init__(self, layer: _Optional[int] = ..., path: _Optional[str] = ..., device: _Optional[int] = ..., inode: _Optional[int] = ..., size: _Optional[int] = ..., row_start: _Optional[int] = ..., row_stop: _Optional[int] = ..., in_memory: _Optional[bool] = ...) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsResponse(_message.Message):
+    __slots__ = ("unix_s", "samples")
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    unix_s: float
+    samples: _containers.RepeatedCompositeFieldContainer[Sample]
+    def __init__(self, unix_s: _Optional[float] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ...) -> None: ...
+
+class Sample(_message.Message):
+    __slots__ = ("name", "labels", "value")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    labels: _containers.ScalarMap[str, str]
+    value: float
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., value: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "reason", "text")

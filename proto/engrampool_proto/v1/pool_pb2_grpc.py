@@ -60,6 +60,11 @@ class PoolStub:
                 request_serializer=engrampool__proto_dot_v1_dot_pool__pb2.AttachRequest.SerializeToString,
                 response_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.AttachResponse.FromString,
                 _registered_method=True)
+        self.Stats = channel.unary_unary(
+                '/engrampool.v1.Pool/Stats',
+                request_serializer=engrampool__proto_dot_v1_dot_pool__pb2.StatsRequest.SerializeToString,
+                response_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.StatsResponse.FromString,
+                _registered_method=True)
 
 
 class PoolServicer:
@@ -103,6 +108,13 @@ class PoolServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stats(self, request, context):
+        """States every metric of the server, as Prometheus is told them. Also while tables are loading.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +142,11 @@ def add_PoolServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.AttachRequest.FromString,
                     response_serializer=engrampool__proto_dot_v1_dot_pool__pb2.AttachResponse.SerializeToString,
+            ),
+            'Stats': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stats,
+                    request_deserializer=engrampool__proto_dot_v1_dot_pool__pb2.StatsRequest.FromString,
+                    response_serializer=engrampool__proto_dot_v1_dot_pool__pb2.StatsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +285,33 @@ class Pool:
             '/engrampool.v1.Pool/Attach',
             engrampool__proto_dot_v1_dot_pool__pb2.AttachRequest.SerializeToString,
             engrampool__proto_dot_v1_dot_pool__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engrampool.v1.Pool/Stats',
+            engrampool__proto_dot_v1_dot_pool__pb2.StatsRequest.SerializeToString,
+            engrampool__proto_dot_v1_dot_pool__pb2.StatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,12 +9,13 @@ from grpc_health.v1 import health_pb2
 
 from engrampool_proto import wire
 from engrampool_server.access.access import Access
-from engrampool_server.access.callers import ADMIN, READ, Caller, bearer
+from engrampool_server.access.callers import ADMIN, METRICS, READ, Caller, bearer
 from engrampool_server.answer.lookups import Lookups, RefusedError
 
 _HEALTH = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
 # What callers who read rows need. Whatever is not here is an administrator's.
 _READS = frozenset(f"/{wire.SERVICE}/{name}" for name in ("Describe", "Lookup", "LookupStream", "OpenDirect", "Attach"))
+_STATS = f"/{wire.SERVICE}/Stats"
 _REFLECTION = "/grpc.reflection."
 _HEADER = "authorization"
 # So many tokens are known by their header, without their digest.
@@ -46,7 +47,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         method = handler_call_details.method
         if self._access.is_open or method.startswith(_HEALTH):
             return await continuation(handler_call_details)
-        role = READ if method in _READS or method.startswith(_REFLECTION) else ADMIN
+        role = READ if method in _READS or method.startswith(_REFLECTION) else METRICS if method == _STATS else ADMIN
         try:
             header = _header(handler_call_details.invocation_metadata)
             if header is not None:
@@ -152,7 +153,7 @@ def _header(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
 
 def _allowed(who: Caller, role: str, method: str) -> Caller:
     """The caller. Raises RefusedError if it has not the role."""
-    if role not in who.roles:
+    if not (role in who.roles or (role == METRICS and ADMIN in who.roles)):
         text = f"{who.name} may not call {method.rpartition('/')[2]}: it needs the role {role}, and has"
         text = f"{text} {', '.join(sorted(who.roles))}; the file of tokens gives roles"
         raise RefusedError(grpc.StatusCode.PERMISSION_DENIED, "not-allowed", text)

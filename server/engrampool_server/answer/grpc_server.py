@@ -17,6 +17,7 @@ from engrampool_server.answer.lane.resources import Resources
 from engrampool_server.answer.lookups import Limits, Lookups
 from engrampool_server.answer.pool_service import PoolService
 from engrampool_server.answer.shared_state import SharedState
+from engrampool_server.answer.statistics import Statistics
 from engrampool_server.config import ServerConfig
 from engrampool_server.memory.tables import LoadedModel
 from engrampool_server.ports import ListenError
@@ -50,7 +51,7 @@ class GrpcServer:
     def __init__(self, config: ServerConfig, shared: SharedState) -> None:
         self._config, self.shared = config, shared
         limits = Limits(config.max_rows_per_request, config.max_answer_bytes, config.stream_chunk_bytes)
-        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads)
+        self.lookups = Lookups(limits, shared.in_flight, shared.metrics, config.gather_threads, config.slow_lookup_s)
         self._calls = CallMetrics(shared.metrics)
         self._health = Health("", SERVICE)
         self._grpc: grpc.aio.Server | None = None
@@ -83,7 +84,12 @@ class GrpcServer:
         access = self.shared.access
         self._grpc = grpc.aio.server(interceptors=[Gate(access, self.lookups), self._calls], options=options)
         service = PoolService(
-            self.lookups, self.direct, config.attach != "off", self.shared.is_active, self.shared.accounts
+            self.lookups,
+            self.direct,
+            config.attach != "off",
+            Statistics(self.shared.read_metrics, self.lookups.threads),
+            self.shared.is_active,
+            self.shared.accounts,
         )
         handlers = grpc.method_handlers_generic_handler(SERVICE, service.handlers())
         self._grpc.add_generic_rpc_handlers((handlers,))

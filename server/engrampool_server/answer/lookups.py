@@ -21,6 +21,7 @@ from engrampool_proto.spec import RowIds
 from engrampool_server.answer.in_flight import Account, InFlight, Peer, most_bytes
 from engrampool_server.memory.tables import LoadedModel, LoadedTable, NotHeldError
 from engrampool_server.telemetry.metrics import Metrics
+from engrampool_server.telemetry.slow import SlowLookups
 
 # Ids of answers in pieces up to this size are hashed and checked by the event loop, if it gathers too: some
 # milliseconds.
@@ -120,13 +121,16 @@ class Lookups:
 
     threads: for large answers. gathers_inline: all the same the event loop gathers what is sent in pieces.
     inline_bytes: requests with their answers up to this size are worked on by the event loop, with no hand-over.
-    chunk_bytes: rows in one message of a stream, about.
+    chunk_bytes: rows in one message of a stream, about. slow: told of lookups that took longer than slow_s; 0 for none.
     """
 
     inline_bytes = 2 << 20
 
-    def __init__(self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int) -> None:
+    def __init__(
+        self, limits: Limits, in_flight: InFlight, metrics: Metrics, gather_threads: int, slow_s: float = 0.0
+    ) -> None:
         self.limits, self.in_flight, self._metrics = limits, in_flight, metrics
+        self.slow = SlowLookups(metrics, slow_s)
         if in_flight.share_bytes < self.inline_bytes:
             self.inline_bytes = in_flight.share_bytes
         # What is sent in pieces must fit into the share of one peer, however small that is.

@@ -26,6 +26,7 @@ from engrampool_server.answer.lookups import (
     invalid,
     server_times,
 )
+from engrampool_server.answer.statistics import Statistics
 from engrampool_server.memory.segments import Place
 from engrampool_server.memory.tables import LoadedModel, LoadedTable
 
@@ -45,6 +46,7 @@ class PoolService:
 
     direct: the lane that OpenDirect lets callers into, None if there is none.
     attach: whether callers may map tables, where these lie in memory that others can map. accounts: of named callers.
+    statistics: what Stats answers.
     is_active: whether clients read a version of a model, as the registry had it last.
     """
 
@@ -53,10 +55,12 @@ class PoolService:
         lookups: Lookups,
         direct: DirectLane | None,
         attach: bool,
+        statistics: Statistics,
         is_active: Callable[[str, str], bool] = lambda *_: False,
         accounts: Accounts | None = None,
     ) -> None:
         self._lookups, self._direct, self._may_attach, self._is_active = lookups, direct, attach, is_active
+        self._statistics = statistics
         self._accounts = accounts or Accounts(1)
         # By model and include_spec: what the answer was made of; and the answer, which takes milliseconds to make with
         # the specification.
@@ -82,6 +86,7 @@ class PoolService:
                 request_deserializer=pool_pb2.AttachRequest.FromString,
                 response_serializer=pool_pb2.AttachResponse.SerializeToString,
             ),
+            "Stats": grpc.unary_unary_rpc_method_handler(self._stats),
         }
 
     async def _describe(self, request: pool_pb2.DescribeRequest, context: grpc.aio.ServicerContext) -> bytes:
@@ -147,6 +152,9 @@ class PoolService:
         tables = [_mapped(table, place) for table, place in places]
         return pool_pb2.AttachResponse(tables=tables, valid_ms=round(_ATTACH_VALID_S * 1e3), boot_id=boot_id())
 
+    async def _stats(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return await self._statistics.answer()
+
     def _places(self, held: LoadedModel) -> list[tuple[LoadedTable, Place]]:
         """Where a model's tables can be mapped; none unless all of them can, and callers may."""
         places = [(table, table.place) for table in held.tables.values() if table.place is not None]
@@ -167,6 +175,8 @@ class PoolService:
                 answer, times = await loop.run_in_executor(self._lookups.threads, self._answer, job, context, arrived)
         except Refusals as error:
             await self._refuse(context, error)
+        if self._lookups.slow.over(times):
+            self._note_slow("Lookup", job, times, context)
         # Once the answer is on its way: the caller need not wait for our book-keeping.
         context.add_done_callback(lambda _: self._lookups.count("Lookup", job, times))
         return answer
@@ -215,6 +225,11 @@ class PoolService:
         except Refusals as error:
             await self._refuse(context, error)
         self._lookups.count("LookupStream", job, times)
+        if self._lookups.slow.over(times):
+            self._note_slow("LookupStream", job, times, context)
+
+    def _note_slow(self, method: str, job: Job, times: wire.ServerTimes, context: grpc.aio.ServicerContext) -> None:
+        self._lookups.slow.note(method, job.request.number, peers.of_call(context.peer()), job.rows, times)
 
     def _give_up(
         self, call: asyncio.Task[None], context: grpc.aio.ServicerContext, hold: "_Hold", unread_bytes: int

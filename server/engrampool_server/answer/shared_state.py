@@ -1,7 +1,9 @@
 """What the processes of one server have in common: made before the first of them is forked."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from prometheus_client import Metric
 
 from engrampool_proto.registry.records import VersionKey
 from engrampool_server.access.access import Access
@@ -19,6 +21,7 @@ class SharedState:
     models: those loaded before the fork; their rows are the one copy that all processes read.
     admission: of the direct lane, None for no such lane.
     access: what callers are let in by. accounts: what those take that are known by name.
+    metrics_of_all: reads those of all processes; None where there is only one.
     """
 
     metrics: Metrics
@@ -27,6 +30,7 @@ class SharedState:
     admission: Admission | None = None
     access: Access = field(default_factory=Access)
     accounts: Accounts = field(init=False)
+    metrics_of_all: Callable[[], Iterable[Metric]] | None = None
     # Of each of the models, in memory that forks share: 1 for the version that clients read.
     _active: dict[VersionKey, memoryview] = field(default_factory=dict)
 
@@ -53,6 +57,11 @@ class SharedState:
         """Have every process know which version of a model clients read. active: {model: version}."""
         for (model, version), flag in self._active.items():
             flag[0] = active.get(model) == version
+
+    def read_metrics(self) -> Iterable[Metric]:
+        """Every metric of the server, as Prometheus sees it."""
+        self.metrics.flush()
+        return self.metrics.registry.collect() if self.metrics_of_all is None else self.metrics_of_all()
 
     def is_active(self, model: str, version: str) -> bool:
         """Whether clients read this version, as far as the registry ever said."""

@@ -135,7 +135,7 @@ class ModelLoader:
         from engrampool_server.memory.table_loader import load  # it imports the kernels
 
         for held, seconds in self._bring(load, cancel):
-            show(self._metrics, held, seconds)
+            show(self._metrics, held, seconds, self._config.shard)
             yield held
 
     def fill(self, cancel: threading.Event, tell: Callable[[int, int], None]) -> list[dict[int, TableRows]]:
@@ -202,16 +202,23 @@ def require_segments(memory: str) -> None:
 
 
 def show(
-    metrics: Metrics, held: "LoadedModel", seconds: float, *, is_patch: bool = False, sign: Literal[1, -1] = 1
+    metrics: Metrics,
+    held: "LoadedModel",
+    seconds: float,
+    shard: str,
+    *,
+    is_patch: bool = False,
+    sign: Literal[1, -1] = 1,
 ) -> None:
     """Have Prometheus see that a model is held, which took `seconds` to load; sign -1: that it is held no more.
 
-    is_patch: of its rows, only those that the patch changes are its own.
+    shard: the setting. is_patch: of its rows, only those that the patch changes are its own.
     """
     name = held.spec.name
     # Gauges add up: two versions of one model share its name.
     metrics.load_seconds.labels(name).inc(sign * seconds)
     metrics.model_info.labels(name, held.version, held.spec.digest).set(max(sign, 0))
+    metrics.part_info.labels(name, held.version, shard).set(max(sign, 0))
     for layer, table in held.tables.items():
         rows = table.rows
         if is_patch:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -71,6 +72,8 @@ class Supervisor:
         self.shared = SharedState(self.metrics, InFlight(config.max_in_flight_bytes, slots), access=access)
         log.count_dropped(self.metrics.log_dropped.inc)
         self._pids, self._inherited = int64s(slots), int64s(slots)
+        self._processes = Processes(self._pid, self._pids, self._inherited)
+        self.shared.metrics_of_all = lambda: chain(memory.collect(), self._processes.collect())
         self._ready_now = int64s(1)  # whether somebody answers lookups: 0 or 1
         self.children = Children(
             config.worker_timeout_s,
@@ -249,12 +252,11 @@ class Supervisor:
 
     def _export(self, reporter: Reporter) -> None:
         assert self._metrics_listener is not None
-        processes = Processes(self._pid, self._pids, self._inherited)
         reporter.ready()
         export(
             self._metrics_listener,
             self._memory,
-            processes,
+            self._processes,
             lambda: bool(self._ready_now[0]),
             reporter.beat,
             reporter.beat_s,

@@ -154,7 +154,8 @@ class VersionSteps:
         if held is not None:
             seconds = time.monotonic() - begin_s
             self._loads[key] = (seconds, published.base is not None)
-            show(self._metrics, held, seconds, is_patch=published.base is not None)
+            shard = self._supervisor.config.shard
+            show(self._metrics, held, seconds, shard, is_patch=published.base is not None)
             self._shared.hold(held)
             self._shared.mark_active(self._known.active if self._known else {})
             self._supervisor.renew()
@@ -203,7 +204,8 @@ class VersionSteps:
         for model in self._shared.models:
             if model.key in gone:
                 seconds, is_patch = self._loads.pop(model.key)
-                show(self._metrics, model, seconds, is_patch=is_patch, sign=-1)
+                shard = self._supervisor.config.shard
+                show(self._metrics, model, seconds, shard, is_patch=is_patch, sign=-1)
         del model  # or its memory would stay
         self._shared.drop(gone)
         self._supervisor.renew()

@@ -14,10 +14,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
-from engrampool_server.telemetry.metrics import MODEL_INFO
 from engrampool_server.telemetry.metrics_files import MetricsMemory
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+# For browsers: a page that asks for /metrics, again and again, and may ask for nothing else.
+_STATUS = Path(__file__).with_name("status.html").read_text(encoding="ascii").removesuffix("\n")
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 # How long a connection's handshake may take.
 HANDSHAKE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -34,7 +39,7 @@ def export(
 ) -> None:
     """Answer on `listener` for ever, see `Http`. beat: called every `beat_s` seconds and after each answer."""
     registry = CollectorRegistry()
-    registry.register(_All(memory))
+    registry.register(memory)
     registry.register(processes)
     with Http(listener, registry, is_ready, beat, scrapes) as server:
         server.serve_forever(beat_s)
@@ -53,6 +58,8 @@ class Scrapes:
 
 class Http(ThreadingWSGIServer):
     """Answers /metrics from a registry, and /healthz and /readyz: that this server lives, and that it answers lookups.
+
+    /status is a page that shows what /metrics has.
 
     listener: listens already, so that a port in use is told before anything is loaded. beat: called after each answer,
     and from time to time.
@@ -101,33 +108,25 @@ class Http(ThreadingWSGIServer):
             status, text = "401 Unauthorized", "metrics are for callers with a token of the role metrics, or admin"
         elif path == "/healthz":
             status, text = "200 OK", "alive"
+        elif path == "/status":
+            status, text = "200 OK", _STATUS
         elif path == "/readyz":
             ready = self._is_ready()
             status, text = ("200 OK", "serving") if ready else ("503 Service Unavailable", "not serving")
         else:
-            status, text = "404 Not Found", "there are /metrics, /healthz and /readyz"
+            status, text = "404 Not Found", "there are /metrics, /status, /healthz and /readyz"
         if status == "200 OK" and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             status, text = "405 Method Not Allowed", "ask by GET"
         body = b"" if environ["REQUEST_METHOD"] == "HEAD" else f"{text}\n".encode()
-        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text) + 1))])
+        kind = "html" if text is _STATUS else "plain"
+        headers = [("Content-Type", f"text/{kind}; charset=utf-8"), ("Content-Length", str(len(text) + 1))]
+        start_response(status, [*headers, ("Content-Security-Policy", _POLICY), ("X-Content-Type-Options", "nosniff")])
         return [body]
 
 
 class _Silent(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """The log is for events of the server's life."""
-
-
-class _All(Collector):
-    def __init__(self, memory: MetricsMemory) -> None:
-        self._memory = memory
-
-    def collect(self) -> Iterator[Metric]:
-        """The sums of all processes."""
-        for metric in self._memory.collect():
-            if metric.name == MODEL_INFO:  # every series stays for ever, that of a version withdrawn as 0
-                metric.samples = [sample for sample in metric.samples if sample.value]
-            yield metric
 
 
 @dataclass(frozen=True)
@@ -171,14 +170,24 @@ class Processes(Collector):
         shared = max(one.resident_bytes - one.anon_bytes for one in [main, *others])
         resident = shared + main.anon_bytes + sum(own)
         fullest = max([main, *others], key=lambda one: one.open_fds / one.max_fds)
-        yield CounterMetricFamily("process_cpu_seconds_total", "CPU time of all processes.", value=self._cpu_s)
-        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, tables once.", value=resident)
+        yield CounterMetricFamily(
+            "process_cpu_seconds_total", "CPU time of all processes, those that ended included.", value=self._cpu_s
+        )
+        yield GaugeMetricFamily(
+            "process_resident_memory_bytes",
+            "Resident memory of all processes, the tables counted once.",
+            value=resident,
+        )
         largest = max(one.virtual_bytes for one in [main, *others])
         yield GaugeMetricFamily("process_virtual_memory_bytes", "Address space of the largest process.", value=largest)
         started = main.start_s + self._boot_s
-        yield GaugeMetricFamily("process_start_time_seconds", "Start, as Unix time.", value=started)
-        yield GaugeMetricFamily("process_open_fds", "Of the process nearest its limit.", value=fullest.open_fds)
-        yield GaugeMetricFamily("process_max_fds", "Its limit.", value=fullest.max_fds)
+        yield GaugeMetricFamily("process_start_time_seconds", "Start of the server, as Unix time.", value=started)
+        yield GaugeMetricFamily(
+            "process_open_fds",
+            "Open file descriptors of the process that is nearest its limit.",
+            value=fullest.open_fds,
+        )
+        yield GaugeMetricFamily("process_max_fds", "Limit of the process that is nearest it.", value=fullest.max_fds)
 
     def _usage(self, pid: int) -> _Usage | None:
         directory = self._proc / str(pid)

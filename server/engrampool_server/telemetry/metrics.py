@@ -1,4 +1,4 @@
-"""What Prometheus sees. docs/OPERATIONS.md lists the metrics; the dashboard and its test read them by these names."""
+"""What Prometheus sees. docs/METRICS.md is made of this; the dashboards and their tests read metrics by these names."""
 
 import platform
 from collections.abc import Iterable
@@ -24,7 +24,8 @@ _SECONDS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3,
 # A `_created` series beside every counter and bucket set doubles a scrape and is read by nobody.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _CALL = ("grpc_type", "grpc_service", "grpc_method")
-MODEL_INFO = "engrampool_model_info"
+# Of these every series stays for ever in shared memory, that of a version withdrawn as 0.
+INFO = ("engrampool_model_info", "engrampool_part_info")
 # How often a process that answers flushes what it counted: so much is lost of one that is killed.
 FLUSH_S = 0.25
 # Why the direct lane cuts connections off.
@@ -48,38 +49,74 @@ class Metrics:
         self.started = self._counter("grpc_server_started", "Calls started.", _CALL)
         self.handled = self._counter("grpc_server_handled", "Calls ended, by code.", (*_CALL, "grpc_code"))
         self.received = self._counter("grpc_server_msg_received", "Messages received.", _CALL)
-        self.sent = self._counter("grpc_server_msg_sent", "Messages sent.", _CALL)
+        self.sent = self._counter("grpc_server_msg_sent", "Messages sent; a stream has several.", _CALL)
         self.handling = self._seconds("grpc_server_handling_seconds", "From a call's start to its end.", _CALL)
         table = ("model", "layer")
         method = ("model", "method")
         self.rows = self._counter("engrampool_lookup_rows", "Rows answered.", table)
         self.bytes = self._counter("engrampool_lookup_bytes", "Bytes of rows answered.", table)
-        self.lookup = self._seconds("engrampool_lookup_seconds", "From arrival until the answer went to gRPC.", method)
-        self.queue = self._seconds("engrampool_lookup_queue_seconds", "From arrival to the start of work.", method)
-        self.gather = self._seconds(
-            "engrampool_lookup_gather_seconds", "Hashing (if asked to) and copying rows.", method
+        self.lookup = self._seconds(
+            "engrampool_lookup_seconds",
+            "From a lookup's arrival until its answer was handed to gRPC, or to the system for the method Direct.",
+            method,
         )
-        self.refused = self._counter("engrampool_refused", "Calls refused, by reason.", ("reason",))
-        self.in_flight = self._level("engrampool_in_flight_bytes", "Bytes of requests and answers in memory.")
-        self.in_flight_limit = self._gauge("engrampool_in_flight_limit_bytes", "Their bound.", mode="livemax")
+        self.queue = self._seconds(
+            "engrampool_lookup_queue_seconds",
+            "Of engrampool_lookup_seconds, from arrival to the start of work.",
+            method,
+        )
+        self.gather = self._seconds(
+            "engrampool_lookup_gather_seconds",
+            "Of engrampool_lookup_seconds, hashing (if the server did) and copying rows; what is left is sending.",
+            method,
+        )
+        self.refused = self._counter("engrampool_refused", "Calls refused; PROTOCOL.md has the reasons.", ("reason",))
+        self.in_flight = self._level(
+            "engrampool_in_flight_bytes", "Large requests, and answers being worked on or sent, that are in memory."
+        )
+        self.in_flight_limit = self._gauge(
+            "engrampool_in_flight_limit_bytes",
+            "Bound of engrampool_in_flight_bytes: the setting max_in_flight_bytes.",
+            mode="livemax",
+        )
         self.direct_lookups = self._counter(
-            "engrampool_direct_lookups", "Lookups over the direct lane, by code.", ("code",)
+            "engrampool_direct_lookups",
+            "Lookups over the direct lane that ended, and its connections that were refused, by gRPC's codes.",
+            ("code",),
         )
         self.direct_connections = self._gauge("engrampool_direct_connections", "Open connections of the direct lane.")
         self.direct_cut = self._counter(
-            "engrampool_direct_cut", "Connections of the direct lane that were cut off, by reason.", ("reason",)
+            "engrampool_direct_cut",
+            "Connections of the direct lane that were cut off: no-hello, stranger (no hello yet, and others came), "
+            "slow-request, unread-answer, failed (a fault of the server's; the log has it).",
+            ("reason",),
         )
         for reason in CUT_REASONS:  # which are all there are
             self.direct_cut.labels(reason)
-        self.table_bytes = self._gauge("engrampool_table_bytes", "Bytes of rows held in memory.", table)
+        self.slow = Counter(
+            "engrampool_slow_lookups",
+            "Lookups that took longer than the setting slow_lookup_s, by the hop that took most of it: queue, gather, "
+            "send.",
+            ("hop",),
+            registry=registry,
+        )
+        for hop in ("queue", "gather", "send"):
+            self.slow.labels(hop)
+        self.table_bytes = self._gauge(
+            "engrampool_table_bytes", "Rows held in memory, of a shard those of its part.", table
+        )
         self.table_rows = self._gauge("engrampool_table_rows", "Rows held in memory.", table)
         self.load_seconds = self._gauge("engrampool_load_seconds", "Time that loading took.", ("model",))
-        self.loaded_bytes = Counter("engrampool_loaded_bytes", "Bytes of tables read so far.", registry=registry)
-        self.to_load_bytes = self._gauge("engrampool_to_load_bytes", "Bytes of all tables to be read so far.")
+        self.loaded_bytes = Counter(
+            "engrampool_loaded_bytes", "Tables read and checked, or adopted, so far.", registry=registry
+        )
+        self.to_load_bytes = self._gauge(
+            "engrampool_to_load_bytes", "All rows that were to be read so far, of versions that are gone, too."
+        )
         self.serving = self._gauge("engrampool_serving", "1 while health says SERVING, else 0.")
-        self.workers = self._gauge("engrampool_workers", "Processes that answer lookups.")
+        self.workers = self._gauge("engrampool_workers", "Worker processes that answer lookups.")
         self.worker_restarts = Counter(
-            "engrampool_worker_restarts", "Workers replaced because they ended or hung.", ("reason",), registry=registry
+            "engrampool_worker_restarts", "Workers replaced because they died or hung.", ("reason",), registry=registry
         )
         self.credentials_damaged = Counter(
             "engrampool_credentials_damaged",
@@ -103,10 +140,27 @@ class Metrics:
         self._tables: dict[tuple[str, int], tuple[Count, Count]] = {}
         self._direct_times: dict[str, npt.NDArray[np.int64]] = {}
         self._direct_rows: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
-        self.model_info = self._gauge(MODEL_INFO, "Models held; always 1.", ("model", "version", "spec_digest"))
-        self.versions = self._gauge("engrampool_versions", "Versions of models, by what became of them.", ("state",))
-        self.registry_age = self._gauge("engrampool_registry_age_seconds", "Since the registry last answered.")
-        self.unregistered = self._gauge("engrampool_unregistered", "1 while the registry does not take what is held.")
+        self.model_info = self._gauge(
+            "engrampool_model_info", "Models held; always 1.", ("model", "version", "spec_digest")
+        )
+        self.part_info = self._gauge(
+            "engrampool_part_info",
+            "The shard of each model that is held, as the setting shard names it; always 1.",
+            ("model", "version", "shard"),
+        )
+        self.versions = self._gauge(
+            "engrampool_versions",
+            "Versions that are to be held (published), are (held), could not be loaded (failed), and that the registry "
+            "lost, or had as retired when it was first seen (unpublished).",
+            ("state",),
+        )
+        self.registry_age = self._gauge(
+            "engrampool_registry_age_seconds",
+            "Since the registry last answered, across a restart where there is a registry_cache; 0 without a registry.",
+        )
+        self.unregistered = self._gauge(
+            "engrampool_unregistered", "1 while the registry does not take what this server holds, else 0."
+        )
         build = ("version", "python_version", "grpc_version")
         self._gauge("engrampool_build_info", "Always 1.", build).labels(
             __version__, platform.python_version(), version("grpcio")

@@ -8,13 +8,15 @@ never go back and parts do not pile up.
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import Metric, mmap_dict, multiprocess, values
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from engrampool_proto.errors import EngrampoolError
 from engrampool_server.telemetry import log
+from engrampool_server.telemetry.metrics import INFO
 
 SUPERVISOR = "supervisor"
 # As prometheus_client begins the names of its files: the kinds of metric that metrics.py has.
@@ -30,7 +32,7 @@ _memory = [-1]
 _writer = [""]
 
 
-class MetricsMemory:
+class MetricsMemory(Collector):
     """The metrics of this server alone, for this process and its forks. To be made once in a process.
 
     file: the descriptor of the memory that they lie in.
@@ -64,12 +66,14 @@ class MetricsMemory:
                 if _place(name) < os.fstat(self.file).st_size:
                     os.pwrite(self.file, bytes(_USED_BYTES), _place(name))
 
-    def collect(self) -> Iterable[Metric]:
+    def collect(self) -> Iterator[Metric]:
         """The sums of what all writers counted."""
         parts = range(os.fstat(self.file).st_size // _PART_BYTES)
         names = [_name(_KINDS[part % len(_KINDS)], _writer_at(part // len(_KINDS))) for part in parts]
-        merged: Iterable[Metric] = MultiProcessCollector.merge(names)  # type: ignore[no-untyped-call]
-        return merged
+        for metric in MultiProcessCollector.merge(names):  # type: ignore[no-untyped-call]
+            if metric.name in INFO:
+                metric.samples = [sample for sample in metric.samples if sample.value]
+            yield metric
 
 
 def become(writer: str) -> None:

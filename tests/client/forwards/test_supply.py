@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +13,12 @@ from engine_schedule import schedule
 from engrampool_client import Client, DeadlineError, PoolError, StepCancelledError, UnavailableError
 from engrampool_client.integrations.forwards.history import Histories
 from engrampool_client.integrations.forwards.supply import Supply
-from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.step import Step
 from engrampool_client.testing import serve_process
 from engrampool_proto.hashing import TokenBatch
-from engrampool_proto.synthetic import synthetic_rows
 from interrupts import Interrupt
 from landings import NOTHING, HostLanding
+from scripted_client import Scripted, rows_of
 from server_fixtures import LIMIT_S, lasting_address
 
 DEPTH, NUMBERS, MAX_TOKENS = 3, 6, 48
@@ -28,60 +26,6 @@ DEPTH, NUMBERS, MAX_TOKENS = 3, 6, 48
 
 def landing_of(spec):
     return HostLanding({layer: (24, spec.table(layer).row_bytes) for layer in spec.layers}, MAX_TOKENS)
-
-
-class Scripted:
-    """A client whose answers come as `fate` says of each: "now", "late" (in any order), "lost", "never"."""
-
-    def __init__(self, spec, fate, seed=0):
-        self.spec, self._fate, self._random = spec, fate, np.random.default_rng(seed)
-        self.asked, self._late, self._ended = [], [], False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._answer_late)
-        self._thread.start()
-
-    def prefetch(self, tokens, bounds, lookback, dead, lookback_dead, *, out, layers, timeout_s, ahead=False):
-        batch = TokenBatch.of(tokens, bounds, lookback, dead, lookback_dead)
-        delivery, fate = Delivery(tuple(layers)), self._fate(len(self.asked), ahead)
-        self.asked.append(SimpleNamespace(tokens=tokens.copy(), ahead=ahead, fate=fate, delivery=delivery))
-
-        def answer():
-            ids = self.spec.hash(batch, layers)
-            with delivery.writing():
-                for layer in layers:
-                    out[layer][:] = rows_of(self.spec, layer, ids[layer])
-            delivery.arrived({layer: out[layer] for layer in layers})
-            delivery.end(None)
-
-        if fate == "lost":
-            delivery.end(UnavailableError("it was lost"))
-        elif fate == "now":
-            answer()
-        elif fate == "late":
-            with self._changed:
-                self._late.append(answer)
-                self._changed.notify()
-        return Step(delivery)
-
-    def _answer_late(self):
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._late or self._ended)
-                if self._ended:
-                    return
-                answer = self._late.pop(int(self._random.integers(len(self._late))))
-            with suppress(StepCancelledError):  # it was given up meanwhile, and takes no rows
-                answer()
-
-    def close(self):
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
-        self._thread.join(LIMIT_S)
-
-
-def rows_of(spec, layer, ids):
-    return synthetic_rows(spec.table(layer), ids.reshape(-1).astype(np.uint64)).reshape(*ids.shape, -1)
 
 
 def right_rows(spec, truth, numbers, starts, counts):

@@ -66,7 +66,9 @@ class Asking:
         ids, counts = np.zeros(frames.padded(4 * count) * len(LAYERS), np.uint8), np.full(len(LAYERS), count)
         small = Small(("m", "v", LAYERS), counts, ids, self.rows.arrays, (), 6 * count)
         assert SmallRequest.send_now(taken, small, LIMIT_S)
-        self.request = SmallRequest(made, taken, small, self.answered.append, self.late.append)
+        self.request = SmallRequest(
+            made, taken, small, lambda nbytes, *_: self.answered.append(nbytes), self.late.append
+        )
         self.given: list[int] = []
 
     def come(self, wait_s: float = 0.0, spin_s: float = 0.0, aside: bool = False) -> Came:

@@ -53,7 +53,7 @@ class Server:
         if connection is None:
             return None
         assert SmallRequest.send_now(connection, small, deadline - time.monotonic())
-        return SmallRequest(self.lane, connection, small, lambda _: self.said.append("answered"), self.failed)
+        return SmallRequest(self.lane, connection, small, lambda *_: self.said.append("answered"), self.failed)
 
     def doubt(self) -> None:
         self.said.append("doubted")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from engrampool_proto import frames, wire
 from engrampool_proto.kernels import receive
+from engrampool_proto.kernels.sockets import WAITED
 from server_fixtures import eventually
 
 NUMBER = 0xFEDC_BA98_7654_3210
@@ -379,3 +380,29 @@ def test_so_many_bytes_are_received_into_the_buffer_unless_fewer_may_come(nbytes
             made.theirs.close()
             assert fill() == receive.LOST
         assert all((rows == FILL).all() for rows in made.rows)
+
+
+@pytest.mark.parametrize("fills", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_it_is_known_when_an_answer_began_to_come_that_somebody_waited_for(waits, fills):
+    receiving = Receiving(((2, 5, 3),))
+    with receiving.ours, receiving.theirs, ThreadPoolExecutor() as pool:
+        answer = frames.rows_start(NUMBER, 2, 0, 15) + rows_of(2, 5, 3) + END
+        if not waits:
+            receiving.theirs.sendall(answer)
+        until, sent = time.monotonic_ns() + 60_000_000_000, 0
+        where = receiving.ours.fileno(), receiving.buffer, receiving.state
+        if fills:
+            coming = pool.submit(receive.fill, *where, len(answer), until, 0)
+        else:
+            coming = pool.submit(receiving.take, until)
+        if waits:
+            # Whoever waits sleeps in the system: then it has found nothing.
+            eventually(lambda: receiving.state[receive.SCRATCH + WAITED] == 1, "somebody waits")
+            sent = time.monotonic_ns()
+            receiving.theirs.sendall(answer)
+        assert coming.result() in (0, 1)  # the layer is whole, or all of it is there
+        first = receiving.state[receive.FIRST_AT]
+        assert (sent <= first <= time.monotonic_ns()) if waits else first == 0
+        assert receiving.take(until) in (0, receive.ANSWERED)
+        assert receiving.state[receive.FIRST_AT] == first

@@ -18,6 +18,7 @@ from engrampool_server.answer import pool_service
 from engrampool_server.answer.in_flight import InFlight
 from engrampool_server.answer.lookups import Limits, Lookups
 from engrampool_server.answer.pool_service import PoolService
+from engrampool_server.answer.statistics import Statistics
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.memory.table_loader import load
 from engrampool_server.memory.tables import LoadedTable
@@ -180,7 +181,7 @@ def test_a_passed_deadline_is_refused_as_such(packed, ids, stream):
     async def ask():
         metrics, context = Metrics(), LateContext()
         lookups = Lookups(Limits(10_000, MIB, MIB), InFlight(2 * MIB), metrics, 1)
-        service = PoolService(lookups, None, attach=False)
+        service = PoolService(lookups, None, False, Statistics(metrics.registry.collect, lookups.threads))
         with PackedModel.open(packed) as model:
             lookups.add(load(model, "anon", False, 1, threading.Event(), lambda _: None))
         lookups.ready = True

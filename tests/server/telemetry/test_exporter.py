@@ -89,7 +89,6 @@ def test_the_real_processes_of_this_machine_are_read():
 WRITERS = """
 import os, sys
 from prometheus_client import generate_latest, CollectorRegistry
-from engrampool_server.telemetry.exporter import _All
 from engrampool_server.telemetry.metrics import Metrics
 from engrampool_server.telemetry.metrics_files import MetricsMemory, become
 
@@ -111,7 +110,7 @@ def child(slot, rows, in_flight):
     os.waitpid(pid, 0)
 
 registry = CollectorRegistry()
-registry.register(_All(memory))
+registry.register(memory)
 def show():
     text = generate_latest(registry).decode()
     print(*(line for line in text.splitlines() if line.startswith(tuple(sys.argv[1:]))), sep="|")

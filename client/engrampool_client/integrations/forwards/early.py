@@ -82,12 +82,19 @@ class Early:
         for number, stop in zip(numbers[more].tolist(), stops[more].tolist(), strict=True):
             self.extend(number, stop)
 
-    def extend(self, number: int, position: int) -> None:
-        """Fetch the next pieces of a prompt from a position on, as far as there is memory that nobody reads."""
+    def extend(self, number: int, position: int, most: int | None = None) -> bool:
+        """Fetch the next pieces of a prompt from a position on, as far as there is memory that nobody reads.
+
+        most: up to so many tokens beyond the position, if that is fewer than `ahead_tokens`. Pieces that end before the
+        position are given up. Gives whether all that may be asked for was.
+        """
         pieces = self._pieces.setdefault(number, [])
+        while pieces and pieces[0].stop <= position:
+            self._free_again(pieces.pop(0))
         begin = pieces[-1].stop if pieces else position
         end = int(self._ends[number])
-        while begin < min(end, position + self._ahead) and self._free and self._free[0].copied.query():
+        last = min(end, position + (self._ahead if most is None else min(most, self._ahead)))
+        while begin < last and self.has_room:
             area = self._free[0]
             stop = min(end, begin + area.size)
             chunk = (np.array([one]) for one in (number, begin, stop - begin))
@@ -102,6 +109,12 @@ class Early:
         self._has_pieces[number] = bool(pieces)
         if not pieces:
             del self._pieces[number]
+        return begin >= last
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is memory for another piece."""
+        return bool(self._free) and self._free[0].copied.query()
 
     def decode(self, numbers: Numbers, positions: Numbers, tokens: npt.NDArray[Any]) -> None:
         """Fetch the rows of one token of each of these requests. tokens: all that were sampled."""

@@ -48,11 +48,19 @@ class Histories:
 
             self._kernels = histories
 
-    def add(self, number: int, tokens: npt.ArrayLike) -> None:
-        """A request's prompt, or all that is known of one that goes on; in the place of the number's last request."""
-        given = np.asarray(tokens, np.int32)[: self._tokens.shape[1]]
-        self._tokens[number, : len(given)] = given
-        self.lengths[number] = len(given)
+    def add(self, number: int, tokens: npt.ArrayLike, first: int = 0) -> None:
+        """A request's prompt, or all that is known of one that goes on; in the place of the number's last request.
+
+        first: the position of the first of them; those before are of no request, and not to be read.
+        """
+        given = np.asarray(tokens, np.int32)[: max(0, self._tokens.shape[1] - first)]
+        self._tokens[number, first : first + len(given)] = given
+        self.lengths[number] = first + len(given)
+
+    def holds(self, number: int, first: int, tokens: npt.NDArray[np.integer[Any]]) -> bool:
+        """Whether a request has just these tokens from position `first` on."""
+        stop = first + len(tokens)
+        return bool(stop <= self.lengths[number] and (self._tokens[number, first:stop] == tokens).all())
 
     def remove(self, number: int) -> None:
         """Forget a request."""

@@ -29,7 +29,8 @@ class Supply(Quietable):
     """A model's rows, for an engine that tells of its requests: `add`, `sampled`, `remove`; and of its forwards.
 
     A forward is `start`, then `wait`, once, for all layers: from then on they are in `landed` or on their way there, in
-    the order of the device's work, until the next forward's `wait`. To be used by the engine's one thread.
+    the order of the device's work, until the next forward's `wait`. Where Python runs between layers, it is `wait_for`
+    of each of them in their order. To be used by the engine's one thread.
 
     requests: numbers of requests are 0 .. requests - 1; each has one token in a forward, or a chunk.
     timeout_s: a forward's deadline, from `start` on. agree: how the ranks of a group come to one outcome.
@@ -57,7 +58,8 @@ class Supply(Quietable):
         self._timeout_s, self._agree, self._early_decode = timeout_s, agree, early_decode
         self._verifier = verifier
         requests, whole = len(histories.lengths), landing.max_tokens
-        sizes = [whole, whole, requests, requests, *[piece_tokens] * (2 * -(-ahead_tokens // piece_tokens))]
+        decodes = requests if early_decode else 0
+        sizes = [whole, whole, decodes, decodes, *[piece_tokens] * (2 * -(-ahead_tokens // piece_tokens))]
         bases = np.cumsum([0, *sizes]).tolist()
         self._rows = landing.memory(bases[-1])
         areas = [Area(base, size, landing.event()) for base, size in zip(bases, sizes, strict=False)]
@@ -72,17 +74,31 @@ class Supply(Quietable):
 
     # --- requests
 
-    def add(self, number: int, tokens: npt.ArrayLike, computed: int) -> None:
+    def add(self, number: int, tokens: npt.ArrayLike, computed: int | None, first: int = 0) -> None:
         """A request has come, in the place of the number's last one.
 
-        tokens: all that there are. computed: so many of them need no forward.
+        tokens: all that there are from position `first` on; what is before is never read. computed: so many of all need
+        no forward; None: nothing is fetched before `extend` or `start`.
         """
         with self._lock:
             self._early.remove(number)
-            self._histories.add(number, tokens)
+            self._histories.add(number, tokens, first)
             self._early.add(number, int(self._histories.lengths[number]))
-            if not self.is_quiet:
+            if computed is not None and not self.is_quiet:
                 self._early.extend(number, computed)
+
+    def extend(self, number: int, position: int, most: int | None = None) -> bool:
+        """Fetch a prompt's tokens from `position` on, `ahead_tokens` of them at most, or `most`.
+
+        What is before is wanted no more. Gives whether all that was asked for; what has no room is for a later call.
+        """
+        with self._lock:
+            return not self.is_quiet and self._early.extend(number, position, most)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more can be fetched of prompts now."""
+        return self._early.has_room
 
     def remove(self, number: int) -> None:
         """A request has ended, or its place is taken from it."""
@@ -156,8 +172,11 @@ class Supply(Quietable):
         for layer in self.landing.layers:
             self.landing.clear(layer, slice(0, tokens))
 
-    def start(self, numbers: Numbers, starts: Numbers, counts: Numbers) -> None:
-        """A forward has these chunks of requests, one after the other. What it fails with is raised by `wait`."""
+    def start(self, numbers: Numbers, starts: Numbers, counts: Numbers, *, go_on: bool = True) -> None:
+        """A forward has these chunks of requests, one after the other. What it fails with is raised by `wait`.
+
+        go_on: what comes next of their prompts is asked for, too; else `extend` does that.
+        """
         total = sum(counts.tolist())  # numpy takes longer for so few
         self._end_forward()
         self._turns.append(self._turns.pop(0))
@@ -176,7 +195,8 @@ class Supply(Quietable):
             with self._lock:
                 if not self._early.take(forward, total):
                     self._ask(forward, forward.at < 0, self.landing.layers)
-                self._early.go_on(forward)
+                if go_on:
+                    self._early.go_on(forward)
         except BaseException as error:
             forward.error = error
 
@@ -204,10 +224,8 @@ class Supply(Quietable):
             raise
         finally:
             self._copied()
-        if not valid.all():
-            for layer, has in zip(layers, valid, strict=True):
-                self.landing.clear(layer, np.flatnonzero(~has))
-                self.counts.masked[layer] += int((~has).sum())
+        for layer, has in zip(layers, valid, strict=True):
+            self._clear(layer, has)
         if padded > len(forward):
             for layer in layers:
                 self.landing.clear(layer, slice(len(forward), padded))
@@ -215,29 +233,55 @@ class Supply(Quietable):
         self.counts.tokens += len(forward)
         return valid
 
+    def wait_for(self, layer: int) -> Flags:
+        """As `wait`, of one layer: bool [tokens]. An error ends the layer, on all ranks; the next one may be wanted."""
+        forward = self._forward
+        assert forward is not None
+        vote = Vote(1, sum(forward.counts.tolist()), self._agree)
+        try:
+            valid = vote.settle(lambda flags: self._find_layer(forward, layer, flags[0]))[0]
+        except BaseException:
+            vote.lost()
+            self.counts.failed += 1
+            raise
+        finally:
+            self._copied(layer == self.landing.layers[-1])
+        self._clear(layer, valid)
+        self.counts.steps += layer == self.landing.layers[0]
+        self.counts.tokens += len(forward) if layer == self.landing.layers[0] else 0
+        return valid
+
     def landed(self, layer: int) -> Any:
         """What the layer reads: uint8 [max_tokens, columns, row_bytes] on the device, always the same memory."""
         return self.landing.landed(layer)
 
     def _find(self, forward: Forward, flags: Flags) -> None:
+        for layer, has in zip(self.landing.layers, flags, strict=True):
+            self._find_layer(forward, layer, has)
+
+    def _find_layer(self, forward: Forward, layer: int, flags: Flags) -> None:
         if forward.error is not None:
             raise forward.error
-        layers = self.landing.layers
-        for at, layer in enumerate(layers):
-            begin = time.perf_counter()
-            has = self._receive(forward, layer)
-            if has is not None:
-                missing = ~has & self._is_early(forward)
-                if missing.any():
-                    self._ask_again(forward, missing, layers[at:])
-                    has = self._receive(forward, layer)
-            self.counts.waited(layer, time.perf_counter() - begin)
-            flags[at] = True if has is None else has
-            if self._verifier is not None:
-                chunks, rows = (forward.numbers, forward.starts, forward.counts), self._rows[layer]
-                with self._lock:
-                    self._verifier.rows(layer, chunks, flags[at], rows, forward.at)
-            self._land(forward, layer)
+        begin = time.perf_counter()
+        has = self._receive(forward, layer)
+        if has is not None:
+            missing = ~has & self._is_early(forward)
+            if missing.any():
+                self._ask_again(forward, missing, self.landing.layers[self.landing.layers.index(layer) :])
+                has = self._receive(forward, layer)
+        self.counts.waited(layer, time.perf_counter() - begin)
+        flags[:] = True if has is None else has
+        if self._verifier is not None:
+            chunks, rows = (forward.numbers, forward.starts, forward.counts), self._rows[layer]
+            with self._lock:
+                self._verifier.rows(layer, chunks, flags, rows, forward.at)
+        self._land(forward, layer)
+
+    def _clear(self, layer: int, valid: Flags) -> None:
+        """Tokens that have no rows of a layer have zeros."""
+        if not valid.all():
+            self.landing.clear(layer, np.flatnonzero(~valid))
+            self.counts.masked[layer] += int((~valid).sum())
 
     def _receive(self, forward: Forward, layer: int) -> Flags | None:
         """Wait for a layer of all that was asked for. Gives which tokens have it, None for all.
@@ -320,16 +364,17 @@ class Supply(Quietable):
         for place, begin, tokens in runs:
             self.landing.copy(layer, place, begin, tokens)
 
-    def _copied(self) -> None:
-        """All copies of the forward's rows were issued, or none follows."""
+    def _copied(self, last: bool = True) -> None:
+        """Copies of the forward's rows were issued, or none follows. last: nor follows any of another layer."""
         forward = self._forward
         assert forward is not None
         forward.area.copied.record()
         for fetch in forward.early:
             fetch.area.copied.record()
-        with self._lock:
-            self._early.release(forward)
-        forward.over, forward.early = True, []
+        if last:
+            with self._lock:
+                self._early.release(forward)
+            forward.over, forward.early = True, []
 
     def _end_forward(self) -> None:
         """Nothing of an earlier forward comes any more, whatever became of it."""

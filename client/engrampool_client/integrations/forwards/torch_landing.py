@@ -22,8 +22,8 @@ class TorchLanding:
         device: torch.device,
     ) -> None:
         self.layers, self.row_shape, self.max_tokens = tuple(layers), row_shape, max_tokens
-        self._device, self._pinned = device, device.type == "cuda"
-        self._landed = {
+        self.device, self._pinned = device, device.type == "cuda"
+        self.on_device = {
             layer: torch.zeros((max_tokens, *row_shape[layer]), dtype=torch.uint8, device=device) for layer in layers
         }
         self._host: dict[int, torch.Tensor] = {}
@@ -44,18 +44,18 @@ class TorchLanding:
     def copy(self, layer: int, source: int, target: int, tokens: int) -> None:
         """Issue a copy of rows."""
         rows = self._host[layer][source : source + tokens]
-        self._landed[layer][target : target + tokens].copy_(rows, non_blocking=True)
+        self.on_device[layer][target : target + tokens].copy_(rows, non_blocking=True)
 
     def clear(self, layer: int, tokens: npt.NDArray[np.integer[Any]] | slice) -> None:
         """Make rows zeros, after the copies that were issued."""
         if isinstance(tokens, slice):
-            self._landed[layer][tokens].zero_()
+            self.on_device[layer][tokens].zero_()
         else:
-            self._landed[layer].index_fill_(0, torch.from_numpy(tokens).to(self._device), 0)
+            self.on_device[layer].index_fill_(0, torch.from_numpy(tokens).to(self.device), 0)
 
     def landed(self, layer: int) -> torch.Tensor:
         """What the layer reads."""
-        return self._landed[layer]
+        return self.on_device[layer]
 
 
 class _Ended:

@@ -16,6 +16,40 @@ from engrampool_proto.spec import ModelSpec
 Table = Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.uint8]]
 
 
+class RowCheck:
+    """Compares rows of `sample` tokens of a forward, other ones each time, with those of a table."""
+
+    def __init__(self, table: Table, counts: EngineCounts, sample: int = 4) -> None:
+        self._table, self._counts, self._sample = table, counts, sample
+        self._random = np.random.default_rng(0)
+
+    def compare(
+        self,
+        layer: int,
+        tokens: Numbers,
+        find: Callable[[Numbers], tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.uint8]]],
+        name: Callable[[int], str],
+    ) -> None:
+        """Compare a layer's rows of some of these tokens of a forward.
+
+        find: gives the row ids [tokens, columns] of those it is given, and their rows [tokens, columns, row_bytes].
+        name: what a token is called. Raises FingerprintError that names the first that differs.
+        """
+        if not len(tokens):
+            return
+        chosen = np.sort(self._random.choice(tokens, min(self._sample, len(tokens)), replace=False))
+        ids, rows = find(chosen)
+        self._counts.verified += len(ids)
+        right = self._table(layer, ids.reshape(-1).astype(np.int64)).reshape(rows.shape)
+        wrong, found = (rows != right).any(axis=2), []
+        if wrong.any():
+            one, column = (int(index) for index in np.argwhere(wrong)[0])
+            found.append(
+                f"layer {layer}: row {ids[one, column]} of {name(int(chosen[one]))} is not that of the local table"
+            )
+        _say(self._counts, wrong.any(axis=1), found)
+
+
 class Verifier:
     """Compares a forward with the engine's own: for tests of an installation, as it takes its time.
 
@@ -33,8 +67,7 @@ class Verifier:
         sample: int = 4,
     ) -> None:
         self._spec, self._columns, self._histories, self._counts = spec, columns, histories, counts
-        self._table, self._sample = table, sample
-        self._random = np.random.default_rng(0)
+        self._check = None if table is None else RowCheck(table, counts, sample)
 
     def ids(self, numbers: Numbers, starts: Numbers, counts: Numbers, engines: Mapping[int, npt.NDArray[Any]]) -> None:
         """Compare row ids. engines: layer -> the engine's own of these chunks, [tokens, all columns].
@@ -57,20 +90,14 @@ class Verifier:
 
         Raises FingerprintError that names the first that differs.
         """
-        there = np.flatnonzero(valid)
-        if self._table is None or not len(there):
+        if self._check is None:
             return
-        chosen = np.sort(self._random.choice(there, min(self._sample, len(there)), replace=False))
-        self._counts.verified += len(chosen)
-        ids = self._spec.hash(TokenBatch.of(*self._histories.batch(*chunks)), [layer])[layer][chosen, self._columns]
-        rows = memory[at[chosen]]
-        wrong = (rows != self._table(layer, ids.reshape(-1).astype(np.int64)).reshape(rows.shape)).any(axis=2)
-        found = []
-        if wrong.any():
-            one, column = (int(index) for index in np.argwhere(wrong)[0])
-            where = self._name(int(chosen[one]), *chunks)
-            found.append(f"layer {layer}: row {ids[one, column]} of {where} is not that of the local table")
-        _say(self._counts, wrong.any(axis=1), found)
+
+        def find(chosen: Numbers) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
+            ids = self._spec.hash(TokenBatch.of(*self._histories.batch(*chunks)), [layer])[layer]
+            return ids[chosen, self._columns], memory[at[chosen]]
+
+        self._check.compare(layer, np.flatnonzero(valid), find, lambda token: self._name(token, *chunks))
 
     @staticmethod
     def _name(at: int, numbers: Numbers, starts: Numbers, counts: Numbers) -> str:

@@ -85,6 +85,9 @@ class Answerer:
             self._resources.ended(grpc.StatusCode.CANCELLED)
             raise
         self._resources.answered(job, times)
+        if lookups.slow.over(times):
+            who = self.peer if isinstance(self.peer, str) else self.peer.name
+            lookups.slow.note("Direct", number, who, job.rows, times)
 
     def _send_pieces(self, pieces: list[Piece], number: int, until: int) -> int:
         """Gather and send them; gives the nanoseconds that gathering took."""

@@ -197,6 +197,10 @@ class Connection:
                 if not self._grow(small):
                     return
                 continue
+            if why == serve.SLOW_ANSWER:
+                number, rows, *micros = state[serve.NUMBER : serve.TOTAL_US + 1].tolist()
+                number &= (1 << 64) - 1
+                resources.lookups.slow.note("Direct", number, self.peer, rows, wire.ServerTimes(*micros))
             if why == serve.FRAME and not self._answer_frame(handles):
                 return
             self._answerer.let_go()

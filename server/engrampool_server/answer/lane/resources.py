@@ -48,7 +48,7 @@ class Resources:
         words[serve.INLINE], words[serve.HELD] = lookups.inline_bytes, lookups.held_in_pieces
         words[serve.IN_FLIGHT], words[serve.SHARE] = lookups.in_flight.limit_bytes, lookups.in_flight.share_bytes
         words[serve.LARGE_BUFFER] = SMALL_REQUEST_BYTES
-        words[serve.ANSWERS] = self._answers.ctypes.data
+        words[serve.ANSWERS], words[serve.SLOW_US] = self._answers.ctypes.data, lookups.slow.limit_us
         return words
 
     def take_buffer(self, nbytes: int) -> Buffer:

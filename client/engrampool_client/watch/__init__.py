@@ -1,0 +1,1 @@
+"""Looking at a pool from outside, over gRPC: `engrampool status` and `engrampool top`."""
