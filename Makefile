@@ -8,6 +8,7 @@
 # make tiny-lm  train a small Engram model, serve its tables, and compare every logit with tables in the process
 # make bench  measure side by side with peers, about 13 minutes; see bench/RESULTS.md. JSON=FILE writes the records
 # make bench-quick  the same in about 3 minutes, with fewer repeats
+# make site   the pages of docs/ and their like as a site in site/, with search; a link that leads nowhere fails it
 # make stubs  regenerate the protobuf code after a change of pool.proto
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,17 +21,20 @@ AT_ONCE ?= --numprocesses 4 --dist worksteal
 # They start hundreds of processes, each of which would compile our modules again where bytecode must not be kept.
 test test-quick test-torch test-ray test-engines test-engines-gpu: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-quick test-torch test-ray test-engines test-engines-gpu tiny-lm lint stubs bench bench-quick clean
+.PHONY: demo test test-quick test-torch test-ray test-engines test-engines-gpu tiny-lm lint stubs site bench bench-quick clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
 
 # Kernels are compiled once, before several processes would each do so at one time.
 KERNELS := from engrampool_proto.kernels import entries, hasher, histories, hot_rows, serve
+# By a name, since `make -n` runs every line that names make itself.
+LINT = $(MAKE) --no-print-directory lint
 
 test: $(VENV)/dev-installed
-	$(BIN)/python -c "$(KERNELS)" & $(MAKE) --no-print-directory lint && wait
-	$(BIN)/python -m pytest $(AT_ONCE)
+	@# mypy has one core for itself alone, or beside the compiler and the tests.
+	$(LINT) & lint=$$!; \
+		$(BIN)/python -c "$(KERNELS)" && $(BIN)/python -m pytest $(AT_ONCE); tests=$$?; wait $$lint && exit $$tests
 
 test-quick: $(VENV)/dev-installed
 	$(BIN)/python -c "$(KERNELS)"
@@ -73,6 +77,9 @@ bench: $(VENV)/bench-peers-installed
 bench-quick: $(VENV)/bench-peers-installed
 	$(BIN)/python bench/run.py --quick --out bench-data $(if $(JSON),--json $(JSON))
 
+site: $(VENV)/dev-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 stubs: $(VENV)/dev-installed
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto \
 		engrampool_proto/v1/pool.proto
@@ -109,4 +116,4 @@ $(VENV)/bench-peers-installed: $(VENV)/bench-installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) demo-data bench-data
+	rm -rf $(VENV) $(ENGINES) demo-data bench-data site

@@ -1,20 +1,31 @@
-"""What is given away: the sources as an archive, built as `python -m build` would."""
+"""What is given away: the sources as an archive and the wheel, built as `python -m build` would, and tried alone."""
 
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
-from server_fixtures import lacking
+from engrampool_proto import __version__
+from server_fixtures import expected, lacking, pack
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_source_archive_holds_every_file_of_the_repository(tmp_path: Path):
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> tuple[Path, set[str]]:
+    """The archive of the sources, and the names of the repository's files."""
     if find_spec("hatchling") is None:
         lacking("hatchling is not installed: pip install -e '.[dev]'")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
@@ -22,11 +33,154 @@ def test_the_source_archive_holds_every_file_of_the_repository(tmp_path: Path):
         pytest.skip("no git checkout, nothing to compare with: run in a clone")
     # Of what is in the repository alone, whatever else lies about here.
     names = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+    tree = tmp_path_factory.mktemp("tree")
     for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist"], cwd=tmp_path, check=True)
-    (archive,) = (tmp_path / "dist").iterdir()
-    with tarfile.open(archive) as opened:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    return build("sdist", tree), names
+
+
+@pytest.fixture(scope="module")
+def wheel(archive, tmp_path_factory) -> Path:
+    """Built of the archive, so that whoever has only that can build it."""
+    directory = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(archive[0]) as opened:
+        opened.extractall(directory, filter="data")
+    (tree,) = directory.iterdir()
+    return build("wheel", tree)
+
+
+def build(target: str, tree: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target]
+    subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
+    (built,) = (tree / "dist").iterdir()
+    return built
+
+
+def requirements(name: str, extras: set[str]) -> set[str]:
+    """The distributions that pip would install for `name[extras]`, and for what these require."""
+    found: set[str] = set()
+    asked: set[tuple[str, str]] = set()
+    wanted = [(name, extra) for extra in ("", *extras)]
+    while wanted:
+        one = wanted.pop()
+        if one in asked:
+            continue
+        asked.add(one)
+        for text in metadata.requires(one[0]) or ():
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": one[1]}):
+                found.add(needed.name)
+                wanted += [(needed.name, extra) for extra in ("", *needed.extras)]
+    return found
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A virtual environment that has the wheel, and what it says that it requires, and nothing else."""
+
+    directory: Path
+
+    @property
+    def site(self) -> Path:
+        """Where packages are."""
+        return Path(sysconfig.get_path("purelib", "venv", {"base": str(self.directory)}))
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Of its programs, so that they find nothing by another way."""
+        return {"PATH": f"{self.directory / 'bin'}:/usr/bin:/bin", "HOME": str(self.directory)}
+
+    def start(self, program: str, *words: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [str(self.directory / "bin" / program), *words]
+        return subprocess.Popen(command, env=self.environ, cwd=cwd or self.directory, **pipes)
+
+    def run(self, program: str, *words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+        with self.start(program, *words, cwd=cwd) as process:
+            stdout, stderr = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def install(directory: Path, wheel: Path, *extras: str) -> Installed:
+    """By pip, but for what the wheel requires: that is linked from here, as there may be no network."""
+    venv.create(directory, symlinks=True)
+    installed = Installed(directory)
+    command = [sys.executable, "-m", "pip", "--python", str(directory / "bin/python"), "install", "--quiet"]
+    subprocess.run([*command, "--no-index", "--no-deps", str(wheel)], check=True, timeout=300)
+    for name in requirements("engrampool", set(extras)):
+        for file in metadata.files(name) or ():
+            if file.parts[0] != "..":  # programs, of which none is needed
+                (installed.site / file).parent.mkdir(parents=True, exist_ok=True)
+                (installed.site / file).unlink(missing_ok=True)
+                (installed.site / file).symlink_to(file.locate())
+    return installed
+
+
+@pytest.fixture(scope="module")
+def memory_node(wheel, place, tmp_path_factory) -> Installed:
+    """With kernels that were compiled ahead, as the image has them: the compiler takes half a minute."""
+    installed = install(tmp_path_factory.mktemp("memory-node"), wheel, "server")
+    compiled = "engrampool_proto/kernels/compiled"
+    shutil.copytree(place.packages / "proto" / compiled, installed.site / compiled)
+    return installed
+
+
+@pytest.fixture(scope="module")
+def bare(wheel, tmp_path_factory) -> Installed:
+    return install(tmp_path_factory.mktemp("bare"), wheel)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return pack(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def address(memory_node, small) -> Iterator[str]:
+    """Of an installed server."""
+    words = ("serve", "--model", str(small), "--listen=127.0.0.1:0", "--metrics=127.0.0.1:0", "--workers=1")
+    with memory_node.start("engrampool", *words) as process:
+        try:
+            said: list[str] = []
+            while not (match := re.search(r'"event": "serving".*"listen": "([^"]+)"', "".join(said[-1:]))):
+                said.append(process.stderr.readline())
+                assert said[-1], f"it ended: {said}"
+            yield match[1]
+        finally:
+            process.terminate()
+            process.communicate()
+    assert process.returncode == 0
+
+
+def test_the_source_archive_holds_every_file_of_the_repository(archive):
+    path, names = archive
+    with tarfile.open(path) as opened:
         held = {member.name.partition("/")[2] for member in opened.getmembers()}
     assert held - {"PKG-INFO"} == names
+
+
+def test_what_is_installed_is_what_was_built(memory_node, bare):
+    for installed in (memory_node, bare):
+        assert installed.run("engrampool", "--version").stdout == f"engrampool, version {__version__}\n"
+        found = installed.run("python", "-c", "import engrampool_proto; print(engrampool_proto.__file__)").stdout
+        assert Path(found).is_relative_to(installed.directory)
+
+
+def test_an_installed_server_answers_an_installed_client(memory_node, bare, small, address, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.array([11, 12, 13, 14], np.int32))
+    words = ("--tokens", "tokens.npy", "--out")
+    rows = bare.run("engrampool", "lookup", "--server", address, *words, "rows.npz", cwd=tmp_path)
+    assert rows.returncode == 0, rows.stderr
+    ids = memory_node.run("engrampool", "rows", "--model", str(small), *words, "ids.npz", cwd=tmp_path)
+    assert ids.returncode == 0, ids.stderr
+    with np.load(tmp_path / "rows.npz") as answered, np.load(tmp_path / "ids.npz") as hashed:
+        assert answered.keys() == hashed.keys() == {"layer_2", "layer_9"}
+        for layer in (2, 9):
+            assert answered[f"layer_{layer}"].tobytes() == expected(layer, hashed[f"layer_{layer}"].ravel())
+
+
+def test_a_client_alone_says_what_a_server_takes(bare, small):
+    done = bare.run("engrampool", "serve", "--model", str(small))
+    assert done.returncode == 1
+    assert "pip install '.[server]'" in done.stderr
