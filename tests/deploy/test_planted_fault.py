@@ -168,4 +168,9 @@ def test_a_slow_shard_is_found_by_the_dashboards_alone(packed, fault, tmp_path):
             rule for group in rules["groups"] for rule in group["rules"] if rule["alert"] == "EngrampoolShardSlow"
         ]
         wanted = [{"model": client.spec.name, "shard": slow, "server": addresses[PLANTED]}]
-        until(lambda: [one["metric"] for one in prometheus.query(alert["expr"])] == wanted, "the alert's expression")
+
+        def alerted() -> bool:
+            client.lookup(tokens)
+            return [one["metric"] for one in prometheus.query(alert["expr"])] == wanted
+
+        until(alerted, "the alert's expression")
