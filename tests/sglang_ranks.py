@@ -1,6 +1,7 @@
 """SGLang's own Engram layers with the plugin in them: of all ranks of a group, in one process; and its batches."""
 
 from array import array
+import sys
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -50,6 +51,9 @@ def with_plugin(server):
         ):
             patch.setattr(place, name, vars(place)[name])
         patch.setattr(engram_staging.EngramRowStager, "from_model", vars(engram_staging.EngramRowStager)["from_model"])
+        # Ours stands in the engine once a process: what another test's plugin left is not this one's.
+        for name in ("sglang_engram", "sglang_prompts", "sglang_qwen4"):
+            patch.delitem(sys.modules, f"engrampool_client.integrations.{name}", raising=False)
         patch.delenv(f"{ENVIRONMENT_PREFIX}TARGET", raising=False)
         patch.setattr(plugins, "_plugins_loaded", False)
         plugins.load_plugins()
