@@ -1,7 +1,7 @@
 """SGLang's own Engram layers with the plugin in them: of all ranks of a group, in one process; and its batches."""
 
-from array import array
 import sys
+from array import array
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
