@@ -35,7 +35,6 @@ from engrampool_client import (
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.pool import latency as measured
-from engrampool_client.pool.endpoint import Endpoint
 from engrampool_client.pool.latency import HedgeBudget, Latency
 from engrampool_client.pool.replicas import ReplicaSet
 from engrampool_client.stats import Stats
@@ -567,8 +566,12 @@ class Checked:
         self.right(100)
         for one in client._shards._sets:
             one.budget._tokens = measured._MOST_TOKENS
-        # However slow this machine is now, nothing but a hedge is to help: not that it is known to be in trouble.
-        monkeypatch.setattr(Endpoint, "_probe", lambda _: None)
+        # However slow this machine is now, nothing but a hedge is to help: neither that one is known to be in trouble,
+        # nor that one that was slow is passed over.
+        for endpoint in client._shards._open.values():
+            monkeypatch.setattr(endpoint.breaker, "_probe", lambda: None)
+        monkeypatch.setattr(measured, "_TRY_ONE_IN", 1)
+        monkeypatch.setattr(measured, "_TRY_EVERY_S", 0.0)
 
     def right(self, times: int = 1) -> bool:
         for _ in range(times):
@@ -591,8 +594,6 @@ def test_a_replica_that_stops_is_hedged_and_comes_back(pair, monkeypatch, direct
         with pair[0].frozen():
             lookups.hedged()
             lookups.right(10)
-        monkeypatch.setattr(measured, "_TRY_ONE_IN", 1)
-        monkeypatch.setattr(measured, "_TRY_EVERY_S", 0.0)
         for one in client._shards._sets:  # however slow this machine is now, few lookups are asked for twice
             while one.budget.ready:
                 one.budget.spend()
