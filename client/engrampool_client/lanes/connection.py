@@ -12,9 +12,10 @@ import numpy as np
 
 from engrampool_client.errors import ProtocolError
 from engrampool_client.lanes.answers import RefusalError, answer_layout, refusal_of
-from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, dial
+from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, Secure, dial
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
+from engrampool_proto.security.tls_socket import line_of
 from engrampool_proto.v1 import pool_pb2
 
 # A server that is well sends some of its answer within so long. Where nothing came, the connection may be one that was
@@ -37,10 +38,10 @@ class SilentError(ConnectionError):
 class Connection:
     """One socket that the server has let in. One lookup at a time; besides, only `give_up` and `shut` may be called."""
 
-    def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str) -> None:
-        """Raises OSError, PoolError."""
+    def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str, secure: Secure | None = None) -> None:
+        """secure: as of `dial`. Raises OSError, PoolError."""
         self._target = target
-        self._socket = dial(way_in, target)
+        self._socket = dial(way_in, target, secure)
         # Whoever gives a step up takes it, in whatever the thread is doing: garbage collection does that, too.
         self._lock = threading.RLock()
         self.answering = False  # whether there is an answer, or a part of one, still to be received
@@ -183,6 +184,10 @@ class Connection:
     def fileno(self) -> int:
         """Its number, as the system knows it."""
         return self._socket.fileno()
+
+    def line(self) -> int:
+        """What it is for kernels."""
+        return line_of(self._socket)
 
     def receive(self, exchange: Exchange, deadline: float, spin_s: float) -> None:
         """Take the answer in. Raises OSError if the connection broke, TimeoutError, RefusalError, PoolErrors."""

@@ -2,15 +2,18 @@
 
 import logging
 import socket
+import time
 from pathlib import Path
 
 import grpc
 
 from engrampool_client.config import TOKEN, ClientConfig
 from engrampool_client.errors import TlsError
-from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, address_of
+from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, address_of, host_of
+from engrampool_proto.security.openssl import Context
 from engrampool_proto.security.pem import Pem, PemError, PemFiles
 from engrampool_proto.security.reread import Reread
+from engrampool_proto.security.tls_socket import TlsSocket
 
 # How often files are looked at, by calls that are made anyway.
 _LOOK_S = 1.0
@@ -27,6 +30,7 @@ class Credentials:
 
     def __init__(self, config: ClientConfig) -> None:
         self._name = config.tls_name
+        self._context: tuple[Pem, Context] | None = None  # of the direct lane, and by what it was made
         self._pem: Reread[Pem] | None = None
         self._token: Reread[str] | str | None = config.token
         if config.tls_ca is not None:
@@ -58,6 +62,36 @@ class Credentials:
         if self._name is not None:
             options = (*options, ("grpc.ssl_target_name_override", self._name))
         return grpc.secure_channel(target, grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert), options)
+
+    @property
+    def tls(self) -> bool:
+        """Whether connections are inside TLS."""
+        return self._pem is not None
+
+    def secure(self, plain: socket.socket, target: str) -> socket.socket:
+        """A connection of the direct lane inside TLS, by what the files say now, to whom gRPC takes for the same.
+
+        plain: closed if this fails. It takes OPEN_TIMEOUT_S at most. Raises OSError.
+        """
+        try:
+            if self._pem is None:
+                raise OSError(f"{target}: its direct lane speaks TLS, and this client does not: give the client tls_ca")
+            pem, made = self._pem.value, self._context
+            if made is None or made[0] is not pem:
+                made = self._context = pem, Context(pem, server=False)
+            secured = TlsSocket(plain, made[1], self._name or host_of(target))
+        except PemError as error:
+            plain.close()
+            raise OSError(str(error)) from error
+        except BaseException:
+            plain.close()
+            raise
+        try:
+            secured.handshake(time.monotonic() + OPEN_TIMEOUT_S)
+        except BaseException:
+            secured.close()
+            raise
+        return secured
 
     def diagnose(self, target: str) -> TlsError | None:
         """Why a server that ended the connection did so, if it can be told from a handshake of our own; None if not.
