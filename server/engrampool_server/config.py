@@ -144,11 +144,11 @@ class ServerConfig:
         metadata=_about(FileOrOff(), "TOML file of callers, their roles and limits; nobody else is answered."),
     )
     lane_tls: LaneTls = field(
-        default="none",
+        default="on",
         metadata=_about(
             Choice(get_args(LaneTls)),
-            "With tls_cert, the direct lane over TCP: on is inside TLS, by the same certificates; off is in the clear beside"
-            " encrypted gRPC; none is no lane.",
+            "With tls_cert, the direct lane over TCP: on is inside TLS, by the same certificates; off is in the clear"
+            " beside encrypted gRPC; none is no lane.",
         ),
     )
     registry: str = field(

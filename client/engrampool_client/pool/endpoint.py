@@ -99,7 +99,9 @@ class Endpoint:
 
                 kind, self._small = CompiledConnection, SmallRequest
             open_direct = partial(self._asked, lane.open_direct)
-            self._native = NativeLane(open_direct, self.target, most, self.breaker.doubt, kind, self._credentials.secure)
+            self._native = NativeLane(
+                open_direct, self.target, most, self.breaker.doubt, kind, self._credentials.secure
+            )
 
     @property
     def attached(self) -> bool:

@@ -31,9 +31,9 @@ _MONOTONIC = 1
 _SOL_SOCKET, _RCVLOWAT = int(socket.SOL_SOCKET), int(socket.SO_RCVLOWAT)
 # Errors that come and go (no memory for a moment) are tried again so often; to look at errno is not for compiled code.
 _TRIES = 1000
-# A socket inside TLS is named by SECURED and the address of int64 [SECURED_WORDS]: its descriptor, the SSL of OpenSSL (0
-# once it is closed), and the addresses of SSL_read, SSL_write, SSL_has_pending, SSL_get_error and ERR_clear_error.
-SECURED, SECURED_WORDS = 1 << 62, 7
+# A socket inside TLS is named by SECURED plus the address of seven int64: its descriptor, the SSL of OpenSSL (0 once it
+# is closed), and the addresses of SSL_read, SSL_write, SSL_has_pending, SSL_get_error and ERR_clear_error.
+SECURED = 1 << 62
 DESCRIPTOR, SSL, READ, WRITE, PENDING, ERROR, CLEAR = range(7)
 _WANT_READ = 2
 # OpenSSL may hold so much of a record that is not whole, of which the system says nothing any more.
@@ -172,7 +172,9 @@ def _await(fd: Any, events: Any, until: Any, scratch: Any) -> Any:
 def _wake_at(fd: Any, nbytes: Any, scratch: Any) -> None:
     """Have the system wake who waits for the socket when so many bytes are there. Where it cannot, it wakes for any."""
     scratch[0] = nbytes if fd < SECURED else max(1, nbytes - _OF_RECORD)
-    _setsockopt(descriptor(fd), np.int32(_SOL_SOCKET), np.int32(_RCVLOWAT), np.uint64(scratch.ctypes.data), np.uint32(4))
+    _setsockopt(
+        descriptor(fd), np.int32(_SOL_SOCKET), np.int32(_RCVLOWAT), np.uint64(scratch.ctypes.data), np.uint32(4)
+    )
 
 
 @njit  # type: ignore[untyped-decorator]

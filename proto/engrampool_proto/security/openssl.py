@@ -108,8 +108,10 @@ class Context:
     """What connections of one side have in common, TLS 1.3 only, without tickets to resume by. Thread-safe."""
 
     def __init__(self, pem: Pem, server: bool) -> None:
-        """pem: of a server its certificate, and the authorities of its clients' if they need one; of a client its
-        authorities, and its certificate if it has one. Raises PemError, NoOpensslError.
+        """Raises PemError, NoOpensslError.
+
+        pem: of a server its certificate, and the authorities of its clients' if they need one; of a client its
+        authorities, and its certificate if it has one.
         """
         calls = library()
         self.server, self._free = server, calls.SSL_CTX_free
@@ -143,7 +145,8 @@ class Context:
 
     def _show(self, cert: bytes, key: bytes) -> None:
         calls = library()
-        own, *chain = _certificates(cert) or [None]
+        found = _certificates(cert)
+        own, chain = (found[0] if found else None), found[1:]
         bio = calls.BIO_new_mem_buf(key, len(key))
         # With a password, as OpenSSL asks at the terminal for one that is not given.
         pair = calls.PEM_read_bio_PrivateKey(bio, None, None, b"")
@@ -152,7 +155,7 @@ class Context:
         good = good and calls.SSL_CTX_use_PrivateKey(self.pointer, pair) == 1
         for one in chain:
             good = good and self._control(_ADD_CHAIN, 1, one) == 1
-        for one in (own, *chain):
+        for one in found:
             calls.X509_free(one)
         calls.EVP_PKEY_free(pair)
         if not good:
@@ -160,7 +163,10 @@ class Context:
 
 
 def new_ssl(context: Context, descriptor: int, host: str) -> int:
-    """An SSL of that descriptor, before its handshake. host: whose certificate it must be, of a server. Raises OSError."""
+    """An SSL of that descriptor, before its handshake. Raises NoOpensslError.
+
+    host: whose certificate a server must have, where the context is a client's.
+    """
     calls = library()
     ssl = calls.SSL_new(context.pointer)
     if not ssl or calls.SSL_set_fd(ssl, descriptor) != 1:

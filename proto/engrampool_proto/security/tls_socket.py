@@ -6,7 +6,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class TlsSocket(socket.socket):
 
         In the child of a fork it may be half changed, by a thread that is not there.
         """
+        self.close()
         if hasattr(self, "_ssl") and os.getpid() == self._of_process:
             self._calls.SSL_free(self._ssl)
 
@@ -103,7 +104,9 @@ class TlsSocket(socket.socket):
             got = 1
         return bytes(place[:got])
 
-    def recvmsg_into(self, buffers: Sequence[Any], ancbufsize: int = 0, flags: int = 0) -> tuple[int, list[Any], int, Any]:
+    def recvmsg_into(
+        self, buffers: Iterable[Any], ancbufsize: int = 0, flags: int = 0
+    ) -> tuple[int, list[Any], int, Any]:
         """As of a socket, without anything beside the bytes."""
         until, total = self._until(socket.SO_RCVTIMEO, flags), 0
         for buffer in buffers:

@@ -87,8 +87,8 @@ class Metrics:
         self.direct_connections = self._gauge("engrampool_direct_connections", "Open connections of the direct lane.")
         self.direct_cut = self._counter(
             "engrampool_direct_cut",
-            "Connections of the direct lane that were cut off: no-hello, handshake (no TLS), stranger (no hello yet, and others came), "
-            "slow-request, unread-answer, failed (a fault of the server's; the log has it).",
+            "Connections of the direct lane that were cut off: no-hello, handshake (no TLS), stranger (no hello "
+            "yet, and others came), slow-request, unread-answer, failed (a fault of the server's; the log has it).",
             ("reason",),
         )
         for reason in CUT_REASONS:  # which are all there are
