@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 
@@ -285,10 +285,8 @@ class Connection:
 
     def shut(self) -> None:
         """Have whoever waits on it, now or later, fail with OSError."""
-        try:
+        with suppress(OSError):  # the server closed it, or `close` did
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the server closed it, or `close` did
-            return
 
     def __del__(self) -> None:
         """Of one that was lost."""

@@ -49,10 +49,16 @@ class Credentials:
         token = self._token.value if isinstance(self._token, Reread) else self._token
         return None if token is None else (("authorization", f"Bearer {token}"),)
 
-    def look(self) -> bool:
-        """Read again what has changed, at most once a second. Whether connections are to be others by now."""
-        changed = [one.look() for one in (self._pem, self._token) if isinstance(one, Reread)]
-        return any(changed)
+    @property
+    def shown(self) -> tuple[object, object]:
+        """What the files say, as far as it is known: others when connections are to be others."""
+        return self._pem and self._pem.value, self.metadata
+
+    def look(self) -> None:
+        """Read again what has changed, at most once a second."""
+        for one in (self._pem, self._token):
+            if isinstance(one, Reread):
+                one.look()
 
     def channel(self, target: str, options: Options) -> grpc.Channel:
         """A channel by what the files say now."""

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 # What was written so short a time ago may be written to once more without another time of change.
 _YOUNG_S = 0.1
+# So long a look waits for another thread's, to go by what that finds.
+_OTHERS_S = 0.2
 
 _T = TypeVar("_T")
 _Mark = tuple[tuple[int, int, int] | None, ...]
@@ -44,10 +46,11 @@ class Reread(Generic[_T]):
 
     def look(self) -> bool:
         """Read the files again if they changed. Whether there is another value since the last look."""
-        if time.monotonic() < self._again_s or not self._lock.acquire(blocking=False):
+        if time.monotonic() < self._again_s or not self._lock.acquire(timeout=_OTHERS_S):
             return False
         try:
-            self._again_s = time.monotonic() + self._every_s
+            if time.monotonic() < self._again_s:
+                return False
             mark = _mark(self._paths)
             if mark == self._seen:
                 return False
@@ -69,6 +72,7 @@ class Reread(Generic[_T]):
             self._seen = () if _is_young(mark) else mark
             return value != before
         finally:
+            self._again_s = time.monotonic() + self._every_s
             self._lock.release()
 
 
