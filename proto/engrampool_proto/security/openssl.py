@@ -57,6 +57,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {  # what each returns, and takes
     "SSL_peek": (_INT, _PTR, _PTR, _INT),
     "SSL_write": (_INT, _PTR, _PTR, _INT),
     "SSL_has_pending": (_INT, _PTR),
+    "SSL_rstate_string": (_TEXT, _PTR),
     "SSL_get_error": (_INT, _PTR, _INT),
     "SSL_get_verify_result": (_LONG, _PTR),
     "X509_verify_cert_error_string": (_TEXT, _LONG),

@@ -21,6 +21,7 @@ _SSL = 1
 _PIECE = 16 << 10
 _TIMEVAL = struct.Struct("@ll")
 _NOT_YET = -1
+_BODY = b"RB"
 
 
 class TlsSocket(socket.socket):
@@ -99,7 +100,8 @@ class TlsSocket(socket.socket):
             return bytes(place[: self.recv_into(place, 0, flags)])
         got = self._take(memoryview(place), self._calls.SSL_peek)
         if got == _NOT_YET:
-            if not self._calls.SSL_has_pending(self._ssl):
+            calls = self._calls  # of one whose header was read, and no more, the body is waited for
+            if not calls.SSL_has_pending(self._ssl) and calls.SSL_rstate_string(self._ssl) != _BODY:
                 raise BlockingIOError
             got = 1
         return bytes(place[:got])
