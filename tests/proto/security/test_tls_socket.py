@@ -1,5 +1,6 @@
 """A socket inside TLS is one: to Python as a blocking one with the system's timeouts, to kernels by its `line`."""
 
+import select
 import socket
 import struct
 import threading
@@ -7,14 +8,17 @@ import time
 
 import numpy as np
 import pytest
+from numba import njit
 
 from certificates import Authority
-from engrampool_proto.kernels.sockets import ENDED, LATE, SCRATCH_WORDS, receive_into, send_from
+from engrampool_proto.kernels.sockets import ENDED, LATE, SCRATCH_WORDS, receive_into, receive_some, send_from
 from engrampool_proto.security.openssl import Context
 from engrampool_proto.security.pem import Pem, PemError, PemFiles
 from engrampool_proto.security.tls_socket import TlsSocket, line_of
 
 LIMIT_S = 60.0
+# Others go on meanwhile.
+receive_without_gil = njit(nogil=True)(receive_some.py_func)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +118,39 @@ def test_what_is_no_record_ends_the_connection(pair):
     with pytest.raises(ConnectionError, match=r"bad record mac|decryption failed"):
         client.recv(10)
     assert receive_into(line_of(client), np.empty(4, np.uint8), 0, 4, -1, scratch()) == 0
+
+
+def test_who_waits_for_many_bytes_does_not_wait_for_those_that_openssl_has(contexts):
+    one, here = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # what many bytes are waited for on
+        there, (other, _) = socket.create_connection(listener.getsockname()), listener.accept()
+    until = time.monotonic() + LIMIT_S
+    with here, there, TlsSocket(one, contexts[0]) as server, TlsSocket(other, contexts[1], "server.svc") as client:
+        sides = [threading.Thread(target=side.handshake, args=(until,)) for side in (server, client)]
+        for thread in sides:
+            thread.start()
+        for source, to in ((there, here), (here, there), (there, here)):  # hello, hello, and that it is well
+            to.sendall(source.recv(1 << 16))
+        for thread in sides:
+            thread.join()
+        server.sendall(bytes(16_000))
+        sent = here.recv(1 << 16, socket.MSG_WAITALL | socket.MSG_DONTWAIT)
+        there.sendall(sent[:-10])
+        data, state, got = np.ones(16_000, np.uint8), scratch(), []
+
+        def receive() -> None:
+            at, until_ns = np.uint64(data.ctypes.data), int(until * 1e9)
+            got.append(receive_without_gil(line_of(client), at, 16_000, 16_000, until_ns, 0, state))
+
+        waits = threading.Thread(target=receive)
+        waits.start()
+        while select.select([client], [], [], 0)[0]:
+            time.sleep(0.001)  # until what came is with OpenSSL
+        there.sendall(sent[-10:])
+        waits.join()
+        assert got == [16_000]
+        assert not data.any()
+        assert time.monotonic() < until
 
 
 @pytest.mark.parametrize("size", [1, 5, 6, 20])
