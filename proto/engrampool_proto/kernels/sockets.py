@@ -31,11 +31,14 @@ _MONOTONIC = 1
 _SOL_SOCKET, _RCVLOWAT = int(socket.SOL_SOCKET), int(socket.SO_RCVLOWAT)
 # Errors that come and go (no memory for a moment) are tried again so often; to look at errno is not for compiled code.
 _TRIES = 1000
-# A socket inside TLS is named by SECURED plus the address of seven int64: its descriptor, the SSL of OpenSSL (0 once it
-# is closed), and the addresses of SSL_read, SSL_write, SSL_has_pending, SSL_get_error and ERR_clear_error.
+# A socket inside TLS is named by SECURED plus the address of nine int64: its descriptor, the SSL of OpenSSL (0 once it
+# is closed), the addresses of SSL_read, SSL_write, SSL_has_pending, SSL_get_error, ERR_clear_error and BIO_ctrl, and
+# the BIO that keeps records until it is told to send them, 0 for none.
 SECURED = 1 << 62
-DESCRIPTOR, SSL, READ, WRITE, PENDING, ERROR, CLEAR = range(7)
+DESCRIPTOR, SSL, READ, WRITE, PENDING, ERROR, CLEAR, CONTROL, KEEPS = range(9)
+_FLUSH = 11
 _WANT_READ = 2
+_NOTHING = np.uint64(0)
 # OpenSSL may hold so much of a record that is not whole, of which the system says nothing any more.
 _OF_RECORD = 17 << 10
 # Memory that the calls need: a pollfd, a timespec, and whether what was received last was waited for; a msghdr of two
@@ -86,15 +89,15 @@ def _word_at(typing: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _call(typing: Any, function: Any, ssl: Any, second: Any, third: Any) -> Any:
-    """Call C's int function(SSL *, void *, int) at an address. One with fewer arguments leaves the others unread."""
-    word, number = ir.IntType(64), ir.IntType(32)
-    shape = ir.FunctionType(number, [word, word, number])
+def _call(typing: Any, function: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
+    """Call a function of C's at an address, which gives an int. One with fewer arguments leaves the others unread."""
+    word = ir.IntType(64)
+    shape = ir.FunctionType(ir.IntType(32), [word] * 4)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.call(builder.inttoptr(args[0], shape.as_pointer()), args[1:])
 
-    return types.int32(types.int64, types.int64, types.uint64, types.int32), generate
+    return types.int32(types.int64, types.int64, types.uint64, types.int64, types.int64), generate
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -118,15 +121,14 @@ def _receive(fd: Any, at: Any, room: Any, flags: Any) -> Any:
     while got < room:
         ssl, some = _of(fd, SSL), np.int32(0)
         if ssl:
-            _call(_of(fd, CLEAR), ssl, np.uint64(0), np.int32(0))
-            size = np.int32(min(room - got, 1 << 30))
-            some = _call(_of(fd, READ), ssl, at + np.uint64(got), size)
+            _call(_of(fd, CLEAR), 0, _NOTHING, 0, 0)
+            some = _call(_of(fd, READ), ssl, at + np.uint64(got), min(room - got, 1 << 30), 0)
         if some <= 0:  # what it is that comes after bytes is found the next time
-            if got == 0 and ssl and _call(_of(fd, ERROR), ssl, np.uint64(some), np.int32(0)) == _WANT_READ:
+            if got == 0 and ssl and _call(_of(fd, ERROR), ssl, np.uint64(some), 0, 0) == _WANT_READ:
                 return np.int64(-1)
             break
         got += some
-        if not _call(_of(fd, PENDING), ssl, np.uint64(0), np.int32(0)):
+        if not _call(_of(fd, PENDING), ssl, _NOTHING, 0, 0):
             break
     return got
 
@@ -139,8 +141,16 @@ def _give(fd: Any, at: Any, nbytes: Any) -> Any:
     ssl = _of(fd, SSL)
     if not ssl:
         return np.int64(-1)
-    _call(_of(fd, CLEAR), ssl, np.uint64(0), np.int32(0))
-    return np.int64(_call(_of(fd, WRITE), ssl, at, np.int32(min(nbytes, 1 << 30))))
+    _call(_of(fd, CLEAR), 0, _NOTHING, 0, 0)
+    return np.int64(_call(_of(fd, WRITE), ssl, at, min(nbytes, 1 << 30), 0))
+
+
+@njit  # type: ignore[untyped-decorator]
+def _given(fd: Any) -> Any:
+    """Whether the system has taken all that `_give` took."""
+    if fd < SECURED or not _of(fd, KEEPS):
+        return True
+    return _of(fd, SSL) != 0 and _call(_of(fd, CONTROL), _of(fd, KEEPS), np.uint64(_FLUSH), 0, 0) > 0
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -230,8 +240,8 @@ def send_all(fd: Any, at: Any, nbytes: Any, until: Any, patience_ns: Any, scratc
     until: as of `now`, for all of it; -1 for none. patience_ns: within so long some of them are taken.
     """
     sent, tries = 0, 0
-    while sent < nbytes and tries < _TRIES:
-        some = _give(fd, at + np.uint64(sent), nbytes - sent)
+    while (sent < nbytes or not _given(fd)) and tries < _TRIES:
+        some = _give(fd, at + np.uint64(sent), nbytes - sent) if sent < nbytes else 0
         if some > 0:
             sent += some
             tries = 0
@@ -243,7 +253,7 @@ def send_all(fd: Any, at: Any, nbytes: Any, until: Any, patience_ns: Any, scratc
         if ready != 1:
             return ready
         tries += 1
-    return nbytes if sent == nbytes else ENDED
+    return nbytes if tries < _TRIES else ENDED
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -260,7 +270,7 @@ def send_at_once(fd: Any, first: Any, rest: Any, scratch: Any) -> Any:
         while some > 0 and sent < both.size:
             some = _give(fd, np.uint64(both.ctypes.data) + np.uint64(sent), both.size - sent)
             sent += max(some, 0)
-        return sent == both.size
+        return sent == both.size and _given(fd)
     scratch[:] = 0
     scratch[2], scratch[3] = np.int64(scratch.ctypes.data) + 56, 2  # of the pieces, and how many
     scratch[7], scratch[8] = np.int64(first.ctypes.data), first.nbytes

@@ -21,6 +21,9 @@ _IGNORE_UNEXPECTED_EOF = 1 << 7
 _VERIFY_PEER, _FAIL_WITHOUT_PEER = 1, 2
 # As gRPC goes by its authorities: one of them is trusted, whoever signed it.
 _TRUSTED_FIRST, _PARTIAL_CHAIN = 0x8000, 0x80000
+# Of answers: so much is sent, and received, in one call of the system's, where a record is 16 KiB.
+_AT_ONCE_BYTES = 128 << 10
+_SET_BUFFER, _OF_WRITES, FLUSH = 117, 1, 11
 
 _PTR, _INT, _LONG, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_char_p
 _CALLS: dict[str, tuple[Any, ...]] = {  # what each returns, and takes
@@ -30,6 +33,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {  # what each returns, and takes
     "SSL_CTX_free": (None, _PTR),
     "SSL_CTX_ctrl": (_LONG, _PTR, _INT, _LONG, _PTR),
     "SSL_CTX_set_options": (ctypes.c_uint64, _PTR, ctypes.c_uint64),
+    "SSL_CTX_set_default_read_buffer_len": (None, _PTR, ctypes.c_size_t),
     "SSL_CTX_set_num_tickets": (_INT, _PTR, ctypes.c_size_t),
     "SSL_CTX_set_verify": (None, _PTR, _INT, _PTR),
     "SSL_CTX_get_cert_store": (_PTR, _PTR),
@@ -46,6 +50,15 @@ _CALLS: dict[str, tuple[Any, ...]] = {  # what each returns, and takes
     "SSL_new": (_PTR, _PTR),
     "SSL_free": (None, _PTR),
     "SSL_set_fd": (_INT, _PTR, _INT),
+    "SSL_get_rbio": (_PTR, _PTR),
+    "SSL_get_wbio": (_PTR, _PTR),
+    "SSL_set0_wbio": (None, _PTR, _PTR),
+    "BIO_f_buffer": (_PTR,),
+    "BIO_new": (_PTR, _PTR),
+    "BIO_up_ref": (_INT, _PTR),
+    "BIO_push": (_PTR, _PTR, _PTR),
+    "BIO_int_ctrl": (_LONG, _PTR, _INT, _LONG, _INT),
+    "BIO_ctrl": (_LONG, _PTR, _INT, _LONG, _PTR),
     "SSL_ctrl": (_LONG, _PTR, _INT, _LONG, _PTR),
     "SSL_set1_host": (_INT, _PTR, _TEXT),
     "SSL_get0_param": (_PTR, _PTR),
@@ -87,7 +100,8 @@ def library() -> Any:
             continue
         return found
     raise NoOpensslError(
-        "TLS on the direct lane needs OpenSSL as a shared library (libssl.so.3), which this Python does not have"
+        "TLS on the direct lane needs OpenSSL as a shared library (libssl.so.3), which this Python does not have; "
+        "install it, or do without: lane_tls = none of the server, or direct = off of either side"
     )
 
 
@@ -125,6 +139,8 @@ class Context:
         self._control(_SET_SESSION_CACHE, 0)
         calls.SSL_CTX_set_options(self.pointer, _IGNORE_UNEXPECTED_EOF)
         calls.SSL_CTX_set_num_tickets(self.pointer, 0)
+        if not server:
+            calls.SSL_CTX_set_default_read_buffer_len(self.pointer, _AT_ONCE_BYTES)
         if pem.ca is not None:
             store = calls.SSL_CTX_get_cert_store(self.pointer)
             calls.X509_STORE_set_flags(store, _TRUSTED_FIRST | _PARTIAL_CHAIN)
@@ -164,7 +180,7 @@ class Context:
 
 
 def new_ssl(context: Context, descriptor: int, host: str) -> int:
-    """An SSL of that descriptor, before its handshake. Raises NoOpensslError.
+    """An SSL of that descriptor, before its handshake. A server's keeps records until FLUSH. Raises NoOpensslError.
 
     host: whose certificate a server must have, where the context is a client's.
     """
@@ -175,6 +191,13 @@ def new_ssl(context: Context, descriptor: int, host: str) -> int:
         raise NoOpensslError(f"OpenSSL makes no connection: {reason()}")
     if context.server:
         calls.SSL_set_accept_state(ssl)
+        keeps, plain = calls.BIO_new(calls.BIO_f_buffer()), calls.SSL_get_rbio(ssl)
+        if not keeps or calls.BIO_int_ctrl(keeps, _SET_BUFFER, _AT_ONCE_BYTES, _OF_WRITES) != 1:
+            calls.BIO_free(keeps)
+            calls.SSL_free(ssl)
+            raise NoOpensslError(f"OpenSSL makes no connection: {reason()}")
+        calls.BIO_up_ref(plain)
+        calls.SSL_set0_wbio(ssl, calls.BIO_push(keeps, plain))
         return int(ssl)
     calls.SSL_set_connect_state(ssl)
     name = host.encode("idna" if not host.isascii() else "ascii")

@@ -15,7 +15,7 @@ from engrampool_proto.security import openssl
 
 # As kernels/sockets.py has them, which a client without numba does not import.
 _SECURED = 1 << 62
-_CALLS = ("SSL_read", "SSL_write", "SSL_has_pending", "SSL_get_error", "ERR_clear_error")
+_CALLS = ("SSL_read", "SSL_write", "SSL_has_pending", "SSL_get_error", "ERR_clear_error", "BIO_ctrl")
 _SSL = 1
 # What is sent at a time: a record, which OpenSSL takes whole or not at all.
 _PIECE = 16 << 10
@@ -41,7 +41,8 @@ class TlsSocket(socket.socket):
         except BaseException:
             super().close()
             raise
-        self._words = np.array([self.fileno(), self._ssl, *map(openssl.address_of, _CALLS)], np.int64)
+        self._keeps = self._calls.SSL_get_wbio(self._ssl) if context.server else 0
+        self._words = np.array([self.fileno(), self._ssl, *map(openssl.address_of, _CALLS), self._keeps], np.int64)
         self.line = _SECURED + self._words.ctypes.data
 
     def __del__(self) -> None:
@@ -171,7 +172,10 @@ class TlsSocket(socket.socket):
                 raise ConnectionError(openssl.reason())
             if not self._wait(select.POLLOUT, until):
                 if sent:
-                    break
+                    return sent
+                raise BlockingIOError
+        while self._keeps and calls.BIO_ctrl(self._keeps, openssl.FLUSH, 0, None) <= 0:
+            if not self._wait(select.POLLOUT, until):
                 raise BlockingIOError
         return sent
 
