@@ -79,8 +79,8 @@ class _Connection:
     the channel's, and then every other call on it, and its end, waits for ever: it is neither used any more, nor
     closed. To set it is one step, which another Ctrl-C cannot come into.
 
-    shown: what it was made by. metadata: of every call. streams: that requests hold, kept here as well: to free one in the child of a fork may take
-    it for ever. ending: of them, those whose end nobody has taken in yet.
+    shown: what it was made by. metadata: of every call. streams: that requests hold, kept here as well: to free one in
+    the child of a fork may take it for ever. ending: of them, those whose end nobody has taken in yet.
     """
 
     def __init__(self, target: str, credentials: Credentials) -> None:

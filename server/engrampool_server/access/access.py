@@ -36,7 +36,7 @@ class Access:
     ) -> None:
         """show_damaged: told at each look whether a file, "tls" or "tokens", is of no use.
 
-        lane_tls: whether the direct lane over TCP is inside TLS. Raises PemError, NoOpensslError.
+        lane_tls: whether the direct lane is inside TLS. Raises PemError, NoOpensslError.
         """
         self.tls, self.callers, self.metrics_tls = tls, callers, metrics_tls
         self._lane_tls = lane_tls
@@ -66,10 +66,10 @@ class Access:
         if config.tokens != "off":
             path = Path(config.tokens)
             callers = Reread([path], partial(read_callers, path), partial(damaged, "tokens"), LOOK_S)
-        return cls(tls, callers, metrics_tls, show, config.lane_tls == "on")
+        return cls(tls, callers, metrics_tls, show, config.lane_is_secured)
 
     def lane_context(self) -> Context | None:
-        """What connections of the direct lane over TCP speak TLS by now; None where they do not."""
+        """What connections of the direct lane speak TLS by now; None where they do not."""
         if self.tls is None or not self._lane_tls:
             return None
         pem, made = self.tls.value, self._lane

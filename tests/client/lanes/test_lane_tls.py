@@ -198,6 +198,19 @@ def test_a_server_that_is_trusted_no_more_is_asked_over_connections_that_there_a
         assert pool.status()["lane"] == "grpc"
 
 
+def test_without_openssl_a_server_begins_only_if_it_needs_none(packed, authority, tmp_path, monkeypatch):
+    monkeypatch.setattr(openssl, "_CALLS", {"SSL_of_another_kind": (None,)})
+    openssl.library.cache_clear()
+    try:
+        with pytest.raises(openssl.NoOpensslError, match="lane_tls = none"), running(packed, **authority.of_server()):
+            pass
+        for settings in ({"lane_tls": "none"}, {"lane_tls": "off"}, {"direct": f"unix:{tmp_path / 'lane'}"}):
+            with running(packed, **authority.of_server(), **settings):
+                pass
+    finally:
+        openssl.library.cache_clear()
+
+
 def test_without_openssl_lookups_go_over_grpc_and_it_is_said(server, authority, monkeypatch):
     def none():
         raise openssl.NoOpensslError("TLS on the direct lane needs OpenSSL")

@@ -11,7 +11,6 @@ from contextlib import suppress
 
 import grpc
 
-from engrampool_proto.security.openssl import Context
 from engrampool_proto.security.pem import PemError
 from engrampool_proto.security.tls_socket import TlsSocket
 from engrampool_proto.v1 import pool_pb2
@@ -51,11 +50,8 @@ class DirectLane:
 
     @property
     def tls(self) -> bool:
-        """Whether frames go inside TLS. No network carries a Unix socket."""
-        return self._context() is not None
-
-    def _context(self) -> Context | None:
-        return None if self._admission.unix_path else self._access.lane_context()
+        """Whether frames go inside TLS."""
+        return self._access.lane_context() is not None
 
     def start(self) -> None:
         """Take connections."""
@@ -132,7 +128,7 @@ class DirectLane:
             return
         try:
             keep_alive(accepted)
-            context = self._context()
+            context = self._access.lane_context()
             if context is not None:
                 accepted = TlsSocket(accepted, context)
             connection = Connection(self._resources, accepted, peers.of_connection(accepted), self._admit, self._left)
