@@ -320,14 +320,6 @@ class ServerConfig:
             return self.direct
         return "off"
 
-    @property
-    def lane_is_secured(self) -> bool:
-        """Whether the direct lane is inside TLS. Over a Unix socket, which no network carries, it never is."""
-        where = self.listen if self.direct == "auto" else self.direct
-        return (
-            self.tls_cert != "off" and self.lane_tls == "on" and self.direct != "off" and not where.startswith("unix:")
-        )
-
     def _check_registry(self) -> None:
         if self.memory == "anon":
             raise ConfigError(

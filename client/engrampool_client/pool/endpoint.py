@@ -98,10 +98,8 @@ class Endpoint:
                 from engrampool_client.lanes.small import SmallRequest
 
                 kind, self._small = CompiledConnection, SmallRequest
-            open_direct = partial(self._asked, lane.open_direct)
-            self._native = NativeLane(
-                open_direct, self.target, most, self.breaker.doubt, kind, self._credentials.secure
-            )
+            open_direct, secure = partial(self._asked, lane.open_direct), self._credentials.secure
+            self._native = NativeLane(open_direct, self.target, most, self.breaker.doubt, kind, secure)
 
     @property
     def attached(self) -> bool:

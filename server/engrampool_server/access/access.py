@@ -66,7 +66,10 @@ class Access:
         if config.tokens != "off":
             path = Path(config.tokens)
             callers = Reread([path], partial(read_callers, path), partial(damaged, "tokens"), LOOK_S)
-        return cls(tls, callers, metrics_tls, show, config.lane_is_secured)
+        where = config.listen if config.direct == "auto" else config.direct
+        # No network carries a Unix socket.
+        lane_tls = config.lane_tls == "on" and where != "off" and not where.startswith("unix:")
+        return cls(tls, callers, metrics_tls, show, lane_tls)
 
     def lane_context(self) -> Context | None:
         """What connections of the direct lane speak TLS by now; None where they do not."""
