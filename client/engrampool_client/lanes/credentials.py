@@ -11,6 +11,7 @@ from engrampool_client.errors import TlsError
 from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, address_of
 from engrampool_proto.security.pem import Pem, PemError, PemFiles
 from engrampool_proto.security.reread import Reread
+from engrampool_proto.security.small_file import read_small
 
 # How often files are looked at, by calls that are made anyway.
 _LOOK_S = 1.0
@@ -108,7 +109,7 @@ class Credentials:
 
 def _read_token(path: Path) -> str:
     try:
-        token = path.read_text(encoding="ascii").strip()
+        token = read_small(path).decode("ascii").strip()
     except (OSError, ValueError) as error:
         raise PemError(f"token: {path} cannot be read: {error}") from error
     if not TOKEN.fullmatch(token):
