@@ -46,10 +46,17 @@ class Credentials:
         token = self._token.value if isinstance(self._token, Reread) else self._token
         return None if token is None else (("authorization", f"Bearer {token}"),)
 
-    def look(self) -> bool:
-        """Read again what has changed, at most once a second. Whether connections are to be others by now."""
-        changed = [one.look() for one in (self._pem, self._token) if isinstance(one, Reread)]
-        return any(changed)
+    @property
+    def shown(self) -> tuple[object, object]:
+        """Another one once the files say something else: connections that were made by an older one are replaced."""
+        pem = None if self._pem is None else self._pem.value
+        return pem, self.metadata
+
+    def look(self) -> None:
+        """Read again what has changed, at most once a second."""
+        for one in (self._pem, self._token):
+            if isinstance(one, Reread):
+                one.look()
 
     def channel(self, target: str, options: Options) -> grpc.Channel:
         """A channel by what the files say now."""

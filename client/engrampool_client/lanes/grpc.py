@@ -79,11 +79,12 @@ class _Connection:
     the channel's, and then every other call on it, and its end, waits for ever: it is neither used any more, nor
     closed. To set it is one step, which another Ctrl-C cannot come into.
 
-    metadata: of every call. streams: that requests hold, kept here as well: to free one in the child of a fork may take
-    it for ever. ending: of them, those whose end nobody has taken in yet.
+    shown: the credentials that it was made by. metadata: of every call. streams: that requests hold, kept here as well:
+    to free one in the child of a fork may take it for ever. ending: of them, those whose end nobody has taken in yet.
     """
 
     def __init__(self, target: str, credentials: Credentials) -> None:
+        self.shown = credentials.shown
         self.channel = credentials.channel(target, _OPTIONS)
         self.metadata = credentials.metadata
         self.lookup = self.channel.unary_unary(_METHOD + "Lookup")
@@ -271,9 +272,10 @@ class GrpcLane:
 
     def enter(self) -> _Connection:
         """The connection for a call; `leave` is to follow."""
-        changed = self._credentials.look()
+        self._credentials.look()
+        shown = self._credentials.shown  # by other lanes, too: each has to find out that they changed
         with self._lock:
-            if changed or self._connection.lost:
+            if self._connection.shown != shown or self._connection.lost:
                 self._replace()
             self._connection.calls += 1
             return self._connection

@@ -19,6 +19,7 @@ from engrampool_client import (
 )
 from engrampool_client.config import ClientConfig
 from engrampool_client.lanes.credentials import Credentials
+from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.pool.discovery import Servers
 from engrampool_proto.security.pem import PemError
 from server_fixtures import LIMIT_S, PATIENCE, eventually, expected, pack, running
@@ -235,6 +236,27 @@ def test_a_token_in_a_file_is_read_again_when_it_changes(packed, tmp_path, monke
         eventually(lambda: not _answered(run.address, "first"), "the first token is revoked")
         connect(run.address, token="second")
         eventually(lambda: pool.lookup_rows({2: np.array([7])})[2].tobytes() == expected(2, [7]))
+
+
+def test_a_token_that_is_replaced_is_shown_by_every_lane_of_the_client(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("engrampool_client.lanes.credentials._LOOK_S", 0.0)
+    callers = write_callers(tmp_path / "callers", {"name": "a", "tokens": ["first", "second"]})
+    token = put(tmp_path / "token", b"first")
+    with running(packed, tokens=callers) as run:
+        credentials = Credentials(ClientConfig(token=f"file:{token}"))
+        lanes = [GrpcLane(run.address, credentials) for _ in range(3)]
+        try:
+            for lane in lanes:
+                lane.describe(LIMIT_S)
+            put(token, b"second")
+            lanes[0].describe(LIMIT_S)  # which looks at the file
+            write_callers(callers, {"name": "a", "token": "second"})
+            eventually(lambda: not _answered(run.address, "first"), "the first token is revoked")
+            for lane in lanes:
+                lane.describe(LIMIT_S)
+        finally:
+            for lane in lanes:
+                lane.close()
 
 
 def _answered(address, token) -> bool:
