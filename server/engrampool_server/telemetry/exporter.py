@@ -3,7 +3,10 @@
 import os
 import socket
 import ssl
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,10 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-# How long a connection's handshake may take.
-HANDSHAKE_S = 5.0
+# So long a connection may last, its handshake and its answer included: anybody may open one, each takes a thread.
+LONGEST_S = 10.0
+# At one time. For another one the oldest has to go: scrapes and probes take milliseconds.
+MOST_CONNECTIONS = 64
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -79,25 +84,53 @@ class Http(ThreadingWSGIServer):
         host, self.server_port = listener.getsockname()[:2]
         self.server_name = str(host)
         self.setup_environ()
-        self.service_actions = beat  # type: ignore[method-assign]
+        self._beat = beat
+        # Those that are open, in the order of their arrival: their sockets, and since when.
+        self._open: dict[socket.socket, tuple[socket.socket, float]] = {}
         self._metrics = make_wsgi_app(registry)
         self._is_ready, self._scrapes = is_ready, scrapes
         self.set_app(self._answer)
 
+    def service_actions(self) -> None:
+        """Again and again, between connections."""
+        self._beat()
+        self._cut(lambda at, since: since + LONGEST_S <= time.monotonic())
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin a connection, in a thread of its own."""
+        self._open[request] = request, time.monotonic()
+        most = len(self._open) - MOST_CONNECTIONS
+        self._cut(lambda at, since: at < most)
+        super().process_request(request, client_address)
+
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of the connection's own, which alone waits for its handshake."""
+        """In the connection's thread, which alone waits for its handshake."""
         context = self._scrapes.context()
         if context is None:
             super().finish_request(request, client_address)
             return
-        request.settimeout(HANDSHAKE_S)
-        try:
-            secured = context.wrap_socket(request, server_side=True)
-        except OSError:  # it speaks no TLS, or nothing at all
-            return
-        with secured:
-            secured.settimeout(None)
+        with context.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as secured:
+            self._open[request] = secured, self._open[request][1]  # which has the descriptor from now on
+            secured.do_handshake()
             super().finish_request(secured, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection."""
+        self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Of a connection that broke, was cut off, or speaks no TLS, nothing is said: anybody can make such."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+    def _cut(self, is_over: Callable[[int, float], bool]) -> None:
+        """Cut off connections by their place in the order of arrival, and since when they are there."""
+        for at, (one, since) in enumerate(list(self._open.values())):
+            if is_over(at, since):
+                with suppress(OSError):  # it ended just now
+                    # Not by the method of TLS, which says goodbye, and takes from who reads what it reads by.
+                    socket.socket.shutdown(one, socket.SHUT_RDWR)
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -125,6 +158,12 @@ class Http(ThreadingWSGIServer):
 
 
 class _Silent(WSGIRequestHandler):
+    raw_requestline: bytes
+
+    def parse_request(self) -> bool:
+        """Whether there is a request: half a line, of a connection that ended, is none."""
+        return self.raw_requestline.endswith(b"\n") and super().parse_request()
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """The log is for events of the server's life."""
 
