@@ -371,6 +371,45 @@ def test_a_token_that_was_revoked_stays_so_where_the_file_is_damaged_and_a_worke
             client(server, authority)
 
 
+# Looking at files waits for a disk, while a flag is there, until somebody opens the other end of a pipe.
+HANGING_DISK = """
+import os
+from engrampool_proto.security import reread
+mark = reread._mark
+def hang(paths):
+    if os.path.exists(os.environ["TEST_FLAG"]):
+        os.close(os.open(os.environ["TEST_GATE"], os.O_RDONLY))
+    return mark(paths)
+reread._mark = hang
+"""
+
+
+def test_a_disk_with_credentials_that_hangs_holds_up_no_restart(packed, callers, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HANGING_DISK)
+    search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    flag, gate = tmp_path / "flag", tmp_path / "gate"
+    os.mkfifo(gate)
+    environ = {"PYTHONPATH": search, "TEST_FLAG": str(flag), "TEST_GATE": str(gate)}
+    with serve_process(packed, workers=1, tokens=callers, environ=environ) as server:
+        flag.touch()
+        for _ in range(3):  # the supervisor has looked between two of them
+            pid = server.worker_pids()[0]
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: server.worker_pids()[0] != pid)
+        with Client(server.address, token=READER["token"], **PATIENCE) as pool:
+            assert right(pool)
+        write_callers(callers, {"name": "other", "token": "x"})
+        flag.unlink()
+        through = os.open(gate, os.O_RDWR)  # opened for both, so that opening waits for nobody
+        for worker in (True, False):
+            server.wait_until(
+                lambda said, worker=worker: any(
+                    one["event"] == "callers-replaced" and ("worker" in one) == worker for one in said
+                )
+            )
+        os.close(through)
+
+
 @pytest.mark.parametrize("name", ["tls_cert", "tls_key", "tls_client_ca", "tokens"])
 def test_a_server_does_not_start_with_files_that_are_damaged(packed, authority, callers, tmp_path, name):
     settings = {**authority.of_server(), "tls_client_ca": authority.ca, "tokens": callers}
