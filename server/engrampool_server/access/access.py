@@ -116,21 +116,16 @@ class Access:
             threading.Thread(target=run, name="access", daemon=True).start()
         return over.set
 
-    def look_aside(self, changed: Callable[[], None]) -> None:
+    def look_aside(self) -> None:
         """Look on a thread that ends, at most every LOOK_S: for a process that forks, and may not wait for a disk.
 
-        changed: called there when callers have changed. Does nothing while the last one still looks.
+        Does nothing while the last one still looks.
         """
         now = time.monotonic()
         if not self._files or now < self._look_again_s or (self._looker is not None and self._looker.is_alive()):
             return
         self._look_again_s = now + LOOK_S
-
-        def run() -> None:
-            if self.look():
-                changed()
-
-        looker = threading.Thread(target=run, name="access", daemon=True)
+        looker = threading.Thread(target=self.look, name="access", daemon=True)
         with suppress(RuntimeError):  # the system gives none now
             looker.start()
             self._looker = looker

@@ -114,13 +114,8 @@ class GrpcServer:
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
         await self._grpc.start()
-        self._end_watch = access.watch(self._callers_changed)
+        self._end_watch = access.watch(lambda: None if self.direct is None else self.direct.revoke())
         self._flush()
-
-    def _callers_changed(self) -> None:
-        self.shared.give_places()
-        if self.direct is not None:
-            self.direct.revoke()
 
     def _flush(self) -> None:
         """Have Prometheus see what was counted, from now on again and again."""

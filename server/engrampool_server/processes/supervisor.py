@@ -303,7 +303,7 @@ class Supervisor:
 
     def _turned(self) -> None:
         # Also for those who are forked next: files may be damaged by then.
-        self.shared.access.look_aside(self.shared.give_places)
+        self.shared.access.look_aside()
         self._point()
 
     def _say_what_is_open(self) -> None:
