@@ -86,6 +86,7 @@ def calls(open_channel: grpc.Channel, packed, token: str | None) -> dict[str, gr
         "reflection": lambda: list(
             reflection_pb2_grpc.ServerReflectionStub(open_channel).ServerReflectionInfo(listing, **given)
         ),
+        "Stats": lambda: pool.Stats(pool_pb2.StatsRequest(), **given),
         "administration": lambda: open_channel.unary_unary("/engrampool.v1.Admin/Anything")(b"", **given),
     }
     ended = {}
@@ -114,19 +115,22 @@ def test_a_reader_reads_and_administers_nothing(server, packed, authority):
     with channel(authority, server.address) as opened:
         ended = calls(opened, packed, READER["token"])
     assert {ended.pop(name) for name in READS} == {grpc.StatusCode.OK}
-    assert ended == {"administration": grpc.StatusCode.PERMISSION_DENIED}
+    assert ended == dict.fromkeys(("Stats", "administration"), grpc.StatusCode.PERMISSION_DENIED)
 
 
 def test_an_administrator_reads_nothing_unless_it_has_that_role_too(server, packed, authority):
     with channel(authority, server.address) as opened:
         ended = calls(opened, packed, OPERATOR["token"])
     assert {ended.pop(name) for name in READS} == {grpc.StatusCode.PERMISSION_DENIED}
-    assert ended == {"administration": grpc.StatusCode.UNIMPLEMENTED}  # there is no such call, yet
+    # There is no such call, yet.
+    assert ended == {"Stats": grpc.StatusCode.OK, "administration": grpc.StatusCode.UNIMPLEMENTED}
 
 
 def test_who_scrapes_does_neither(server, packed, authority):
     with channel(authority, server.address) as opened:
-        assert set(calls(opened, packed, PROMETHEUS["token"]).values()) == {grpc.StatusCode.PERMISSION_DENIED}
+        ended = calls(opened, packed, PROMETHEUS["token"])
+    assert ended.pop("Stats") is grpc.StatusCode.OK
+    assert set(ended.values()) == {grpc.StatusCode.PERMISSION_DENIED}
 
 
 def get(server, authority, path: str, token: str | None = None) -> int:

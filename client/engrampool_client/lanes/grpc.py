@@ -16,6 +16,7 @@ from engrampool_client.compute.served import DESCRIBE
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import (
     DeadlineError,
+    EngrampoolError,
     PoolError,
     ProtocolError,
     TlsError,
@@ -148,10 +149,9 @@ class GrpcLane:
                 if is_no_grpc(error):
                     text = f"{self.target} is no engrampool server, nor any other of gRPC (its metrics port?): {error}"
                     raise ProtocolError(text) from error
-                if isinstance(error, TlsError):
-                    raise
-                if _ENDED in str(error) and (found := self._credentials.diagnose(self.target)) is not None:
-                    raise found from error
+                explained = self.explained(error)
+                if isinstance(explained, TlsError):
+                    raise explained from error.__cause__
                 # That time ran out while it was tried once more says less than why it failed before.
                 if last is None or not isinstance(error, DeadlineError):
                     last = error
@@ -161,6 +161,12 @@ class GrpcLane:
                 text = f"no server at {self.target} was ready within {timeout_s:.3g} s: {why}{last}"
                 raise UnavailableError(text, last.reason) from last
             pause.wait(_RETRY_LOADING_S)
+
+    def explained(self, error: EngrampoolError) -> EngrampoolError:
+        """The error of a call, or what a handshake of our own says of a server that ended the connection: TlsError."""
+        if isinstance(error, UnavailableError) and not isinstance(error, TlsError) and _ENDED in str(error):
+            return self._credentials.diagnose(self.target) or error
+        return error
 
     def open_direct(self, timeout_s: float) -> pool_pb2.OpenDirectResponse:
         """Ask for a way into the direct lane. Raises PoolError."""
