@@ -238,6 +238,20 @@ def test_a_token_in_a_file_is_read_again_when_it_changes(packed, tmp_path, monke
         eventually(lambda: pool.lookup_rows({2: np.array([7])})[2].tobytes() == expected(2, [7]))
 
 
+def test_a_client_that_masks_says_that_it_is_not_trusted_any_more(packed, tmp_path, caplog):
+    callers = write_callers(tmp_path / "callers", {"name": "a", "token": "sesame"})
+    with (
+        running(packed, tokens=callers) as run,
+        Client(run.address, **PATIENCE, token="sesame", on_failure="mask") as pool,
+    ):
+        assert pool.prefetch(np.array([1])).valid(2).all()
+        write_callers(callers, {"name": "b", "token": "other"})
+        eventually(lambda: not pool.prefetch(np.array([1])).valid(2).any())
+        assert "until this client's credentials are mended" in caplog.text
+        assert "the token is not one that this server knows" in caplog.text
+        assert "sesame" not in caplog.text
+
+
 def test_a_token_that_is_replaced_is_shown_by_every_lane_of_the_client(packed, tmp_path, monkeypatch):
     monkeypatch.setattr("engrampool_client.lanes.credentials._LOOK_S", 0.0)
     callers = write_callers(tmp_path / "callers", {"name": "a", "tokens": ["first", "second"]})
