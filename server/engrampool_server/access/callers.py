@@ -64,7 +64,7 @@ class Callers:
         return self.by_token.get(hashlib.sha256(token).digest())
 
     def of_certificate(self, names: Iterable[str]) -> Caller | None:
-        """The caller that a certificate's first known name stands for. names: subject alternative ones, then common."""
+        """The caller that the first of a certificate's names stands for that is known."""
         return next((self.by_certificate[name] for name in names if name in self.by_certificate), None)
 
     def of_key(self, key: bytes) -> Caller | None:
