@@ -2,6 +2,9 @@
 
 import logging
 import socket
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -15,6 +18,8 @@ from engrampool_proto.security.small_file import read_small
 
 # How often files are looked at, by calls that are made anyway.
 _LOOK_S = 1.0
+# How long a call waits for that, where it takes more than its microseconds.
+_PATIENCE_S = 0.1
 _log = logging.getLogger("engrampool")
 
 Options = tuple[tuple[str, str | int], ...]
@@ -35,10 +40,13 @@ class Credentials:
                 None if path is None else Path(path) for path in (config.tls_ca, config.tls_cert, config.tls_key)
             )
             self._files = PemFiles(ca, cert, key)
-            self._pem = Reread(self._files.paths, self._files.read, _damaged, _LOOK_S)
+            self._pem = Reread(self._files.paths, self._files.read, _damaged)
         if config.token is not None and config.token.startswith("file:"):
             path = Path(config.token.removeprefix("file:"))
-            self._token = Reread([path], lambda: _read_token(path), _damaged, _LOOK_S)
+            self._token = Reread([path], lambda: _read_token(path), _damaged)
+        self._reread = [one for one in (self._pem, self._token) if isinstance(one, Reread)]
+        self._again_s = time.monotonic() + _LOOK_S
+        self._looker: threading.Thread | None = None
 
     @property
     def metadata(self) -> tuple[tuple[str, str]] | None:
@@ -53,10 +61,21 @@ class Credentials:
         return pem, self.metadata
 
     def look(self) -> None:
-        """Read again what has changed, at most once a second."""
-        for one in (self._pem, self._token):
-            if isinstance(one, Reread):
-                one.look()
+        """Read again what has changed, at most once a second. Of a disk that hangs the last good ones stay."""
+        now = time.monotonic()
+        if not self._reread or now < self._again_s or (self._looker is not None and self._looker.is_alive()):
+            return
+        self._again_s = now + _LOOK_S
+        # Whoever asks has a deadline, and a disk has none.
+        looker = threading.Thread(target=self._look, name="engrampool-credentials", daemon=True)
+        with suppress(RuntimeError):  # the system gives none now
+            looker.start()
+            self._looker = looker
+            looker.join(_PATIENCE_S)
+
+    def _look(self) -> None:
+        for one in self._reread:
+            one.look()
 
     def channel(self, target: str, options: Options) -> grpc.Channel:
         """A channel by what the files say now."""

@@ -21,6 +21,7 @@ from engrampool_client.config import ClientConfig
 from engrampool_client.lanes.credentials import Credentials
 from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.pool.discovery import Servers
+from engrampool_proto.security import reread
 from engrampool_proto.security.pem import PemError
 from server_fixtures import LIMIT_S, PATIENCE, eventually, expected, pack, running
 
@@ -239,6 +240,35 @@ def test_a_token_in_a_file_is_read_again_when_it_changes(packed, tmp_path, monke
         eventually(lambda: not _answered(run.address, "first"), "the first token is revoked")
         connect(run.address, token="second")
         eventually(lambda: pool.lookup_rows({2: np.array([7])})[2].tobytes() == expected(2, [7]))
+
+
+def _hang(go_on: threading.Event) -> tuple[None, ...]:
+    assert go_on.wait(LIMIT_S)
+    return ()
+
+
+def test_a_disk_with_credentials_that_hangs_holds_up_no_lookup(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("engrampool_client.lanes.credentials._LOOK_S", 0.0)
+    callers = write_callers(tmp_path / "callers", {"name": "a", "tokens": ["first", "second"]})
+    token, go_on = put(tmp_path / "token", b"first"), threading.Event()
+    mark = reread._mark
+    with (
+        running(packed, tokens=callers) as run,
+        Client(run.address, **PATIENCE, token=f"file:{token}", direct="off", attach="off") as pool,
+    ):
+        monkeypatch.setattr(reread, "_mark", lambda paths: _hang(go_on) if token in paths else mark(paths))
+        put(token, b"second")
+        try:
+            for row in range(5):
+                assert pool.lookup_rows({2: np.array([row])})[2].tobytes() == expected(2, [row])
+        finally:
+            go_on.set()
+            monkeypatch.setattr(reread, "_mark", mark)
+        lane = pool._shards.sets[0].replicas[0]._lanes[0]
+        eventually(lambda: lane.describe(LIMIT_S) and "second" in str(lane._connection.metadata))
+        write_callers(callers, {"name": "a", "token": "second"})
+        eventually(lambda: not _answered(run.address, "first"), "the first token is revoked")
+        assert pool.lookup_rows({2: np.array([7])})[2].tobytes() == expected(2, [7])
 
 
 def test_a_client_that_masks_says_that_it_is_not_trusted_any_more(packed, tmp_path, caplog):
