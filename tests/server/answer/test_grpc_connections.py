@@ -163,3 +163,13 @@ def test_who_connects_and_says_nothing_is_cut_off(packed, tmp_path, monkeypatch,
         with socket.create_connection((host, int(port)), LIMIT_S) as silent:
             while silent.recv(4096):  # what the server says first
                 pass
+
+
+def test_callers_that_leave_in_the_midst_of_an_answer_write_nothing_to_the_log(packed, caplog):
+    ids = np.random.default_rng(0).integers(0, 1000, 200_000)
+    with running(packed) as run:
+        for _ in range(60):
+            with RawPool(run.address, version_of(packed)) as raw:
+                next(raw.stream(raw.by_ids((2, ids)), timeout=LIMIT_S))
+        eventually(lambda: run.server.lookups.in_flight.total == 0)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("grpc")] == []
