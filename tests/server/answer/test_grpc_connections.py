@@ -12,13 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from certificates import Authority
 from direct_callers import Caller, be_patient, way_in
 from engrampool_server.answer import grpc_server as server_module
-from engrampool_server.answer import peers
+from engrampool_server.answer import health, peers
 from engrampool_server.answer.lookups import Lookups
 from server_fixtures import LIMIT_S, RawPool, Running, eventually, expected, pack, rows_of, running, version_of
 
@@ -173,3 +175,21 @@ def test_callers_that_leave_in_the_midst_of_an_answer_write_nothing_to_the_log(p
                 next(raw.stream(raw.by_ids((2, ids)), timeout=LIMIT_S))
         eventually(lambda: run.server.lookups.in_flight.total == 0)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("grpc")] == []
+
+
+def test_watches_of_health_have_a_bound_and_give_their_place_back(packed, monkeypatch):
+    monkeypatch.setattr(health, "MOST_WATCHES", 8)
+    with running(packed) as run, grpc.insecure_channel(run.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch
+        for _ in range(3):
+            watches = [watch(health_pb2.HealthCheckRequest()) for _ in range(4)]
+            assert all(_is_told(one) for one in watches)
+            with pytest.raises(grpc.RpcError, match="a peer may have no more than are free"):
+                next(watch(health_pb2.HealthCheckRequest()))
+            for one in watches:
+                one.cancel()
+            eventually(lambda: not run.server._health._watches)
+
+
+def _is_told(one: Any) -> bool:
+    return next(one).status == health_pb2.HealthCheckResponse.SERVING
