@@ -17,6 +17,7 @@ from engrampool_client.config import ClientConfig
 from engrampool_client.errors import (
     DeadlineError,
     EngrampoolError,
+    OverloadedError,
     PoolError,
     ProtocolError,
     TlsError,
@@ -132,7 +133,7 @@ class GrpcLane:
         self._former: set[_Connection] = set()
 
     def describe(self, timeout_s: float, request: bytes = DESCRIBE) -> bytes:
-        """The bytes of a DescribeResponse, waiting for a server that does not listen yet or is still loading.
+        """The bytes of a DescribeResponse, waiting for a server that does not listen yet, is loading or is overloaded.
 
         request: the bytes of a DescribeRequest, by default for all that there is.
         Raises UnavailableError after `timeout_s`, which says why the last try failed; and other PoolErrors at once.
@@ -145,7 +146,7 @@ class GrpcLane:
             try:
                 # Without gRPC's own waiting for a server, which would keep to itself why there is none.
                 return self._control("Describe", request, remaining_s)
-            except (UnavailableError, DeadlineError) as error:
+            except (UnavailableError, DeadlineError, OverloadedError) as error:
                 if is_no_grpc(error):
                     text = f"{self.target} is no engrampool server, nor any other of gRPC (its metrics port?): {error}"
                     raise ProtocolError(text) from error
