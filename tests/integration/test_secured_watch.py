@@ -107,6 +107,24 @@ def test_files_that_cannot_be_are_one_line(server, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        *((one, ("--token", "secret words"), "token must be") for one in ("status", "top", "lookup", "doctor")),
+        ("status", ("--tls-cert", "cert.pem", "--tls-ca", "ca.pem"), "tls_cert and tls_key go together"),
+        ("status", ("--tls-name", "pool.svc"), "tls_name needs tls_ca"),
+    ],
+)
+def test_credentials_that_cannot_be_are_mistakes_of_usage(command, words, said, tmp_path):
+    needed = {"lookup": ("--tokens", "t.npy", "--out", "o.npz"), "doctor": ("--tokens", "t.npy")}
+    program = [sys.executable, "-m", "engrampool_proto", command, "--server", "127.0.0.1:1"]
+    done = subprocess.run([*program, *needed.get(command, ()), *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "secret" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # --- the page
 
 
