@@ -1,5 +1,6 @@
 """The process that answers Prometheus for all processes of a server."""
 
+import io
 import os
 import socket
 import ssl
@@ -30,6 +31,8 @@ _POLICY = (
 LONGEST_S = 10.0
 # At one time. For another one the oldest has to go: scrapes and probes take milliseconds.
 MOST_CONNECTIONS = 64
+# Of a request, its headers included; Python alone would take 6 MiB.
+_HEAD_BYTES = 64 << 10
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -157,8 +160,32 @@ class Http(ThreadingWSGIServer):
         return [body]
 
 
+class _Head(io.BufferedIOBase):
+    """The beginning of a stream; the rest is not read."""
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream, self._left = stream, _HEAD_BYTES
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """As of a file."""
+        most = self._left if size is None or size < 0 else min(size, self._left)
+        line = self._stream.readline(most)
+        self._left -= len(line)
+        return line
+
+    def close(self) -> None:
+        """As of a file."""
+        self._stream.close()
+        super().close()
+
+
 class _Silent(WSGIRequestHandler):
     raw_requestline: bytes
+
+    def setup(self) -> None:
+        """Begin with a connection."""
+        super().setup()
+        self.rfile = _Head(self.rfile)
 
     def parse_request(self) -> bool:
         """Whether there is a request: half a line, of a connection that ended, is none."""

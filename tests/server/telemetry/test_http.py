@@ -5,7 +5,7 @@ import ssl
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -112,3 +112,17 @@ def test_of_too_many_the_oldest_have_to_go(monkeypatch, authority, tls, begin):
         assert is_ready(address, of_port)
         monkeypatch.setattr(exporter, "LONGEST_S", 0.0)
         assert all(ended(one) for one in connections)
+
+
+def test_of_a_request_no_more_is_read_than_one_has(monkeypatch):
+    monkeypatch.setattr(exporter, "LONGEST_S", 600.0)
+    with serving(None) as address, socket.create_connection(address, LIMIT_S) as connection:
+        connection.sendall(b"GET /readyz HTTP/1.1\r\n")
+        with suppress(OSError):  # it may be over before all of it is sent
+            for number in range(64):  # of which Python reads 99, of 64 KiB each
+                connection.sendall(b"X-%d: " % number + b"x" * 2000 + b"\r\n")
+        with suppress(ConnectionResetError):
+            while connection.recv(1 << 16):
+                pass
+    with serving(None) as address:
+        assert is_ready(address, None)
