@@ -5,6 +5,7 @@ import os
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -90,6 +91,7 @@ class Http(ThreadingWSGIServer):
         self._beat = beat
         # Those that are open, in the order of their arrival: their sockets, and since when.
         self._open: dict[socket.socket, tuple[socket.socket, float]] = {}
+        self._closing = threading.Lock()  # so that nobody shuts a descriptor that is another's by then
         self._metrics = make_wsgi_app(registry)
         self._is_ready, self._scrapes = is_ready, scrapes
         self.set_app(self._answer)
@@ -113,14 +115,21 @@ class Http(ThreadingWSGIServer):
             super().finish_request(request, client_address)
             return
         with context.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as secured:
-            self._open[request] = secured, self._open[request][1]  # which has the descriptor from now on
-            secured.do_handshake()
-            super().finish_request(secured, client_address)
+            try:
+                self._open[request] = secured, self._open[request][1]  # which has the descriptor from now on
+                secured.do_handshake()
+                super().finish_request(secured, client_address)
+            finally:
+                self._forget(request)
 
     def shutdown_request(self, request: Any) -> None:
         """End a connection."""
-        self._open.pop(request, None)
+        self._forget(request)
         super().shutdown_request(request)
+
+    def _forget(self, request: socket.socket) -> None:
+        with self._closing:
+            self._open.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Of a connection that broke, was cut off, or speaks no TLS, nothing is said: anybody can make such."""
@@ -129,11 +138,12 @@ class Http(ThreadingWSGIServer):
 
     def _cut(self, is_over: Callable[[int, float], bool]) -> None:
         """Cut off connections by their place in the order of arrival, and since when they are there."""
-        for at, (one, since) in enumerate(list(self._open.values())):
-            if is_over(at, since):
-                with suppress(OSError):  # it ended just now
-                    # Not by the method of TLS, which says goodbye, and takes from who reads what it reads by.
-                    socket.socket.shutdown(one, socket.SHUT_RDWR)
+        with self._closing:
+            for at, (one, since) in enumerate(list(self._open.values())):
+                if is_over(at, since):
+                    with suppress(OSError):  # the other side has left
+                        # Not by the method of TLS, which says goodbye, and takes from who reads what it reads by.
+                        socket.socket.shutdown(one, socket.SHUT_RDWR)
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
