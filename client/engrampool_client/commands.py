@@ -34,15 +34,27 @@ _OUT = click.option("--out", required=True, type=_PATH, help="The .npz to write.
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 
 
-def read_target(context: click.Context, param: click.Parameter, value: str) -> str:
+def _read_targets(context: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """What `Client` takes as its target, else a usage error."""
     from engrampool_client.pool.discovery import Servers
 
     try:
-        Servers([value])
+        Servers(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
     return value
+
+
+# Whom a command asks: every command takes the same, as often as there are servers.
+SERVERS = click.option(
+    "--server",
+    "target",
+    multiple=True,
+    required=True,
+    metavar="HOST:PORT|URL",
+    callback=_read_targets,
+    help="A server's address, or what stands for several; give it again for more.",
+)
 
 
 def credential_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,13 +85,7 @@ def credential_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.option(
-    "--server",
-    required=True,
-    metavar="HOST:PORT|URL",
-    callback=read_target,
-    help="The server's address, or what stands for several.",
-)
+@SERVERS
 @click.option("--model", "name", help="The model's name, if the server holds several.")
 @click.option("--version", help="The model's version, if the server holds several.")
 @click.option("--hashing", type=click.Choice(["local", "server"]), default="local", show_default=True)
@@ -91,7 +97,7 @@ def credential_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_JSON
 @credential_options
 def lookup(
-    server: str,
+    target: tuple[str, ...],
     name: str | None,
     version: str | None,
     hashing: "Hashing",
@@ -114,7 +120,7 @@ def lookup(
     settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
     settings |= credentials
     # To import numba takes longer than all of this.
-    with Client(server, name, version, hashing=hashing, compiled="off", **settings) as pool:  # type: ignore[arg-type]
+    with Client(target, name, version, hashing=hashing, compiled="off", **settings) as pool:  # type: ignore[arg-type]
         begin = time.perf_counter()
         fetched, server_us = _in_pieces(pool, ids)
         summary = {
