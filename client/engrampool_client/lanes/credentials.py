@@ -2,7 +2,9 @@
 
 import logging
 import socket
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -13,10 +15,13 @@ from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, address_of, host_of
 from engrampool_proto.security.openssl import Context
 from engrampool_proto.security.pem import Pem, PemError, PemFiles
 from engrampool_proto.security.reread import Reread
+from engrampool_proto.security.small_file import read_small
 from engrampool_proto.security.tls_socket import TlsSocket
 
 # How often files are looked at, by calls that are made anyway.
 _LOOK_S = 1.0
+# How long a call waits for that, where it takes more than its microseconds.
+_PATIENCE_S = 0.1
 _log = logging.getLogger("engrampool")
 
 Options = tuple[tuple[str, str | int], ...]
@@ -38,10 +43,15 @@ class Credentials:
                 None if path is None else Path(path) for path in (config.tls_ca, config.tls_cert, config.tls_key)
             )
             self._files = PemFiles(ca, cert, key)
-            self._pem = Reread(self._files.paths, self._files.read, _damaged, _LOOK_S)
+            self._pem = Reread(self._files.paths, self._files.read, _damaged)
         if config.token is not None and config.token.startswith("file:"):
             path = Path(config.token.removeprefix("file:"))
-            self._token = Reread([path], lambda: _read_token(path), _damaged, _LOOK_S)
+            self._token = Reread([path], lambda: _read_token(path), _damaged)
+        self._reread = [one for one in (self._pem, self._token) if isinstance(one, Reread)]
+        self._again_s = time.monotonic() + _LOOK_S
+        self._starting = threading.RLock()
+        self._looker: threading.Thread | None = None
+        self._patient_until = 0.0
 
     @property
     def metadata(self) -> tuple[tuple[str, str]] | None:
@@ -51,14 +61,29 @@ class Credentials:
 
     @property
     def shown(self) -> tuple[object, object]:
-        """What the files say, as far as it is known: others when connections are to be others."""
-        return self._pem and self._pem.value, self.metadata
+        """Another one once the files say something else: connections that were made by an older one are replaced."""
+        pem = None if self._pem is None else self._pem.value
+        return pem, self.metadata
 
     def look(self) -> None:
-        """Read again what has changed, at most once a second."""
-        for one in (self._pem, self._token):
-            if isinstance(one, Reread):
-                one.look()
+        """Read again what has changed, at most once a second. Of a disk that hangs the last good ones stay."""
+        now = time.monotonic()
+        with self._starting:
+            looks = self._looker is not None and self._looker.is_alive()
+            if self._reread and now >= self._again_s and not looks:
+                self._again_s, self._patient_until = now + _LOOK_S, now + _PATIENCE_S
+                # Whoever asks has a deadline, and a disk has none.
+                looker = threading.Thread(target=self._look, name="engrampool-credentials", daemon=True)
+                with suppress(RuntimeError):  # the system gives none now
+                    looker.start()
+                    self._looker = looker
+        # Also one that another caller began: as a lane is lost, its lookup and whoever opens it again ask at one time.
+        if self._looker is not None:
+            self._looker.join(max(0.0, self._patient_until - now))
+
+    def _look(self) -> None:
+        for one in self._reread:
+            one.look()
 
     def channel(self, target: str, options: Options) -> grpc.Channel:
         """A channel by what the files say now."""
@@ -148,7 +173,7 @@ class Credentials:
 
 def _read_token(path: Path) -> str:
     try:
-        token = path.read_text(encoding="ascii").strip()
+        token = read_small(path).decode("ascii").strip()
     except (OSError, ValueError) as error:
         raise PemError(f"token: {path} cannot be read: {error}") from error
     if not TOKEN.fullmatch(token):

@@ -8,8 +8,6 @@ from typing import Generic, TypeVar
 
 # What was written so short a time ago may be written to once more without another time of change.
 _YOUNG_S = 0.1
-# So long a look waits for another thread's, to go by what that finds.
-_OTHERS_S = 0.2
 
 _T = TypeVar("_T")
 _Mark = tuple[tuple[int, int, int] | None, ...]
@@ -44,13 +42,17 @@ class Reread(Generic[_T]):
         """Whether the files were of no use at the last look, so that the value is an older one."""
         return bool(self._said)
 
+    def forked(self) -> None:
+        """In the child of a fork: whoever looked at that moment is the parent's, and lets go of nothing here."""
+        self._lock = threading.Lock()
+
     def look(self) -> bool:
         """Read the files again if they changed. Whether there is another value since the last look."""
-        if time.monotonic() < self._again_s or not self._lock.acquire(timeout=_OTHERS_S):
+        lock = self._lock
+        if time.monotonic() < self._again_s or not lock.acquire(blocking=False):
             return False
         try:
-            if time.monotonic() < self._again_s:
-                return False
+            self._again_s = time.monotonic() + self._every_s
             mark = _mark(self._paths)
             if mark == self._seen:
                 return False
@@ -72,8 +74,7 @@ class Reread(Generic[_T]):
             self._seen = () if _is_young(mark) else mark
             return value != before
         finally:
-            self._again_s = time.monotonic() + self._every_s
-            self._lock.release()
+            lock.release()
 
 
 def _mark(paths: Sequence[Path]) -> _Mark:
