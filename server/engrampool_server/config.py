@@ -305,7 +305,6 @@ class ServerConfig:
             raise ConfigError(f"{given}: goes with {missing}, which is not given; a certificate needs its key")
         if self.tls_client_ca != "off" and self.tls_cert == "off":
             raise ConfigError("tls_client_ca: clients show certificates over TLS only; give tls_cert and tls_key")
-
         if self.direct not in ("auto", "off") and self.lane == "off":
             raise ConfigError(
                 f'direct: {self.direct} has no lane beside TLS by lane_tls = "none"; set lane_tls = "on", or '
