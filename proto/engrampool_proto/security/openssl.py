@@ -23,7 +23,7 @@ _VERIFY_PEER, _FAIL_WITHOUT_PEER = 1, 2
 _TRUSTED_FIRST, _PARTIAL_CHAIN = 0x8000, 0x80000
 # Of answers: so much is sent, and received, in one call of the system's, where a record is 16 KiB.
 _AT_ONCE_BYTES = 128 << 10
-_SET_BUFFER, _OF_WRITES, FLUSH = 117, 1, 11
+_SET_BUFFER, _OF_WRITES, FLUSH, SHOULD_RETRY = 117, 1, 11, 8
 
 _PTR, _INT, _LONG, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_char_p
 _CALLS: dict[str, tuple[Any, ...]] = {  # what each returns, and takes
@@ -59,6 +59,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {  # what each returns, and takes
     "BIO_push": (_PTR, _PTR, _PTR),
     "BIO_int_ctrl": (_LONG, _PTR, _INT, _LONG, _INT),
     "BIO_ctrl": (_LONG, _PTR, _INT, _LONG, _PTR),
+    "BIO_test_flags": (_INT, _PTR, _INT),
     "SSL_ctrl": (_LONG, _PTR, _INT, _LONG, _PTR),
     "SSL_set1_host": (_INT, _PTR, _TEXT),
     "SSL_get0_param": (_PTR, _PTR),

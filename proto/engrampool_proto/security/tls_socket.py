@@ -175,6 +175,8 @@ class TlsSocket(socket.socket):
                     return sent
                 raise BlockingIOError
         while self._keeps and calls.BIO_ctrl(self._keeps, openssl.FLUSH, 0, None) <= 0:
+            if not calls.BIO_test_flags(self._keeps, openssl.SHOULD_RETRY):
+                raise ConnectionError("the other side closed the connection")
             if not self._wait(select.POLLOUT, until):
                 raise BlockingIOError
         return sent
