@@ -64,6 +64,10 @@ class StreamedRequest:
             shapes = {layer: rows.shape for layer, rows in small.rows.items()}
             self._exchange = Exchange(served, asked, Landing(Delivery(list(shapes)), shapes, small.rows))
             self._places = {layer: place for place, layer in enumerate(shapes)}
+            self._traced = None
+            if small.trace is not None:
+                number, at = self._number, self._asked_at
+                self._traced = small.trace.asked(lane.target, "grpc", small.nbytes, number, at)
         except BaseException:
             if stream is not None:
                 connection.ending.append(stream)
@@ -86,6 +90,8 @@ class StreamedRequest:
             return Came.NOTHING if connection.lost else None
         if landing.complete:
             first_s = None if self._first_s == inf else self._first_s
+            if self._traced is not None:
+                self._traced.answered(self.times, first_s)
             self._answered(self._exchange.answer_bytes, self.times, first_s, self._number)
             return Came.ALL
         if connection.lost:
@@ -101,6 +107,9 @@ class StreamedRequest:
                 self._first_s = now - self._asked_at if waited else None
         except grpc.RpcError as failed:
             error: PoolError = from_rpc(failed, self._lane.target)
+            error.number = self._number
+            if self._traced is not None:
+                self._traced.gave_up(str(error))
             if isinstance(error, DeadlineError):
                 raise error from failed
             return Came.NOTHING
@@ -138,6 +147,7 @@ class StreamedRequest:
 
     def late(self, error: DeadlineError) -> None:
         """As of `Request`."""
+        error.number = error.number or self._number
         if not self._exchange.landing.complete:
             self._late(error)
 

@@ -127,6 +127,8 @@ class Raced:
             request = endpoint.send_direct(self._small, self._deadline)
             if request is not None:
                 self._second = endpoint, request
+                if request.traced is not None:
+                    request.traced.hedged = True
                 self._budget.spend()
                 self._stats.hedged()
                 return
