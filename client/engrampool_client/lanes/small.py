@@ -128,6 +128,11 @@ class SmallRequest:
         return Came.ALL
 
     @property
+    def number(self) -> int:
+        """As of `Request`."""
+        return self.connection.number
+
+    @property
     def begun(self) -> bool:
         """Whether any of the answer was received."""
         return bool(self._state[receive.CAME])
@@ -152,7 +157,6 @@ class SmallRequest:
 
     def late(self, error: DeadlineError) -> None:
         """As of `Request`."""
-        error.number = error.number or self.connection.number
         if self.connection.answering and not self.begun and not self.connection.promises():
             self._late(error)
 

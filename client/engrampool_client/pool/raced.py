@@ -60,6 +60,11 @@ class Raced:
         """As of `Request`."""
         return self._request.times
 
+    @property
+    def number(self) -> int:
+        """As of `Request`."""
+        return self._request.number
+
     def whole(self, layer: int) -> bool:
         """As of `Part`."""
         return self._request.whole(layer)
