@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from engrampool_client.errors import EngrampoolError
 from engrampool_client.tracing.record import Asked, Trace
+from engrampool_proto.errors import how_to_install
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -28,7 +29,7 @@ class Spans:
         try:
             from opentelemetry import context, trace
         except ImportError as error:
-            raise ValueError("trace needs OpenTelemetry: pip install 'engrampool[otel]'") from error
+            raise ValueError(f"trace needs the package 'opentelemetry-api': {how_to_install('otel')}") from error
         self._context, self._trace = context, trace
         self._tracer: Tracer = trace.get_tracer("engrampool")
         # A step may be lost where its thread has a lock of OpenTelemetry's: its spans are made by the next one's end.
