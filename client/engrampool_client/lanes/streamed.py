@@ -26,8 +26,8 @@ STREAMED_ABOVE_BYTES = 256 << 10
 class StreamedRequest:
     """A call that was begun, whose answer has a message a layer at least. One thread at a time, but for `shut`.
 
-    number: see `Request`. times: the server's, once all rows are there. The end of the call, which comes after them, is nobody's to wait for:
-    `GrpcLane.end_calls` takes it in.
+    number: see `Request`. times: the server's, once all rows are there. The end of the call, which comes after them, is
+    nobody's to wait for: `GrpcLane.end_calls` takes it in.
 
     small, timed: see `Request`. gRPC waits for the next message without a time of its own.
     """

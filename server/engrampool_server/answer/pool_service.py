@@ -124,6 +124,7 @@ class PoolService:
             server_version=__version__,
             direct=self._direct is not None,
             attach=attach,
+            emulates="" if self._lookups.emulation is None else self._lookups.emulation.tier.name,
         )
         return answer.SerializeToString()
 
