@@ -55,12 +55,13 @@ def spent(workload: Workload, client: Client, workers: list[int], load: Mapping[
     return sum(map(cpu_s, workers)) - before
 
 
-def calibrated(workload: Workload, rounds: int) -> dict[str, float]:
+def calibrated(workload: Workload, rounds: int, share: float = 1.0) -> dict[str, float]:
     """call_us and s_per_gb, as `plan` takes them: the medians of so many rounds, after one that warms up."""
     found: dict[int, list[float]] = {tokens: [] for tokens in CALIBRATE}
     with cluster(workload, 1) as (client, workers):
         for turn in range(rounds + 1):
-            for tokens, calls in CALIBRATE.items():
+            for tokens, most in CALIBRATE.items():
+                calls = max(1, round(most * share))
                 seconds = spent(workload, client, workers, {tokens: calls}) / calls
                 if turn:
                     found[tokens].append(seconds)
@@ -70,7 +71,9 @@ def calibrated(workload: Workload, rounds: int) -> dict[str, float]:
     return {"call_us": round((few_s - few * token_gb * s_per_gb) * 1e6, 1), "s_per_gb": round(s_per_gb, 4)}
 
 
-def compared(workload: Workload, costs: Mapping[str, float], shards: int, rounds: int) -> dict[str, float]:
+def compared(
+    workload: Workload, costs: Mapping[str, float], shards: int, rounds: int, share: float = 1.0
+) -> dict[str, float]:
     """Processors in use and GB/s, as planned and as measured, of a load on so many servers."""
     cores, gb_per_s, planned_cores, planned_gb = [], [], [], []
     with PackedModel.open(workload.packed) as files:
@@ -78,11 +81,12 @@ def compared(workload: Workload, costs: Mapping[str, float], shards: int, rounds
     with cluster(workload, shards) as (client, workers):
         for turn in range(rounds + 1):
             bytes_before, begin = client.stats.bytes["wire"], time.perf_counter()
-            cpu = spent(workload, client, workers, dict(LOAD.values()))
+            load = {phase: (tokens, max(1, round(most * share))) for phase, (tokens, most) in LOAD.items()}
+            cpu = spent(workload, client, workers, dict(load.values()))
             seconds = time.perf_counter() - begin
             traffic = {
                 phase: Traffic(tokens_per_s=tokens * calls / seconds, batch=tokens, asked=1.0)
-                for phase, (tokens, calls) in LOAD.items()
+                for phase, (tokens, calls) in load.items()
             }
             plan = LoadPlan(
                 spec=spec,
@@ -120,11 +124,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("bench-data"))
     parser.add_argument("--vocab-size", type=int, default=80_000, help="of each head: 48 times as many rows")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--share", type=float, default=1.0, help="of the lookups of a round")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="write what `plan --calibration FILE` takes")
     parser.add_argument("--check", action="store_true", help="compare plans with servers")
     chosen = parser.parse_args()
     workload = Workload.make(chosen.data, chosen.vocab_size)
-    costs = calibrated(workload, chosen.rounds)
+    costs = calibrated(workload, chosen.rounds, chosen.share)
     print(json.dumps(costs), flush=True)
     if chosen.calibrate is not None:
         chosen.calibrate.write_text(json.dumps(costs) + "\n")
@@ -132,7 +137,7 @@ def main() -> int:
         return 0
     worst = 0.0
     for shards in (1, 2):
-        found = compared(workload, costs, shards, chosen.rounds)
+        found = compared(workload, costs, shards, chosen.rounds, chosen.share)
         worst = max(worst, off(found))
         print(json.dumps(found | {"off": round(off(found), 3)}), flush=True)
     return 1 if worst > MOST_OFF else 0
