@@ -2,6 +2,9 @@
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
+# For strip, in this stage alone.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
 # pip stays in a virtual environment of its own, so that none is in the image that runs.
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/engrampool
 WORKDIR /src
@@ -10,12 +13,15 @@ COPY proto proto
 COPY server server
 COPY client client
 RUN /opt/pip/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
-RUN /opt/pip/bin/pip --python /opt/engrampool/bin/python install --no-cache-dir "$(echo /dist/*.whl)[server,sources,etcd]"
+# What goes are the libraries' symbols and own tests, and what only downloads tokenizers: a sixth of all. Libraries in *.libs
+# were laid out anew by their wheels' makers, which strip may break.
+RUN /opt/pip/bin/pip --python /opt/engrampool/bin/python install --no-cache-dir "$(echo /dist/*.whl)[server,sources,etcd]" \
+    && /opt/pip/bin/pip --python /opt/engrampool/bin/python uninstall --yes hf_xet \
+    && find /opt/engrampool/lib -path '*/site-packages/num*/tests' -prune -exec rm -r {} + \
+    && find /opt/engrampool/lib -name '*.so' -not -path '*.libs/*' -exec strip --strip-unneeded {} +
 COPY deploy/healthcheck.py /opt/engrampool/healthcheck.py
-# The kernels are compiled here rather than at each start, for each level of processor that the image may run on. What goes
-# are the libraries' own tests, a tenth of all.
-RUN /opt/engrampool/bin/python -m engrampool_proto.kernels.jit \
-    && find /opt/engrampool/lib -path '*/site-packages/num*/tests' -prune -exec rm -r {} +
+# The kernels are compiled here rather than at each start, for each level of processor that the image may run on.
+RUN /opt/engrampool/bin/python -m engrampool_proto.kernels.jit
 
 # The same base, because a virtual environment works only with the interpreter that made it.
 FROM ${BASE}

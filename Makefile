@@ -5,6 +5,7 @@
 # make test-ray  the tests that need Ray, likewise
 # make test-engines  the tests on the own code of vLLM and SGLang, in an environment of its own; downloads about 800 MB
 # make test-engines-gpu  those of them that need a GPU, where there is one; TORCH names a PyTorch for it
+# make test-image  build the image with buildah, measure it, and ask a server in it; root, minutes. BASE names its base
 # make tiny-lm  train a small Engram model, serve its tables, and compare every logit with tables in the process
 # make bench  measure side by side with peers, about 13 minutes; see bench/RESULTS.md. JSON=FILE writes the records
 # make bench-quick  the same in about 3 minutes, with fewer repeats
@@ -19,9 +20,9 @@ ENGINE_WHEELS := vllm==0.33.0 sglang==0.5.23
 # Four processes share the tests, for two cores, as many of them wait; what one has not begun another may take.
 AT_ONCE ?= --numprocesses 4 --dist worksteal
 # They start hundreds of processes, each of which would compile our modules again where bytecode must not be kept.
-test test-quick test-torch test-ray test-engines test-engines-gpu: export PYTHONDONTWRITEBYTECODE :=
+test test-quick test-torch test-ray test-engines test-engines-gpu test-image: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-quick test-torch test-ray test-engines test-engines-gpu tiny-lm lint stubs site bench bench-quick clean
+.PHONY: demo test test-quick test-torch test-ray test-engines test-engines-gpu test-image tiny-lm lint stubs site bench bench-quick clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python examples/demo.py
@@ -60,6 +61,10 @@ test-engines-gpu: $(ENGINES)/installed
 	$(ENGINES)/bin/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('PyTorch finds no GPU here')"
 	$(ENGINES)/bin/python -c "$(KERNELS)"
 	$(ENGINES)/bin/python -m pytest tests/engines/test_gpu.py tests/engines/test_whole_model.py
+
+# BASE: an image with Python 3.11, where there is a registry; else one is made of Debian's packages.
+test-image: $(VENV)/dev-installed
+	$(BIN)/python -m pytest tests/deploy/image.py
 
 tiny-lm: $(VENV)/torch-installed
 	$(BIN)/python examples/tiny_engram_lm.py

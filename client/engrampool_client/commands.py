@@ -7,13 +7,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from engrampool_client import private_files
-from engrampool_client.config import ENVIRONMENT_PREFIX
+from engrampool_client.config import ENVIRONMENT_PREFIX, check_credentials
 from engrampool_proto.errors import BatchError, EngrampoolError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from engrampool_client.lookup.delivery import Rows
     from engrampool_proto.spec import ModelSpec
 
-_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
 # Of rows that are asked for at once.
 _PIECE_BYTES = 64 << 20
 _PATH = click.Path(path_type=Path)
@@ -34,19 +34,43 @@ _OUT = click.option("--out", required=True, type=_PATH, help="The .npz to write.
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 
 
-def read_target(context: click.Context, param: click.Parameter, value: str) -> str:
+def _read_targets(context: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """What `Client` takes as its target, else a usage error."""
     from engrampool_client.pool.discovery import Servers
 
     try:
-        Servers([value])
+        Servers(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
     return value
 
 
-def credential_options(command: _Command) -> _Command:
-    """Decorate a click command that dials servers with what a client trusts and shows: settings of `Client`."""
+# Whom a command asks: every command takes the same, as often as there are servers.
+SERVERS = click.option(
+    "--server",
+    "target",
+    multiple=True,
+    required=True,
+    metavar="HOST:PORT|URL",
+    callback=_read_targets,
+    help="A server's address, or what stands for several; give it again for more.",
+)
+
+
+def credential_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a click command that dials servers with what a client trusts and shows: settings of `Client`.
+
+    What cannot be is a usage error.
+    """
+
+    @wraps(command)
+    def checked(**given: Any) -> Any:
+        try:
+            check_credentials(*(given[name] for name in ("tls_ca", "tls_cert", "tls_key", "tls_name", "token")))
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        return command(**given)
+
     options = (
         ("--tls-ca", _PATH, "Authorities as PEM: reach servers over TLS, with certificates of theirs."),
         ("--tls-cert", _PATH, "This client's certificate as PEM, if servers ask for one,"),
@@ -56,18 +80,12 @@ def credential_options(command: _Command) -> _Command:
     )
     for flag, kind, text in reversed(options):
         variable = ENVIRONMENT_PREFIX + flag[2:].replace("-", "_").upper()
-        command = click.option(flag, type=kind, envvar=variable, show_envvar=True, help=text)(command)
-    return command
+        checked = click.option(flag, type=kind, envvar=variable, show_envvar=True, help=text)(checked)
+    return checked
 
 
 @click.command()
-@click.option(
-    "--server",
-    required=True,
-    metavar="HOST:PORT|URL",
-    callback=read_target,
-    help="The server's address, or what stands for several.",
-)
+@SERVERS
 @click.option("--model", "name", help="The model's name, if the server holds several.")
 @click.option("--version", help="The model's version, if the server holds several.")
 @click.option("--hashing", type=click.Choice(["local", "server"]), default="local", show_default=True)
@@ -79,7 +97,7 @@ def credential_options(command: _Command) -> _Command:
 @_JSON
 @credential_options
 def lookup(
-    server: str,
+    target: tuple[str, ...],
     name: str | None,
     version: str | None,
     hashing: "Hashing",
@@ -102,7 +120,7 @@ def lookup(
     settings = {"config": config, "tokenizer": tokenizer, "timeout_s": timeout_s, "connect_timeout_s": timeout_s}
     settings |= credentials
     # To import numba takes longer than all of this.
-    with Client(server, name, version, hashing=hashing, compiled="off", **settings) as pool:  # type: ignore[arg-type]
+    with Client(target, name, version, hashing=hashing, compiled="off", **settings) as pool:  # type: ignore[arg-type]
         begin = time.perf_counter()
         fetched, server_us = _in_pieces(pool, ids)
         summary = {

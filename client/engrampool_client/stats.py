@@ -9,7 +9,13 @@ from collections.abc import Iterable, Mapping
 from math import inf
 from typing import Protocol
 
-from engrampool_client.errors import EngrampoolError, StepCancelledError
+from engrampool_client.errors import (
+    EngrampoolError,
+    ForbiddenError,
+    StepCancelledError,
+    TlsError,
+    UnauthenticatedError,
+)
 from engrampool_proto.wire import ServerTimes
 
 # Upper bounds in seconds. A wait that matters begins at some tens of microseconds.
@@ -27,6 +33,8 @@ HOPS = ("client", "network", "queue", "gather", "send")
 AT_ONCE_S = 1e-3
 # Of slow lookups, and of masked ones, a line in so long; what is so meanwhile is only counted.
 _TOLD_EVERY_S = 1.0
+# Of steps that are masked as servers do not know this client, which nothing but somebody who reads this ends.
+_UNTRUSTED_EVERY_S = 60.0
 _log = logging.getLogger("engrampool")
 # What became of bytes that were asked for on a hint.
 HINT_FATES = ("asked", "dropped", "failed")
@@ -79,7 +87,8 @@ class Stats:
         self._pending: dict[object, int] = {}
         self._pending_hints: dict[object, int] = {}
         self.waits = {layer: Waits() for layer in layers}
-        self._slow_s, self._told_s = slow_s, {"slow": -inf, "masked": -inf}
+        told_s = dict.fromkeys(("slow", "masked", "untrusted"), -inf)
+        self._slow_s, self._told_s = slow_s, told_s
         self.slow: Counter[str] = Counter(dict.fromkeys(HOPS, 0))
         self.hops = {hop: Waits() for hop in HOPS}
         self.servers: dict[str, ServerHops] = {}
@@ -163,11 +172,11 @@ class Stats:
             self.slow[hop] += 1
         return self._due("slow")
 
-    def _due(self, kind: str) -> bool:
+    def _due(self, kind: str, every_s: float | None = None) -> bool:
         """Whether the log is to tell of that by now."""
-        now = time.monotonic()
+        now, every_s = time.monotonic(), _TOLD_EVERY_S if every_s is None else every_s
         with self._lock:
-            due = now >= self._told_s[kind] + _TOLD_EVERY_S
+            due = now >= self._told_s[kind] + every_s
             if due:
                 self._told_s[kind] = now
         return due
@@ -189,8 +198,12 @@ class Stats:
             self.steps[outcome] += 1
             for layer, tokens in (masked or {}).items():
                 self.masked_tokens[layer] += tokens
-        if outcome == "masked" and self._due("masked"):
-            _log.warning("a lookup is masked, as its rows did not come: %s", error)
+        if outcome == "masked":
+            untrusted = isinstance(error, UnauthenticatedError | ForbiddenError | TlsError)
+            if untrusted and self._due("untrusted", _UNTRUSTED_EVERY_S):
+                _log.error("steps are masked until this client's credentials are mended: %s", error)
+            elif not untrusted and self._due("masked"):
+                _log.warning("a lookup is masked, as its rows did not come: %s", error)
         return outcome
 
     def count_bytes(self, source: str, nbytes: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import stat
 import sys
+from contextlib import ExitStack
 
 import click
 import numpy as np
@@ -77,6 +78,15 @@ def test_lookup_writes_the_rows(spec, config, server, tokens, out, hashing):
     summary = json.loads(result.output)
     assert summary["arrays"]["layer_1"] == {"shape": [300, 24, 264], "dtype": "uint8"}
     assert summary["server_us"]["total_us"] > 0
+
+
+def test_lookup_asks_as_many_servers_as_are_named(spec, packed, tokens, out):
+    with ExitStack() as stack:
+        shards = [stack.enter_context(serve_thread(packed, shard=f"{shard}/2")) for shard in range(2)]
+        run(lookup, *(word for address in shards for word in ("--server", address)), "--tokens", tokens, "--out", out)
+    with np.load(out) as found:
+        for layer, ids in spec.hash(TokenBatch.of(np.load(tokens))).items():
+            assert np.array_equal(found[f"layer_{layer}"], synthetic_rows(spec.table(layer), ids))
 
 
 CREDENTIALS = {

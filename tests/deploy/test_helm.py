@@ -1,5 +1,7 @@
 """The chart, rendered by Helm's own library: it gives what kustomize's base gives, and refuses wrong values."""
 
+import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -35,10 +37,53 @@ def render(helm: ModuleType, values: dict[str, Any], name: str = "engrampool") -
     return {one["kind"]: one for one in built}
 
 
+def built_by_kustomize(directory: Path) -> dict[str, Any]:
+    command = [Path(sys.executable).parent / "kubectl", "kustomize", directory]
+    built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    return {one["kind"]: one for one in yaml.safe_load_all(built)}
+
+
+def in_order(one: Any) -> Any:
+    """The same with lists of named things in the order of their names: a patch of kustomize's puts its own first."""
+    if isinstance(one, dict):
+        return {key: in_order(value) for key, value in one.items()}
+    if isinstance(one, list) and all(isinstance(item, dict) and "name" in item for item in one):
+        return sorted(map(in_order, one), key=lambda item: item["name"])
+    return [in_order(item) for item in one] if isinstance(one, list) else one
+
+
 def test_by_default_it_is_the_base_of_kustomize(helm):
-    command = [Path(sys.executable).parent / "kubectl", "kustomize", ROOT / "deploy/kubernetes/base"]
-    base = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-    assert render(helm, {}) == {one["kind"]: one for one in yaml.safe_load_all(base)}
+    assert render(helm, {}) == built_by_kustomize(ROOT / "deploy/kubernetes/base")
+
+
+SECRETS = {"tlsSecret": "engrampool-tls", "callersSecret": "engrampool-callers"}
+
+
+@pytest.mark.parametrize(
+    ("values", "components"),
+    [
+        (SECRETS, ["tls"]),
+        ({"shm": "50Gi"}, ["shm"]),
+        ({"memory": "4Gi", "hugepages": "48Gi"}, ["hugepages"]),
+        ({**SECRETS, "memory": "4Gi", "hugepages": "48Gi"}, ["tls", "hugepages"]),
+    ],
+    ids=str,
+)
+def test_each_part_is_the_component_of_kustomize(helm, values, components, tmp_path):
+    # It takes paths relative to the overlay alone.
+    shutil.copytree(ROOT / "deploy/kubernetes", tmp_path / "kubernetes")
+    overlay = tmp_path / "kubernetes/overlays/of-test"
+    overlay.mkdir()
+    named = [f"../../components/{name}" for name in components]
+    (overlay / "kustomization.yaml").write_text(json.dumps({"resources": ["../../base"], "components": named}))
+    rendered = render(helm, values)
+    assert in_order(rendered) == in_order(built_by_kustomize(overlay))
+    for one in rendered.values():
+        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+    # A variable knows only those above it.
+    (container,) = rendered["StatefulSet"]["spec"]["template"]["spec"]["containers"]
+    names = [one["name"] for one in container["env"]]
+    assert names[:3] == ["POD_INDEX", "SHARDS", "ENGRAMPOOL_SHARD"]
 
 
 def test_each_value_comes_where_it_belongs(helm):
@@ -86,6 +131,11 @@ def test_each_value_comes_where_it_belongs(helm):
         {"image": {"repository": ""}},
         {"settings": {"ENGRAMPOOL_SHARD": "0/4"}},
         {"settings": {"THREADS": "4"}},
+        {"settings": {"ENGRAMPOOL_TOKENS": "/callers.toml"}},
+        {"shm": "50"},
+        {"shm": "50Gi", "hugepages": "48Gi"},
+        {"tlsSecret": "engrampool-tls"},
+        {"callersSecret": "engrampool-callers"},
     ],
     ids=str,
 )

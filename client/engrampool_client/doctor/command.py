@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engrampool_client.commands import credential_options, read_target, read_tokens
+from engrampool_client.commands import SERVERS, credential_options, read_tokens
 from engrampool_proto.errors import BatchError, SpecError
 
 if TYPE_CHECKING:
@@ -176,14 +176,7 @@ _SWITCH = click.Choice(["auto", "off"])
 
 
 @click.command()
-@click.option(
-    "--server",
-    "target",
-    required=True,
-    metavar="HOST:PORT|URL",
-    callback=read_target,
-    help="The server's address, or what stands for several.",
-)
+@SERVERS
 @click.option("--model", help="The model's name, if the server holds several.")
 @click.option("--version", help="The model's version, if the server holds several.")
 @click.option("--tokens", multiple=True, type=_PATH, help="int32 [T] as .npy: one sequence from its start. Repeatable.")

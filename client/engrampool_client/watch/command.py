@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engrampool_client.commands import credential_options, read_target
+from engrampool_client.commands import SERVERS, credential_options
 from engrampool_proto.errors import EngrampoolError, how_to_install
 
 if TYPE_CHECKING:
@@ -26,19 +26,6 @@ _WIDTH = 170
 _PAGE_BYTES = 16 << 20
 
 
-def _read_targets(context: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(read_target(context, param, one) for one in value)
-
-
-_SERVERS = click.option(
-    "--server",
-    "servers",
-    multiple=True,
-    required=True,
-    metavar="HOST:PORT|URL",
-    callback=_read_targets,
-    help="A server's address, or what stands for several; give it again for more.",
-)
 _TIMEOUT = click.option(
     "--timeout-s",
     type=click.FloatRange(min=0, min_open=True),
@@ -49,16 +36,16 @@ _TIMEOUT = click.option(
 
 
 @click.command()
-@_SERVERS
+@SERVERS
 @_TIMEOUT
 @click.option("--json", "as_json", is_flag=True, help="Print all there is to know as JSON.")
 @credential_options
-def status(servers: tuple[str, ...], timeout_s: float, as_json: bool, **credentials: Any) -> int:
+def status(target: tuple[str, ...], timeout_s: float, as_json: bool, **credentials: Any) -> int:
     """Say once how a pool's servers are: versions, shards, workers, and what is wrong; exit code 3 if anything is."""
     from engrampool_client.config import ClientConfig
     from engrampool_client.watch.pool import Watch, alarms, server_json, versions
 
-    with Watch(servers, timeout_s, ClientConfig.of(credentials)) as watch:
+    with Watch(target, timeout_s, ClientConfig.of(credentials)) as watch:
         looks = watch.look()
         wrong = alarms(looks, watch.trouble)
     if as_json:
@@ -85,7 +72,7 @@ def _line(look: "ServerLook") -> str:
 
 
 @click.command()
-@_SERVERS
+@SERVERS
 @click.option(
     "--client",
     "clients",
@@ -98,7 +85,7 @@ def _line(look: "ServerLook") -> str:
 @click.option("--count", type=click.IntRange(min=0), default=0, help="Frames to show; 0, the default, for no end.")
 @credential_options
 def top(
-    servers: tuple[str, ...],
+    target: tuple[str, ...],
     clients: tuple[str, ...],
     timeout_s: float,
     interval_s: float,
@@ -118,7 +105,7 @@ def top(
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     screen, shown = Screen(), 0
     config = ClientConfig.of(credentials)
-    with Watch(servers, timeout_s, config) as watch, Live(console=console, screen=console.is_terminal) as live:
+    with Watch(target, timeout_s, config) as watch, Live(console=console, screen=console.is_terminal) as live:
         try:
             while True:
                 begin = time.monotonic()
