@@ -46,6 +46,7 @@ class ClientSettings(TypedDict, total=False):
     breaker_failures: int
     retry_s: float
     slow_lookup_s: float
+    trace: bool
     connect_timeout_s: float
     max_steps: int
     max_pending_bytes: int
@@ -119,6 +120,10 @@ class ClientConfig:
     slow_lookup_s: float = 1.0
     """An answer of a server that takes longer, in seconds, is counted as slow, and told in the log with its number and
     the hop that took most of it, one a second at most; so is a wait in the client. 0 for none."""
+
+    trace: bool = False
+    """Make a span of OpenTelemetry of each step, with its requests and the servers' own times, by the process's tracer
+    provider; needs the extra `otel`. docs/TRACING.md has what is in them."""
 
     connect_timeout_s: float = 10.0
     """How long servers are waited for, in seconds above 0, those that still load included. A registry, and an active

@@ -29,11 +29,20 @@ from engrampool_proto.wire import REASON_KEY
 
 
 class PoolError(EngrampoolError):
-    """Base of what goes wrong between client and server. reason: the server's name for it, or None."""
+    """Base of what goes wrong between client and server. reason: the server's name for it, or None.
+
+    number: of the request that it came of, as the server's log has it, and the text in hexadecimal; 0 if of none.
+    """
+
+    number = 0
 
     def __init__(self, text: str, reason: str | None = None) -> None:
         super().__init__(text)
         self.reason = reason
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text} [request {self.number:016x}]" if self.number else text
 
 
 class CacheFileError(EngrampoolError):

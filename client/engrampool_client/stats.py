@@ -31,7 +31,7 @@ SOURCES = ("wire", "cache", "warm", "attached", "duplicate")
 HOPS = ("client", "network", "queue", "gather", "send")
 # Who comes as soon as that for rows after they were asked for knows well enough when they came.
 AT_ONCE_S = 1e-3
-# Of slow lookups, a line in so long; what is slow meanwhile is only counted.
+# Of slow lookups, and of masked ones, a line in so long; what is so meanwhile is only counted.
 _TOLD_EVERY_S = 1.0
 # Of steps that are masked as servers do not know this client, which nothing but somebody who reads this ends.
 _UNTRUSTED_EVERY_S = 60.0
@@ -87,7 +87,8 @@ class Stats:
         self._pending: dict[object, int] = {}
         self._pending_hints: dict[object, int] = {}
         self.waits = {layer: Waits() for layer in layers}
-        self._slow_s, self._told_s, self._untrusted_told_s = slow_s, -inf, -inf
+        told_s = dict.fromkeys(("slow", "masked", "untrusted"), -inf)
+        self._slow_s, self._told_s = slow_s, told_s
         self.slow: Counter[str] = Counter(dict.fromkeys(HOPS, 0))
         self.hops = {hop: Waits() for hop in HOPS}
         self.servers: dict[str, ServerHops] = {}
@@ -167,40 +168,43 @@ class Stats:
 
     def _tells(self, hop: str) -> bool:
         """Count a slow one; whether the log is to tell of it."""
-        now = time.monotonic()
         with self._lock:
             self.slow[hop] += 1
-            tells = now >= self._told_s + _TOLD_EVERY_S
-            if tells:
-                self._told_s = now
-        return tells
+        return self._due("slow")
+
+    def _due(self, kind: str, every_s: float | None = None) -> bool:
+        """Whether the log is to tell of that by now."""
+        now, every_s = time.monotonic(), _TOLD_EVERY_S if every_s is None else every_s
+        with self._lock:
+            due = now >= self._told_s[kind] + every_s
+            if due:
+                self._told_s[kind] = now
+        return due
 
     def ended(
         self, step: object, error: EngrampoolError | None, complete: bool, masked: Mapping[int, int] | None = None
-    ) -> None:
-        """Count the end of a step, once. complete: whether there are rows for every layer, if only masked ones.
+    ) -> str | None:
+        """Count the end of a step, once, and give its outcome; None if that was done.
 
-        masked: layer -> tokens that it went without.
+        complete: whether there are rows for every layer, if only masked ones. masked: layer -> tokens that it went
+        without. The log tells of steps that are masked, as no error does: one a second at most.
         """
         outcome = "ok"
         if error is not None:
             outcome = "masked" if complete else "cancelled" if isinstance(error, StepCancelledError) else "failed"
         with self._lock:
             if self._pending.pop(step, None) is None:
-                return
+                return None
             self.steps[outcome] += 1
             for layer, tokens in (masked or {}).items():
                 self.masked_tokens[layer] += tokens
-            now = time.monotonic()
-            tells = (
-                outcome == "masked"
-                and isinstance(error, UnauthenticatedError | ForbiddenError | TlsError)
-                and now >= self._untrusted_told_s + _UNTRUSTED_EVERY_S
-            )
-            if tells:
-                self._untrusted_told_s = now
-        if tells:
-            _log.error("steps are masked until this client's credentials are mended: %s", error)
+        if outcome == "masked":
+            untrusted = isinstance(error, UnauthenticatedError | ForbiddenError | TlsError)
+            if untrusted and self._due("untrusted", _UNTRUSTED_EVERY_S):
+                _log.error("steps are masked until this client's credentials are mended: %s", error)
+            elif not untrusted and self._due("masked"):
+                _log.warning("a lookup is masked, as its rows did not come: %s", error)
+        return outcome
 
     def count_bytes(self, source: str, nbytes: int) -> None:
         """Count bytes of rows."""

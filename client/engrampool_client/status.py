@@ -52,6 +52,7 @@ class ServerStatus(TypedDict):
     direct_connections: int
     direct_opened: int
     breaker: BreakerStatus | None
+    emulates: str | None
     server_version: str | None
 
 
@@ -227,6 +228,7 @@ def _used(endpoint: Endpoint, shard: int) -> ServerStatus:
             "failures": breaker.failures,
             "probing": breaker.probing,
         },
+        "emulates": served.emulates or None,
         "server_version": served.server_version,
     }
 
@@ -247,6 +249,7 @@ def _unused(address: str, why: str | None) -> ServerStatus:
         "direct_connections": 0,
         "direct_opened": 0,
         "breaker": None,
+        "emulates": None,
         "server_version": None,
     }
 

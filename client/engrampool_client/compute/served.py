@@ -19,7 +19,8 @@ class ServedModel:
     """One version of one model on one server.
 
     max_rows, max_answer_bytes: the server's limits on a request. direct: whether it has a direct lane.
-    attach: whether it has tables that a client on the same machine can map.
+    attach: whether it has tables that a client on the same machine can map. emulates: the tier whose memory is
+    emulated, "" for none.
     parts: layer -> (first row, one past the last) that the server holds; not those of which it holds none.
     """
 
@@ -31,6 +32,7 @@ class ServedModel:
     direct: bool = False
     attach: bool = False
     parts: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    emulates: str = ""
 
 
 def read_spec(held: pool_pb2.Model) -> ModelSpec:
@@ -88,6 +90,7 @@ def choose(
         response.direct,
         response.attach,
         {table.layer: (table.row_start, table.row_stop) for table in held.tables if table.row_start < table.row_stop},
+        response.emulates,
     )
 
 

@@ -111,6 +111,9 @@ class _Gather:
         took_us = round((time.perf_counter() - begin) * 1e6)
         exchange.times = wire.ServerTimes(0, took_us, took_us)
         landing.check_complete()
+        if (trace := exchange.delivery.trace) is not None:
+            at = time.monotonic() - took_us / 1e6
+            trace.asked(self._lane.target, "attached", total, at=at).answered(exchange.times, None)
         return True
 
     def _copy(self, table: _Table, ids: npt.NDArray[Any], out: npt.NDArray[np.uint8]) -> None:
@@ -151,7 +154,7 @@ class AttachLane:
 
     attach: asks the server for them, within so many seconds; raises PoolError. form: what copies rows. threads: for
     parts of large lookups, of which there are `ways` at most, one in the caller's thread. emulate: a tier whose
-    memory is emulated.
+    memory is emulated. target: the server, for traces.
     reason: why nothing is attached, for people; "" while it is.
     """
 
@@ -163,9 +166,10 @@ class AttachLane:
         threads: Workers | None = None,
         ways: int = 1,
         emulate: str | None = None,
+        target: str = "",
     ) -> None:
         self.link = None if emulate is None else EmulatedLink(Tier.of(emulate))
-        self._attach, self._served = attach, served
+        self._attach, self._served, self.target = attach, served, target
         self.form, self.threads, self.ways = form, threads, ways
         # Replaced as a whole, and read once by whoever needs it: a gather keeps the memory that it reads.
         self._lease: _Lease | None = None
@@ -217,7 +221,11 @@ class AttachLane:
             if not self.form.gather_held(table.rows, ids, table.offer.row_start, small.rows[layer]):
                 return None
         took_us = round((time.perf_counter() - begin) * 1e6)
-        return wire.ServerTimes(0, took_us, took_us)
+        times = wire.ServerTimes(0, took_us, took_us)
+        if small.trace is not None:
+            since = time.monotonic() - took_us / 1e6
+            small.trace.asked(self.target, "attached", small.nbytes, at=since).answered(times, None)
+        return times
 
     def forked(self) -> None:
         """See `Lane`. Mapped memory is there in the child as well."""

@@ -321,7 +321,10 @@ class _Call:
         lane, exchange = self._lane, self._exchange
         timeout_s = max(0.0, self._deadline - time.monotonic())
         connection, stream = lane.enter(), None
-        exchange.number = new_number()
+        number = exchange.number = new_number()
+        traced, trace = None, exchange.delivery.trace
+        if trace is not None:
+            traced = trace.asked(lane.target, "grpc", exchange.answer_bytes, number)
         try:
             if not _streamed(exchange):
                 # In this thread alone: half the time of a call that can be cancelled. It is short, and a step that is
@@ -333,14 +336,20 @@ class _Call:
                     exchange.delivery.on_cancel(partial(connection.cancel, stream))
                 for message in stream:
                     _take(exchange, message)
-        except grpc.RpcError as error:
-            raise from_rpc(error, lane.target) from error
+        except grpc.RpcError as failed:
+            error = from_rpc(failed, lane.target)
+            error.number = number
+            if traced is not None:
+                traced.gave_up(str(error))
+            raise error from failed
         except KeyboardInterrupt:
             connection.lose(stream)
             raise
         finally:
             lane.leave(connection)
         exchange.landing.check_complete()
+        if traced is not None:
+            traced.received(exchange.times)
         return True
 
     def abandon(self) -> None:

@@ -18,6 +18,7 @@ from engrampool_client.lanes.answers import RefusalError
 from engrampool_client.lanes.connection import Connection, SilentError
 from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, Secure
 from engrampool_client.lookup.exchange import Exchange
+from engrampool_client.stats import AT_ONCE_S
 from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
 
@@ -251,17 +252,29 @@ class NativeLane:
 
 
 class NativeRequest:
-    """A request that was sent on a connection, which is its own until it ends. deadline: may be put off."""
+    """A request that was sent on a connection, which is its own until it ends. deadline: may be put off.
+
+    traced: it, as a trace has it; None where nothing is noted.
+    """
 
     def __init__(
         self, lane: NativeLane, connection: Connection, exchange: Exchange, deadline: float, spin_s: float
     ) -> None:
         self._lane, self.connection, self.exchange = lane, connection, exchange
         self.deadline, self._spin_s = deadline, spin_s
+        self.traced, trace = None, exchange.delivery.trace
+        if trace is not None:
+            at, nbytes = connection.asked_at, exchange.answer_bytes
+            self.traced = trace.asked(lane.target, "direct", nbytes, connection.number, at)
 
     def listen(self) -> None:
         """As of `Answering`."""
         self.connection.listen(self.exchange)
+
+    @property
+    def lies_there(self) -> bool:
+        """Whether the answer began before anybody looked for it, so that nobody knows when it came."""
+        return time.monotonic() - self.connection.asked_at > AT_ONCE_S and first_to_answer([self], 0.0) is not None
 
     def begins(self, until: float) -> bool:
         """Whether the answer, or the end of the connection, comes by `until` (time.monotonic)."""
@@ -269,6 +282,23 @@ class NativeRequest:
 
     def receive(self) -> bool:
         """See `Request`. False where the connection broke, or was silent for too long."""
+        exchange, traced = self.exchange, self.traced
+        exchange.number = self.connection.number  # a second server may have been asked since
+        lay_there = traced is not None and self.lies_there
+        try:
+            whole = self._receive()
+        except PoolError as error:
+            error.number = exchange.number
+            if traced is not None:
+                traced.gave_up(str(error))
+            raise
+        if traced is not None:
+            if whole:
+                traced.received(exchange.times, lay_there)
+            traced.gave_up("the connection was lost")
+        return whole
+
+    def _receive(self) -> bool:
         lane, connection, exchange = self._lane, self.connection, self.exchange
         try:
             connection.receive(exchange, self.deadline, self._spin_s)
@@ -296,6 +326,8 @@ class NativeRequest:
 
     def abandon(self) -> None:
         """See `Request`. The connection it is on cannot serve another."""
+        if self.traced is not None:
+            self.traced.gave_up("another server answered first")
         self._lane.drop(self.connection)
 
 

@@ -21,8 +21,8 @@ _IN_ORDER = np.empty(0, np.int64)
 class SmallRequest:
     """A request that was sent on a connection, which is its own until `let_go`. To be used by one thread at a time.
 
-    connection: that it is on. times: the server's, once all was answered. small: whether the answer fits into memory of
-    ours, so that rows are only written where they belong when all of them are there.
+    connection: that it is on. traced: it, as a trace has it. times: the server's, once all was answered. small: whether
+    the answer fits into memory of ours, so that rows are only written where they belong when all of them are there.
     """
 
     timed = True
@@ -53,6 +53,10 @@ class SmallRequest:
         self._waits = self.small = self._whole <= connection.memory.size // 2
         self._came, self._heard_at = 0, connection.asked_at
         self._silent, self._turn = False, connection.turn
+        self.traced = None
+        if small.trace is not None:
+            at, number = connection.asked_at, connection.number
+            self.traced = small.trace.asked(lane.target, "direct", small.nbytes, number, at)
 
     @staticmethod
     def send_now(connection: Connection, small: Small, left_s: float) -> bool:
@@ -118,8 +122,15 @@ class SmallRequest:
         # Its end may be taken in long after it came, and what the system has no room for is only sent then.
         first_at = int(state[receive.FIRST_AT])
         first_s = first_at / _SECOND_NS - connection.asked_at if first_at else None
+        if self.traced is not None:
+            self.traced.answered(self.times, first_s)
         self._answered(self._nbytes, self.times, first_s, connection.number)
         return Came.ALL
+
+    @property
+    def number(self) -> int:
+        """As of `Request`."""
+        return self.connection.number
 
     @property
     def begun(self) -> bool:
@@ -136,6 +147,8 @@ class SmallRequest:
 
     def abandon(self) -> None:
         """Do without the answer: the connection can serve no other request."""
+        if self.traced is not None:
+            self.traced.gave_up("another server answered first")
         self._lane.drop(self.connection)
 
     def shut(self) -> None:

@@ -26,8 +26,8 @@ STREAMED_ABOVE_BYTES = 256 << 10
 class StreamedRequest:
     """A call that was begun, whose answer has a message a layer at least. One thread at a time, but for `shut`.
 
-    times: the server's, once all rows are there. The end of the call, which comes after them, is nobody's to wait for:
-    `GrpcLane.end_calls` takes it in.
+    number: see `Request`. times: the server's, once all rows are there. The end of the call, which comes after them, is
+    nobody's to wait for: `GrpcLane.end_calls` takes it in.
 
     small, timed: see `Request`. gRPC waits for the next message without a time of its own.
     """
@@ -50,20 +50,24 @@ class StreamedRequest:
         """
         self._lane, self._deadline, self._answered, self._late = lane, deadline, answered, late
         self._message = b""  # that came, and was not taken in
-        self._asked_at, self._number = time.monotonic(), new_number()
+        self._asked_at, self.number = time.monotonic(), new_number()
         # Until the first of it came, as far as somebody waited for it; inf before.
         self._first_s: float | None = inf
         asked = wire.LookupRequest(*small.what[:2], small.tables(served.spec))
         connection = self._connection = lane.enter()
         stream = None
         try:
-            message = wire.encode_request(asked, self._number)
+            message = wire.encode_request(asked, self.number)
             stream = self._stream = connection.begin(message, max(0.0, deadline - time.monotonic()))
             connection.streams.add(stream)
             # While the server is at work.
             shapes = {layer: rows.shape for layer, rows in small.rows.items()}
             self._exchange = Exchange(served, asked, Landing(Delivery(list(shapes)), shapes, small.rows))
             self._places = {layer: place for place, layer in enumerate(shapes)}
+            self._traced = None
+            if small.trace is not None:
+                number, at = self.number, self._asked_at
+                self._traced = small.trace.asked(lane.target, "grpc", small.nbytes, number, at)
         except BaseException:
             if stream is not None:
                 connection.ending.append(stream)
@@ -86,7 +90,9 @@ class StreamedRequest:
             return Came.NOTHING if connection.lost else None
         if landing.complete:
             first_s = None if self._first_s == inf else self._first_s
-            self._answered(self._exchange.answer_bytes, self.times, first_s, self._number)
+            if self._traced is not None:
+                self._traced.answered(self.times, first_s)
+            self._answered(self._exchange.answer_bytes, self.times, first_s, self.number)
             return Came.ALL
         if connection.lost:
             return Came.NOTHING
@@ -101,6 +107,9 @@ class StreamedRequest:
                 self._first_s = now - self._asked_at if waited else None
         except grpc.RpcError as failed:
             error: PoolError = from_rpc(failed, self._lane.target)
+            error.number = self.number
+            if self._traced is not None:
+                self._traced.gave_up(str(error))
             if isinstance(error, DeadlineError):
                 raise error from failed
             return Came.NOTHING

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from engrampool_client.errors import DeadlineError, EngrampoolError, PoolError, RejectedError, StepCancelledError
 from engrampool_client.event import wait_for
+from engrampool_client.tracing.record import Trace
 from engrampool_proto.errors import BatchError
 from engrampool_proto.wire import ServerTimes
 
@@ -75,7 +76,7 @@ class Delivery:
     elapsed_s: seconds from the beginning to the last row, once all rows are there.
     receiver: who has rows come in the threads that wait for them; None where they come by themselves.
     whole: whether nobody takes a layer before all are there.
-    finisher: has the last word on rows; None where they are as they come.
+    finisher: has the last word on rows; None where they are as they come. trace: what it does; None to note nothing.
     """
 
     def __init__(
@@ -101,9 +102,9 @@ class Delivery:
         self.arrived_s: dict[int, float] = {}
         self.times: ServerTimes | None = None
         self.elapsed_s: float | None = None
-        # What makes the rows that stand in for those that do not come; None if nothing does.
         self.blank, self._on_end = blank, on_end
         self.receiver: Receiver | None = None
+        self.trace: Trace | None = None
         self.finisher: Finisher | None = None
         # The lock itself, and not the condition, is what `with` takes: Ctrl-C can come between any two lines of Python,
         # and a condition's own line between having the lock and saying so would leave it taken for ever.

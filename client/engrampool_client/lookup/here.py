@@ -64,6 +64,7 @@ class Here(Generic[V]):
         """Copy its rows from attached memory; whether that could be."""
         if self._closing.is_set():
             return False
+        small.trace = delivery.trace
         try:
             by = self._versions.enter()
             try:
@@ -96,7 +97,7 @@ class Here(Generic[V]):
         """
         if self._closing.is_set():  # who closes from here on gives it up
             return None
-        by, sent = self._versions.enter(), None
+        by, sent, small.trace = self._versions.enter(), None, delivery.trace
         try:
             request = by.shards.send(small, delivery.deadline) if by is version else None
             if request is None:
@@ -162,6 +163,7 @@ class Here(Generic[V]):
                 delivery.end(None)
                 return True
             delivery.begin_work()
+            small.trace = delivery.trace
             if above is not None and small.nbytes > above:
                 request = by.shards.send(small, delivery.deadline)
             if request is None:

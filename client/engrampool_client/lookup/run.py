@@ -30,6 +30,7 @@ from engrampool_client.lookup.step import Step
 from engrampool_client.lookup.work import Lookup, V, Versions
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.stats import Stats
+from engrampool_client.tracing.spans import Spans
 from engrampool_proto.errors import BatchError
 from engrampool_proto.spec import ModelSpec
 
@@ -41,12 +42,13 @@ class Lookups(Generic[V]):
     """
 
     def __init__(self, config: ClientConfig, versions: Versions[V], closing: threading.Event) -> None:
-        """closing: set while the client closes."""
+        """closing: set while the client closes. Raises ValueError where steps are to be traced and cannot be."""
         self._config, self._versions, self._closing = config, versions, closing
         self._timeout_s, self._masks = bounded_s(config.timeout_s), config.on_failure == "mask"
         self.workers = Workers(config.max_steps, "engrampool")
         self._deadlines, self._made_by = Deadlines(), os.getpid()
         self._here = Here(versions, self.workers, self._deadlines, closing, config.spin_s, self._submit)
+        self._spans = Spans() if config.trace else None
         self.forked: ForkedError | None = None
 
     def open(self, spec: ModelSpec, stats: Stats, recorder: Recorder | None) -> None:
@@ -207,6 +209,8 @@ class Lookups(Generic[V]):
     def close(self) -> None:
         """End the threads; in a callback of a step they end a little later."""
         wait = not in_callback()  # some of these threads may wait for the callback, or be in one that closes, too
+        if self._spans is not None:
+            self._spans.flush()
         self.workers.close(wait)
         self._deadlines.close(wait)
 
@@ -239,6 +243,8 @@ class Lookups(Generic[V]):
         blank = zeros(sizes.shapes, out) if self._masks else None
         delivery = Delivery(query.layers, deadline, blank, self._ended, waits)
         delivery.finisher = finisher
+        if self._spans is not None:
+            delivery.trace = self._spans.begin(sizes.what, query.num_tokens, sizes.nbytes)
         return delivery
 
     def _begin(self, delivery: Delivery, query: Query, sizes: Sizes, waits: bool = False) -> None:
@@ -310,8 +316,11 @@ class Lookups(Generic[V]):
         if delivery.error is not None:
             masked = {layer: int(np.count_nonzero(~valid)) for layer, valid in list(delivery.valid.items())}
         complete = len(delivery.rows) == len(delivery.layers)
-        self._stats.ended(delivery, delivery.error, complete, masked)
+        outcome = self._stats.ended(delivery, delivery.error, complete, masked)
         self._deadlines.forget(delivery)
+        if outcome is not None and self._spans is not None and delivery.trace is not None:
+            tokens = max((masked or {}).values(), default=0)
+            self._spans.ended(delivery.trace, outcome, delivery.error, tokens, delivery.arrived_s)
 
     def _plan_here(self, lookup: Lookup[V]) -> None:
         """Plan it in this thread: if the cache has all of it, no other is woken. Raises PoolError."""

@@ -40,6 +40,10 @@ class Request(Protocol):
     timed: bool
 
     @property
+    def number(self) -> int:
+        """The request's, by which the server's log names it."""
+
+    @property
     def times(self) -> ServerTimes | None:
         """The server's, once all was answered."""
 
@@ -149,9 +153,11 @@ class Sent:
 
         One of the client's own has left its place by then: it may wait for the end of a call that is dear to cancel.
         """
-        holder = self._holder
+        holder, error = self._holder, self._delivery.error
         # At the deadline he has no more time himself, and the connection may be good.
-        late = isinstance(self._delivery.error, DeadlineError)
+        late = isinstance(error, DeadlineError)
+        if isinstance(error, DeadlineError) and not error.number:
+            error.number = self._request.number
         if holder and holder != threading.get_ident() and not late and (self._request.timed or holder != self._helper):
             self._request.shut()
 

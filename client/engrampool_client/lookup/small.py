@@ -12,6 +12,7 @@ from engrampool_client.lookup.delivery import Blank, Delivery, Rows, Valid
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Landing, Out, read_only
 from engrampool_client.lookup.query import Query, RowQuery, Sizes
+from engrampool_client.tracing.record import Trace
 from engrampool_proto import frames, wire
 from engrampool_proto.errors import BatchError
 from engrampool_proto.spec import ModelSpec
@@ -27,10 +28,10 @@ class Small:
 
     rows: layer -> where its rows belong, uint8 [N, row_bytes], C-contiguous. given: layer and what its caller gets of
     it. nbytes: of all rows that are asked for. places: layer -> int64 [count], where each of them belongs among its
-    `rows`; a layer without any has all of its rows come, in order.
+    `rows`; a layer without any has all of its rows come, in order. trace: of its delivery.
     """
 
-    __slots__ = ("counts", "given", "ids", "nbytes", "places", "rows", "what")
+    __slots__ = ("counts", "given", "ids", "nbytes", "places", "rows", "trace", "what")
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Small:
     ) -> None:
         self.what, self.counts, self.ids, self.nbytes = what, counts, ids, nbytes
         self.rows, self.given, self.places = rows, given, places
+        self.trace: Trace | None = None
 
     @classmethod
     def of(cls, query: Query, out: Out | None, sizes: Sizes) -> "Small | None":

@@ -173,5 +173,7 @@ class Step:
         delivery = getattr(self, "delivery", None)  # it is not there if making one failed
         if delivery is not None and not delivery.done:
             lost = StepCancelledError("nobody refers to the step any more")
+            if delivery.trace is not None:
+                delivery.trace.lost = True
             # Garbage may be collected in the midst of anything: who writes may wait for what this thread holds.
             delivery.give_up(lost, wait=not holds_a_cache())

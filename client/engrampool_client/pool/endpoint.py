@@ -26,7 +26,7 @@ from engrampool_client.lanes.attach import AttachLane
 from engrampool_client.lanes.connection import Connection
 from engrampool_client.lanes.credentials import Credentials
 from engrampool_client.lanes.grpc import GrpcLane
-from engrampool_client.lanes.native import NativeLane, NativeRequest, first_to_answer
+from engrampool_client.lanes.native import NativeLane, NativeRequest
 from engrampool_client.lanes.split import SideBySide
 from engrampool_client.lanes.streamed import STREAMED_ABOVE_BYTES, StreamedRequest
 from engrampool_client.lookup.delivery import Delivery
@@ -36,7 +36,7 @@ from engrampool_client.lookup.small import Small
 from engrampool_client.lookup.workers import Job, Workers
 from engrampool_client.pool.breaker import Breaker
 from engrampool_client.pool.latency import Latency
-from engrampool_client.stats import AT_ONCE_S, Stats
+from engrampool_client.stats import Stats
 from engrampool_proto.wire import ServerTimes
 
 if TYPE_CHECKING:  # it needs numba
@@ -87,7 +87,8 @@ class Endpoint:
         if config.attach == "auto" and served.attach:
             attach = partial(lane.attach, served.spec.name, served.version)
             form, ways = form_of(config.compiled), min(max(_GATHER_WAYS, self._ways), len(os.sched_getaffinity(0)))
-            self._attach = AttachLane(partial(self._asked, attach), served, form, self._parts, ways, config.emulate)
+            asked, emulate = partial(self._asked, attach), config.emulate
+            self._attach = AttachLane(asked, served, form, self._parts, ways, emulate, self.target)
         if config.emulate is not None and not self.attached:
             raise SpecError(f"emulate needs memory that is attached, and it is not: {self.why_not_attached}")
         if config.direct == "auto" and served.direct and config.emulate is None:
@@ -374,7 +375,7 @@ class EndpointRequest:
     ) -> None:
         """Ask until the answer is whole, the error is one that asking again does not mend, or time is up."""
         endpoint, deadline, nbytes = self._endpoint, self._deadline, exchange.answer_bytes
-        asked_at, lay_there = (0.0, False) if sent is None else (sent.connection.asked_at, _lies_there(sent))
+        asked_at, lay_there = (0.0, False) if sent is None else (sent.connection.asked_at, sent.lies_there)
         for attempt in count():
             try:
                 if sent is None and endpoint._attach is not None:
@@ -432,11 +433,6 @@ class EndpointRequest:
 
 def _unplanned() -> bool:
     return True
-
-
-def _lies_there(sent: NativeRequest) -> bool:
-    """Whether the answer began before anybody looked for it, so that nobody knows when it came."""
-    return time.monotonic() - sent.connection.asked_at > AT_ONCE_S and first_to_answer([sent], 0.0) is not None
 
 
 def _against(error: PoolError, delivery: Delivery, early: bool) -> EngrampoolError | None:

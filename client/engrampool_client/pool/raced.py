@@ -60,6 +60,11 @@ class Raced:
         """As of `Request`."""
         return self._request.times
 
+    @property
+    def number(self) -> int:
+        """As of `Request`."""
+        return self._request.number
+
     def whole(self, layer: int) -> bool:
         """As of `Part`."""
         return self._request.whole(layer)
@@ -127,6 +132,8 @@ class Raced:
             request = endpoint.send_direct(self._small, self._deadline)
             if request is not None:
                 self._second = endpoint, request
+                if request.traced is not None:
+                    request.traced.hedged = True
                 self._budget.spend()
                 self._stats.hedged()
                 return

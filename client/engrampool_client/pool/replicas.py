@@ -311,6 +311,8 @@ class ReplicaRequest:
             else:
                 its.budget.spend()
                 its.stats.hedged()
+                if second.traced is not None:
+                    second.traced.hedged = True
                 if first_to_answer([sent, second], deadline) is second:
                     chosen, other = other, first
                     replicas[0].latency.ended(nbytes, inf)

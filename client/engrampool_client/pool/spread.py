@@ -52,4 +52,5 @@ class Spread:
             if counts:
                 what = model, version, tuple(rows)
                 found[shard] = Small(what, np.array(counts), out[begin:end], rows, (), nbytes, theirs)
+                found[shard].trace = small.trace
         return found

@@ -29,6 +29,12 @@ class Together:
         """The servers', of what ran side by side."""
         return slowest([request.times for request, _ in self._parts])
 
+    @property
+    def number(self) -> int:
+        """As of `Request`: of the first that was not answered."""
+        waiting = [request for request, _ in self._parts if request.times is None]
+        return (waiting or [request for request, _ in self._parts])[0].number
+
     def ready(self, until: float, spin_s: float) -> Came | None:
         """As of `Request`."""
         for request, _ in self._parts:

@@ -67,7 +67,8 @@ def _line(look: "ServerLook") -> str:
         active = " (active)" if model.active else ""
         held.append(f"{model.name} {model.version}{active}, shard {look.shard(model.name, model.version)}")
     workers = look.samples.sum("engrampool_workers") or 0
-    return f"{look.address}: {'; '.join(held) or 'loading'}; {workers:.0f} workers"
+    emulates = f"; emulates {look.emulates}, its times are not this machine's" if look.emulates else ""
+    return f"{look.address}: {'; '.join(held) or 'loading'}; {workers:.0f} workers{emulates}"
 
 
 @click.command()

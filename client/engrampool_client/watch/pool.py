@@ -26,6 +26,7 @@ class ServerLook:
     """One server. error: why it did not answer, for people; then there is nothing else.
 
     round_trip_s: of a call that takes the server next to no time. held: what it serves, nothing while it loads.
+    emulates: a tier, "" for none.
     """
 
     address: str
@@ -34,6 +35,7 @@ class ServerLook:
     server_version: str = ""
     held: Sequence[pool_pb2.Model] = ()
     samples: Samples = field(default_factory=Samples)
+    emulates: str = ""
 
     @property
     def serving(self) -> bool:
@@ -105,7 +107,8 @@ class Watch:
             described = pool_pb2.DescribeResponse.FromString(answer)
         except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions
             return ServerLook(address, f"Describe was answered with something else: {error}")
-        return ServerLook(address, None, round_trip_s, described.server_version, tuple(described.models), samples)
+        held = tuple(described.models)
+        return ServerLook(address, None, round_trip_s, described.server_version, held, samples, described.emulates)
 
 
 def versions(looks: Iterable[ServerLook]) -> list[dict[str, Any]]:
@@ -157,6 +160,7 @@ def server_json(look: ServerLook) -> dict[str, Any]:
         "error": look.error,
         "serving": look.serving,
         "server_version": look.server_version or None,
+        "emulates": look.emulates or None,
         "round_trip_s": look.round_trip_s,
         "uptime_s": None if started is None else round(samples.unix_s - started, 3),
         "workers": total("engrampool_workers"),

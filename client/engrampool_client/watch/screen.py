@@ -57,6 +57,8 @@ class Screen:
             for name in ("rows", "bytes")
         )
         text = f"engrampool  {time.strftime('%H:%M:%S')}  {serving} of {len(looks)} servers serve  "
+        tiers = sorted({look.emulates for look in looks if look.emulates})
+        text += f"EMULATED: {', '.join(tiers)}  " if tiers else ""
         text += f"{_count(rows)} rows/s  {_gigabytes(nbytes)} GB/s  {held or 'nothing is held'}"
         return Text(text, style="bold")
 

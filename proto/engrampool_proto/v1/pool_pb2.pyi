@@ -15,18 +15,20 @@ class DescribeRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., include_spec: _Optional[bool] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("models", "limits", "server_version", "direct", "attach")
+    __slots__ = ("models", "limits", "server_version", "direct", "attach", "emulates")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     DIRECT_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
+    EMULATES_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     limits: Limits
     server_version: str
     direct: bool
     attach: bool
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., direct: _Optional[bool] = ..., attach: _Optional[bool] = ...) -> None: ...
+    emulates: str
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., direct: _Optional[bool] = ..., attach: _Optional[bool] = ..., emulates: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_rows_per_request", "max_answer_bytes", "max_in_flight_bytes")

@@ -22,6 +22,7 @@ from engrampool_server.answer.emulation import Emulation
 from engrampool_server.answer.in_flight import Account, InFlight, Peer, most_bytes
 from engrampool_server.memory.tables import LoadedModel, LoadedTable, NotHeldError
 from engrampool_server.telemetry.metrics import Metrics
+from engrampool_server.telemetry.refused import RefusedLookups
 from engrampool_server.telemetry.slow import SlowLookups
 
 # Ids of answers in pieces up to this size are hashed and checked by the event loop, if it gathers too: some
@@ -139,7 +140,7 @@ class Lookups:
     ) -> None:
         self.emulation = emulation
         self.limits, self.in_flight, self._metrics = limits, in_flight, metrics
-        self.slow = SlowLookups(metrics, slow_s)
+        self.slow, self.refusals = SlowLookups(metrics, slow_s), RefusedLookups()
         if in_flight.share_bytes < self.inline_bytes:
             self.inline_bytes = in_flight.share_bytes
         # What is sent in pieces must fit into the share of one peer, however small that is.

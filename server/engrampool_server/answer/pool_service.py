@@ -8,6 +8,7 @@ from typing import NoReturn
 import grpc
 
 from engrampool_proto import __version__, wire
+from engrampool_proto.errors import WireError
 from engrampool_proto.segment import boot_id
 from engrampool_proto.spec import canonical_json
 from engrampool_proto.v1 import pool_pb2
@@ -130,6 +131,7 @@ class PoolService:
             server_version=__version__,
             direct=self._direct is not None,
             attach=attach,
+            emulates="" if self._lookups.emulation is None else self._lookups.emulation.tier.name,
         )
         return answer.SerializeToString()
 
@@ -192,7 +194,7 @@ class PoolService:
             times = server_times(arrived, begin, gathered)
             writer.set_times(times)
         except Refusals as error:
-            await self._refuse(context, error)
+            await self._refuse(context, error, "Lookup", message)
         if self._lookups.slow.over(times):
             self._note_slow("Lookup", job, times, context)
         # Once the answer is on its way: the caller need not wait for our book-keeping.
@@ -253,7 +255,7 @@ class PoolService:
                 finally:
                     timer.cancel()
         except Refusals as error:
-            await self._refuse(context, error)
+            await self._refuse(context, error, "LookupStream", message)
         self._lookups.count("LookupStream", job, times)
         if self._lookups.slow.over(times):
             self._note_slow("LookupStream", job, times, context)
@@ -293,8 +295,14 @@ class PoolService:
         context.add_done_callback(lambda _: hold.shrink(hold.kept_bytes))
         return hold
 
-    async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    async def _refuse(
+        self, context: grpc.aio.ServicerContext, error: Exception, method: str = "", message: bytes = b""
+    ) -> NoReturn:
+        """method, message: of a lookup, which is logged."""
         code, reason = self._lookups.refused(error)
+        if method:
+            peer = peers.of_call(context.peer())
+            self._lookups.refusals.note(method, peer, reason, str(error), lambda: _number(message))
         await context.abort(code, str(error), ((wire.REASON_KEY, reason),))
         raise AssertionError("abort always raises")
 
@@ -311,6 +319,14 @@ class _Hold:
         """Give back all but `nbytes`."""
         self._lookups.release(self._nbytes - nbytes, self._peer)
         self._nbytes = nbytes
+
+
+def _number(message: bytes) -> int:
+    """Of a request; 0 for one that cannot be read."""
+    try:
+        return wire.parse_request(message).number
+    except WireError:
+        return 0
 
 
 def _gather_piece(piece: Piece, last: bool) -> tuple[wire.ResponseWriter, float]:

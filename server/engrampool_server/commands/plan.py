@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from engrampool_proto.sharding import MAX_SHARDS, ShardBy, cut
 from engrampool_server.files.sources import parse_location, redact
@@ -50,6 +52,11 @@ _SHARE = click.FloatRange(0, 1)
 @click.option("--hosts", type=click.IntRange(min=1), default=1, show_default=True, help="Of engines.")
 @click.option("--call-us", type=_POSITIVE, default=110.0, show_default=True, help="A server's processor, a lookup.")
 @click.option("--s-per-gb", type=_POSITIVE, default=0.59, show_default=True, help="A server's processor, a GB of rows.")
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="These two of your machine, a file that bench/plan.py writes; what is typed wins.",
+)
 @click.option("--price-gib", type=_POSITIVE, default=1.0, show_default=True, help="Of a GiB of memory, in any unit.")
 @click.option("--price-server", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Beside its memory.")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object, which has a placement to edit.")
@@ -61,6 +68,7 @@ def plan(
     replicas: int,
     workers: int,
     max_in_flight_bytes: str,
+    calibration: Path | None,
     as_json: bool,
     **load: Any,
 ) -> None:
@@ -80,6 +88,10 @@ def plan(
         answer_bytes = size.parse(max_in_flight_bytes)
     except ValueError as error:
         raise click.UsageError(f"--max-in-flight-bytes {max_in_flight_bytes!r}: allowed: {size.allowed}") from error
+    if calibration is not None:
+        typed = click.get_current_context().get_parameter_source
+        measured = _read_calibration(calibration)
+        load |= {name: value for name, value in measured.items() if typed(name) is ParameterSource.DEFAULT}
     # Not before: they bring numpy, which help does without.
     from engrampool_server.memory.placement import read_placement
     from engrampool_server.memory.shard_plan import ShardPlan, spec_of
@@ -97,6 +109,21 @@ def plan(
         loaded = _load_plan(planned, load)
         document, text = document | {"load": loaded.to_json()}, f"{text}\n\n{loaded}"
     click.echo(json.dumps(document) if as_json else text)
+
+
+def _read_calibration(path: Path) -> dict[str, float]:
+    """call_us and s_per_gb. Raises UsageError for a file that has anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"--calibration {path} cannot be read: {error}") from error
+    names = {"call_us", "s_per_gb"}
+    if not isinstance(found, dict) or found.keys() != names:
+        raise click.UsageError(f"--calibration {path}: it must be a JSON object of call_us and s_per_gb; make it again")
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+            raise click.UsageError(f"--calibration {path}: {name} must be a number above 0; it is {value!r}")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _load_plan(planned: "ShardPlan", load: Mapping[str, Any]) -> "LoadPlan":

@@ -173,3 +173,24 @@ def test_a_screen_says_what_is_refused_between_two_looks():
         samples = Samples.read(unix_s, [("engrampool_refused_total", {"reason": "overloaded"}, refused)])
         console.print(screen.frame([ServerLook("a:1", samples=samples)], {}))
     assert console.export_text().count("a:1 refuses 2.0 lookups/s: overloaded") == 2
+
+
+def test_a_server_that_emulates_memory_says_so_wherever_it_is_looked_at(tmp_path):
+    packed = write_model(tmp_path / "small", small_spec())
+    with serve_process(packed, workers=1, emulate="cxl-switch") as server:
+        told = run("status", "--server", server.address)
+        assert "; emulates cxl-switch, its times are not this machine's" in told.stdout
+        (one,) = json.loads(run("status", "--json", "--server", server.address).stdout)["servers"]
+        assert one["emulates"] == "cxl-switch"
+        assert "EMULATED: cxl-switch" in run("top", "--count", "1", "--server", server.address).stdout
+        with Client(server.address, **PATIENCE) as client:
+            assert client.served.emulates == "cxl-switch"
+            assert [one["emulates"] for one in client.status()["servers"]] == ["cxl-switch"]
+
+
+def test_a_server_that_emulates_nothing_says_nothing_of_it(shards):
+    told = run("status", "--server", shards[0])
+    assert "emulates" not in told.stdout
+    servers = json.loads(run("status", "--json", "--server", shards[0]).stdout)["servers"]
+    assert [one["emulates"] for one in servers] == [None]
+    assert "EMULATED" not in run("top", "--count", "1", "--server", shards[0]).stdout

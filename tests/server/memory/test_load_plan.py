@@ -80,3 +80,35 @@ def test_the_command_adds_what_a_load_asks_for(tmp_path):
     assert "calculated" not in run(packed).output
     assert isinstance(run(packed, *load, "--link", "token-ring").exception, TierError)
     assert "not in the range" in run(packed, "--decode-tokens-s", -1).output
+
+
+def test_a_calibration_stands_for_what_is_not_typed(tmp_path):
+    packed, file = pack(tmp_path / "small"), tmp_path / "here.json"
+    file.write_text(json.dumps({"call_us": 200, "s_per_gb": 0.25}))
+    words = (packed, "--decode-tokens-s", 1e5, "--json", "--calibration", file)
+
+    def cores(*more: object) -> float:
+        return json.loads(run(*words, *more).output)["load"]["cores"]
+
+    gb_per_s = 1e5 * 0.994 * BOTH / 1e9
+    assert cores() == pytest.approx(1e5 / 64 * 200e-6 + gb_per_s * 0.25)
+    assert cores("--call-us", 110) == pytest.approx(1e5 / 64 * 110e-6 + gb_per_s * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "it must be a JSON object of call_us and s_per_gb"),
+        ('{"call_us": 1}', "it must be a JSON object of call_us and s_per_gb"),
+        ('{"call_us": 0, "s_per_gb": 1}', "call_us must be a number above 0; it is 0"),
+        ('{"call_us": 1, "s_per_gb": NaN}', "s_per_gb must be a number above 0; it is nan"),
+        ('{"call_us": true, "s_per_gb": 1}', "call_us must be a number above 0; it is True"),
+    ],
+)
+def test_a_calibration_that_is_none_is_refused(tmp_path, text, why):
+    packed, file = pack(tmp_path / "small"), tmp_path / "here.json"
+    file.write_text(text)
+    found = run(packed, "--decode-tokens-s", 1e5, "--calibration", file)
+    assert found.exit_code == 2
+    assert why in found.output.replace("\n", " ")

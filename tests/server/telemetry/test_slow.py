@@ -50,8 +50,8 @@ def test_the_hop_that_took_most_is_counted_and_one_of_many_is_told(events, monke
         for hop in ("queue", "gather", "send")
     }
     assert counted == {"queue": 1, "gather": 1, "send": 1}
-    monkeypatch.setattr("engrampool_server.telemetry.slow.EVERY_S", 0.0)
-    slow._next_s = 0.0
+    monkeypatch.setattr("engrampool_server.telemetry.told.EVERY_S", 0.0)
+    slow._told._next_s = 0.0
     slow.note("Direct", 1, "10.0.0.7", 24, ServerTimes(0, 0, 2000))
     assert events.of("slow-lookup")[-1]["untold"] == 2
 

@@ -114,7 +114,8 @@ class Answerer:
     def refuse(self, error: Exception, number: int) -> None:
         """Say no to a request; the next one may come. Raises CutError, as for a caller that only asks."""
         self.let_go()
-        self._send(np.frombuffer(self._resources.refusal(error, number), np.uint8), -1)
+        who = self.peer if isinstance(self.peer, str) else self.peer.name
+        self._send(np.frombuffer(self._resources.refusal(error, number, who), np.uint8), -1)
 
     def send(self, frame: bytes) -> None:
         """Send a frame of ours. Raises CutError."""

@@ -57,10 +57,12 @@ class Resources:
         """Memory for a request or for rows, whose address is a multiple of 8."""
         return np.empty(nbytes, np.uint8)
 
-    def refusal(self, error: Exception, number: int = 0) -> bytes:
-        """Count one of Refusals; gives the frame that says it."""
+    def refusal(self, error: Exception, number: int = 0, peer: str = "") -> bytes:
+        """Count one of Refusals, and log it if a `peer` asked; gives the frame that says it."""
         code, reason = self.lookups.refused(error)
         self.ended(code)
+        if peer:
+            self.lookups.refusals.note("Direct", peer, reason, str(error), lambda: number)
         text = str(error).encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")
         refusal = pool_pb2.Refusal(code=code.value[0], reason=reason, text=text)
         return frames.frame(frames.REFUSED, refusal.SerializeToString(), number)

@@ -1,0 +1,1 @@
+"""Lookups as spans of OpenTelemetry, where a client is asked for them."""
