@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,10 @@ def one_stands_out(found: dict[str, float], *labels: str) -> bool:
 
 
 def test_the_page_leads_to_the_slow_shard(tmp_path):
-    require("prometheus"), require("promtool")
+    require("prometheus")
+    for program in ("bash", "curl", "openssl"):
+        if shutil.which(program) is None:
+            lacking(f"{program} is not installed (Debian: apt-get install {program})")
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
     until_found: dict[str, Callable[[dict[str, float]], bool]] = {
         "up": lambda found: sorted(found.values()) == [1, 1, 1],
