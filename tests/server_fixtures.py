@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import grpc
 import numpy as np
@@ -218,6 +218,54 @@ class RawPool:
     def by_tokens(self, batch: TokenBatch, *layers: int) -> bytes:
         """A request for the rows of tokens."""
         return wire.encode_request(wire.LookupRequest("small", self.version, (), batch, layers))
+
+
+def environment(tmp_path: Path, code: str) -> dict[str, str]:
+    """Of a server whose processes run `code` first."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))}
+
+
+_HOLDING = """
+import asyncio, os
+from engrampool_server.answer import pool_service
+from engrampool_server.processes import supervisor
+emulate = pool_service.PoolService._emulate
+async def held(self, reading, nbytes, gathered_s):
+    while nbytes == {nbytes} and os.path.exists(os.environ["TEST_HELD"]):
+        await asyncio.sleep(0.01)
+    return await emulate(self, reading, nbytes, gathered_s)
+pool_service.PoolService._emulate = held
+pool_service.PATIENCE_S = supervisor._STOP_MARGIN_S = 600.0
+"""
+
+
+class HeldStream:
+    """A stream whose last message, a small one, a server with `environ` and `settings` holds back until it is wanted.
+
+    The others were read before. For gRPC breaks a stream off whose caller, as it reads, tells a server how much it has
+    read that closed the connection by then: what is tested is the server's end, and not that.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {"stream_chunk_bytes": 64 << 10}  # 248 rows
+    _ids = np.arange(2 * 248 + 12)
+    rows = len(_ids)
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._flag = tmp_path / "held"
+        self._flag.touch()
+        self.environ = environment(tmp_path, _HOLDING.format(nbytes=12 * 264)) | {"TEST_HELD": str(self._flag)}
+
+    def begin(self, pool: "RawPool") -> None:
+        """Read all but the last message."""
+        self._call = pool.stream(pool.by_ids((2, self._ids)))
+        self._messages = [next(self._call), next(self._call)]
+
+    def rest_is_right(self) -> bool:
+        """Read the last message, and compare every byte."""
+        self._flag.unlink()
+        return joined([*self._messages, *self._call]) == {2: expected(2, self._ids)}
 
 
 def rows_of(message: bytes) -> dict[int, bytes]:

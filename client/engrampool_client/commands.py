@@ -7,13 +7,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from engrampool_client import private_files
-from engrampool_client.config import ENVIRONMENT_PREFIX
+from engrampool_client.config import ENVIRONMENT_PREFIX, check_credentials
 from engrampool_proto.errors import BatchError, EngrampoolError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from engrampool_client.lookup.delivery import Rows
     from engrampool_proto.spec import ModelSpec
 
-_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
 # Of rows that are asked for at once.
 _PIECE_BYTES = 64 << 20
 _PATH = click.Path(path_type=Path)
@@ -57,8 +57,20 @@ SERVERS = click.option(
 )
 
 
-def credential_options(command: _Command) -> _Command:
-    """Decorate a click command that dials servers with what a client trusts and shows: settings of `Client`."""
+def credential_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a click command that dials servers with what a client trusts and shows: settings of `Client`.
+
+    What cannot be is a usage error.
+    """
+
+    @wraps(command)
+    def checked(**given: Any) -> Any:
+        try:
+            check_credentials(*(given[name] for name in ("tls_ca", "tls_cert", "tls_key", "tls_name", "token")))
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        return command(**given)
+
     options = (
         ("--tls-ca", _PATH, "Authorities as PEM: reach servers over TLS, with certificates of theirs."),
         ("--tls-cert", _PATH, "This client's certificate as PEM, if servers ask for one,"),
@@ -68,8 +80,8 @@ def credential_options(command: _Command) -> _Command:
     )
     for flag, kind, text in reversed(options):
         variable = ENVIRONMENT_PREFIX + flag[2:].replace("-", "_").upper()
-        command = click.option(flag, type=kind, envvar=variable, show_envvar=True, help=text)(command)
-    return command
+        checked = click.option(flag, type=kind, envvar=variable, show_envvar=True, help=text)(checked)
+    return checked
 
 
 @click.command()

@@ -9,7 +9,13 @@ from collections.abc import Iterable, Mapping
 from math import inf
 from typing import Protocol
 
-from engrampool_client.errors import EngrampoolError, StepCancelledError
+from engrampool_client.errors import (
+    EngrampoolError,
+    ForbiddenError,
+    StepCancelledError,
+    TlsError,
+    UnauthenticatedError,
+)
 from engrampool_proto.wire import ServerTimes
 
 # Upper bounds in seconds. A wait that matters begins at some tens of microseconds.
@@ -27,6 +33,8 @@ HOPS = ("client", "network", "queue", "gather", "send")
 AT_ONCE_S = 1e-3
 # Of slow lookups, a line in so long; what is slow meanwhile is only counted.
 _TOLD_EVERY_S = 1.0
+# Of steps that are masked as servers do not know this client, which nothing but somebody who reads this ends.
+_UNTRUSTED_EVERY_S = 60.0
 _log = logging.getLogger("engrampool")
 # What became of bytes that were asked for on a hint.
 HINT_FATES = ("asked", "dropped", "failed")
@@ -79,7 +87,7 @@ class Stats:
         self._pending: dict[object, int] = {}
         self._pending_hints: dict[object, int] = {}
         self.waits = {layer: Waits() for layer in layers}
-        self._slow_s, self._told_s = slow_s, -inf
+        self._slow_s, self._told_s, self._untrusted_told_s = slow_s, -inf, -inf
         self.slow: Counter[str] = Counter(dict.fromkeys(HOPS, 0))
         self.hops = {hop: Waits() for hop in HOPS}
         self.servers: dict[str, ServerHops] = {}
@@ -183,6 +191,16 @@ class Stats:
             self.steps[outcome] += 1
             for layer, tokens in (masked or {}).items():
                 self.masked_tokens[layer] += tokens
+            now = time.monotonic()
+            tells = (
+                outcome == "masked"
+                and isinstance(error, UnauthenticatedError | ForbiddenError | TlsError)
+                and now >= self._untrusted_told_s + _UNTRUSTED_EVERY_S
+            )
+            if tells:
+                self._untrusted_told_s = now
+        if tells:
+            _log.error("steps are masked until this client's credentials are mended: %s", error)
 
     def count_bytes(self, source: str, nbytes: int) -> None:
         """Count bytes of rows."""

@@ -414,7 +414,8 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, st
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if _VARIABLES.get(name) != variable:
-            raise _unknown(f"environment variable {variable}={redact(repr(value))}", name, _VARIABLES)
+            # Without its value, which may be a token, and errors go to the log.
+            raise _unknown(f"environment variable {variable}", name, _VARIABLES)
         yield name, split_locations(value) if name == "models" else value, f"environment {variable}"
 
 

@@ -5,7 +5,16 @@ import time
 
 import pytest
 
-from engrampool_client import DeadlineError, StepCancelledError
+from engrampool_client import (
+    DeadlineError,
+    ForbiddenError,
+    PoolError,
+    StepCancelledError,
+    TlsError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from engrampool_client import stats as stats_module
 from engrampool_client.stats import HOPS, OUTCOMES, SOURCES, WAIT_BOUNDS_S, Stats
 from engrampool_proto.wire import ServerTimes
 
@@ -151,3 +160,24 @@ def test_no_count_is_lost_between_threads(stats):
     assert (stats.begun, stats.steps["ok"], stats.in_flight, stats.pending_bytes) == (total, total, 0, 0)
     assert (stats.bytes["wire"], stats.masked_tokens[3]) == (3 * total, 5 * total)
     assert (stats.waits[7].counts[0], stats.retries, stats.breaker_opened) == (total, total, total)
+
+
+def test_steps_that_are_masked_for_want_of_trust_are_told_of_once_a_minute_and_others_not(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(stats_module.time, "monotonic", lambda: now[0])
+    stats = Stats([3])
+
+    def masked(error: PoolError, complete: bool = True) -> str:
+        caplog.clear()
+        stats.began(error, 1)
+        stats.ended(error, error, complete)
+        return caplog.text
+
+    assert masked(UnavailableError("away")) == ""
+    assert masked(UnauthenticatedError("revoked"), complete=False) == ""  # raised where its rows are wanted
+    assert "credentials are mended: revoked" in masked(UnauthenticatedError("revoked"))
+    assert masked(ForbiddenError("no role")) == ""
+    now[0] += 61.0
+    assert "credentials are mended: no role" in masked(ForbiddenError("no role"))
+    now[0] += 61.0
+    assert "credentials are mended: expired" in masked(TlsError("expired"))

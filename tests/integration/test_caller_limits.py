@@ -30,7 +30,7 @@ def packed(tmp_path_factory) -> Path:
 @contextmanager
 def serving(packed, path: Path, *callers: dict[str, Any], **settings: Any) -> Iterator[ServerProcess]:
     write_callers(path, *callers)
-    with serve_process(packed, workers=2, tokens=path, **settings) as server:
+    with serve_process(packed, **{"workers": 2, **settings}, tokens=path) as server:
         yield server
 
 
@@ -119,6 +119,37 @@ def test_bytes_in_flight_of_a_caller(packed, tmp_path, direct):
             assert rows(pool)
 
 
+def ticket(channel: grpc.Channel, token: str) -> pool_pb2.OpenDirectResponse:
+    stub = pool_pb2_grpc.PoolStub(channel)
+    return stub.OpenDirect(pool_pb2.OpenDirectRequest(), timeout=LIMIT_S, metadata=bearer(token))
+
+
+def connected(channel: grpc.Channel, token: str) -> socket.socket | None:
+    """A connection of the direct lane, None if it was not let in."""
+    way_in = ticket(channel, token)
+    lane = socket.create_connection(("127.0.0.1", way_in.port), LIMIT_S)
+    lane.sendall(frames.frame(frames.HELLO, way_in.ticket))
+    if frames.HEADER.unpack(lane.recv(frames.HEADER.size, socket.MSG_WAITALL))[0] != frames.READY:
+        lane.close()
+        return None
+    return lane
+
+
+def test_what_a_caller_had_stays_its_own_when_its_token_becomes_anothers(packed, tmp_path):
+    path, one = tmp_path / "callers", {"token": "t", "max_connections": 1}
+    with (
+        serving(packed, path, {"name": "first", **one}, workers=1) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        for name in ("second", "first"):
+            with eventually(lambda: connected(channel, "t")) as lane:
+                write_callers(path, {"name": name, **one})
+                # It was counted for the caller of before, so it ends.
+                assert lane.recv(1) == b""
+        with eventually(lambda: connected(channel, "t")):
+            assert greeted(ticket(channel, "t")) == frames.REFUSED
+
+
 def test_connections_of_a_caller_are_bounded_in_all_workers(packed, tmp_path):
     few, other = {"name": "few", "token": "few", "max_connections": 2}, {"name": "other", "token": "other"}
     with (
@@ -126,24 +157,11 @@ def test_connections_of_a_caller_are_bounded_in_all_workers(packed, tmp_path):
         grpc.insecure_channel(server.address) as channel,
         ExitStack() as stack,
     ):
-
-        def ticket(token: str) -> pool_pb2.OpenDirectResponse:
-            stub = pool_pb2_grpc.PoolStub(channel)
-            return stub.OpenDirect(pool_pb2.OpenDirectRequest(), timeout=LIMIT_S, metadata=bearer(token))
-
-        def connect(token: str) -> socket.socket:
-            way_in = ticket(token)
-            lane = stack.enter_context(socket.create_connection(("127.0.0.1", way_in.port), LIMIT_S))
-            lane.sendall(frames.frame(frames.HELLO, way_in.ticket))
-            assert frames.HEADER.unpack(lane.recv(frames.HEADER.size, socket.MSG_WAITALL))[0] == frames.READY
-            return lane
-
-        open_ones = [connect("few") for _ in range(2)]
-        assert greeted(ticket("few")) == frames.REFUSED
-        assert greeted(ticket("other")) == frames.READY
+        open_ones = [stack.enter_context(connected(channel, "few")) for _ in range(2)]
+        assert greeted(ticket(channel, "few")) == frames.REFUSED
+        assert greeted(ticket(channel, "other")) == frames.READY
         open_ones.pop().close()
-        eventually(lambda: greeted(ticket("few")) == frames.READY)
+        stack.enter_context(eventually(lambda: connected(channel, "few")))
         # A client of ours goes over gRPC then.
-        connect("few")
         with Client(server.address, token="few", **PATIENCE) as pool:
             assert (rows(pool), pool.status()["lane"]) == (True, "grpc")

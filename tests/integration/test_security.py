@@ -86,6 +86,7 @@ def calls(open_channel: grpc.Channel, packed, token: str | None) -> dict[str, gr
         "reflection": lambda: list(
             reflection_pb2_grpc.ServerReflectionStub(open_channel).ServerReflectionInfo(listing, **given)
         ),
+        "Stats": lambda: pool.Stats(pool_pb2.StatsRequest(), **given),
         "administration": lambda: open_channel.unary_unary("/engrampool.v1.Admin/Anything")(b"", **given),
     }
     ended = {}
@@ -114,19 +115,22 @@ def test_a_reader_reads_and_administers_nothing(server, packed, authority):
     with channel(authority, server.address) as opened:
         ended = calls(opened, packed, READER["token"])
     assert {ended.pop(name) for name in READS} == {grpc.StatusCode.OK}
-    assert ended == {"administration": grpc.StatusCode.PERMISSION_DENIED}
+    assert ended == dict.fromkeys(("Stats", "administration"), grpc.StatusCode.PERMISSION_DENIED)
 
 
 def test_an_administrator_reads_nothing_unless_it_has_that_role_too(server, packed, authority):
     with channel(authority, server.address) as opened:
         ended = calls(opened, packed, OPERATOR["token"])
     assert {ended.pop(name) for name in READS} == {grpc.StatusCode.PERMISSION_DENIED}
-    assert ended == {"administration": grpc.StatusCode.UNIMPLEMENTED}  # there is no such call, yet
+    # There is no such call, yet.
+    assert ended == {"Stats": grpc.StatusCode.OK, "administration": grpc.StatusCode.UNIMPLEMENTED}
 
 
 def test_who_scrapes_does_neither(server, packed, authority):
     with channel(authority, server.address) as opened:
-        assert set(calls(opened, packed, PROMETHEUS["token"]).values()) == {grpc.StatusCode.PERMISSION_DENIED}
+        ended = calls(opened, packed, PROMETHEUS["token"])
+    assert ended.pop("Stats") is grpc.StatusCode.OK
+    assert set(ended.values()) == {grpc.StatusCode.PERMISSION_DENIED}
 
 
 def get(server, authority, path: str, token: str | None = None) -> int:
@@ -369,6 +373,45 @@ def test_a_token_that_was_revoked_stays_so_where_the_file_is_damaged_and_a_worke
             assert right(pool)
         with pytest.raises(UnauthenticatedError):
             client(server, authority)
+
+
+# Looking at files waits for a disk, while a flag is there, until somebody opens the other end of a pipe.
+HANGING_DISK = """
+import os
+from engrampool_proto.security import reread
+mark = reread._mark
+def hang(paths):
+    if os.path.exists(os.environ["TEST_FLAG"]):
+        os.close(os.open(os.environ["TEST_GATE"], os.O_RDONLY))
+    return mark(paths)
+reread._mark = hang
+"""
+
+
+def test_a_disk_with_credentials_that_hangs_holds_up_no_restart(packed, callers, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HANGING_DISK)
+    search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    flag, gate = tmp_path / "flag", tmp_path / "gate"
+    os.mkfifo(gate)
+    environ = {"PYTHONPATH": search, "TEST_FLAG": str(flag), "TEST_GATE": str(gate)}
+    with serve_process(packed, workers=1, tokens=callers, environ=environ) as server:
+        flag.touch()
+        for _ in range(3):  # the supervisor has looked between two of them
+            pid = server.worker_pids()[0]
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: server.worker_pids()[0] != pid)
+        with Client(server.address, token=READER["token"], **PATIENCE) as pool:
+            assert right(pool)
+        write_callers(callers, {"name": "other", "token": "x"})
+        flag.unlink()
+        through = os.open(gate, os.O_RDWR)  # opened for both, so that opening waits for nobody
+        for worker in (True, False):
+            server.wait_until(
+                lambda said, worker=worker: any(
+                    one["event"] == "callers-replaced" and ("worker" in one) == worker for one in said
+                )
+            )
+        os.close(through)
 
 
 @pytest.mark.parametrize("name", ["tls_cert", "tls_key", "tls_client_ca", "tokens"])

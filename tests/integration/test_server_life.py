@@ -22,7 +22,19 @@ from engrampool_proto.v1 import pool_pb2
 from engrampool_server.files.table_files import PackedModel
 from engrampool_server.memory.memory import huge_page_bytes
 from prefork import PREFORK
-from server_fixtures import LIMIT_S, SPEC, RawPool, eventually, expected, joined, pack, refusal, rows_of, version_of
+from server_fixtures import (
+    LIMIT_S,
+    SPEC,
+    HeldStream,
+    RawPool,
+    environment,
+    eventually,
+    expected,
+    pack,
+    refusal,
+    rows_of,
+    version_of,
+)
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -56,13 +68,6 @@ from engrampool_server.answer import pool_service
 from engrampool_server.processes import supervisor
 pool_service.PATIENCE_S = supervisor._STOP_MARGIN_S = 600.0
 """
-
-
-def environment(tmp_path: Path, code: str) -> dict[str, str]:
-    """Of a server whose processes run `code` first."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))}
 
 
 @pytest.fixture
@@ -192,13 +197,12 @@ def test_each_event_is_one_json_line_with_its_facts(packed):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_lookups_in_flight_finish_and_new_ones_are_refused(packed, tmp_path, number):
-    environ = environment(tmp_path, PATIENT)
+    held = HeldStream(tmp_path)
     with (
-        serve_process(packed, environ=environ, drain_s=600) as server,
+        serve_process(packed, environ=held.environ, drain_s=600, **held.settings) as server,
         RawPool(server.address, version_of(packed)) as pool,
     ):
-        call = pool.stream(pool.by_ids((2, BIG)))
-        messages = [next(call)]
+        held.begin(pool)
         server.process.send_signal(number)
         server.wait_for("stopping")
 
@@ -216,8 +220,7 @@ def test_lookups_in_flight_finish_and_new_ones_are_refused(packed, tmp_path, num
         # gRPC itself cancels a call that arrives in the moment in which the server closes.
         assert codes[0] in (UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert server.process.poll() is None
-        messages += call
-        assert joined(messages) == {2: expected(2, BIG)}
+        assert held.rest_is_right()
         assert server.process.wait(LIMIT_S) == 0
     assert events(server)[-2:] == ["stopping", "stopped"]
 

@@ -73,7 +73,7 @@ def test_a_browser_shows_what_is_held_and_charts_of_what_runs(server, tmp_path):
     for chart in ("rows a second", "a lookup, ms", "hops on this server", "refused a second"):
         assert f"<b>{chart}" in text, chart
     assert text.count("<polyline") >= 6
-    assert "no answer from this server" not in text
+    assert "nothing to show from this server" not in text
 
 
 def test_its_picture_is_drawn(server, tmp_path):

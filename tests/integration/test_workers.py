@@ -34,7 +34,9 @@ from server_fixtures import (
     PATIENCE,
     SPEC,
     WIDE,
+    HeldStream,
     RawPool,
+    environment,
     eventually,
     expected,
     joined,
@@ -84,13 +86,6 @@ PackedModel.open = staticmethod(open)
 
 # Nobody is cut off for not reading, however long a machine that is busy takes for what happens meanwhile.
 PATIENT = "from engrampool_server.answer import pool_service; pool_service.PATIENCE_S = 600.0"
-
-
-def environment(tmp_path: Path, code: str) -> dict[str, str]:
-    """Of a server whose processes run `code` first."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))}
 
 
 @pytest.fixture
@@ -519,14 +514,13 @@ def test_a_rolling_restart_under_load_fails_no_lookup_of_a_client(packed):
 
 def test_lookups_in_flight_finish_and_a_second_request_waits_its_turn(packed, tmp_path):
     """And are counted, although the last thing that their worker does is to end."""
-    environ = environment(tmp_path, PATIENT)
+    held = HeldStream(tmp_path)
     with (
-        serve_process(packed, environ=environ, workers=1, drain_s=600) as server,
+        serve_process(packed, environ=held.environ, workers=1, drain_s=600, **held.settings) as server,
         RawPool(server.address, version_of(packed)) as pool,
     ):
         old = server.worker_pids()[0]
-        call = pool.stream(pool.by_ids((2, BIG)))
-        messages = [next(call)]
+        held.begin(pool)
         server.process.send_signal(signal.SIGHUP)
         wait_replaced(server, 0, old)
         server.process.send_signal(signal.SIGHUP)
@@ -534,13 +528,12 @@ def test_lookups_in_flight_finish_and_a_second_request_waits_its_turn(packed, tm
         assert count(server, "rolled") == 0
         with RawPool(server.address, version_of(packed)) as other:
             ask(other)
-        messages += call
-        assert joined(messages) == {2: expected(2, BIG)}
+        assert held.rest_is_right()
         server.wait_until(lambda lines: sum(line["event"] == "rolled" for line in lines) == 2)
         assert count(server, "rolling", workers=1) == 2
         assert len({line["pid"] for line in server.said("worker-ready")}) == 3
         # Nobody waits: a worker that is gone can add nothing.
-        assert scrape(server.metrics_address)[ROWS] == BIG.size + 3
+        assert scrape(server.metrics_address)[ROWS] == held.rows + 3
 
 
 def test_a_successor_that_does_not_start_changes_nothing(packed, crashing):
@@ -644,8 +637,9 @@ def test_a_second_signal_ends_the_drain(packed):
 def test_a_signal_of_a_terminal_reaches_all_processes_and_drains_them(packed, tmp_path):
     """Ctrl-C goes to the whole group of processes, as does the end of a terminal."""
     command = [sys.executable, "-m", "engrampool_proto", "serve", f"--model={packed}", "--workers=2"]
-    command += ["--listen=127.0.0.1:0", "--metrics=off", "--drain-s=600"]
-    environ = {**os.environ, **environment(tmp_path, PATIENT)}
+    command += ["--listen=127.0.0.1:0", "--metrics=off", "--drain-s=600", "--stream-chunk-bytes=64KiB"]
+    held = HeldStream(tmp_path)
+    environ = {**os.environ, **held.environ}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environ)
     server = ServerProcess(process)
     reader = threading.Thread(target=server._read)
@@ -653,12 +647,10 @@ def test_a_signal_of_a_terminal_reaches_all_processes_and_drains_them(packed, tm
     try:
         server.address = server.wait_for("serving")["listen"]
         with RawPool(server.address, version_of(packed)) as pool:
-            call = pool.stream(pool.by_ids((2, BIG)))
-            messages = [next(call)]
+            held.begin(pool)
             os.killpg(process.pid, signal.SIGINT)
             server.wait_for("stopping")
-            messages += call
-            assert joined(messages) == {2: expected(2, BIG)}
+            assert held.rest_is_right()
         assert process.wait(LIMIT_S) == 0
     finally:
         process.kill()

@@ -288,13 +288,15 @@ def test_unknown_keys_of_a_file(name, hint, file):
         ("ENGRAMPOOL_LISTEN_PORT", "did you mean ENGRAMPOOL_LISTEN?"),
         ("ENGRAMPOOL_MODEL", "did you mean ENGRAMPOOL_MODELS?"),
         ("ENGRAMPOOL_listen", "did you mean ENGRAMPOOL_LISTEN?"),
+        ("ENGRAMPOOL_TOKEN", "did you mean ENGRAMPOOL_TOKENS?"),
         ("ENGRAMPOOL_X", "known: ENGRAMPOOL_MODELS, "),
     ],
 )
 def test_unknown_variables(variable, hint):
     with pytest.raises(ConfigError) as caught:
         load_config({"models": ["/m"]}, {variable: "50051"}, None)
-    assert f"unknown environment variable {variable}='50051'; {hint}" in str(caught.value)
+    assert f"unknown environment variable {variable}; {hint}" in str(caught.value)
+    assert "50051" not in str(caught.value)  # it may be a token
 
 
 def test_empty_variables_are_as_if_they_were_not_set(file):
@@ -330,7 +332,7 @@ def test_service_links_of_kubernetes_are_not_settings():
     }
     resolved = load_config({"models": ["/m"]}, links, None)
     assert resolved == load_config({"models": ["/m"]}, {}, None)
-    with pytest.raises(ConfigError, match="unknown environment variable ENGRAMPOOL_PORT='50051'"):
+    with pytest.raises(ConfigError, match="unknown environment variable ENGRAMPOOL_PORT;"):
         load_config({"models": ["/m"]}, {"ENGRAMPOOL_PORT": "50051"}, None)
 
 

@@ -2,6 +2,9 @@
 
 import logging
 import socket
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -11,9 +14,12 @@ from engrampool_client.errors import TlsError
 from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, address_of
 from engrampool_proto.security.pem import Pem, PemError, PemFiles
 from engrampool_proto.security.reread import Reread
+from engrampool_proto.security.small_file import read_small
 
 # How often files are looked at, by calls that are made anyway.
 _LOOK_S = 1.0
+# How long a call waits for that, where it takes more than its microseconds.
+_PATIENCE_S = 0.1
 _log = logging.getLogger("engrampool")
 
 Options = tuple[tuple[str, str | int], ...]
@@ -34,10 +40,13 @@ class Credentials:
                 None if path is None else Path(path) for path in (config.tls_ca, config.tls_cert, config.tls_key)
             )
             self._files = PemFiles(ca, cert, key)
-            self._pem = Reread(self._files.paths, self._files.read, _damaged, _LOOK_S)
+            self._pem = Reread(self._files.paths, self._files.read, _damaged)
         if config.token is not None and config.token.startswith("file:"):
             path = Path(config.token.removeprefix("file:"))
-            self._token = Reread([path], lambda: _read_token(path), _damaged, _LOOK_S)
+            self._token = Reread([path], lambda: _read_token(path), _damaged)
+        self._reread = [one for one in (self._pem, self._token) if isinstance(one, Reread)]
+        self._again_s = time.monotonic() + _LOOK_S
+        self._looker: threading.Thread | None = None
 
     @property
     def metadata(self) -> tuple[tuple[str, str]] | None:
@@ -45,10 +54,28 @@ class Credentials:
         token = self._token.value if isinstance(self._token, Reread) else self._token
         return None if token is None else (("authorization", f"Bearer {token}"),)
 
-    def look(self) -> bool:
-        """Read again what has changed, at most once a second. Whether connections are to be others by now."""
-        changed = [one.look() for one in (self._pem, self._token) if isinstance(one, Reread)]
-        return any(changed)
+    @property
+    def shown(self) -> tuple[object, object]:
+        """Another one once the files say something else: connections that were made by an older one are replaced."""
+        pem = None if self._pem is None else self._pem.value
+        return pem, self.metadata
+
+    def look(self) -> None:
+        """Read again what has changed, at most once a second. Of a disk that hangs the last good ones stay."""
+        now = time.monotonic()
+        if not self._reread or now < self._again_s or (self._looker is not None and self._looker.is_alive()):
+            return
+        self._again_s = now + _LOOK_S
+        # Whoever asks has a deadline, and a disk has none.
+        looker = threading.Thread(target=self._look, name="engrampool-credentials", daemon=True)
+        with suppress(RuntimeError):  # the system gives none now
+            looker.start()
+            self._looker = looker
+            looker.join(_PATIENCE_S)
+
+    def _look(self) -> None:
+        for one in self._reread:
+            one.look()
 
     def channel(self, target: str, options: Options) -> grpc.Channel:
         """A channel by what the files say now."""
@@ -108,7 +135,7 @@ class Credentials:
 
 def _read_token(path: Path) -> str:
     try:
-        token = path.read_text(encoding="ascii").strip()
+        token = read_small(path).decode("ascii").strip()
     except (OSError, ValueError) as error:
         raise PemError(f"token: {path} cannot be read: {error}") from error
     if not TOKEN.fullmatch(token):

@@ -16,6 +16,8 @@ from engrampool_client.compute.served import DESCRIBE
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import (
     DeadlineError,
+    EngrampoolError,
+    OverloadedError,
     PoolError,
     ProtocolError,
     TlsError,
@@ -79,11 +81,12 @@ class _Connection:
     the channel's, and then every other call on it, and its end, waits for ever: it is neither used any more, nor
     closed. To set it is one step, which another Ctrl-C cannot come into.
 
-    metadata: of every call. streams: that requests hold, kept here as well: to free one in the child of a fork may take
-    it for ever. ending: of them, those whose end nobody has taken in yet.
+    shown: the credentials that it was made by. metadata: of every call. streams: that requests hold, kept here as well:
+    to free one in the child of a fork may take it for ever. ending: of them, those whose end nobody has taken in yet.
     """
 
     def __init__(self, target: str, credentials: Credentials) -> None:
+        self.shown = credentials.shown
         self.channel = credentials.channel(target, _OPTIONS)
         self.metadata = credentials.metadata
         self.lookup = self.channel.unary_unary(_METHOD + "Lookup")
@@ -130,7 +133,7 @@ class GrpcLane:
         self._former: set[_Connection] = set()
 
     def describe(self, timeout_s: float, request: bytes = DESCRIBE) -> bytes:
-        """The bytes of a DescribeResponse, waiting for a server that does not listen yet or is still loading.
+        """The bytes of a DescribeResponse, waiting for a server that does not listen yet, is loading or is overloaded.
 
         request: the bytes of a DescribeRequest, by default for all that there is.
         Raises UnavailableError after `timeout_s`, which says why the last try failed; and other PoolErrors at once.
@@ -143,14 +146,13 @@ class GrpcLane:
             try:
                 # Without gRPC's own waiting for a server, which would keep to itself why there is none.
                 return self._control("Describe", request, remaining_s)
-            except (UnavailableError, DeadlineError) as error:
+            except (UnavailableError, DeadlineError, OverloadedError) as error:
                 if is_no_grpc(error):
                     text = f"{self.target} is no engrampool server, nor any other of gRPC (its metrics port?): {error}"
                     raise ProtocolError(text) from error
-                if isinstance(error, TlsError):
-                    raise
-                if _ENDED in str(error) and (found := self._credentials.diagnose(self.target)) is not None:
-                    raise found from error
+                explained = self.explained(error)
+                if isinstance(explained, TlsError):
+                    raise explained from error.__cause__
                 # That time ran out while it was tried once more says less than why it failed before.
                 if last is None or not isinstance(error, DeadlineError):
                     last = error
@@ -160,6 +162,12 @@ class GrpcLane:
                 text = f"no server at {self.target} was ready within {timeout_s:.3g} s: {why}{last}"
                 raise UnavailableError(text, last.reason) from last
             pause.wait(_RETRY_LOADING_S)
+
+    def explained(self, error: EngrampoolError) -> EngrampoolError:
+        """The error of a call, or what a handshake of our own says of a server that ended the connection: TlsError."""
+        if isinstance(error, UnavailableError) and not isinstance(error, TlsError) and _ENDED in str(error):
+            return self._credentials.diagnose(self.target) or error
+        return error
 
     def open_direct(self, timeout_s: float) -> pool_pb2.OpenDirectResponse:
         """Ask for a way into the direct lane. Raises PoolError."""
@@ -271,9 +279,10 @@ class GrpcLane:
 
     def enter(self) -> _Connection:
         """The connection for a call; `leave` is to follow."""
-        changed = self._credentials.look()
+        self._credentials.look()
+        shown = self._credentials.shown  # by other lanes, too: each has to find out that they changed
         with self._lock:
-            if changed or self._connection.lost:
+            if self._connection.shown != shown or self._connection.lost:
                 self._replace()
             self._connection.calls += 1
             return self._connection

@@ -189,9 +189,9 @@ class Endpoint:
         return None if self.attached or time.monotonic() >= deadline else self._begin(small, deadline)
 
     def send_direct(self, small: Small, deadline: float) -> "SmallRequest | None":
-        """As `send`, on the direct lane."""
+        """As `send`, on the direct lane. Where no connection is idle, one more is opened for later."""
         native, left_s = self._native, deadline - time.monotonic()
-        if native is None or self._small is None or self.attached or left_s <= 0:
+        if native is None or self._small is None or self.attached or self.breaker.is_open or left_s <= 0:
             return None
         connection = native.take()
         if connection is None:

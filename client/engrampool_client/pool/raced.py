@@ -124,7 +124,7 @@ class Raced:
         if not self._budget.ready:
             return
         for endpoint in self._others:
-            request = endpoint.send_direct(self._small, self._deadline) if endpoint.sends == 0 else None
+            request = endpoint.send_direct(self._small, self._deadline)
             if request is not None:
                 self._second = endpoint, request
                 self._budget.spend()

@@ -104,7 +104,7 @@ class ReplicaSet:
         if len(replicas) == 1:
             return replicas[0].send(small, deadline)
         for at, endpoint in enumerate(replicas):
-            request = endpoint.send_direct(small, deadline) if endpoint.sends == 0 else None
+            request = endpoint.send_direct(small, deadline)
             if request is not None:
                 self.budget.earn()
                 turned, patience_s = (*replicas[at:], *replicas[:at]), _patience_s(nbytes, deadline)

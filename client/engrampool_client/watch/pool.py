@@ -100,7 +100,7 @@ class Watch:
             answer = lane.describe(self._timeout_s, BRIEF)
             round_trip_s = time.perf_counter() - begin
         except (PoolError, ProtocolError) as error:
-            return ServerLook(address, str(error))
+            return ServerLook(address, str(lane.explained(error)))
         try:
             described = pool_pb2.DescribeResponse.FromString(answer)
         except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions

@@ -118,6 +118,13 @@ def meter(cell: Any, rows: Any, rate: Any, time_ns: Any) -> int:
             return 0
 
 
+@kernel(types.boolean(types.uint64, types.int64))
+def claim(cell: Any, owner: Any) -> bool:
+    """Have an int64 that is 0, and so nobody's, be its owner's; whether it is. Any thread of any process."""
+    was = replace_at(cell, 0, owner)
+    return bool(was == 0 or was == owner)
+
+
 @kernel(types.void(types.uint64, view(types.float64), types.int64))
 def observe(times: Any, bounds: Any, micros: Any) -> None:
     """Count a time. times: address of int64 [2 + bounds]: their sum; how many by bucket, the last without bound."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.security.small_file import read_small
 
 if TYPE_CHECKING:
     import ssl
@@ -87,6 +88,6 @@ def _bytes(name: str, path: Path | None) -> bytes | None:
     if path is None:
         return None
     try:
-        return path.read_bytes()
+        return read_small(path)
     except OSError as error:
         raise PemError(f"{name}: {path} cannot be read: {error.strerror or error}") from error

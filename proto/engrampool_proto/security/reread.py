@@ -42,9 +42,14 @@ class Reread(Generic[_T]):
         """Whether the files were of no use at the last look, so that the value is an older one."""
         return bool(self._said)
 
+    def forked(self) -> None:
+        """In the child of a fork: whoever looked at that moment is the parent's, and lets go of nothing here."""
+        self._lock = threading.Lock()
+
     def look(self) -> bool:
         """Read the files again if they changed. Whether there is another value since the last look."""
-        if time.monotonic() < self._again_s or not self._lock.acquire(blocking=False):
+        lock = self._lock
+        if time.monotonic() < self._again_s or not lock.acquire(blocking=False):
             return False
         try:
             self._again_s = time.monotonic() + self._every_s
@@ -69,7 +74,7 @@ class Reread(Generic[_T]):
             self._seen = () if _is_young(mark) else mark
             return value != before
         finally:
-            self._lock.release()
+            lock.release()
 
 
 def _mark(paths: Sequence[Path]) -> _Mark:

@@ -2,10 +2,12 @@
 
 import ssl
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from engrampool_proto.security.pem import Pem, PemFiles
 from engrampool_proto.security.reread import Reread
@@ -16,6 +18,8 @@ from engrampool_server.telemetry.metrics import Metrics
 
 # How often files are looked at. A token that is revoked is out within two seconds.
 LOOK_S = 0.5
+# A look takes milliseconds, on a disk that answers.
+SETTLE_S = 1.0
 
 
 class Access:
@@ -35,6 +39,8 @@ class Access:
         """show_damaged: told at each look whether a file, "tls" or "tokens", is of no use."""
         self.tls, self.callers, self.metrics_tls = tls, callers, metrics_tls
         self._show_damaged = show_damaged
+        self._looker: threading.Thread | None = None
+        self._look_again_s = 0.0
 
     @classmethod
     def of(cls, config: ServerConfig, metrics: Metrics) -> Self:
@@ -96,10 +102,45 @@ class Access:
         over = threading.Event()
 
         def run() -> None:
+            due = False
             while not over.wait(LOOK_S):
-                if self.look():
-                    changed()
+                try:
+                    due = self.look() or due
+                    if due:
+                        changed()
+                    due = False
+                except Exception as error:  # nobody else in this process would see that a token was revoked
+                    log.event("access-failed", level="error", error=repr(error))
 
-        if self.tls is not None or self.callers is not None:
+        if self._files:
             threading.Thread(target=run, name="access", daemon=True).start()
         return over.set
+
+    def look_aside(self) -> None:
+        """Look on a thread that ends, at most every LOOK_S: for a process that forks, and may not wait for a disk.
+
+        Does nothing while the last one still looks.
+        """
+        now = time.monotonic()
+        if not self._files or now < self._look_again_s or (self._looker is not None and self._looker.is_alive()):
+            return
+        self._look_again_s = now + LOOK_S
+        looker = threading.Thread(target=self.look, name="access", daemon=True)
+        with suppress(RuntimeError):  # the system gives none now
+            looker.start()
+            self._looker = looker
+
+    def settle(self) -> None:
+        """Before a fork: let a thread that looks end. One that does not waits for a disk, with no lock but ours."""
+        if self._looker is not None:
+            self._looker.join(SETTLE_S)
+
+    def forked(self) -> None:
+        """In the child of a fork: whoever looked is not here."""
+        self._looker = None
+        for one in self._files:
+            one.forked()
+
+    @property
+    def _files(self) -> list[Reread[Any]]:
+        return [one for one in (self.tls, self.callers, self.metrics_tls) if one is not None]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engrampool_proto.errors import EngrampoolError
+from engrampool_proto.security.small_file import read_small
 from engrampool_server.setting_kinds import KIB, TIB, Integer, Size
 
 # What a role allows: lookups and all that goes with them; what changes a server; reading its metrics.
@@ -17,6 +18,8 @@ ROLES = (READ, ADMIN, METRICS)
 # More than a pool has; each has a place in memory that all processes of a server share.
 MOST_CALLERS = 512
 _BEARER = "bearer "
+# What `sha256sum` says of no token at all, as where its file was missing: each call without one would be that caller's.
+_NO_TOKENS = frozenset(hashlib.sha256(text).hexdigest() for text in (b"", b"\n"))
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_.:@/-]{1,64}")
 _KEYS = ("name", "roles", "token_sha256", "certificate", "max_rows_per_s", "max_in_flight_bytes", "max_connections")
@@ -55,11 +58,13 @@ class Callers:
         return frozenset(caller.name for caller in (*self.by_token.values(), *self.by_certificate.values()))
 
     def of_token(self, token: bytes) -> Caller | None:
-        """Whose token it is."""
+        """Whose token it is; nobody's where there is none."""
+        if not token:
+            return None
         return self.by_token.get(hashlib.sha256(token).digest())
 
     def of_certificate(self, names: Iterable[str]) -> Caller | None:
-        """The caller that a certificate's first known name stands for. names: subject alternative ones, then common."""
+        """The caller that the first of a certificate's names stands for that is known."""
         return next((self.by_certificate[name] for name in names if name in self.by_certificate), None)
 
     def of_key(self, key: bytes) -> Caller | None:
@@ -78,10 +83,10 @@ def bearer(authorization: str) -> str:
 def read_callers(path: Path) -> Callers:
     """The callers that a file names. Raises CallersFileError."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        document = tomllib.loads(read_small(path).decode("utf-8-sig"))
     except OSError as error:
         raise CallersFileError(f"tokens: {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # not UTF-8, or not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or of brackets without end
         raise CallersFileError(f"tokens: {path} is not a TOML file: {error}") from error
     entries = document.pop("caller", None)
     if document or not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
@@ -126,6 +131,8 @@ def _caller(entry: Mapping[str, Any]) -> tuple[Caller, list[bytes], list[str]]:
     if not all(_DIGEST.fullmatch(one) for one in tokens):
         # What was written there may be the token itself, and errors go to the log.
         raise ValueError(f"token_sha256 of {name!r} must be 64 hexadecimal digits, of `printf %s TOKEN | sha256sum`")
+    if not _NO_TOKENS.isdisjoint(one.lower() for one in tokens):
+        raise ValueError(f"token_sha256 of {name!r} is the digest of no token: the file that it was made of was empty")
     if not tokens and not certificates:
         raise ValueError(f"{name!r} has neither token_sha256 nor certificate, so nobody can be it")
     limits: dict[str, Any] = {}

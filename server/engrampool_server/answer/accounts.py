@@ -3,12 +3,10 @@
 import ctypes
 import hashlib
 import mmap
-import os
-from collections.abc import Iterable
 
 import grpc
-import numpy as np
 
+from engrampool_proto.kernels.serve import claim
 from engrampool_server.access.callers import Caller
 from engrampool_server.answer.in_flight import NAMED, Account, int64s
 from engrampool_server.answer.lookups import RefusedError
@@ -17,46 +15,37 @@ _NS = 1_000_000_000
 
 
 class Accounts:
-    """Made before the first fork, by the one process that gives places; the others find them.
+    """Made before the first fork; whichever process first has to do with a caller gives it its place.
 
     processes: how many there may be. A place is a caller's for as long as the server lives. Where all are given, which
     takes as many callers one after the other, the next ones share some.
     """
 
     def __init__(self, processes: int) -> None:
-        self._processes, self._owner = processes, os.getpid()
-        self._names = np.frombuffer(mmap.mmap(-1, NAMED * 8), np.uint64)
-        self._meters = mmap.mmap(-1, NAMED * 8)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._meters))
+        self._processes = processes
+        self._memory = mmap.mmap(-1, 2 * NAMED * 8)
+        # Int64 [NAMED] each: whose a place is, and its meter.
+        self._owners = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._meters = self._owners + NAMED * 8
         # Of the direct lane; each process writes its own.
         self._connections = int64s(NAMED * processes)
         self._known: dict[str, tuple[Caller, Account]] = {}
-
-    def give_places(self, names: Iterable[str]) -> None:
-        """To callers that have none yet. Does nothing in any process but the one that made this."""
-        if os.getpid() != self._owner:
-            return
-        for name in sorted(names):
-            place, found = self._find(name)
-            if not found:
-                self._names[place] = _key(name)
 
     def of(self, caller: Caller) -> Account:
         """The account of a caller."""
         known = self._known.get(caller.name)
         if known is not None and known[0] is caller:
             return known[1]
-        place, found = self._find(caller.name)
+        place = self._place_of(caller.name)
         rate = 0 if caller.max_rows_per_s == 0 else max(1, 1000 * _NS // caller.max_rows_per_s)
-        meter = self._address + 8 * place
+        meter = self._meters + 8 * place
         if known is not None and known[1].rate != rate:
             # Its time was counted by another measure, by which its turn may be a day away.
             ctypes.c_int64.from_address(meter).value = 0
         account = Account(caller.name, place, caller.max_in_flight_bytes, rate, meter, caller.max_connections)
-        if found:  # else its place is not given yet, as its process has not looked at the file
-            if len(self._known) >= 2 * NAMED:
-                self._known.clear()
-            self._known[caller.name] = caller, account
+        if len(self._known) >= 2 * NAMED:
+            self._known.clear()
+        self._known[caller.name] = caller, account
         return account
 
     def connected(self, account: Account, slot: int, more: int) -> None:
@@ -74,19 +63,12 @@ class Accounts:
         for at in range(slot, len(self._connections), self._processes):
             self._connections[at] = 0
 
-    def _find(self, name: str) -> tuple[int, bool]:
-        """The place of a name, and whether it has it; if not, one that is free, or that it must share."""
-        key = _key(name)
-        start = int(key) % NAMED
+    def _place_of(self, name: str) -> int:
+        """Its own, or the next one that is free, or else one that it must share."""
+        owner = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True) | 1
+        start = owner % NAMED
         for step in range(NAMED):
             place = (start + step) % NAMED
-            if self._names[place] == key:
-                return place, True
-            if self._names[place] == 0:
-                return place, False
-        return start, True
-
-
-def _key(name: str) -> np.uint64:
-    """Not 0, which is a place that is free."""
-    return np.uint64(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1)
+            if claim(self._owners + 8 * place, owner):
+                return place
+        return start

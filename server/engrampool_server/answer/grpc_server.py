@@ -1,6 +1,7 @@
 """One process that answers: binds, holds models, serves, drains, stops. supervisor.py runs several on one port."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import grpc
@@ -38,6 +39,8 @@ HANDSHAKE_S = 10
 _CONNECTION_CALLS = 1024
 # How often callers are asked for a sign of life while a call of theirs is under way, and how long that may take.
 SIGN_OF_LIFE_S = 10
+# gRPC tells the log, with a traceback, of each caller that left while it was sent something: readers could fill it.
+_LEFT = "ExecuteBatchError raised in core by servicer method"
 # How often to look, while draining, whether there is anything left to wait for.
 _IDLE_S = 0.1
 
@@ -113,14 +116,10 @@ class GrpcServer:
                 self._grpc.add_secure_port(config.listen, _credentials(access.tls))
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         await self._grpc.start()
-        self._end_watch = access.watch(self._callers_changed)
+        self._end_watch = access.watch(lambda: None if self.direct is None else self.direct.revoke())
         self._flush()
-
-    def _callers_changed(self) -> None:
-        self.shared.give_places()
-        if self.direct is not None:
-            self.direct.revoke()
 
     def _flush(self) -> None:
         """Have Prometheus see what was counted, from now on again and again."""
@@ -166,6 +165,10 @@ class GrpcServer:
                 await server.stop(None)
             idle = not self._calls.open
         await stopping
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LEFT)
 
 
 def _credentials(tls: Reread[Pem]) -> grpc.ServerCredentials:

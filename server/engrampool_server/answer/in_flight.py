@@ -80,6 +80,10 @@ class InFlight:
         at, most = self.place_of(peer), most_bytes(peer)
         return reserve(slots, of_peers, self.slot, at, self.processes, nbytes, self.limit_bytes, self.share_bytes, most)
 
+    def most_of(self, peer: Peer) -> int:
+        """Bytes that a peer may have while there is no other."""
+        return min(self.share_bytes, most_bytes(peer) or self.share_bytes)
+
     def release(self, nbytes: int, peer: Peer) -> None:
         """Count `nbytes` as in flight no more."""
         release(*self.arrays, self.slot, self.place_of(peer), nbytes)

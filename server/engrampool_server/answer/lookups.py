@@ -197,7 +197,7 @@ class Lookups:
                     raise _too_fast(peer, wait_ns)
             return
         bound, most = self.in_flight, most_bytes(peer)
-        share_bytes = min(bound.share_bytes, most or bound.share_bytes)
+        share_bytes = bound.most_of(peer)
         if nbytes > share_bytes:
             text = f"this takes {nbytes} bytes at once, and one caller may have {share_bytes} at most"
             raise invalid(f"{text}; split the request, or ask for a large answer by LookupStream", "too-many-rows")

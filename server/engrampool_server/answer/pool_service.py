@@ -106,6 +106,13 @@ class PoolService:
         if described is None or described[0] != made_of:
             described = (made_of, self._description(*made_of, request.include_spec))
             self._described[key] = described
+        if len(described[1]) > SMALL_REQUEST_BYTES:  # a copy of which is in memory until it is read
+            try:
+                self._hold(
+                    min(len(described[1]), self._lookups.in_flight.most_of(self._payer(context))), 0, b"", context
+                )
+            except RefusedError as error:
+                await self._refuse(context, error)
         return described[1]
 
     def _description(

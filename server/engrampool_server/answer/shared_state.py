@@ -38,12 +38,6 @@ class SharedState:
 
     def __post_init__(self) -> None:
         self.accounts = Accounts(self.in_flight.processes)
-        self.give_places()
-
-    def give_places(self) -> None:
-        """To the callers that are known by now."""
-        if self.access.callers is not None:
-            self.accounts.give_places(self.access.callers.value.names)
 
     def hold(self, model: LoadedModel) -> None:
         """Have another model, for processes that are forked from now on."""

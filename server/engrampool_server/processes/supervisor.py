@@ -1,8 +1,9 @@
 """The supervisor of `engrampool serve`: keeps several processes answering from one copy of the tables on one port.
 
 It is a plain process with one thread and no gRPC in it, so that it can fork at any time: a child inherits the tables,
-which stay one copy because nobody writes to them. Which of them there are, and in which order they come, is
-serve.py's. A child that ended, or that fell silent and was killed (see children.py), is replaced.
+which stay one copy because nobody writes to them. (Files of credentials are looked at by another thread, see access.py,
+which ends before a fork, or waits for a disk.) Which of them there are, and in which order they come, is serve.py's. A
+child that ended, or that fell silent and was killed (see children.py), is replaced.
 """
 
 import gc
@@ -167,6 +168,7 @@ class Supervisor:
     def fork(self, role: str, index: int, work: Callable[[Reporter], None]) -> Child:
         """Start a process that does `work`, and ends with it. Raises OSError."""
         slot = free_slot([child.slot for child in self.children])
+        self.shared.access.settle()
         child = self.children.fork(role, index, slot, lambda reporter: self._live(role, index, slot, reporter, work))
         child.generation = self._generation
         self._inherited[slot] = resident_memory()[1]
@@ -238,6 +240,7 @@ class Supervisor:
         """What a child does."""
         become(str(slot))
         self.shared.in_flight.slot = slot
+        self.shared.access.forked()
         for one in self.not_inherited:
             one.close()
         if role == "worker":
@@ -300,8 +303,7 @@ class Supervisor:
 
     def _turned(self) -> None:
         # Also for those who are forked next: files may be damaged by then.
-        if self.shared.access.look():
-            self.shared.give_places()
+        self.shared.access.look_aside()
         self._point()
 
     def _say_what_is_open(self) -> None:

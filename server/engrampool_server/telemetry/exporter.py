@@ -1,9 +1,14 @@
 """The process that answers Prometheus for all processes of a server."""
 
+import io
 import os
 import socket
 import ssl
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +28,12 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-# How long a connection's handshake may take.
-HANDSHAKE_S = 5.0
+# So long a connection may last, its handshake and its answer included: anybody may open one, each takes a thread.
+LONGEST_S = 10.0
+# At one time. For another one the oldest has to go: scrapes and probes take milliseconds.
+MOST_CONNECTIONS = 64
+# Of a request, its headers included; Python alone would take 6 MiB.
+_HEAD_BYTES = 64 << 10
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -79,25 +88,62 @@ class Http(ThreadingWSGIServer):
         host, self.server_port = listener.getsockname()[:2]
         self.server_name = str(host)
         self.setup_environ()
-        self.service_actions = beat  # type: ignore[method-assign]
+        self._beat = beat
+        # Those that are open, in the order of their arrival: their sockets, and since when.
+        self._open: dict[socket.socket, tuple[socket.socket, float]] = {}
+        self._closing = threading.Lock()  # so that nobody shuts a descriptor that is another's by then
         self._metrics = make_wsgi_app(registry)
         self._is_ready, self._scrapes = is_ready, scrapes
         self.set_app(self._answer)
 
+    def service_actions(self) -> None:
+        """Again and again, between connections."""
+        self._beat()
+        self._cut(lambda at, since: since + LONGEST_S <= time.monotonic())
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin a connection, in a thread of its own."""
+        self._open[request] = request, time.monotonic()
+        most = len(self._open) - MOST_CONNECTIONS
+        self._cut(lambda at, since: at < most)
+        super().process_request(request, client_address)
+
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of the connection's own, which alone waits for its handshake."""
+        """In the connection's thread, which alone waits for its handshake."""
         context = self._scrapes.context()
         if context is None:
             super().finish_request(request, client_address)
             return
-        request.settimeout(HANDSHAKE_S)
-        try:
-            secured = context.wrap_socket(request, server_side=True)
-        except OSError:  # it speaks no TLS, or nothing at all
-            return
-        with secured:
-            secured.settimeout(None)
-            super().finish_request(secured, client_address)
+        with context.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as secured:
+            try:
+                self._open[request] = secured, self._open[request][1]  # which has the descriptor from now on
+                secured.do_handshake()
+                super().finish_request(secured, client_address)
+            finally:
+                self._forget(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection."""
+        self._forget(request)
+        super().shutdown_request(request)
+
+    def _forget(self, request: socket.socket) -> None:
+        with self._closing:
+            self._open.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Of a connection that broke, was cut off, or speaks no TLS, nothing is said: anybody can make such."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+    def _cut(self, is_over: Callable[[int, float], bool]) -> None:
+        """Cut off connections by their place in the order of arrival, and since when they are there."""
+        with self._closing:
+            for at, (one, since) in enumerate(list(self._open.values())):
+                if is_over(at, since):
+                    with suppress(OSError):  # the other side has left
+                        # Not by the method of TLS, which says goodbye, and takes from who reads what it reads by.
+                        socket.socket.shutdown(one, socket.SHUT_RDWR)
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
@@ -124,7 +170,37 @@ class Http(ThreadingWSGIServer):
         return [body]
 
 
+class _Head(io.BufferedIOBase):
+    """The beginning of a stream; the rest is not read."""
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream, self._left = stream, _HEAD_BYTES
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """As of a file."""
+        most = self._left if size is None or size < 0 else min(size, self._left)
+        line = self._stream.readline(most)
+        self._left -= len(line)
+        return line
+
+    def close(self) -> None:
+        """As of a file."""
+        self._stream.close()
+        super().close()
+
+
 class _Silent(WSGIRequestHandler):
+    raw_requestline: bytes
+
+    def setup(self) -> None:
+        """Begin with a connection."""
+        super().setup()
+        self.rfile = _Head(self.rfile)
+
+    def parse_request(self) -> bool:
+        """Whether there is a request: half a line, of a connection that ended, is none."""
+        return self.raw_requestline.endswith(b"\n") and super().parse_request()
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """The log is for events of the server's life."""
 

@@ -80,8 +80,8 @@ def test_damaged_kernels_fail_no_client(tmp_path: Path):
     shutil.copytree(Path(engrampool_proto.__file__).parent, tmp_path / "engrampool_proto")
     environ = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     assert said("auto", **environ)[-1] == "True"
-    damaged = next(tmp_path.rglob("*.nbi"))
-    damaged.write_bytes(damaged.read_bytes()[:10])
+    for damaged in tmp_path.rglob("*.nbi"):  # a client loads but some of them
+        damaged.write_bytes(damaged.read_bytes()[:10])
     first, second = said("auto", **environ)
     assert first.startswith("a client computes by numpy: compiled kernels cannot be kept (")
     assert second == "False"

@@ -19,7 +19,9 @@ from engrampool_client import (
 )
 from engrampool_client.config import ClientConfig
 from engrampool_client.lanes.credentials import Credentials
+from engrampool_client.lanes.grpc import GrpcLane
 from engrampool_client.pool.discovery import Servers
+from engrampool_proto.security import reread
 from engrampool_proto.security.pem import PemError
 from server_fixtures import LIMIT_S, PATIENCE, eventually, expected, pack, running
 
@@ -112,6 +114,8 @@ def test_a_token_is_shown_without_tls_too(servers):
         ("tokens", {"tls": True, "token": "simsim"}, UnauthenticatedError, "bad-token", "may have been revoked"),
         ("tokens", {"tls": True, "token": "root"}, ForbiddenError, "not-allowed", "needs the role read, and has admin"),
         ("named", {"tls": True, "by": "nobody"}, UnauthenticatedError, "unknown-certificate", "nobody"),
+        # Whose authority looked at the names of hosts, and not at the other.
+        ("named", {"tls": True, "by": "pretender"}, UnauthenticatedError, "unknown-certificate", "of elsewhere.svc,"),
     ],
 )
 def test_each_lack_of_trust_is_one_error_that_says_what_to_do(
@@ -126,6 +130,7 @@ def test_each_lack_of_trust_is_one_error_that_says_what_to_do(
             stranger if by == "stranger" else authority,
             **({"valid": yesterday()} if by == "yesterday" else {}),
             **({"common": "nobody", "hosts": ()} if by == "nobody" else {}),
+            **({"common": "worker.svc", "hosts": ("elsewhere.svc",)} if by == "pretender" else {}),
         )
     address = servers[server].replace("127.0.0.1", settings.get("host", "127.0.0.1"))
     with pytest.raises(error, match=said) as caught:
@@ -235,6 +240,70 @@ def test_a_token_in_a_file_is_read_again_when_it_changes(packed, tmp_path, monke
         eventually(lambda: not _answered(run.address, "first"), "the first token is revoked")
         connect(run.address, token="second")
         eventually(lambda: pool.lookup_rows({2: np.array([7])})[2].tobytes() == expected(2, [7]))
+
+
+def _hang(go_on: threading.Event) -> tuple[None, ...]:
+    assert go_on.wait(LIMIT_S)
+    return ()
+
+
+def test_a_disk_with_credentials_that_hangs_holds_up_no_lookup(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("engrampool_client.lanes.credentials._LOOK_S", 0.0)
+    callers = write_callers(tmp_path / "callers", {"name": "a", "tokens": ["first", "second"]})
+    token, go_on = put(tmp_path / "token", b"first"), threading.Event()
+    mark = reread._mark
+    with (
+        running(packed, tokens=callers) as run,
+        Client(run.address, **PATIENCE, token=f"file:{token}", direct="off", attach="off") as pool,
+    ):
+        monkeypatch.setattr(reread, "_mark", lambda paths: _hang(go_on) if token in paths else mark(paths))
+        put(token, b"second")
+        try:
+            for row in range(5):
+                assert pool.lookup_rows({2: np.array([row])})[2].tobytes() == expected(2, [row])
+        finally:
+            go_on.set()
+            monkeypatch.setattr(reread, "_mark", mark)
+        lane = pool._shards.sets[0].replicas[0]._lanes[0]
+        eventually(lambda: lane.describe(LIMIT_S) and "second" in str(lane._connection.metadata))
+        write_callers(callers, {"name": "a", "token": "second"})
+        eventually(lambda: not _answered(run.address, "first"), "the first token is revoked")
+        assert pool.lookup_rows({2: np.array([7])})[2].tobytes() == expected(2, [7])
+
+
+def test_a_client_that_masks_says_that_it_is_not_trusted_any_more(packed, tmp_path, caplog):
+    callers = write_callers(tmp_path / "callers", {"name": "a", "token": "sesame"})
+    with (
+        running(packed, tokens=callers) as run,
+        Client(run.address, **PATIENCE, token="sesame", on_failure="mask") as pool,
+    ):
+        assert pool.prefetch(np.array([1])).valid(2).all()
+        write_callers(callers, {"name": "b", "token": "other"})
+        eventually(lambda: not pool.prefetch(np.array([1])).valid(2).any())
+        eventually(lambda: "until this client's credentials are mended" in caplog.text)  # once the step has ended
+        assert "the token is not one that this server knows" in caplog.text
+        assert "sesame" not in caplog.text
+
+
+def test_a_token_that_is_replaced_is_shown_by_every_lane_of_the_client(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("engrampool_client.lanes.credentials._LOOK_S", 0.0)
+    callers = write_callers(tmp_path / "callers", {"name": "a", "tokens": ["first", "second"]})
+    token = put(tmp_path / "token", b"first")
+    with running(packed, tokens=callers) as run:
+        credentials = Credentials(ClientConfig(token=f"file:{token}"))
+        lanes = [GrpcLane(run.address, credentials) for _ in range(3)]
+        try:
+            for lane in lanes:
+                lane.describe(LIMIT_S)
+            put(token, b"second")
+            lanes[0].describe(LIMIT_S)  # which looks at the file
+            write_callers(callers, {"name": "a", "token": "second"})
+            eventually(lambda: not _answered(run.address, "first"), "the first token is revoked")
+            for lane in lanes:
+                lane.describe(LIMIT_S)
+        finally:
+            for lane in lanes:
+                lane.close()
 
 
 def _answered(address, token) -> bool:

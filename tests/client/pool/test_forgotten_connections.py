@@ -172,3 +172,17 @@ def test_a_replica_that_is_gone_for_good_is_counted_and_used_again_once_it_is_ba
         assert all(client.servers_in_trouble.values())
         gone.cut_next = 0
         look_up_until(set())
+
+
+def test_small_lookups_alone_open_the_lane_of_a_replica_again(ports):
+    with Client([f"127.0.0.1:{grpc_port}" for grpc_port, _ in ports], attach="off") as client:
+        lane = client._shards._sets[0].replicas[0]._native
+        check(client, client.lookup(TOKENS))
+        lane._not_before = time.monotonic() + 0.05  # as after a server that was not there
+        for connection in list(lane._open):
+            lane.drop(connection)
+        lane._idle.clear()
+        until = time.monotonic() + RECOVERED_S
+        while not lane.open:
+            check(client, client.lookup(TOKENS))
+            assert time.monotonic() < until, "the lane stays closed"

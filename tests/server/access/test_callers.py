@@ -1,15 +1,17 @@
 """The file of callers: what it may say, and what each mistake in it is told as."""
 
+import hashlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from certificates import digest, write_callers
-from engrampool_server.access.callers import MOST_CALLERS, CallersFileError, bearer, read_callers
+from engrampool_server.access.callers import MOST_CALLERS, READ, Caller, Callers, CallersFileError, bearer, read_callers
 
 
 def entry(**changed):
-    return {"name": "a", "token": "sesame", **changed}
+    return {key: value for key, value in {"name": "a", "token": "sesame", **changed}.items() if value is not None}
 
 
 def test_callers_are_known_by_their_tokens_and_their_names_in_certificates(tmp_path):
@@ -40,6 +42,10 @@ def test_callers_are_known_by_their_tokens_and_their_names_in_certificates(tmp_p
         ([entry(roles=["root"])], "roles of 'a'"),
         ([{"name": "a"}], "neither token_sha256 nor certificate"),
         ([{"name": "a", "token_sha256": "sesame"}], "64 hexadecimal digits"),
+        # Of which a header without any token would be, and so everybody.
+        ([entry(token_sha256=["a" * 64, digest("")], token=None)], "is the digest of no token"),
+        ([entry(token_sha256=digest("").upper(), token=None)], "is the digest of no token"),
+        ([entry(token_sha256=digest("\n"), token=None)], "is the digest of no token"),
         ([{"name": "a", "token_sha256": [1]}], "token_sha256 must be a text, or a list"),
         ([entry(certificate=[""])], "certificate must be a text"),
         ([entry(), entry()], "number 2: a second caller 'a'"),
@@ -62,7 +68,14 @@ def test_mistakes_are_named(tmp_path, entries, said):
     assert "sesame" not in str(caught.value)  # errors go to the log
 
 
-@pytest.mark.parametrize("raw", [b"", b"x = 1", b"[[caller", b"\xff", b"caller = 1", b"[caller]\nname = 1"])
+def test_no_token_is_nobodys_whatever_is_known():
+    everybody = Caller("everybody", frozenset({READ}))
+    assert Callers({hashlib.sha256(b"").digest(): everybody}, {}).of_token(b"") is None
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"x = 1", b"[[caller", b"\xff", b"caller = 1", b"[caller]\nname = 1", b"caller = " + b"[" * 10_000]
+)
 def test_what_is_no_such_file_is_refused(tmp_path, raw):
     path = tmp_path / "callers"
     path.write_bytes(raw)

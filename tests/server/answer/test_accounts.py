@@ -1,7 +1,9 @@
 """What a caller took, counted by several processes and threads at one time."""
 
 import itertools
+import json
 import os
+import random
 import threading
 
 import grpc
@@ -58,7 +60,6 @@ def test_who_is_refused_is_told_when_its_turn_is(rows_per_s, rows):
 
 def test_a_rate_that_changes_begins_anew():
     accounts = Accounts(1)
-    accounts.give_places(["a"])
     slow = accounts.of(caller(max_rows_per_s=1))
     assert [bool(meter(slow.meter, 10_000, slow.rate, 100 * S)) for _ in range(2)] == [False, True]
     same = accounts.of(caller(max_rows_per_s=1, max_connections=1))
@@ -87,10 +88,9 @@ def test_a_meter_counts_each_of_many_threads_once():
 def test_callers_have_a_place_each_and_keep_it():
     accounts = Accounts(2)
     names = [f"caller-{at}" for at in range(512)]
-    accounts.give_places(names)
     places = {name: accounts.of(caller(name)).place for name in names}
     assert len(set(places.values())) == 512
-    accounts.give_places(["another", *names])
+    assert accounts.of(caller("another")).place not in places.values()
     assert {name: accounts.of(caller(name)).place for name in names} == places
     # Limits are those of the last file.
     assert accounts.of(caller("caller-1", max_connections=3)).most_connections == 3
@@ -99,20 +99,33 @@ def test_callers_have_a_place_each_and_keep_it():
 
 def test_places_may_all_be_given_and_then_are_shared():
     accounts = Accounts(1)
-    accounts.give_places([f"caller-{at}" for at in range(NAMED + 10)])
-    assert 0 <= accounts.of(caller("another")).place < NAMED
     assert len({accounts.of(caller(f"caller-{at}")).place for at in range(NAMED + 10)}) == NAMED
+    assert 0 <= accounts.of(caller("another")).place < NAMED
 
 
-def test_only_the_process_that_made_them_gives_places():
-    accounts = Accounts(1)
-    pid = os.fork()
-    if not pid:
-        accounts.give_places(["a"])
-        os._exit(0)
-    os.waitpid(pid, 0)
-    accounts.give_places(["b"])
-    assert (accounts._find("a")[1], accounts._find("b")[1]) == (False, True)
+def test_processes_that_meet_callers_at_one_time_give_each_one_place():
+    accounts, names = Accounts(1), [f"caller-{at}" for at in range(400)]
+    pids, pipes = [], []
+    for seed in range(4):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                random.Random(seed).shuffle(names)
+                os.write(writer, json.dumps({name: accounts.of(caller(name)).place for name in names}).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        pids.append(pid)
+        pipes.append(reader)
+    told = []
+    for pid, reader in zip(pids, pipes, strict=True):
+        with os.fdopen(reader, "rb") as pipe:
+            told.append(json.loads(pipe.read()))
+        os.waitpid(pid, 0)
+    assert told[1:] == told[:-1]
+    assert told[0] == {name: accounts.of(caller(name)).place for name in names}
+    assert len(set(told[0].values())) == len(names)
 
 
 def test_connections_are_bounded_over_all_processes_and_those_of_a_dead_one_are_forgotten():

@@ -8,21 +8,29 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from certificates import Authority
+from certificates import Authority, write_callers
 from direct_callers import Caller, be_patient, way_in
+from engrampool_client.config import ClientConfig
+from engrampool_client.lanes.credentials import Credentials
+from engrampool_client.lanes.grpc import GrpcLane
+from engrampool_proto.v1 import pool_pb2
 from engrampool_server.answer import grpc_server as server_module
-from engrampool_server.answer import peers
+from engrampool_server.answer import health, peers, pool_service
 from engrampool_server.answer.lookups import Lookups
 from server_fixtures import LIMIT_S, RawPool, Running, eventually, expected, pack, rows_of, running, version_of
 
 MIB = 1 << 20
+INITIAL_WINDOW_SIZE = 4
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, ACK = 0, 1, 3, 4, 6, 7, 1
 END_HEADERS, END_STREAM = 4, 1
 HEADER_FIELDS = {
@@ -53,14 +61,14 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
 
 
-def call(address: str) -> socket.socket:
-    """A connection with one call of Lookup, of which nothing but the headers was sent."""
+def call(address: str, method: str = "Lookup", settings: bytes = b"") -> socket.socket:
+    """A connection with one call, of which nothing but the headers was sent."""
     host, port = address.rsplit(":", 1)
     made = socket.create_connection((host, int(port)), LIMIT_S)
     block = b""
-    for name, value in HEADER_FIELDS.items():  # literals, as they are
+    for name, value in (HEADER_FIELDS | {":path": f"/engrampool.v1.Pool/{method}"}).items():  # literals, as they are
         block += b"\0" + bytes((len(name),)) + name.encode() + bytes((len(value),)) + value.encode()
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, b"") + frame(SETTINGS, ACK, 0, b"")
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, settings) + frame(SETTINGS, ACK, 0, b"")
     made.sendall(preface + frame(HEADERS, END_HEADERS, 1, block))
     return made
 
@@ -110,6 +118,36 @@ def test_an_answer_that_is_not_read_is_counted_until_its_connection_ends(server,
         eventually(lambda: counted == [4000 * 264], "it is counted")
         eventually(lambda: server.scrape()["engrampool_in_flight_bytes"] == 0, "it is given back")
         read_to_its_end(made)
+
+
+def test_a_specification_that_is_not_read_is_counted_too(server, monkeypatch):
+    monkeypatch.setattr(pool_service, "SMALL_REQUEST_BYTES", 100)
+    request = pool_pb2.DescribeRequest(include_spec=True).SerializeToString()
+    nothing = struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)  # is taken of an answer
+    with call(server.address, "Describe", nothing) as made:
+        made.sendall(frame(DATA, END_STREAM, 1, message(request)))
+        eventually(lambda: server.server.lookups.in_flight.total > 1000, "it is counted")
+        eventually(lambda: server.server.lookups.in_flight.total == 0, "it is given back")
+        read_to_its_end(made)
+
+
+def test_a_specification_is_given_to_who_may_have_less_in_flight(packed, monkeypatch, tmp_path):
+    monkeypatch.setattr(pool_service, "SMALL_REQUEST_BYTES", 100)
+    callers = write_callers(tmp_path / "callers", {"name": "a", "token": "a", "max_in_flight_bytes": 1024})
+    with running(packed, tokens=callers) as run:
+        lane = GrpcLane(run.address, Credentials(ClientConfig(token="a")))
+        try:
+            assert len(lane.describe(LIMIT_S)) > 1024
+            # Of a server that is busy, once it is not any more.
+            in_flight = run.server.lookups.in_flight
+            limit_bytes, in_flight.limit_bytes = in_flight.limit_bytes, 0
+            with ThreadPoolExecutor(1) as threads:
+                coming = threads.submit(lane.describe, LIMIT_S)
+                eventually(lambda: run.scrape().get('engrampool_refused_total{reason="overloaded"}'), "it is refused")
+                in_flight.limit_bytes = limit_bytes
+                assert len(coming.result()) > 1024
+        finally:
+            lane.close()
 
 
 def test_clients_notice_nothing_of_connections_that_grow_old(packed, monkeypatch):
@@ -163,3 +201,31 @@ def test_who_connects_and_says_nothing_is_cut_off(packed, tmp_path, monkeypatch,
         with socket.create_connection((host, int(port)), LIMIT_S) as silent:
             while silent.recv(4096):  # what the server says first
                 pass
+
+
+def test_callers_that_leave_in_the_midst_of_an_answer_write_nothing_to_the_log(packed, caplog):
+    ids = np.random.default_rng(0).integers(0, 1000, 200_000)
+    with running(packed) as run:
+        for _ in range(60):
+            with RawPool(run.address, version_of(packed)) as raw:
+                next(raw.stream(raw.by_ids((2, ids)), timeout=LIMIT_S))
+        eventually(lambda: run.server.lookups.in_flight.total == 0)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("grpc")] == []
+
+
+def test_watches_of_health_have_a_bound_and_give_their_place_back(packed, monkeypatch):
+    monkeypatch.setattr(health, "MOST_WATCHES", 8)
+    with running(packed) as run, grpc.insecure_channel(run.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch
+        for _ in range(3):
+            watches = [watch(health_pb2.HealthCheckRequest()) for _ in range(4)]
+            assert all(_is_told(one) for one in watches)
+            with pytest.raises(grpc.RpcError, match="a peer may have no more than are free"):
+                next(watch(health_pb2.HealthCheckRequest()))
+            for one in watches:
+                one.cancel()
+            eventually(lambda: not run.server._health._watches)
+
+
+def _is_told(one: Any) -> bool:
+    return next(one).status == health_pb2.HealthCheckResponse.SERVING

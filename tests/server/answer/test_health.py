@@ -2,14 +2,28 @@
 
 import asyncio
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from engrampool_server.answer.health import NOT_SERVING, SERVING, Health
+from engrampool_server.answer.health import MOST_WATCHES, NOT_SERVING, SERVING, Health
 
 
-def watch(health: Health, service: str = "pool"):
-    return health.Watch(health_pb2.HealthCheckRequest(service=service), None)
+class Call:
+    """The part of a call's context that a watch looks at."""
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host = host
+
+    def peer(self) -> str:
+        return f"ipv4:{self._host}:1"
+
+    async def abort(self, code: grpc.StatusCode, text: str) -> None:
+        raise ConnectionError(f"{code.name}: {text}")
+
+
+def watch(health: Health, service: str = "pool", host: str = "127.0.0.1"):
+    return health.Watch(health_pb2.HealthCheckRequest(service=service), Call(host))
 
 
 def test_it_serves_nothing_until_told_so():
@@ -68,3 +82,21 @@ def test_an_unknown_service_is_watched_to_the_end_too():
         return [first, *[status.status async for status in statuses]]
 
     assert asyncio.run(life()) == [health_pb2.HealthCheckResponse.SERVICE_UNKNOWN]
+
+
+def test_watches_are_bounded_and_nobody_takes_anothers():
+    async def life() -> None:
+        health = Health("pool")
+        open_ones = []
+        for host, most in (("10.0.0.1", MOST_WATCHES // 2), ("10.0.0.2", MOST_WATCHES // 4)):
+            for _ in range(most):
+                open_ones.append(watch(health, host=host))
+                assert (await anext(open_ones[-1])).status == NOT_SERVING
+            with pytest.raises(ConnectionError, match=f"RESOURCE_EXHAUSTED: {most} watches are open from {host}"):
+                await anext(watch(health, host=host))
+        assert (await anext(watch(health, host="10.0.0.3"))).status == NOT_SERVING
+        for one in open_ones[-2:]:
+            await one.aclose()
+        assert (await anext(watch(health, host="10.0.0.2"))).status == NOT_SERVING
+
+    asyncio.run(life())

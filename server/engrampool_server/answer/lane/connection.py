@@ -61,6 +61,7 @@ class Connection:
         leaving = self._state[serve.LEAVING : serve.LEAVING + 1]
         self._answerer = Answerer(resources, peer, accepted.fileno(), leaving)
         self._closing = threading.Lock()  # so that nobody shuts a descriptor that is another's by then
+        self._limiting = threading.Lock()  # of what the caller may have, which changes while it is connected
         self._closed = self._cut_off = False
         self._limits: npt.NDArray[np.int64] | None = None
         self._buffer: Buffer = np.empty(0, np.uint8)
@@ -78,13 +79,18 @@ class Connection:
 
     def is_of(self, key: bytes, account: Account) -> None:
         """A caller that is known by name has it; to be called before it is admitted."""
-        self.key, self.account, self._answerer.peer = key, account, account
+        self.account = self._answerer.peer = account
+        self.key = key  # last: who sees it looks for the account
 
     def may(self, account: Account) -> None:
         """The caller's limits are these by now; its place stays. From any thread."""
-        self.account = self._answerer.peer = account
-        words = self._limits
-        if words is not None:
+        with self._limiting:
+            self.account = self._answerer.peer = account
+            self._limit()
+
+    def _limit(self) -> None:
+        account, words = self.account, self._limits
+        if account is not None and words is not None:
             words[serve.MOST], words[serve.METER], words[serve.RATE] = account.most_bytes, account.meter, account.rate
 
     def leave(self) -> None:
@@ -166,11 +172,11 @@ class Connection:
         resources, state, fileno = self._resources, self._state, self._socket.fileno()
         small = self._buffer = np.empty(SMALL_REQUEST_BYTES, np.uint8)
         gathered = np.empty(GATHERED_BYTES, np.uint8)
-        limits = self._limits = resources.limits(PATIENCE_S, PROGRESS_BYTES)
-        peer: Peer = self.peer
-        if self.account is not None:
-            self.may(self.account)
-            peer = self.account
+        limits = resources.limits(PATIENCE_S, PROGRESS_BYTES)
+        with self._limiting:  # they may be others at this moment
+            self._limits = limits
+            self._limit()
+        peer: Peer = self.account or self.peer
         handles = Handles(resources.lookups, resources.metrics, GATHERED_BYTES // 2)
         bound = resources.lookups.in_flight
         slots, of_peers = bound.arrays

@@ -68,12 +68,17 @@ class DirectLane:
     def revoke(self) -> None:
         """Cut off connections of callers that may not read any more, and hold others to their limits. Any thread."""
         for connection in self._open():
-            if connection.key is not None:
-                who = self._caller(connection.key)
-                if who is None:
-                    connection.cut("revoked")
-                else:
-                    connection.may(self._accounts.of(who))
+            if connection.key is not None and not self._may_stay(connection, connection.key):
+                connection.cut("revoked")
+
+    def _may_stay(self, connection: Connection, key: bytes) -> bool:
+        """Whether its credential is still that of the same caller, who may read; it has that caller's limits then."""
+        who = self._caller(key)
+        # What it has is counted for the caller that it was admitted for, and given back there.
+        if who is None or connection.account is None or who.name != connection.account.name:
+            return False
+        connection.may(self._accounts.of(who))
+        return True
 
     def _caller(self, key: bytes) -> Caller | None:
         """Who has the credential of this key, and may read."""
@@ -163,7 +168,7 @@ class DirectLane:
             with self._limiting:
                 self._accounts.connected(account, self._slot, 1)
             connection.is_of(key, account)
-            if self._caller(key) is None:  # just now; whoever is revoked from here on is cut off
+            if not self._may_stay(connection, key):  # just now; whoever is revoked from here on is cut off
                 return False
         with self._limiting:
             # Perhaps it had to go for another one meanwhile.
