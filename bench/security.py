@@ -1,7 +1,8 @@
 """What TLS, tokens and limits cost, and what limits bring: python bench/security.py PACKED_MODEL.
 
-A server for each way to let callers in, and a client of each over gRPC, which looks rows up in turn: printed are
-medians over slices, of a lookup's time and of its ratio to that without any of it. Then a caller with a limit that
+A server for each way to let callers in, and a client of each over gRPC or the direct lane, which looks rows up in turn,
+with a pause before each, as decode has: printed are medians over slices, of a lookup's time and of its ratio to that
+over gRPC, without any of it and with TLS. Then a caller with a limit that
 asks for ten times what it may have, beside one that asks for what it may: printed is what the second got, of what it
 asked for, alone and beside the first, which has a limit or none. `openssl` makes the certificate.
 """
@@ -36,6 +37,10 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,64,1024")
     parser.add_argument("--rounds", type=int, default=15, help="slices of each case")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each slice")
+    parser.add_argument("--pause-ms", type=float, default=0.0, help="before each lookup")
+    parser.add_argument(
+        "--only", help="of the ways, those named so, with / between them, beside plain and TLS; and nothing else"
+    )
     parser.add_argument("--greedy", metavar="ADDRESS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.greedy:
@@ -43,6 +48,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         _ways(options, Path(directory))
+        if options.only:
+            return
         _shares(options, Path(directory))
 
 
@@ -55,6 +62,7 @@ def _ways(options: argparse.Namespace, directory: Path) -> None:
     mutual, both = {**tls, "tls_client_ca": cert}, {"tls_cert": cert, "tls_key": key, "tls_ca": cert}
     tokens = _callers(directory / "one.toml", {"name": "one", "token": "one", "certificate": "bench"})
     limited = _callers(directory / "limited.toml", {"name": "one", "token": "one", "max_rows_per_s": 1 << 40})
+    direct = {"direct": "auto"}
     ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "plain": ({}, {}),
         "token": ({"tokens": tokens}, {"token": "one"}),
@@ -62,30 +70,40 @@ def _ways(options: argparse.Namespace, directory: Path) -> None:
         "TLS": (tls, {"tls_ca": cert}),
         "TLS, token": ({**tls, "tokens": tokens}, {"tls_ca": cert, "token": "one"}),
         "TLS, certificate": ({**mutual, "tokens": tokens}, both),
+        "lane": ({}, direct),
+        "lane, TLS": (tls, {"tls_ca": cert, **direct}),
+        "lane, TLS, no kernels": (tls, {"tls_ca": cert, "compiled": "off", **direct}),
     }
+    if options.only:
+        ways = {way: ways[way] for way in ("plain", "TLS", *options.only.split("/"))}
     with ExitStack() as stack:
         clients = {}
         for way, (settings, mine) in ways.items():
             server = stack.enter_context(serve_process(options.model, workers=1, **settings))
-            client = Client(server.address, attach="off", direct="off", timeout_s=60, **mine)
+            client = Client(server.address, **{"attach": "off", "direct": "off", "timeout_s": 60, **mine})
             clients[way] = stack.enter_context(client)
-        print("| tokens | by | ms | to plain (quarters) |\n| ---: | --- | ---: | --- |")
+        print("| tokens | by | ms | to plain (quarters) | to TLS (quarters) |\n| ---: | --- | ---: | --- | --- |")
         for tokens_asked in map(int, options.tokens.split(",")):
             found: dict[str, list[float]] = {way: [] for way in ways}
             for number in range(options.rounds):
                 for way in list(ways) if number % 2 else list(ways)[::-1]:
-                    found[way].append(_slice(clients[way], tokens_asked, options.seconds))
+                    found[way].append(_slice(clients[way], tokens_asked, options.seconds, options.pause_ms / 1e3))
             for way, took in found.items():
-                ratios = [one / of for one, of in zip(took, found["plain"], strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4)
                 ms = statistics.median(took) * 1e3
-                print(f"| {tokens_asked} | {way} | {ms:.3f} | {middle:.2f} ({low:.2f} - {high:.2f}) |", flush=True)
+                ratios = [_ratio(took, found[other]) for other in ("plain", "TLS")]
+                print(f"| {tokens_asked} | {way} | {ms:.3f} | {' | '.join(ratios)} |", flush=True)
 
 
-def _slice(client: Client, tokens: int, seconds: float) -> float:
+def _ratio(took: list[float], of: list[float]) -> str:
+    low, middle, high = statistics.quantiles([one / other for one, other in zip(took, of, strict=True)], n=4)
+    return f"{middle:.2f} ({low:.2f} - {high:.2f})"
+
+
+def _slice(client: Client, tokens: int, seconds: float, pause_s: float) -> float:
     random, took, end = np.random.default_rng(), [], time.perf_counter() + seconds
     while not took or time.perf_counter() < end:
         batch = random.integers(0, client.spec.vocab_size, tokens).astype(np.int32)
+        time.sleep(pause_s)
         begin = time.perf_counter()
         client.lookup(batch)
         took.append(time.perf_counter() - begin)

@@ -2,22 +2,30 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import numpy as np
 
+from certificates import Authority
 from engrampool_client.compute.served import ServedModel
+from engrampool_client.config import ClientConfig
 from engrampool_client.lanes.connection import Connection
+from engrampool_client.lanes.credentials import Credentials
 from engrampool_client.lanes.native import NativeLane
 from engrampool_client.lookup.delivery import Delivery
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
 from engrampool_proto.hashing import Identity
+from engrampool_proto.security.openssl import Context
+from engrampool_proto.security.pem import PemFiles
+from engrampool_proto.security.tls_socket import TlsSocket
 from engrampool_proto.spec import ModelSpec, RowFormat, Segment, TableSpec
 from engrampool_proto.v1 import pool_pb2
 from exchanges import exchange_of
+from server_fixtures import LIMIT_S
 
 ROWS = RowFormat((Segment("values", "uint8", 3),))
 SPEC = ModelSpec("m", 50, tuple(TableSpec(layer, 50, ROWS, Identity(50)) for layer in (2, 9)))
@@ -28,23 +36,36 @@ NUMBER = 0xFEDC_BA98_7654_3210
 Frame = tuple[int, int, int, int, bytes]  # kind, which, number, first, body
 
 
+class Tls:
+    """What a peer and its callers speak TLS by. settings: of a server of ours that shows the same."""
+
+    def __init__(self, authority: Authority) -> None:
+        self.ca, self.settings = authority.ca, authority.of_server()
+        self.server = Context(PemFiles(None, self.settings["tls_cert"], self.settings["tls_key"]).read(), server=True)
+        self.secure = Credentials(ClientConfig(tls_ca=str(self.ca))).secure
+
+
 @contextmanager
 def peer(
     *replies: bytes | Callable[[socket.socket, int], None],
     came: list[Frame] | None = None,
     kind: type[Connection] = Connection,
+    tls: Tls | None = None,
 ) -> Iterator[NativeLane]:
     """A lane to a peer that admits a connection and answers the requests of it in turn with these bytes.
 
     replies: frames of request NUMBER, or what is called with the connection and the request's number. came: gets all
-    frames that the peer was sent. kind: of connections that the lane has.
+    frames that the peer was sent. kind: of connections that the lane has. tls: what it is inside.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
             connection, _ = listener.accept()
             listener.close()
-            with connection:
+            if tls is not None:
+                connection = TlsSocket(connection, tls.server)
+                connection.handshake(time.monotonic() + LIMIT_S)
+            with connection, suppress(ConnectionError):  # a caller may have heard enough
                 connection.recv(100)
                 connection.sendall(frames.frame(frames.READY))
                 for reply in replies:
@@ -65,8 +86,9 @@ def peer(
         thread = threading.Thread(target=serve)
         thread.start()
         port = listener.getsockname()[1]
-        way_in = pool_pb2.OpenDirectResponse(port=port, ticket=b"t")
-        made = NativeLane(lambda _: way_in, f"127.0.0.1:{port}", 1, kind=kind)
+        way_in = pool_pb2.OpenDirectResponse(port=port, ticket=b"t", tls=tls is not None)
+        secure = None if tls is None else tls.secure
+        made = NativeLane(lambda _: way_in, f"127.0.0.1:{port}", 1, kind=kind, secure=secure)
         try:
             yield made
         finally:

@@ -47,7 +47,7 @@ _CLIENTS_PREFIX = "ENGRAMPOOL_CLIENT_"
 LogLevel = Literal["debug", "info", "warning", "error"]
 EventLoop = Literal["uvloop", "asyncio"]
 Attach = Literal["off", "user", "group", "all"]
-LaneTls = Literal["none", "off"]
+LaneTls = Literal["none", "off", "on"]
 
 # Who listens on these answers on every address of the machine, and nobody can be told them.
 _WILDCARDS = ("0.0.0.0", "[::]")  # noqa: S104
@@ -144,10 +144,11 @@ class ServerConfig:
         metadata=_about(FileOrOff(), "TOML file of callers, their roles and limits; nobody else is answered."),
     )
     lane_tls: LaneTls = field(
-        default="none",
+        default="on",
         metadata=_about(
             Choice(get_args(LaneTls)),
-            "With tls_cert, the direct lane over TCP: off is in the clear beside encrypted gRPC; none is no lane.",
+            "With tls_cert, the direct lane over TCP: on is inside TLS, by the same certificates; off is in the clear"
+            " beside encrypted gRPC; none is no lane.",
         ),
     )
     registry: str = field(
@@ -304,18 +305,17 @@ class ServerConfig:
             raise ConfigError(f"{given}: goes with {missing}, which is not given; a certificate needs its key")
         if self.tls_client_ca != "off" and self.tls_cert == "off":
             raise ConfigError("tls_client_ca: clients show certificates over TLS only; give tls_cert and tls_key")
-
         if self.direct not in ("auto", "off") and self.lane == "off":
             raise ConfigError(
-                f'direct: {self.direct} would be in the clear beside TLS; set lane_tls = "off" if that is meant, or '
+                f'direct: {self.direct} has no lane beside TLS by lane_tls = "none"; set lane_tls = "on", or '
                 'direct = "off"'
             )
 
     @property
     def lane(self) -> str:
-        """As `direct`; beside TLS there is no lane over TCP unless `lane_tls` says that it may be in the clear."""
+        """As `direct`; beside TLS there is no lane over TCP where `lane_tls` says so."""
         where = self.listen if self.direct == "auto" else self.direct
-        if self.tls_cert == "off" or self.lane_tls == "off" or where.startswith("unix:"):
+        if self.tls_cert == "off" or self.lane_tls != "none" or where.startswith("unix:"):
             return self.direct
         return "off"
 

@@ -256,7 +256,7 @@ def test_the_variant_with_tls_changes_settings_and_mounts_alone():
     files = {Path(one) for one in (config.tls_cert, config.tls_key, config.tokens)}
     assert {str(one.parent) for one in files} == {volume["target"]}
     assert volume["read_only"]
-    assert config.lane == "off"
+    assert (config.lane, config.lane_tls) == (f"0.0.0.0:{DIRECT_PORT}", "on")
 
 
 def test_prometheus_of_the_variant_with_tls_scrapes_by_https_with_a_token():

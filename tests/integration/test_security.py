@@ -192,11 +192,12 @@ def ticket(server, authority, token=READER["token"]) -> pool_pb2.OpenDirectRespo
 
 
 def test_beside_tls_there_is_no_lane_in_the_clear_unless_it_is_asked_for(packed, authority, server):
-    with serve_process(packed, workers=1, **authority.of_server()) as careful:
-        assert careful.said("no-direct-lane")
-        assert not careful.said("in-the-clear")
-        with Client(careful.address, tls_ca=authority.ca, **PATIENCE) as pool:
-            assert (right(pool), pool.status()["lane"]) == (True, "grpc")
+    for lane, tls in (("direct", {}), ("direct", {"lane_tls": "on"}), ("grpc", {"lane_tls": "none"})):
+        with serve_process(packed, workers=1, **authority.of_server(), **tls) as careful:
+            assert bool(careful.said("no-direct-lane")) == (lane == "grpc")
+            assert not careful.said("in-the-clear")
+            with Client(careful.address, tls_ca=authority.ca, attach="off", **PATIENCE) as pool:
+                assert (right(pool), pool.status()["lane"]) == (True, lane)
     assert "not encrypted" in server.said("in-the-clear")[0]["what"]
     with client(server, authority, attach="off") as pool:
         assert (right(pool), pool.status()["lane"]) == (True, "direct")
@@ -225,9 +226,10 @@ def test_a_ticket_dies_with_the_token_that_it_was_given_for(packed, authority, t
         assert [greeted(old), greeted(new)] == [frames.REFUSED, frames.READY]
 
 
+@pytest.mark.parametrize("lane_tls", ["off", "on"])
 @pytest.mark.parametrize("left", [{"name": "other", "token": "x"}, {**READER, "roles": ["metrics"]}])
-def test_a_token_that_is_revoked_is_out_on_every_way(packed, authority, callers, tmp_path, left):
-    settings = {**authority.of_server(), "tokens": callers, "lane_tls": "off", "memory": f"file:{tmp_path}"}
+def test_a_token_that_is_revoked_is_out_on_every_way(packed, authority, callers, tmp_path, left, lane_tls):
+    settings = {**authority.of_server(), "tokens": callers, "lane_tls": lane_tls, "memory": f"file:{tmp_path}"}
     with (
         serve_process(packed, workers=2, **settings) as server,
         client(server, authority, attach="off") as direct,

@@ -36,7 +36,7 @@ VALUES = {
     "tls_client_ca": st.just("off"),
     "tls_metrics": st.booleans(),
     "tokens": directory_names.map(lambda name: f"/{name}") | st.just("off"),
-    "lane_tls": st.sampled_from(["none", "off"]),
+    "lane_tls": st.sampled_from(["none", "off", "on"]),
     "registry": st.just("off"),
     "join": st.just(False),
     "advertise": addresses.filter(lambda text: not text.endswith(":0")) | st.just("auto"),
@@ -92,7 +92,7 @@ BAD = {
     "tls_client_ca": ["", "a\0b", "\udcff", 1, True],
     "tls_metrics": ["", "yes", "2", 1, 0],
     "tokens": ["", "a\0b", "\udcff", 1, True],
-    "lane_tls": ["", "on", "OFF", 1, True],
+    "lane_tls": ["", "auto", "OFF", 1, True],
     "registry": ["", "on", "etcd://", "etcd://host", "etcd://host:0", "http://host:2379", "etcd://h:1/a b", False],
     "join": ["", "yes", "2", 1, 0],
     "advertise": ["", "off", "host", "host:0", "[::1]:65536", 1],
@@ -468,7 +468,7 @@ def test_options_take_every_setting(values):
         ({"tls_cert": "c"}, "tls_cert: goes with tls_key"),
         ({"tls_key": "k"}, "tls_key: goes with tls_cert"),
         ({"tls_client_ca": "ca"}, "tls_client_ca: clients show certificates over TLS only"),
-        ({"tls_cert": "c", "tls_key": "k", "direct": "a:1"}, "direct: a:1 would be in the clear beside TLS"),
+        ({"tls_cert": "c", "tls_key": "k", "lane_tls": "none", "direct": "a:1"}, "direct: a:1 has no lane beside TLS"),
     ],
 )
 def test_settings_of_tls_that_contradict_each_other(given, said):
@@ -480,14 +480,15 @@ def test_settings_of_tls_that_contradict_each_other(given, said):
     ("given", "lane"),
     [
         ({}, "auto"),
-        ({"tls_cert": "c", "tls_key": "k"}, "off"),
+        ({"tls_cert": "c", "tls_key": "k"}, "auto"),
+        ({"tls_cert": "c", "tls_key": "k", "lane_tls": "none"}, "off"),
         ({"tls_cert": "c", "tls_key": "k", "lane_tls": "off"}, "auto"),
         ({"tls_cert": "c", "tls_key": "k", "lane_tls": "off", "direct": "a:1"}, "a:1"),
-        ({"tls_cert": "c", "tls_key": "k", "direct": "unix:/a"}, "unix:/a"),
-        ({"tls_cert": "c", "tls_key": "k", "listen": "unix:/a"}, "auto"),
+        ({"tls_cert": "c", "tls_key": "k", "lane_tls": "none", "direct": "unix:/a"}, "unix:/a"),
+        ({"tls_cert": "c", "tls_key": "k", "lane_tls": "none", "listen": "unix:/a"}, "auto"),
     ],
 )
-def test_beside_tls_no_lane_is_in_the_clear_unasked(given, lane):
+def test_beside_tls_there_is_a_lane_over_tcp_unless_there_is_to_be_none(given, lane):
     assert load_config({"models": (Path("/m"),), **given}, {}, None).config.lane == lane
 
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from engrampool_client.lanes.connection import Connection, SilentError
+from engrampool_client.lanes.dial import Secure
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_client.lookup.landing import Places
 from engrampool_proto import frames
@@ -21,10 +22,10 @@ _IN_ORDER = np.empty(0, np.int64)
 class CompiledConnection(Connection):
     """See `Connection`."""
 
-    def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str) -> None:
-        """Raises OSError, PoolError."""
+    def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str, secure: Secure | None = None) -> None:
+        """See `Connection`."""
         self._state = np.zeros(receive.STATE_WORDS, np.int64)  # of the answer that is being received
-        super().__init__(way_in, target)
+        super().__init__(way_in, target, secure)
 
     def await_some(self, exchange: Exchange, deadline: float, at_once: int, spin_s: float) -> None:
         """Wait for the beginning of a long answer, or all of a short one, unless that comes bit by bit."""
@@ -35,7 +36,7 @@ class CompiledConnection(Connection):
             nbytes = sum(size for _, size in missing) + (len(missing) + 1) * frames.HEADER.size + frames.TIMES.size
         spin_ns = int(spin_s * _SECOND_NS) if self.quick else 0
         while True:
-            got = receive.fill(self.fileno(), self.memory, state, min(nbytes, at_once), _slice_ns(deadline), spin_ns)
+            got = receive.fill(self.line(), self.memory, state, min(nbytes, at_once), _slice_ns(deadline), spin_ns)
             if got == receive.LOST or state[receive.END]:
                 break
             self._check_time(deadline, since)
@@ -64,7 +65,7 @@ class CompiledConnection(Connection):
         while True:
             with nullcontext() if landing.owned else delivery.writing():
                 got = receive.take(
-                    self.fileno(), self.memory, state, entries, np.uint64(self.number), _slice_ns(deadline), 0
+                    self.line(), self.memory, state, entries, np.uint64(self.number), _slice_ns(deadline), 0
                 )
             for layer, have in zip(layers, entries[:, receive.HAVE].tolist(), strict=True):
                 landing.received(layer, have - landing.have(layer))

@@ -6,15 +6,16 @@ import socket
 import struct
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 
 from engrampool_client.errors import ProtocolError
 from engrampool_client.lanes.answers import RefusalError, answer_layout, refusal_of
-from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, dial
+from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, Secure, dial
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
+from engrampool_proto.security.tls_socket import line_of
 from engrampool_proto.v1 import pool_pb2
 
 # A server that is well sends some of its answer within so long. Where nothing came, the connection may be one that was
@@ -37,10 +38,10 @@ class SilentError(ConnectionError):
 class Connection:
     """One socket that the server has let in. One lookup at a time; besides, only `give_up` and `shut` may be called."""
 
-    def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str) -> None:
-        """Raises OSError, PoolError."""
+    def __init__(self, way_in: pool_pb2.OpenDirectResponse, target: str, secure: Secure | None = None) -> None:
+        """secure: as of `dial`. Raises OSError, PoolError."""
         self._target = target
-        self._socket = dial(way_in, target)
+        self._socket = dial(way_in, target, secure)
         # Whoever gives a step up takes it, in whatever the thread is doing: garbage collection does that, too.
         self._lock = threading.RLock()
         self.answering = False  # whether there is an answer, or a part of one, still to be received
@@ -184,6 +185,10 @@ class Connection:
         """Its number, as the system knows it."""
         return self._socket.fileno()
 
+    def line(self) -> int:
+        """What it is for kernels."""
+        return line_of(self._socket)
+
     def receive(self, exchange: Exchange, deadline: float, spin_s: float) -> None:
         """Take the answer in. Raises OSError if the connection broke, TimeoutError, RefusalError, PoolErrors."""
         at_once = self.listen(exchange)
@@ -280,10 +285,8 @@ class Connection:
 
     def shut(self) -> None:
         """Have whoever waits on it, now or later, fail with OSError."""
-        try:
+        with suppress(OSError):  # the server closed it, or `close` did
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the server closed it, or `close` did
-            return
 
     def __del__(self) -> None:
         """Of one that was lost."""

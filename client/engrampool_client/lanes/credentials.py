@@ -11,10 +11,12 @@ import grpc
 
 from engrampool_client.config import TOKEN, ClientConfig
 from engrampool_client.errors import TlsError
-from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, address_of
+from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, address_of, host_of
+from engrampool_proto.security.openssl import Context
 from engrampool_proto.security.pem import Pem, PemError, PemFiles
 from engrampool_proto.security.reread import Reread
 from engrampool_proto.security.small_file import read_small
+from engrampool_proto.security.tls_socket import TlsSocket
 
 # How often files are looked at, by calls that are made anyway.
 _LOOK_S = 1.0
@@ -33,6 +35,7 @@ class Credentials:
 
     def __init__(self, config: ClientConfig) -> None:
         self._name = config.tls_name
+        self._context: tuple[Pem, Context] | None = None  # of the direct lane, and by what it was made
         self._pem: Reread[Pem] | None = None
         self._token: Reread[str] | str | None = config.token
         if config.tls_ca is not None:
@@ -46,7 +49,9 @@ class Credentials:
             self._token = Reread([path], lambda: _read_token(path), _damaged)
         self._reread = [one for one in (self._pem, self._token) if isinstance(one, Reread)]
         self._again_s = time.monotonic() + _LOOK_S
+        self._starting = threading.RLock()
         self._looker: threading.Thread | None = None
+        self._patient_until = 0.0
 
     @property
     def metadata(self) -> tuple[tuple[str, str]] | None:
@@ -63,15 +68,18 @@ class Credentials:
     def look(self) -> None:
         """Read again what has changed, at most once a second. Of a disk that hangs the last good ones stay."""
         now = time.monotonic()
-        if not self._reread or now < self._again_s or (self._looker is not None and self._looker.is_alive()):
-            return
-        self._again_s = now + _LOOK_S
-        # Whoever asks has a deadline, and a disk has none.
-        looker = threading.Thread(target=self._look, name="engrampool-credentials", daemon=True)
-        with suppress(RuntimeError):  # the system gives none now
-            looker.start()
-            self._looker = looker
-            looker.join(_PATIENCE_S)
+        with self._starting:
+            looks = self._looker is not None and self._looker.is_alive()
+            if self._reread and now >= self._again_s and not looks:
+                self._again_s, self._patient_until = now + _LOOK_S, now + _PATIENCE_S
+                # Whoever asks has a deadline, and a disk has none.
+                looker = threading.Thread(target=self._look, name="engrampool-credentials", daemon=True)
+                with suppress(RuntimeError):  # the system gives none now
+                    looker.start()
+                    self._looker = looker
+        # Also one that another caller began: as a lane is lost, its lookup and whoever opens it again ask at one time.
+        if self._looker is not None:
+            self._looker.join(max(0.0, self._patient_until - now))
 
     def _look(self) -> None:
         for one in self._reread:
@@ -85,6 +93,36 @@ class Credentials:
         if self._name is not None:
             options = (*options, ("grpc.ssl_target_name_override", self._name))
         return grpc.secure_channel(target, grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert), options)
+
+    @property
+    def tls(self) -> bool:
+        """Whether connections are inside TLS."""
+        return self._pem is not None
+
+    def secure(self, plain: socket.socket, target: str) -> socket.socket:
+        """A connection of the direct lane inside TLS, by what the files say now, to whom gRPC takes for the same.
+
+        plain: closed if this fails. It takes OPEN_TIMEOUT_S at most. Raises OSError.
+        """
+        try:
+            if self._pem is None:
+                raise OSError(f"{target}: its direct lane speaks TLS, and this client does not: give the client tls_ca")
+            pem, made = self._pem.value, self._context
+            if made is None or made[0] is not pem:
+                made = self._context = pem, Context(pem, server=False)
+            secured = TlsSocket(plain, made[1], self._name or host_of(target))
+        except PemError as error:
+            plain.close()
+            raise OSError(str(error)) from error
+        except BaseException:
+            plain.close()
+            raise
+        try:
+            secured.handshake(time.monotonic() + OPEN_TIMEOUT_S)
+        except BaseException:
+            secured.close()
+            raise
+        return secured
 
     def diagnose(self, target: str) -> TlsError | None:
         """Why a server that ended the connection did so, if it can be told from a handshake of our own; None if not.

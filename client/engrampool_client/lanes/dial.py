@@ -1,6 +1,7 @@
 """A socket to the direct lane of a server that has let a client in."""
 
 import socket
+from collections.abc import Callable
 
 from engrampool_proto.v1 import pool_pb2
 
@@ -9,9 +10,12 @@ OPEN_TIMEOUT_S = 1.0
 # Of a connection that is idle: when the system first asks for a sign of life, how often then, and how often in vain.
 _KEEP_IDLE_S, _KEEP_EVERY_S, _KEEP_TRIES = 10, 2, 3
 
+# Takes a connected socket, and the server's target, to the same inside TLS; raises OSError, and closes it then.
+Secure = Callable[[socket.socket, str], socket.socket]
 
-def dial(way_in: pool_pb2.OpenDirectResponse, target: str) -> socket.socket:
-    """A blocking socket. Raises OSError."""
+
+def dial(way_in: pool_pb2.OpenDirectResponse, target: str, secure: Secure | None = None) -> socket.socket:
+    """A blocking socket, inside TLS by `secure` where the server asks for that. Raises OSError."""
     if way_in.unix_path:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -31,7 +35,12 @@ def dial(way_in: pool_pb2.OpenDirectResponse, target: str) -> socket.socket:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_EVERY_S)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEP_TRIES)
     connected.settimeout(None)
-    return connected
+    if not way_in.tls:
+        return connected
+    if secure is None:
+        connected.close()
+        raise OSError(f"{target}: its direct lane speaks TLS, and this client does not")
+    return secure(connected, target)
 
 
 def address_of(target: str) -> tuple[str, int] | None:

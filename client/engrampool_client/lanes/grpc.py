@@ -171,7 +171,9 @@ class GrpcLane:
 
     def open_direct(self, timeout_s: float) -> pool_pb2.OpenDirectResponse:
         """Ask for a way into the direct lane. Raises PoolError."""
-        answer = self._control("OpenDirect", pool_pb2.OpenDirectRequest().SerializeToString(), timeout_s)
+        answer = self._control(
+            "OpenDirect", pool_pb2.OpenDirectRequest(tls=self._credentials.tls).SerializeToString(), timeout_s
+        )
         try:
             return pool_pb2.OpenDirectResponse.FromString(answer)
         except Exception as error:  # the runtime's DecodeError has no stable home across protobuf versions

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from engrampool_client.errors import DeadlineError, PoolError, StepCancelledError
 from engrampool_client.lanes.answers import RefusalError
 from engrampool_client.lanes.connection import Connection, SilentError
-from engrampool_client.lanes.dial import OPEN_TIMEOUT_S
+from engrampool_client.lanes.dial import OPEN_TIMEOUT_S, Secure
 from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto.errors import WireError
 from engrampool_proto.v1 import pool_pb2
@@ -35,7 +35,7 @@ class NativeLane:
 
     open_direct: asks the server, over gRPC, for a way in; raises PoolError. target: as gRPC takes it.
     opened: connections since it was made. reason: why the last one could not be opened, for people; "" if it was.
-    silent: told where a connection was given up, as nothing came on it. kind: of connections.
+    silent: told where a connection was given up, as nothing came on it. kind: of connections. secure: as of `dial`.
     """
 
     def __init__(
@@ -45,9 +45,10 @@ class NativeLane:
         most: int,
         silent: Callable[[], None] = lambda: None,
         kind: type[Connection] = Connection,
+        secure: Secure | None = None,
     ) -> None:
         self._open_direct, self._target, self._most, self.silent = open_direct, target, most, silent
-        self._kind = kind
+        self._kind, self._secure = kind, secure
         # A step that is given up takes it, in whatever the thread is doing: garbage collection does that, too.
         self._lock = threading.RLock()
         self._idle: list[Connection] = []
@@ -231,7 +232,7 @@ class NativeLane:
     def _connect(self) -> None:
         connection, reason = None, ""
         try:
-            connection = self._kind(self._open_direct(OPEN_TIMEOUT_S), self._target)
+            connection = self._kind(self._open_direct(OPEN_TIMEOUT_S), self._target, self._secure)
         except (PoolError, OSError, WireError) as error:
             reason = str(error) or repr(error)
         except Exception as error:  # gRPC has its own ways to say that a channel is closed

@@ -64,7 +64,7 @@ class SmallRequest:
         if handle is None:
             return False
         timeout_us = max(1, int(left_s * 1e6))
-        connection.number = ask.send_lookup(connection.fileno(), handle, timeout_us, small.counts, small.ids)
+        connection.number = ask.send_lookup(connection.line(), handle, timeout_us, small.counts, small.ids)
         return connection.number != 0
 
     def ready(self, until: float, spin_s: float) -> Came | None:
@@ -74,7 +74,7 @@ class SmallRequest:
             return None
         connection, begin = self.connection, time.perf_counter()
         until_ns, spin_ns = int(until * _SECOND_NS), int(spin_s * _SECOND_NS) if connection.quick else 0
-        got = receive.fill(connection.fileno(), connection.memory, state, self._whole, until_ns, spin_ns)
+        got = receive.fill(connection.line(), connection.memory, state, self._whole, until_ns, spin_ns)
         connection.quick = time.perf_counter() - begin < 2 * spin_s
         if got != 1:
             return self._why(got)
@@ -88,7 +88,7 @@ class SmallRequest:
         """
         connection = self.connection
         got = receive.take(
-            connection.fileno(),
+            connection.line(),
             connection.memory,
             self._state,
             self._layers,

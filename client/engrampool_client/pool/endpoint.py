@@ -65,7 +65,7 @@ class Endpoint:
         self.target, self._config, self._closing = target, config, closing
         self.latency = Latency()
         self._ways = connections_of(config.connections, "direct")
-        credentials = Credentials(config)
+        credentials = self._credentials = Credentials(config)
         self._lanes = [GrpcLane(target, credentials) for _ in range(connections_of(config.connections, "grpc"))]
         self._attach: AttachLane | None = None
         self._native: NativeLane | None = None
@@ -98,8 +98,8 @@ class Endpoint:
                 from engrampool_client.lanes.small import SmallRequest
 
                 kind, self._small = CompiledConnection, SmallRequest
-            open_direct = partial(self._asked, lane.open_direct)
-            self._native = NativeLane(open_direct, self.target, most, self.breaker.doubt, kind)
+            open_direct, secure = partial(self._asked, lane.open_direct), self._credentials.secure
+            self._native = NativeLane(open_direct, self.target, most, self.breaker.doubt, kind, secure)
 
     @property
     def attached(self) -> bool:

@@ -324,7 +324,7 @@ class GivenIds:
         return True
 
 
-@kernel(types.uint64(types.int32, types.int64, types.int64, types.int64[::1], types.uint8[::1]), nogil=False)
+@kernel(types.uint64(types.int64, types.int64, types.int64, types.int64[::1], types.uint8[::1]), nogil=False)
 def send_lookup(fd: Any, handle: Any, timeout_us: Any, counts: Any, ids: Any) -> Any:
     """Send a LOOKUP on a socket, all of it at once, and give its number; 0 if that cannot be.
 

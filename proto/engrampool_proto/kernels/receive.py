@@ -107,7 +107,7 @@ def _more(fd: Any, buffer: Any, state: Any, least: Any, until: Any, spin_ns: Any
     return 1
 
 
-@kernel(types.int64(types.int32, types.uint8[::1], types.int64[::1], types.int64, types.int64, types.int64))
+@kernel(types.int64(types.int64, types.uint8[::1], types.int64[::1], types.int64, types.int64, types.int64))
 def fill(fd: Any, buffer: Any, state: Any, nbytes: Any, until: Any, spin_ns: Any) -> int:
     """Receive until so many bytes lie in the buffer, from its beginning on, and write nothing elsewhere.
 
@@ -135,7 +135,7 @@ def fill(fd: Any, buffer: Any, state: Any, nbytes: Any, until: Any, spin_ns: Any
 
 @kernel(
     types.int64(
-        types.int32, types.uint8[::1], types.int64[::1], types.int64[:, ::1], types.uint64, types.int64, types.int64
+        types.int64, types.uint8[::1], types.int64[::1], types.int64[:, ::1], types.uint64, types.int64, types.int64
     )
 )
 def take(fd: Any, buffer: Any, state: Any, layers: Any, number: Any, until: Any, spin_ns: Any) -> int:

@@ -293,7 +293,7 @@ def _answer(
 
 @kernel(
     types.int64(
-        types.int32,
+        types.int64,
         types.int64[::1],
         types.int64[::1],
         types.uint8[::1],

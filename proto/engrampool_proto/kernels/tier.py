@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit, types
 
 from engrampool_proto.kernels.jit import kernel, view
-from engrampool_proto.kernels.sockets import ENDED, LATE, add_at, now, replace_at
+from engrampool_proto.kernels.sockets import ENDED, LATE, add_at, descriptor, now, replace_at
 
 # int64 [TIER_WORDS]: of a `tiers.tier.Tier`; and the address of an int64, when the link that all requests share is
 # free, as of `now`, in memory that forks share. 0 for that: nothing is emulated.
@@ -63,7 +63,7 @@ def sleep_until(fd: Any, due: Any, until: Any, leaving: Any, scratch: Any) -> An
         if left > _AWAKE_NS:
             left -= _AWAKE_NS
             events = _PEER_LEFT if leaving[0] == 0 else 0  # its end is told anyway
-            scratch[0] = np.int64(fd) | (np.int64(events) << 32)
+            scratch[0] = np.int64(descriptor(fd)) | (np.int64(events) << 32)
             scratch[1], scratch[2] = left // 1_000_000_000, left % 1_000_000_000
             at = _U(scratch.ctypes.data)
             if _ppoll(at, _U(1), at + _U(8), _U(0)) > 0 and (leaving[0] == 0 or scratch[0] >> 48 & _OVER):
@@ -84,7 +84,7 @@ def due_of(tier: Any, begin: Any, turn: Any, so_far: Any, start: Any, nbytes: An
     return due
 
 
-@kernel(types.int64(types.int32, types.int64, types.int64, types.int64[::1], types.int64[::1]))
+@kernel(types.int64(types.int64, types.int64, types.int64, types.int64[::1], types.int64[::1]))
 def await_due(fd: Any, due: Any, until: Any, leaving: Any, scratch: Any) -> int:
     """`sleep_until`, for Python."""
     woke: int = sleep_until(fd, due, until, leaving, scratch)

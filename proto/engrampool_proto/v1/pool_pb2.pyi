@@ -153,22 +153,26 @@ class ServerTimes(_message.Message):
     def __init__(self, queue_us: _Optional[int] = ..., gather_us: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
 
 class OpenDirectRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("tls",)
+    TLS_FIELD_NUMBER: _ClassVar[int]
+    tls: bool
+    def __init__(self, tls: _Optional[bool] = ...) -> None: ...
 
 class OpenDirectResponse(_message.Message):
-    __slots__ = ("host", "port", "unix_path", "ticket", "valid_ms")
+    __slots__ = ("host", "port", "unix_path", "ticket", "valid_ms", "tls")
     HOST_FIELD_NUMBER: _ClassVar[int]
     PORT_FIELD_NUMBER: _ClassVar[int]
     UNIX_PATH_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     VALID_MS_FIELD_NUMBER: _ClassVar[int]
+    TLS_FIELD_NUMBER: _ClassVar[int]
     host: str
     port: int
     unix_path: str
     ticket: bytes
     valid_ms: int
-    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., unix_path: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_ms: _Optional[int] = ...) -> None: ...
+    tls: bool
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., unix_path: _Optional[str] = ..., ticket: _Optional[bytes] = ..., valid_ms: _Optional[int] = ..., tls: _Optional[bool] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("model", "version", "boot_id")

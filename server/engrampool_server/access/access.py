@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from engrampool_proto.security.openssl import Context
 from engrampool_proto.security.pem import Pem, PemFiles
 from engrampool_proto.security.reread import Reread
 from engrampool_server.access.callers import ADMIN, METRICS, Callers, bearer, read_callers
@@ -35,16 +36,23 @@ class Access:
         callers: Reread[Callers] | None = None,
         metrics_tls: Reread[ssl.SSLContext] | None = None,
         show_damaged: Callable[[str, bool], None] = lambda file, damaged: None,
+        lane_tls: bool = False,
     ) -> None:
-        """show_damaged: told at each look whether a file, "tls" or "tokens", is of no use."""
+        """show_damaged: told at each look whether a file, "tls" or "tokens", is of no use.
+
+        lane_tls: whether the direct lane is inside TLS. Raises PemError, NoOpensslError.
+        """
         self.tls, self.callers, self.metrics_tls = tls, callers, metrics_tls
+        self._lane_tls = lane_tls
+        self._lane: tuple[Pem, Context] | None = None
+        self.lane_context()  # whoever cannot have one is not to begin
         self._show_damaged = show_damaged
         self._looker: threading.Thread | None = None
         self._look_again_s = 0.0
 
     @classmethod
     def of(cls, config: ServerConfig, metrics: Metrics) -> Self:
-        """What the settings name. Raises PemError, CallersFileError."""
+        """What the settings name. Raises PemError, CallersFileError, NoOpensslError."""
 
         def damaged(file: str, error: Exception) -> None:
             metrics.credentials_damaged.labels(file).inc()
@@ -64,7 +72,19 @@ class Access:
         if config.tokens != "off":
             path = Path(config.tokens)
             callers = Reread([path], partial(read_callers, path), partial(damaged, "tokens"), LOOK_S)
-        return cls(tls, callers, metrics_tls, show)
+        where = config.listen if config.direct == "auto" else config.direct
+        # No network carries a Unix socket.
+        lane_tls = config.lane_tls == "on" and where != "off" and not where.startswith("unix:")
+        return cls(tls, callers, metrics_tls, show, lane_tls)
+
+    def lane_context(self) -> Context | None:
+        """What connections of the direct lane speak TLS by now; None where they do not."""
+        if self.tls is None or not self._lane_tls:
+            return None
+        pem, made = self.tls.value, self._lane
+        if made is None or made[0] is not pem:
+            made = self._lane = pem, Context(pem, server=True)
+        return made[1]
 
     @property
     def is_open(self) -> bool:

@@ -141,6 +141,9 @@ class PoolService:
             if self._direct is None:
                 text = "this server has no direct lane; look up over gRPC"
                 raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "no-direct-lane", text)
+            if self._direct.tls and not request.tls:
+                text = "its direct lane speaks TLS, and the caller does not say that it can; look up over gRPC"
+                raise RefusedError(grpc.StatusCode.FAILED_PRECONDITION, "lane-tls", text)
             who = gate.caller()
             return self._direct.admit_one(str(self._payer(context)), b"" if who is None else who.key)
         except RefusedError as error:

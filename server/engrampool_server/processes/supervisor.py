@@ -309,14 +309,15 @@ class Supervisor:
     def _say_what_is_open(self) -> None:
         """In the log: what a reader of the settings might take for protected, and is not."""
         config, access = self.config, self.shared.access
-        if access.tls is not None and self.shared.admission is not None and not self.shared.admission.unix_path:
+        over_tcp = self.shared.admission is not None and not self.shared.admission.unix_path
+        if access.tls is not None and over_tcp and config.lane_tls == "off":
             text = "the direct lane is not encrypted: rows and row ids go over it in the clear (lane_tls = off)"
             log.event("in-the-clear", level="warning", what=text)
         if access.tls is None and access.callers is not None and not config.listen.startswith("unix:"):
             text = "tokens are asked for without TLS: whoever sees the network sees them (tls_cert, tls_key)"
             log.event("in-the-clear", level="warning", what=text)
         if access.tls is not None and config.direct == "auto" and config.lane == "off":
-            log.event("no-direct-lane", why="it would be in the clear beside TLS; lane_tls = off allows that")
+            log.event("no-direct-lane", why="there is none beside TLS by lane_tls = none; on has it inside TLS")
 
     def _point(self) -> None:
         """Have callers of a Unix socket reach a worker that answers, or the lobby while there is none.

@@ -29,7 +29,7 @@ INFO = ("engrampool_model_info", "engrampool_part_info")
 # How often a process that answers flushes what it counted: so much is lost of one that is killed.
 FLUSH_S = 0.25
 # Why the direct lane cuts connections off.
-CUT_REASONS = ("no-hello", "stranger", "slow-request", "unread-answer", "failed", "revoked")
+CUT_REASONS = ("no-hello", "handshake", "stranger", "slow-request", "unread-answer", "failed", "revoked")
 
 # Files that callers are let in by: certificates and their key, and who may call.
 CREDENTIALS = ("tls", "tokens")
@@ -87,8 +87,8 @@ class Metrics:
         self.direct_connections = self._gauge("engrampool_direct_connections", "Open connections of the direct lane.")
         self.direct_cut = self._counter(
             "engrampool_direct_cut",
-            "Connections of the direct lane that were cut off: no-hello, stranger (no hello yet, and others came), "
-            "slow-request, unread-answer, failed (a fault of the server's; the log has it).",
+            "Connections of the direct lane that were cut off: no-hello, handshake (no TLS), stranger (no hello "
+            "yet, and others came), slow-request, unread-answer, failed (a fault of the server's; the log has it).",
             ("reason",),
         )
         for reason in CUT_REASONS:  # which are all there are

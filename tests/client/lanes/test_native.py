@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from direct_peers import NUMBER, SERVED, TIMES, Frame, exchange, numbered, peer, rows_frame, whole_answer
+from certificates import Authority
+from direct_peers import NUMBER, SERVED, TIMES, Frame, Tls, exchange, numbered, peer, rows_frame, whole_answer
 from engrampool_client import BatchError, Client, DeadlineError, PoolError, ProtocolError, RejectedError
 from engrampool_client.config import ClientConfig
 from engrampool_client.errors import OverloadedError, StepCancelledError
@@ -28,6 +29,7 @@ from engrampool_client.lookup.exchange import Exchange
 from engrampool_proto import frames, wire
 from engrampool_proto.kernels import receive
 from engrampool_proto.v1 import pool_pb2
+from engrampool_server.config import ServerConfig
 from exchanges import exchange_of
 from server_fixtures import LIMIT_S, Running, eventually, expected, pack, running
 
@@ -44,7 +46,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(packed: Path) -> Iterator[Running]:
+def server(packed: Path, compiled: None) -> Iterator[Running]:
     with running(packed, stream_chunk_bytes=64 << 10) as run:
         yield run
 
@@ -64,13 +66,25 @@ def answered_so_far(server: Running, method: str) -> float:
     return answered(server, method)
 
 
-@pytest.fixture(scope="module", params=["off", "on"], autouse=True)
-def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Answers are received by Python, and by kernels."""
+@pytest.fixture(
+    scope="module",
+    params=[("off", False), ("on", False), ("on", True)],
+    ids=["by Python", "by kernels", "inside TLS"],
+    autouse=True,
+)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Answers are received by Python, and by kernels, and by these inside TLS, beside gRPC inside TLS."""
+    kernels, secured = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ClientConfig.__init__.__kwdefaults__, "compiled", request.param)
-        if request.param == "on":
+        patch.setitem(ClientConfig.__init__.__kwdefaults__, "compiled", kernels)
+        if kernels == "on":
             patch.setitem(peer.__wrapped__.__kwdefaults__, "kind", CompiledConnection)
+        if secured:
+            tls = Tls(Authority(tmp_path_factory.mktemp("authority")))
+            patch.setitem(peer.__wrapped__.__kwdefaults__, "tls", tls)
+            patch.setitem(ClientConfig.__init__.__kwdefaults__, "tls_ca", str(tls.ca))
+            for name, file in tls.settings.items():
+                patch.setitem(ServerConfig.__init__.__kwdefaults__, name, str(file))
         yield
 
 

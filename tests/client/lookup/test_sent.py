@@ -12,7 +12,9 @@ from functools import partial
 import numpy as np
 import pytest
 
+from certificates import Authority
 from engrampool_client import Client, DeadlineError, ForkedError, PoolError, StepCancelledError
+from engrampool_client.config import ClientConfig
 from engrampool_client.lookup.step import Step
 from engrampool_client.testing import ServerProcess, serve_process
 from forks import FEW, child, expected
@@ -40,17 +42,22 @@ class Servers:
 
 
 # Shards, and how many servers hold each.
-CLUSTERS = {"one server": (1, 1), "three shards": (3, 1), "two shards of two": (2, 2)}
+CLUSTERS = {"one server": (1, 1), "three shards": (3, 1), "two shards of two": (2, 2), "one inside TLS": (1, 1, True)}
 
 
 @pytest.fixture(scope="module", params=CLUSTERS.values(), ids=list(CLUSTERS))
-def silent(packed, request) -> Iterator[Servers]:
+def silent(packed, request, tmp_path_factory) -> Iterator[Servers]:
     """Servers that answer nothing while they are frozen."""
-    count, replicas = request.param
+    count, replicas, *tls = request.param
     with ExitStack() as stack:
+        secured = {}
+        if tls:
+            authority = Authority(tmp_path_factory.mktemp("authority"))
+            patch, secured = stack.enter_context(pytest.MonkeyPatch.context()), authority.of_server()
+            patch.setitem(ClientConfig.__init__.__kwdefaults__, "tls_ca", str(authority.ca))
         whole = {"shard_by": "row"} if count > 1 else {}
         cuts = [{**whole, "shard": f"{at}/{count}"} if count > 1 else {} for at in range(count)] * replicas
-        yield Servers([stack.enter_context(serve_process(packed, workers=1, **cut)) for cut in cuts])
+        yield Servers([stack.enter_context(serve_process(packed, workers=1, **cut, **secured)) for cut in cuts])
 
 
 @pytest.fixture(autouse=True)
@@ -389,7 +396,10 @@ def test_a_step_that_the_cache_has_is_done_at_once_and_wakes_no_thread(silent):
 
 def test_a_step_that_is_read_from_memory_is_planned_once(packed, tmp_path):
     # The server is a process of its own: it lets callers of its own user map its tables.
-    with serve_process(packed, workers=1, memory=f"file:{tmp_path}") as server, Client(server.address) as client:
+    with (
+        serve_process(packed, workers=1, memory=f"file:{tmp_path}") as server,
+        Client(server.address, tls_ca=None) as client,
+    ):
         eventually(lambda: client.attached, "attached")
         assert client._shards.sends is None
         assert right(client, client.prefetch(FEW))

@@ -34,8 +34,8 @@ class Answerer:
     leaving: int64 [1], not 0 once no more requests are taken.
     """
 
-    def __init__(self, resources: Resources, peer: Peer, fileno: int, leaving: npt.NDArray[np.int64]) -> None:
-        self._resources, self.peer, self._fileno, self._leaving = resources, peer, fileno, leaving
+    def __init__(self, resources: Resources, peer: Peer, line: int, leaving: npt.NDArray[np.int64]) -> None:
+        self._resources, self.peer, self._line, self._leaving = resources, peer, line, leaving
         self._scratch = np.zeros(SCRATCH_WORDS, np.int64)
         self._held = 0  # bytes in flight, of the request and its answer
 
@@ -106,7 +106,7 @@ class Answerer:
             piece.table.gather(piece.ids, buffer[frames.HEADER.size : stop])
             if reading is not None:
                 due = reading.due_ns(piece.nbytes, begin)
-                self._check_sent(await_due(self._fileno, due, until, self._leaving, self._scratch), until)
+                self._check_sent(await_due(self._line, due, until, self._leaving, self._scratch), until)
             gathered += time.monotonic_ns() - begin
             self._send(buffer[:stop], until)
         return gathered
@@ -121,7 +121,7 @@ class Answerer:
         self._send(np.frombuffer(frame, np.uint8), -1)
 
     def _send(self, data: npt.NDArray[np.uint8], until: int) -> None:
-        self._check_sent(send_from(self._fileno, data, until, round(PATIENCE_S * 1e9), self._scratch), until)
+        self._check_sent(send_from(self._line, data, until, round(PATIENCE_S * 1e9), self._scratch), until)
 
     @staticmethod
     def _check_sent(sent: int, until: int) -> None:

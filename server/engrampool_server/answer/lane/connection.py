@@ -15,6 +15,7 @@ from engrampool_proto import frames, wire
 from engrampool_proto.errors import WireError
 from engrampool_proto.kernels import serve
 from engrampool_proto.kernels.sockets import LATE, pass_over, receive_into
+from engrampool_proto.security.tls_socket import TlsSocket, line_of
 from engrampool_server.answer.emulation import wake_promptly
 from engrampool_server.answer.in_flight import Account, Peer
 from engrampool_server.answer.lane.answers import Answerer, CutError
@@ -59,7 +60,8 @@ class Connection:
         self._resources, self._socket, self._admit, self._left = resources, accepted, admit, left
         self._state = np.zeros(serve.STATE_WORDS, np.int64)
         leaving = self._state[serve.LEAVING : serve.LEAVING + 1]
-        self._answerer = Answerer(resources, peer, accepted.fileno(), leaving)
+        self._line = line_of(accepted)  # what the socket is for kernels
+        self._answerer = Answerer(resources, peer, self._line, leaving)
         self._closing = threading.Lock()  # so that nobody shuts a descriptor that is another's by then
         self._limiting = threading.Lock()  # of what the caller may have, which changes while it is connected
         self._closed = self._cut_off = False
@@ -143,6 +145,7 @@ class Connection:
         """Have the peer say hello in time; whether it is let in. Raises CutError."""
         self._buffer = np.empty(frames.HEADER.size + frames.MAX_TICKET_BYTES, np.uint8)
         until = self._now() + round(HELLO_S * 1e9)
+        self._agree(until)
         (kind,) = self._receive_hello(0, 4, until)[:4].view(np.uint32)
         if kind != frames.HELLO:
             return self._end(_malformed(f"a frame of kind {frames.HELLO} was due; this is of kind {kind}"))
@@ -161,15 +164,29 @@ class Connection:
         self._answerer.send(frames.frame(frames.READY))
         return True
 
+    def _agree(self, until: int) -> None:
+        """Where the lane is inside TLS, agree on that. Raises CutError."""
+        if not isinstance(self._socket, TlsSocket):
+            return
+        try:
+            self._socket.handshake(until / 1e9)
+        except TimeoutError:
+            raise CutError("no-hello") from None
+        except ConnectionAbortedError:
+            raise CutError("") from None
+        except OSError:
+            self._drain(self._socket.fileno())  # or the system would take back what the peer is told
+            raise CutError("handshake") from None
+
     def _receive_hello(self, start: int, stop: int, until: int) -> Buffer:
-        came = receive_into(self._socket.fileno(), self._buffer, start, stop, until, self._state[serve.SCRATCH :])
+        came = receive_into(self._line, self._buffer, start, stop, until, self._state[serve.SCRATCH :])
         if came < stop - start:
             raise CutError("no-hello" if self._now() >= until else "")
         return self._buffer
 
     def _serve(self) -> None:
         """Answer until the connection ends. Raises CutError."""
-        resources, state, fileno = self._resources, self._state, self._socket.fileno()
+        resources, state = self._resources, self._state
         small = self._buffer = np.empty(SMALL_REQUEST_BYTES, np.uint8)
         gathered = np.empty(GATHERED_BYTES, np.uint8)
         limits = resources.limits(PATIENCE_S, PROGRESS_BYTES)
@@ -183,7 +200,7 @@ class Connection:
         place = bound.place_of(peer)
         while True:
             why = serve.serve(
-                fileno,
+                self._line,
                 state,
                 limits,
                 self._buffer,
@@ -267,7 +284,7 @@ class Connection:
         except RefusedError as error:
             scratch = state[serve.SCRATCH :]
             patience = round(PATIENCE_S * 1e9)
-            passed = pass_over(self._socket.fileno(), small, total - came, patience, PROGRESS_BYTES, scratch)
+            passed = pass_over(self._line, small, total - came, patience, PROGRESS_BYTES, scratch)
             if passed <= 0:
                 raise CutError("slow-request" if passed == LATE else "") from None
             self._buffer, state[serve.START], state[serve.END] = small, 0, 0
@@ -280,13 +297,17 @@ class Connection:
     def _end(self, error: Exception, number: int = 0) -> bool:
         """Say why, and close. What the peer still sends is read, or the system would take back what we said."""
         self._answerer.refuse(error, number)
+        self._drain(self._line)
+        return False
+
+    def _drain(self, line: int) -> None:
+        """Say no more, and read what the peer still sends, for a while."""
         self._shut(socket.SHUT_WR)
         until, scratch = self._now() + round(_LINGER_S * 1e9), self._state[serve.SCRATCH :]
         waste = np.empty(SMALL_REQUEST_BYTES, np.uint8)
         came = len(waste)
         while came == len(waste) and self._now() < until:  # of whoever sends without a pause nothing is ever late
-            came = receive_into(self._socket.fileno(), waste, 0, len(waste), until, scratch)
-        return False
+            came = receive_into(line, waste, 0, len(waste), until, scratch)
 
     @staticmethod
     def _now() -> int:

@@ -10,7 +10,8 @@ import grpc
 
 from engrampool_server.answer.lookups import RefusedError
 
-# In one process. Each takes a thread, 224 KiB and a descriptor, and others need descriptors, too.
+# In one process. Each takes a thread, 224 KiB, the buffers of TLS where it is inside that, and a descriptor, and others
+# need descriptors, too.
 MOST = 1024
 # Without a ticket as yet, of one peer in one process.
 STRANGERS = 64

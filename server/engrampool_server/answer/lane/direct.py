@@ -11,6 +11,8 @@ from contextlib import suppress
 
 import grpc
 
+from engrampool_proto.security.pem import PemError
+from engrampool_proto.security.tls_socket import TlsSocket
 from engrampool_proto.v1 import pool_pb2
 from engrampool_server.access.callers import READ, Caller
 from engrampool_server.answer import peers
@@ -46,6 +48,11 @@ class DirectLane:
         self._limiting = threading.Lock()  # of the connections, which come and go in threads
         self._empty = asyncio.Event()
 
+    @property
+    def tls(self) -> bool:
+        """Whether frames go inside TLS."""
+        return self._access.lane_context() is not None
+
     def start(self) -> None:
         """Take connections."""
         self._listening = True
@@ -63,6 +70,7 @@ class DirectLane:
             unix_path=self._admission.unix_path,
             ticket=ticket,
             valid_ms=round(_TICKET_VALID_S * 1e3),
+            tls=self.tls,
         )
 
     def revoke(self) -> None:
@@ -125,11 +133,14 @@ class DirectLane:
             return
         try:
             keep_alive(accepted)
+            context = self._access.lane_context()
+            if context is not None:
+                accepted = TlsSocket(accepted, context)
             connection = Connection(self._resources, accepted, peers.of_connection(accepted), self._admit, self._left)
             with self._limiting:
                 displaced = self.connections.add(connection, connection.peer)
                 self._count()
-        except OSError:  # it left already
+        except (OSError, PemError):  # it left already, or there is no TLS for it
             accepted.close()
             return
         except RefusedError as error:
