@@ -102,7 +102,9 @@ def test_the_page_leads_to_the_slow_shard(tmp_path):
                             assert said in bash.type(f"! {{\n{block.replace(option, '')}}}")
                     continue
                 wanted = until_found.pop(re.sub(r"\s", "", query[1]))
-                until(lambda block=block, wanted=wanted: wanted(samples(bash.type(f"{{\n{block}}} || true"))), block)
+                query = f"{{\n{block}}} || true"
+                # The worker may have to compile its kernels first.
+                until(lambda query=query, wanted=wanted: wanted(samples(bash.type(query))), block, timeout_s=240)
     except NotPermittedError as error:
         lacking(f"no network of namespaces: {error}")
     assert until_found == {}, "the page asks for less than was to be found"
