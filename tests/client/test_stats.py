@@ -162,7 +162,7 @@ def test_no_count_is_lost_between_threads(stats):
     assert (stats.waits[7].counts[0], stats.retries, stats.breaker_opened) == (total, total, total)
 
 
-def test_steps_that_are_masked_for_want_of_trust_are_told_of_once_a_minute_and_others_once_a_second(caplog, monkeypatch):
+def test_steps_masked_for_want_of_trust_are_told_of_once_a_minute_and_others_once_a_second(caplog, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(stats_module.time, "monotonic", lambda: now[0])
     stats = Stats([3])
