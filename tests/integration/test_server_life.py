@@ -100,7 +100,7 @@ def events(server: ServerProcess) -> list[str]:
     Except for those of single workers, and of how far loading came, as it says where that takes its time.
     """
     server.wait_ended(LIMIT_S)
-    return [line["event"] for line in server.said() if line["event"] not in ("worker-ready", "loading")]
+    return [line["event"] for line in server.said() if line["event"] not in ("worker-ready", "loading", "refused")]
 
 
 def all_lines_are_json(server: ServerProcess) -> bool:
@@ -397,4 +397,5 @@ def test_several_client_processes_at_once(packed):
     with serve_process(packed, gather_threads=2, stream_chunk_bytes="64KiB") as server:
         command = [sys.executable, "-c", CLIENTS, tests, server.address, version_of(packed)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout + done.stderr == 3 * "every byte was right\n"
+    assert done.stderr == ""
+    assert done.stdout.split() == 3 * "every byte was right".split()  # their lines may come between each other

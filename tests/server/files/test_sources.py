@@ -127,7 +127,7 @@ def test_urls_that_say_too_much_or_too_little_are_refused_without_telling(text, 
         ) as caught:
             load_config(flags, environ, None)
         assert SECRET not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"ENGRAMPOOL_MODEL=") as caught:
+    with pytest.raises(ConfigError, match=r"ENGRAMPOOL_MODEL;") as caught:
         load_config({}, {"ENGRAMPOOL_MODEL": text}, None)
     assert SECRET not in str(caught.value)
     monkeypatch.setattr(sys, "argv", ["engrampool", "verify", text])
