@@ -1,5 +1,6 @@
 """Ctrl-C, as tests have it come."""
 
+import dis
 import linecache
 import sys
 
@@ -18,13 +19,16 @@ SMALL_STEPS = (
     ),
     *("/streamed.py", "/together.py", "/raced.py", "/replicas.py", "/lookup/small.py", "/compute/cache.py"),
 )
+_LEAVES_EXCEPT = dis.opmap["POP_EXCEPT"]
 
 
 class Interrupt:
     """Raises KeyboardInterrupt at the n-th line that this thread runs in these files of the client's, once.
 
     Not where a `with` begins, or ends, nor at a `try`, where nothing is done: within a `with`, CPython 3.11 takes it
-    for a place outside. There it would come before a lock is let go of, which Ctrl-C cannot.
+    for a place outside. There it would come before a lock is let go of, which Ctrl-C cannot. Nor where an `except` is
+    left: there it would come before the exception is let go of, which CPython does without a look for signals. This
+    thread would handle that one for good, and keep all that the frames below it refer to.
     """
 
     def __init__(self, at: int, files: tuple[str, ...] = SMALL_STEPS, never: tuple[str, ...] = ()) -> None:
@@ -45,7 +49,8 @@ class Interrupt:
 
     def _line(self, frame, event, arg):
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not self.raised and not line.lstrip().startswith(self._never):
+        leaves = frame.f_code.co_code[frame.f_lasti] == _LEAVES_EXCEPT
+        if event == "line" and not self.raised and not leaves and not line.lstrip().startswith(self._never):
             self.left -= 1
             if self.left < 0:
                 self.raised, self.where = True, f"{frame.f_code.co_filename}:{frame.f_lineno}"
