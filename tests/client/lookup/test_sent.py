@@ -15,6 +15,7 @@ import pytest
 from certificates import Authority
 from engrampool_client import Client, DeadlineError, ForkedError, PoolError, StepCancelledError
 from engrampool_client.config import ClientConfig
+from engrampool_client.lookup import sent
 from engrampool_client.lookup.step import Step
 from engrampool_client.testing import ServerProcess, serve_process
 from forks import FEW, child, expected
@@ -127,13 +128,17 @@ class Threads:
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_between_prefetch_and_the_last_rows_no_other_thread_runs(client, tokens):
     alone = False
-    # Those for deadlines and for servers wake now and then, and others help where this one gets no processor for long.
+    # Those for deadlines and for servers wake now and then, for reasons of their own; another one helps where this one
+    # gets no processor for long, and a connection that lost a hedge is replaced.
     for turn in range(100):
         asked = np.arange(tokens, dtype=np.int32) + 100 * turn
         eventually(lambda: client.direct and at_work(client) == (0, 0, 0), "nobody is at work")
+        begin, hedges = time.monotonic(), client.stats.hedges
         with Threads() as seen:
             step = client.prefetch(asked)
             rows = {layer: step.rows(layer) for layer in step.layers}
+        if time.monotonic() - begin < sent._ALONE_S and client.stats.hedges == hedges:
+            assert {*seen.started, *seen.ran} <= {"engrampool-deadlines", "engrampool-shards"}
         alone = alone or not (seen.started or seen.ran)
         step.wait()
         assert at_work(client) == (0, 0, 0)
