@@ -319,7 +319,10 @@ class _Call:
     def receive(self) -> bool:
         """See `Request`. Whatever it raises once the lookup was given up, the delivery knows better."""
         lane, exchange = self._lane, self._exchange
-        timeout_s = max(0.0, self._deadline - time.monotonic())
+        timeout_s = self._deadline - time.monotonic()
+        if timeout_s <= 0:
+            text = f"{lane.target} was not asked: the deadline had passed before (DEADLINE_EXCEEDED)"
+            raise DeadlineError(text, "not-asked")
         connection, stream = lane.enter(), None
         number = exchange.number = new_number()
         traced, trace = None, exchange.delivery.trace

@@ -388,13 +388,10 @@ class EndpointRequest:
                         raise UnavailableError(f"emulate: not attached now: {endpoint.why_not_attached}")
                 if sent is None:
                     endpoint.breaker.check()
-                    self._check_time()
                     asked_at, lay_there = time.monotonic(), False
                     if endpoint._native is not None and not tried:
                         sent = endpoint._native.ask(exchange, deadline, spin_s=spin_s)
                 request, sent, tried = sent, None, False
-                if request is None:
-                    self._check_time()  # it may have passed just now
                 if request is None or not request.receive():
                     lane.ask(exchange, deadline).receive()
                 break
@@ -408,11 +405,6 @@ class EndpointRequest:
         if exchange.times is not None and not lay_there:  # it was received as it came, so sending took no longer
             first_s = time.monotonic() - asked_at - exchange.times.send_us / 1e6
         endpoint._answered(nbytes, exchange.times, first_s, exchange.number)
-
-    def _check_time(self) -> None:
-        if time.monotonic() >= self._deadline:
-            text = f"{self._endpoint.target} was not asked: the deadline had passed before (DEADLINE_EXCEEDED)"
-            raise DeadlineError(text, "not-asked")
 
     def _again(self, error: PoolError, attempt: int, patient: bool, early: bool) -> bool:
         """Whether to ask again, after a pause; what the error says against the server is counted, if not."""

@@ -115,9 +115,8 @@ def test_nothing_is_written_for_a_step_that_was_given_up(lane, server):
 def test_what_was_not_sent_in_time_is_a_deadline_or_for_another_lane(lane, server):
     exchange = exchange_of(server[1], IDS["few"])
     if isinstance(lane, GrpcLane):
-        with suppress(DeadlineError):  # on a machine that is busy gRPC may look at the clock too late
-            assert fetch(lane, exchange, -1.0)
-            assert right(exchange, IDS["few"])
+        with pytest.raises(DeadlineError):
+            fetch(lane, exchange, -1.0)
     elif isinstance(lane, NativeLane):
         assert lane.ask(exchange, time.monotonic() - 1) is None
     else:  # nothing to wait for

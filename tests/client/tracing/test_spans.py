@@ -78,6 +78,12 @@ def spans(name: str = "") -> list[ReadableSpan]:
     return [span for span in EXPORTER.get_finished_spans() if span.name.startswith(name)]
 
 
+def the_step() -> ReadableSpan:
+    """The only step's. Who waits for a step may go on before its spans are made, by the thread that ended it."""
+    (span,) = eventually(lambda: spans("engrampool.step"), "the step has a span")
+    return span
+
+
 def below(span: ReadableSpan) -> list[ReadableSpan]:
     """Its children, as they begin."""
     ours = [one for one in spans() if one.parent is not None and one.parent.span_id == span.context.span_id]
@@ -123,7 +129,7 @@ def test_a_step_has_its_requests_and_they_have_the_servers_times(server, compile
         with trace.get_tracer("caller").start_as_current_span("forward") as caller:
             step = client.prefetch(given)
             step.wait()
-        (span,) = spans("engrampool.step")
+        span = the_step()
         assert span.parent is not None
         assert span.parent.span_id == caller.get_span_context().span_id
         assert span.attributes == {
@@ -148,7 +154,7 @@ def test_a_step_has_its_requests_and_they_have_the_servers_times(server, compile
 
         EXPORTER.clear()
         client.lookup(given)
-        (span,) = spans("engrampool.step")
+        span = the_step()
         assert span.parent is None
         assert_whole(span, 1)
 
@@ -158,7 +164,7 @@ def test_rows_that_are_read_from_memory_are_a_request_without_a_number(server, t
     with Client(server.address, **TRACED) as client:
         eventually(lambda: client.attached, "attached")
         client.prefetch(np.arange(tokens, dtype=np.int32) % 1000).wait()
-        (span,) = spans("engrampool.step")
+        span = the_step()
         (asked,) = below(span)
         assert asked.attributes["engrampool.lane"] == "attached"
         assert "engrampool.request" not in asked.attributes
@@ -170,7 +176,7 @@ def test_a_cache_asks_for_what_it_lacks(server, compiled):
     settings = {"cache_bytes": 1 << 20, "compiled": compiled, "attach": "off"}
     with Client(server.address, **settings, **TRACED) as client:
         client.prefetch([1, 2, 3]).wait()
-        assert_whole(spans("engrampool.step")[0], 1)
+        assert_whole(the_step(), 1)
 
         def nobody_was_asked() -> bool:
             """What came is kept after the step has ended."""
@@ -192,7 +198,7 @@ def test_each_shard_is_a_request(packed, compiled, direct):
         for tokens in (20, 3000):
             EXPORTER.clear()
             client.prefetch(np.arange(tokens, dtype=np.int32) % 1000).wait()
-            (span,) = spans("engrampool.step")
+            span = the_step()
             assert_whole(span, 2)
             assert {one.attributes["server.address"] for one in below(span)} == set(addresses)
             assert len({one.attributes["engrampool.request"] for one in below(span)}) == 2
@@ -215,12 +221,14 @@ def test_a_hedge_is_a_second_request(packed, monkeypatch, compiled):
         both.budget._tokens = latency._MOST_TOKENS
         for endpoint in client._shards._open.values():
             monkeypatch.setattr(endpoint.breaker, "_probe", lambda: None)
+        lanes = [endpoint._native for endpoint in client._shards._open.values()]
+        eventually(lambda: all(lane.idle or lane._want_one() for lane in lanes), "each has a connection")
 
         def hedged() -> ReadableSpan | None:
             EXPORTER.clear()
             won = client.stats.hedges_won
             client.lookup(np.arange(24, dtype=np.int32))
-            return spans("engrampool.step")[0] if client.stats.hedges_won > won else None
+            return the_step() if client.stats.hedges_won > won else None
 
         with servers[0].frozen():
             span = eventually(hedged, "a hedge won")
@@ -249,7 +257,7 @@ def test_what_fails_names_its_request_in_the_error_the_span_and_the_servers_log(
             return caught.value
 
         error = refused()
-        (span,) = spans("engrampool.step")
+        span = the_step()
         assert span.attributes["engrampool.outcome"] == "failed"
         assert span.attributes["error.type"] == "RejectedError"
         assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, str(error))
@@ -274,7 +282,7 @@ def test_a_step_that_is_masked_says_why_and_the_log_does(packed, caplog):
             step = client.prefetch([1, 2, 3])
             step.wait()
             assert not step.valid(client.spec.layers[0]).any()
-            (span,) = spans("engrampool.step")
+            span = the_step()
             assert span.attributes["engrampool.outcome"] == "masked"
             assert span.attributes["engrampool.masked_tokens"] == 3
             assert span.attributes["error.type"] == "DeadlineError"
@@ -306,9 +314,11 @@ def test_a_sampler_sees_what_became_of_a_step_and_one_that_is_not_sampled_is_one
     SAMPLER.wanted = re.compile("cancelled")
     with Client(server.address, attach="off", **TRACED) as client:
         client.prefetch([1, 2, 3]).wait()
-        assert (spans(), SAMPLER.asked) == ([], 1)
+        eventually(lambda: SAMPLER.asked == 1, "it was decided")
+        assert spans() == []
         SAMPLER.wanted = re.compile("ok|^$")
         client.prefetch([1, 2, 3]).wait()
+        assert below(the_step())
         assert (len(spans()), SAMPLER.asked) == (5, 1 + 5)
 
 
@@ -349,6 +359,7 @@ def test_awaited_lookups_have_their_tasks_span_as_parent(server):
             return dict(await asyncio.gather(*map(one, (1, 2, 3, 4))))
 
     parents = asyncio.run(run())
+    eventually(lambda: len(spans("engrampool.step")) == 4, "all have spans")
     found = {one.attributes["engrampool.tokens"]: one.parent.span_id for one in spans("engrampool.step")}
     assert found == parents
 
