@@ -570,6 +570,8 @@ class Checked:
         # nor that one that was slow is passed over.
         for endpoint in client._shards._open.values():
             monkeypatch.setattr(endpoint.breaker, "_probe", lambda: None)
+        # Nor is one that answers left, with the one that is frozen, as it takes its time.
+        monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", LIMIT_S)
         monkeypatch.setattr("engrampool_client.pool.replicas._late_s", lambda *_, whole: 2e-3)
         monkeypatch.setattr(measured, "_TRY_ONE_IN", 1)
         monkeypatch.setattr(measured, "_TRY_EVERY_S", 0.0)

@@ -23,7 +23,7 @@ from engrampool_client.tracing.record import Asked
 from engrampool_client.tracing.spans import placed
 from engrampool_proto.hashing import TokenBatch
 from engrampool_proto.wire import ServerTimes
-from server_fixtures import PATIENCE, eventually
+from server_fixtures import LIMIT_S, PATIENCE, eventually
 from small_model import small_spec, write_model
 
 HOPS = ["engrampool.queue", "engrampool.gather", "engrampool.send"]
@@ -207,6 +207,7 @@ def test_each_shard_is_a_request(packed, compiled, direct):
 @pytest.mark.parametrize("compiled", ["on", "off"])
 def test_a_hedge_is_a_second_request(packed, monkeypatch, compiled):
     # Nothing but a hedge is to help, however slow this machine is: see test_replicas.py.
+    monkeypatch.setattr("engrampool_client.pool.replicas._PATIENCE_S", LIMIT_S)
     monkeypatch.setattr("engrampool_client.pool.replicas._late_s", lambda *_, whole: 2e-3)
     monkeypatch.setattr(latency, "_TRY_ONE_IN", 1)
     monkeypatch.setattr(latency, "_TRY_EVERY_S", 0.0)
